@@ -1,0 +1,7 @@
+// The compiled half of the package, imported as moeinf._core.
+#include "bindings/bindings.h"
+
+PYBIND11_MODULE(_core, module) {
+    module.doc() = "Slots, transfers, residency and CPU kernels of moeinf.";
+    moeinf::bind_errors(module);
+}

@@ -1,0 +1,59 @@
+// What decides who leaves. A policy sees every step and names victims; it never sees bytes, slots,
+// leases or threads, and is called under its owner's lock. The live cache and the simulator drive
+// the same objects, so that a simulation of a recorded run gives the same hits to the unit.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace moeinf {
+
+// One (forward pass, layer): the distinct experts it routes to.
+struct Step {
+    int64_t index = 0;                 // steps seen so far
+    int32_t layer = 0;                 // MoE layer, 0-based
+    std::span<const int32_t> experts;  // distinct flat ids, in order of first appearance
+    std::span<const int32_t> counts;   // tokens routed to each of them
+    std::span<const float> router;     // mean router probability of all experts; empty if unknown
+    bool prefill = false;
+    bool new_sequence = false;  // the first step of a request
+};
+
+struct PolicyShape {
+    int32_t num_layers;
+    int32_t num_experts;  // per layer
+    int32_t total() const noexcept { return num_layers * num_experts; }
+};
+
+class Policy {
+public:
+    virtual ~Policy() = default;
+    virtual std::string_view name() const noexcept = 0;
+
+    // Every step, before its misses are placed.
+    virtual void observe(const Step& step) = 0;
+
+    // Writes up to `victims.size()` residents to evict, best first, and returns how many it found.
+    // `residents` are flat ids in slot order (-1: a free slot); an expert with pinned[expert] != 0
+    // may not be named. Deterministic: ties go to the lower flat id.
+    virtual size_t choose_victims(std::span<const int32_t> residents,
+                                  std::span<const uint32_t> pinned, std::span<int32_t> victims) = 0;
+
+    virtual void inserted(int32_t /*expert*/) {}
+    virtual void evicted(int32_t /*expert*/) {}
+
+    // Host-side priors per flat expert in [0, 1], written at most once per token; most ignore them.
+    virtual void set_priors(std::span<const float> /*priors*/) {}
+};
+
+// The names make_policy accepts, in the order they are shown.
+std::vector<std::string> policy_names();
+
+// Throws Error(kInvalid), naming what exists, for an unknown name.
+std::unique_ptr<Policy> make_policy(std::string_view name, PolicyShape shape);
+
+}  // namespace moeinf

@@ -1,0 +1,73 @@
+// Which expert sits in which slot, and what a step changes about it. Pure bookkeeping: no threads,
+// no bytes. The live cache drives it under its lock; the simulator drives it alone.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "cache/policy.h"
+
+namespace moeinf {
+
+// An expert that must be brought into `slot`, where `evicted` sat (-1: the slot was free).
+struct Placement {
+    int32_t expert;
+    int32_t slot;
+    int32_t evicted;
+};
+
+// What one step needs. Cleared and reused from step to step, so that planning does not allocate.
+struct Plan {
+    std::vector<int32_t> hits;          // resident before the step
+    std::vector<Placement> placements;  // misses that get a slot, in routing order
+    std::vector<int32_t> surplus;       // misses beyond what slots can hold: they pass through
+};
+
+class Residency {
+public:
+    Residency(PolicyShape shape, int32_t slots, std::unique_ptr<Policy> policy);
+
+    // Counts exactly as the simulator documents: members of the step are never victims; misses are
+    // inserted in routing order; what does not fit passes through and is not kept.
+    void plan(const Step& step, Plan& out);
+
+    // Makes room for one expert outside any step (a prefetch). False if nothing may be evicted.
+    bool place(int32_t expert, Placement& out);
+
+    // Takes an expert out (its read failed, or its slot goes away). It must not be pinned.
+    void remove(int32_t expert);
+
+    // A pinned expert is never a victim. Pins count.
+    void pin(int32_t expert) noexcept { ++pins_[static_cast<size_t>(expert)]; }
+    void unpin(int32_t expert) noexcept { --pins_[static_cast<size_t>(expert)]; }
+    [[nodiscard]] bool pinned(int32_t expert) const noexcept {
+        return pins_[static_cast<size_t>(expert)] != 0;
+    }
+
+    [[nodiscard]] int32_t slot_of(int32_t expert) const noexcept {
+        return slot_of_[static_cast<size_t>(expert)];
+    }  // -1: absent
+    [[nodiscard]] std::span<const int32_t> residents() const noexcept {
+        return residents_;
+    }  // by slot, -1: free
+    [[nodiscard]] int32_t slots() const noexcept { return static_cast<int32_t>(residents_.size()); }
+
+    // Adds free slots at the end, or drops slots from the end; residents of dropped slots leave
+    // (they must not be pinned).
+    void resize(int32_t slots);
+
+    [[nodiscard]] Policy& policy() noexcept { return *policy_; }
+
+private:
+    PolicyShape shape_;
+    std::unique_ptr<Policy> policy_;
+    std::vector<int32_t> slot_of_;    // by flat expert
+    std::vector<int32_t> residents_;  // by slot
+    std::vector<uint32_t> pins_;      // by flat expert
+    std::vector<int32_t> free_slots_;
+    std::vector<int32_t> victims_;  // scratch
+};
+
+}  // namespace moeinf

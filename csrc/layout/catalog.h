@@ -1,0 +1,54 @@
+// Where the bytes of every expert lie: which ranges of which files, and where in a slot each goes.
+// Built once when a store is opened, then shared and never changed. Knows nothing of dtypes.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace moeinf {
+
+// One range of a file and the place in a slot where it belongs.
+struct Extent {
+    uint32_t file;         // index into Catalog::files()
+    uint64_t file_offset;  // bytes from the start of the file
+    uint64_t nbytes;
+    uint64_t slot_offset;  // bytes from the start of the slot
+};
+
+struct CatalogFile {
+    std::string path;
+    uint64_t nbytes;
+};
+
+class Catalog {
+public:
+    // `extents` holds `extents_per_expert` entries for each flat expert id (layer * num_experts +
+    // expert), in order. Throws Error(kInvalid) if an extent leaves its file or its slot, or if two
+    // extents of one expert overlap in the slot.
+    Catalog(int32_t num_layers, int32_t num_experts, uint64_t slot_bytes,
+            std::vector<CatalogFile> files, std::vector<Extent> extents);
+
+    [[nodiscard]] int32_t num_layers() const noexcept { return num_layers_; }
+    [[nodiscard]] int32_t num_experts() const noexcept { return num_experts_; }  // per layer
+    [[nodiscard]] int32_t total_experts() const noexcept { return num_layers_ * num_experts_; }
+    [[nodiscard]] uint64_t slot_bytes() const noexcept { return slot_bytes_; }
+    [[nodiscard]] const std::vector<CatalogFile>& files() const noexcept { return files_; }
+    [[nodiscard]] std::span<const Extent> extents(int32_t flat_expert) const;
+    [[nodiscard]] uint64_t expert_bytes() const noexcept {
+        return expert_bytes_;
+    }  // sum of extents
+
+private:
+    int32_t num_layers_;
+    int32_t num_experts_;
+    uint64_t slot_bytes_;
+    uint64_t expert_bytes_ = 0;
+    size_t extents_per_expert_ = 0;
+    std::vector<CatalogFile> files_;
+    std::vector<Extent> extents_;
+};
+
+}  // namespace moeinf

@@ -1,0 +1,34 @@
+// A pool of equal slots in one arena. Knows nothing of what the slots hold.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "memory/arena.h"
+
+namespace moeinf {
+
+class SlotPool {
+public:
+    // `capacity` slots of address range are reserved; the first `slots` of them are usable.
+    // `slot_bytes` must be a multiple of 4096.
+    SlotPool(std::unique_ptr<Arena> arena, uint64_t slot_bytes, int32_t capacity, int32_t slots);
+
+    [[nodiscard]] std::byte* slot(int32_t index) const noexcept;
+    [[nodiscard]] std::byte* data() const noexcept { return arena_->data(); }
+    [[nodiscard]] uint64_t slot_bytes() const noexcept { return slot_bytes_; }
+    [[nodiscard]] int32_t slots() const noexcept { return slots_; }
+    [[nodiscard]] int32_t capacity() const noexcept { return capacity_; }
+
+    // Throws Error(kCapacity), and keeps its size, if memory for more slots cannot be had.
+    void resize(int32_t slots);
+
+private:
+    std::unique_ptr<Arena> arena_;
+    uint64_t slot_bytes_;
+    int32_t capacity_;
+    int32_t slots_;
+};
+
+}  // namespace moeinf
