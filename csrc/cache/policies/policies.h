@@ -1,0 +1,15 @@
+// One maker per policy. A new policy is one file in this folder, one line here, and one row of the
+// table in cache/policy.cpp.
+#pragma once
+
+#include <memory>
+
+#include "cache/policy.h"
+
+namespace moeinf {
+
+std::unique_ptr<Policy> make_lru(PolicyShape shape);
+std::unique_ptr<Policy> make_lfu(PolicyShape shape);
+std::unique_ptr<Policy> make_lrfu(PolicyShape shape);
+
+}  // namespace moeinf
