@@ -147,6 +147,7 @@ void check_long_decay() {
             {.index = index, .layer = 0, .experts = experts, .counts = {}, .router = {}});
     };
     observe(0, once);
+    for (const int32_t expert : residents) policy->inserted(expert);
     for (int i = 1; i < 200000; ++i) observe(i, {i % 3});
     std::vector<int32_t> victims(4);
     CHECK_EQ(policy->choose_victims(residents, pins, victims), size_t{4});

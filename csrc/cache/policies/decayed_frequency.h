@@ -33,12 +33,14 @@ constexpr double score(double weight, double layer_nearness) {
     return weight * layer_nearness;
 }
 
-// Starts a token (a forward pass): what was used before counts for less from now on.
-inline void start_token(double* weights, size_t num_weights, double& unit) {
+// Starts a token (a forward pass): what was used before counts for less from now on. True if the
+// weights were scaled.
+inline bool start_token(double* weights, size_t num_weights, double& unit) {
     unit *= kGrowthPerToken;
-    if (unit <= kRescaleAbove) return;
+    if (unit <= kRescaleAbove) return false;
     unit *= kRescaleBy;
     for (size_t i = 0; i < num_weights; ++i) weights[i] *= kRescaleBy;
+    return true;
 }
 
 }  // namespace moeinf::decayed_frequency
