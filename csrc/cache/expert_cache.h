@@ -32,9 +32,9 @@ struct LayerStats {
 
 struct StepRequest {
     int32_t layer = 0;
-    std::span<const int32_t> experts;  // in-layer ids, distinct
-    std::span<const int32_t> counts;   // tokens routed to each; empty: one each
-    std::span<const float> router;     // optional, see Step
+    std::span<const int32_t> experts = {};  // in-layer ids, distinct
+    std::span<const int32_t> counts = {};   // tokens routed to each; empty: one each
+    std::span<const float> router = {};     // optional, see Step
     bool prefill = false;
     bool new_sequence = false;
     bool at_once =
