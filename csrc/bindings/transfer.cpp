@@ -20,6 +20,7 @@
 #include "transfer/copy_engine.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace moeinf {
 namespace {
@@ -280,21 +281,24 @@ void bind_transfer(py::module_& module) {
     module.def(
         "read_bandwidth",
         [](const std::string& path, double seconds) {
-            ReadBandwidth best;
+            ReadBandwidth found;
             {
                 const py::gil_scoped_release released;
-                best = read_bandwidth(path, seconds);
+                found = read_bandwidth(path, seconds);
             }
-            py::dict result;
-            result["bytes_per_second"] = best.bytes_per_second;
-            result["direct"] = best.direct;
-            result["request_bytes"] = best.request_bytes;
-            result["in_flight"] = best.in_flight;
-            result["path"] = best.path;
-            return result;
+            py::list ways;
+            for (const ReadWay& way : found.ways) {
+                ways.append(py::dict("request_bytes"_a = way.request_bytes,
+                                     "in_flight"_a = way.in_flight,
+                                     "bytes_per_second"_a = way.bytes_per_second));
+            }
+            return py::dict("path"_a = found.path, "direct"_a = found.direct,
+                            "bytes_per_second"_a = found.ways.front().bytes_per_second,
+                            "ways"_a = ways);
         },
         py::arg("path"), py::arg("seconds") = 1.0,
-        "Best sequential read rate of a file, or of a folder's largest file.");
+        "Sequential read rates of a file, or of a folder's largest file: path, direct, "
+        "bytes_per_second (the best) and ways (request_bytes, in_flight, bytes_per_second each).");
 }
 
 }  // namespace moeinf

@@ -27,16 +27,11 @@ using Clock = std::chrono::steady_clock;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr uint64_t kSmallestFile = uint64_t{1} << 20;
 
-struct Way {
-    size_t request_bytes;
-    int32_t in_flight;
-};
-
-constexpr Way kWays[] = {{size_t{8} << 20, 1},
-                         {size_t{4} << 20, 2},
-                         {size_t{4} << 20, 4},
-                         {size_t{2} << 20, 4},
-                         {size_t{1} << 20, 8}};
+constexpr ReadWay kWays[] = {{size_t{8} << 20, 1, 0},
+                             {size_t{4} << 20, 2, 0},
+                             {size_t{4} << 20, 4, 0},
+                             {size_t{2} << 20, 4, 0},
+                             {size_t{1} << 20, 8, 0}};
 
 CatalogFile file_to_read(const std::string& path) {
     try {
@@ -55,7 +50,7 @@ CatalogFile file_to_read(const std::string& path) {
 
 // Bytes per second; on from `start` and round through the file, each thread one request at a time.
 // Leaves where it stopped in `start`.
-double measure(const SourceFile& file, const std::string& path, const Way& way, double seconds,
+double measure(const SourceFile& file, const std::string& path, const ReadWay& way, double seconds,
                uint64_t& start) {
     const uint64_t requests = std::max<uint64_t>(1, file.nbytes() / way.request_bytes);
     const size_t request_bytes =
@@ -116,16 +111,15 @@ ReadBandwidth read_bandwidth(const std::string& path, double seconds) {
     }
     // From anywhere: what was read lately may be in a cache of the drive or of the host.
     uint64_t start = std::random_device{}() % chosen.nbytes;
-    ReadBandwidth best{0, file.direct(), 0, 0, chosen.path};
-    for (const Way& way : kWays) {
-        const double rate = measure(file, chosen.path, way, seconds / std::size(kWays), start);
-        if (rate > best.bytes_per_second) {
-            best.bytes_per_second = rate;
-            best.request_bytes = way.request_bytes;
-            best.in_flight = way.in_flight;
-        }
+    ReadBandwidth result{chosen.path, file.direct(), {std::begin(kWays), std::end(kWays)}};
+    for (ReadWay& way : result.ways) {
+        const double share = seconds / static_cast<double>(result.ways.size());
+        way.bytes_per_second = measure(file, chosen.path, way, share, start);
     }
-    return best;
+    std::sort(result.ways.begin(), result.ways.end(), [](const ReadWay& left, const ReadWay& right) {
+        return left.bytes_per_second > right.bytes_per_second;
+    });
+    return result;
 }
 
 }  // namespace moeinf
