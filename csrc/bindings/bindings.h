@@ -7,5 +7,6 @@ namespace moeinf {
 
 void bind_errors(pybind11::module_& module);
 void bind_compute(pybind11::module_& module);
+void bind_transfer(pybind11::module_& module);
 
 }  // namespace moeinf
