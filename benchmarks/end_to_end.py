@@ -18,11 +18,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import print_table, write_json
+
 from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
 
 PROMPT_TOKENS = 16
@@ -83,8 +85,8 @@ def run_all(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
     limit = int(1.1 * (dense + slots * store.slot_bytes)) + INTERPRETER_BYTES
     rows = []
     for system in SYSTEMS:
-        bounded = 0 if system == "moeinf, all resident" else limit
-        with memory_cgroup(bounded) as join:
+        bounded = None if system == "moeinf, all resident" else limit
+        with memory_cgroup(limit) if bounded else nullcontext() as join:
             child = subprocess.run(
                 [sys.executable, "-m", "benchmarks.end_to_end", "--child", system,
                  "--dir", str(arguments.dir), "--memory", arguments.memory,
@@ -94,7 +96,7 @@ def run_all(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
                 stdout=subprocess.PIPE, text=True, check=True, preexec_fn=join,
             )  # fmt: skip
         row = json.loads(child.stdout.splitlines()[-1])
-        enforced = bool(bounded and join)
+        enforced = join is not None
         rows.append({"system": system, "limit_bytes": bounded, "limit_enforced": enforced, **row})
         print(f"{system}: {row['tokens_per_second']:.3f} tokens/s", file=sys.stderr)
     return rows
@@ -103,26 +105,28 @@ def run_all(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
 @contextmanager
 def memory_cgroup(limit: int) -> Iterator[Callable[[], None] | None]:
     """What a child calls to live under `limit` bytes; None where no cgroup can be made."""
-    for root, control, members in (
-        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "cgroup.procs"),
-        (Path("/sys/fs/cgroup"), "memory.max", "cgroup.procs"),
+    for root, control in (
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"),
+        (Path("/sys/fs/cgroup"), "memory.max"),
     ):
         group = root / "moeinf-bench"
         try:
             group.mkdir(exist_ok=True)
-            (group / control).write_text(str(limit or -1) if root.name == "memory" else "max")
-            if limit:
-                (group / control).write_text(str(limit))
+            (group / control).write_text(str(limit))
         except OSError:
             continue
         try:
-            yield lambda: (group / members).write_text("0") and None
+            yield partial(_join, group)
         finally:
-            time.sleep(0.5)
+            time.sleep(0.5)  # a child that has just ended still counts for a moment
             group.rmdir()
         return
     print("no memory cgroup can be made here: the limit is not enforced", file=sys.stderr)
     yield None
+
+
+def _join(group: Path) -> None:
+    (group / "cgroup.procs").write_text("0")
 
 
 def run_moeinf(folder: Path, arguments: argparse.Namespace, memory: str) -> dict[str, Any]:
@@ -137,7 +141,10 @@ def run_moeinf(folder: Path, arguments: argparse.Namespace, memory: str) -> dict
     model.moeinf.reset_stats()
     report = measure(model, arguments.tokens)
     stats = model.moeinf.stats()
-    return {**report, **{k: stats[k] for k in ("hit_rate", "demand_bytes", "stall_seconds", "slots")}}
+    return {
+        **report,
+        **{k: stats[k] for k in ("hit_rate", "demand_bytes", "stall_seconds", "slots")},
+    }
 
 
 def run_disk_offload(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from moeinf import _core
 from moeinf.budget import slots_for
 from moeinf.errors import UnsupportedError
+from moeinf.ffn_cpu import CpuExperts
 from moeinf.store import ExpertStore
 
 COUNTERS = (
@@ -100,6 +101,9 @@ class ExpertCache:
         self.core = _core.ExpertCache(
             store.catalog, count, policy, threads=threads, chunk_bytes=chunk_bytes, direct=direct
         )
+        self._experts = CpuExperts(store, self.core)
+        self._prefill = False
+        self._new_sequence = False
 
     @property
     def slots(self) -> int:
@@ -138,6 +142,29 @@ class ExpertCache:
                     yield lease
         finally:
             step.release()
+
+    def begin_pass(self, *, prefill: bool, new_sequence: bool) -> None:
+        """Says what the next forward pass is, for policies and traces. Optional."""
+        self._prefill = prefill
+        self._new_sequence = new_sequence
+
+    def compute(
+        self,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        layer: int,
+    ) -> torch.Tensor:
+        """`moeinf.fused_experts` without the operator around it."""
+        new_sequence, self._new_sequence = self._new_sequence, False
+        return self._experts.run(
+            hidden,
+            topk_ids,
+            topk_weights,
+            layer,
+            prefill=self._prefill,
+            new_sequence=new_sequence,
+        )
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> int:
         """Starts reading absent experts, best first, ahead of need. Returns how many it started.

@@ -103,7 +103,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
         ReadError: the file is gone, short or unreadable.
     """
     tensor = torch.empty(entry.nbytes, dtype=torch.uint8)
-    view = memoryview(tensor.numpy())
+    view = tensor.numpy().data
     try:
         with entry.path.open("rb", buffering=0) as file:
             file.seek(entry.offset)

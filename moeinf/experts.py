@@ -60,7 +60,7 @@ def _fused_experts_cpu(
     owner = _caches.get(cache)
     if owner is None:
         raise ValueError(f"no cache with handle {cache}: it has been released")
-    return owner.ffn.run(hidden, topk_ids, topk_weights, layer)
+    return owner.compute(hidden, topk_ids, topk_weights, layer)
 
 
 def _fused_experts_fake(

@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
@@ -49,11 +49,11 @@ class Metrics:
 
 @dataclass(frozen=True)
 class Result:
-    """`tokens` are the new ones; `logits` [new_tokens, vocabulary] where they were kept."""
+    """`tokens` are the new ones; `logits` is [new_tokens, vocabulary]."""
 
     text: str
     tokens: list[int]
-    logits: torch.Tensor | None
+    logits: torch.Tensor  # empty unless asked for
     metrics: Metrics
 
 
@@ -68,7 +68,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     prompt = tokenizer(request.prompt, return_tensors="pt")
     if prompt["input_ids"].numel() == 0:
         raise ValueError("the prompt is empty; give --prompt some text")
-    model = load(request.path, device=request.device, memory=memory, policy=request.policy)
+    model: Any = load(request.path, device=request.device, memory=memory, policy=request.policy)
     count = prompt["input_ids"].shape[1]
     limit = model.config.get_text_config().max_position_embeddings
     if count + request.max_new_tokens > limit:
@@ -99,9 +99,9 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     rest = clock.times[-1] - clock.times[0]
     read = stats["demand_bytes"] + stats["prefetch_bytes"]
     return Result(
-        text=tokenizer.decode(tokens, skip_special_tokens=True),
+        text=str(tokenizer.decode(tokens, skip_special_tokens=True)),
         tokens=tokens,
-        logits=torch.cat(output.logits) if request.keep_logits else None,
+        logits=torch.cat(output.logits or (torch.empty(0),)),
         metrics=Metrics(
             policy=request.policy,
             slots=cache.slots,

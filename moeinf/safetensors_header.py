@@ -11,7 +11,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -103,13 +103,12 @@ def _check_entry(
 
     if not isinstance(fields, dict):
         raise fail(f"its entry is a {type(fields).__name__}, expected an object")
-    dtype = DTYPES.get(fields.get("dtype")) if isinstance(fields.get("dtype"), str) else None
-    if dtype is None:
-        raise fail(f"unknown dtype {fields.get('dtype')!r}, expected one of {', '.join(DTYPES)}")
-    shape = fields.get("shape")
+    name_of_dtype, shape, offsets = map(fields.get, ("dtype", "shape", "data_offsets"))
+    if not isinstance(name_of_dtype, str) or name_of_dtype not in DTYPES:
+        raise fail(f"unknown dtype {name_of_dtype!r}, expected one of {', '.join(DTYPES)}")
+    dtype = DTYPES[name_of_dtype]
     if not _is_list_of_sizes(shape):
         raise fail(f"shape {shape!r} is not a list of sizes")
-    offsets = fields.get("data_offsets")
     if not _is_list_of_sizes(offsets) or len(offsets) != 2:
         raise fail(f"data_offsets {offsets!r} is not a pair of offsets")
     begin, end = offsets
@@ -126,7 +125,7 @@ def _check_entry(
     return TensorEntry(name, path, dtype, tuple(shape), data_start + begin, expected)
 
 
-def _is_list_of_sizes(value: Any) -> bool:
+def _is_list_of_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
 
 

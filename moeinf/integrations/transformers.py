@@ -8,7 +8,7 @@ parameters left out, the library loads everything else, and the registered exper
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -22,7 +22,12 @@ from moeinf.safetensors_header import TensorEntry
 from moeinf.store import ExpertStore
 
 try:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        GenerationConfig,
+        PreTrainedModel,
+    )
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 except ImportError as error:
     raise ImportError("moeinf.load needs transformers >= 5: pip install 'moeinf[hf]'") from error
@@ -79,7 +84,7 @@ def load(
         **cache_options,
     )
     base = _model_class(config, checkpoint)
-    model = _without_experts(base).from_pretrained(
+    model: Any = _without_experts(base).from_pretrained(
         None,
         config=config,
         state_dict={
@@ -143,7 +148,7 @@ class _OnDemand:
 
 
 def _experts_forward(
-    self: torch.nn.Module,
+    self: Any,
     hidden_states: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -174,7 +179,8 @@ def _config(checkpoint: Checkpoint) -> Any:
 
 def _model_class(config: Any, checkpoint: Checkpoint) -> type[PreTrainedModel]:
     try:
-        return AutoModelForCausalLM._model_mapping[type(config)]
+        known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return known
     except KeyError:
         raise CheckpointError(
             f"{checkpoint.path / 'config.json'}: model_type {config.model_type!r} is not a causal "
@@ -188,7 +194,7 @@ def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
         for _, module in _experts_modules(self):
-            # A tuple of meta tensors, kept to check the checkpoint's shapes against.
+            # Kept to check the checkpoint's shapes against.
             module.moeinf_expected = {
                 name: tuple(parameter.shape) for name, parameter in module.named_parameters()
             }
@@ -199,18 +205,16 @@ def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
 
 
-def _experts_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
+def _experts_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """The modules that hold all experts of one layer, in the order of layers."""
     return [
         (name, module)
         for name, module in model.named_modules()
-        if hasattr(module, "_apply_gate") and hasattr(module, "has_gate")
+        if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
     ]
 
 
-def _match_layers(
-    modules: list[tuple[str, torch.nn.Module]], store: ExpertStore
-) -> list[tuple[str, torch.nn.Module]]:
+def _match_layers(modules: list[tuple[str, Any]], store: ExpertStore) -> list[tuple[str, Any]]:
     """Pairs the model's experts modules with the store's MoE layers, by layer number."""
     found = [
         int(next(part for part in reversed(name.split(".")) if part.isdigit()))
@@ -225,7 +229,7 @@ def _match_layers(
     return modules
 
 
-def _check_form(name: str, module: torch.nn.Module, store: ExpertStore) -> None:
+def _check_form(name: str, module: Any, store: ExpertStore) -> None:
     """The module computes what our kernels compute, over tensors of the shapes the store has."""
     wanted = {
         "has_gate": True,
@@ -266,7 +270,3 @@ def _dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -> torch.d
     if not isinstance(found, torch.dtype):
         raise ValueError(f"dtype={dtype!r}: expected auto, bfloat16, float16 or float32")
     return found
-
-
-if TYPE_CHECKING:
-    __all__ = ["ServedExperts", "load"]
