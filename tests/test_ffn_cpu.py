@@ -203,7 +203,7 @@ def test_the_list_of_kernels_ends_with_one_that_runs_everywhere():
 
 
 def test_an_unknown_set_of_kernels_is_refused_with_a_list_of_those_there_are():
-    with pytest.raises(ValueError, match="no kernels are named 'sse9'.*portable"):
+    with pytest.raises(ValueError, match=r"no kernels are named 'sse9'.*portable"):
         _core.CpuEngine(kernels="sse9")
     for name, supported in _core.cpu_kernels():
         if not supported:
@@ -391,7 +391,7 @@ def test_misuse_is_refused(engine):
     with pytest.raises(ValueError, match="one slot address for each of 7 experts"):
         _core.fused_experts_raw(engine, make_case(4).shape, case.input, slots=[0],
                                 out=out.data_ptr(), out_dtype=_core.DType.f32)  # fmt: skip
-    with pytest.raises(ValueError, match="0 .all CPUs. to 1024 threads"):
+    with pytest.raises(ValueError, match=r"0 .all CPUs. to 1024 threads"):
         _core.CpuEngine(threads=-1)
 
 

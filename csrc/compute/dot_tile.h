@@ -17,9 +17,12 @@
 namespace moeinf {
 namespace {
 
-template <class P, int kRows, int kOutputs>
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+// `ahead` is walked along with the depth, kAhead cache lines a step, to bring it nearer.
+template <class P, int kRows, int kOutputs, int kAhead = 0>
 inline void dot_tile(const void* const* x, const typename P::W* w, int64_t depth, float* y,
-                     int64_t y_stride) {
+                     int64_t y_stride, const char* ahead = nullptr) {
     typename P::Acc acc[kRows][kOutputs];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -32,6 +35,9 @@ inline void dot_tile(const void* const* x, const typename P::W* w, int64_t depth
 
     int64_t k = 0;
     for (; k + P::kStep <= depth; k += P::kStep) {
+#pragma GCC unroll 8
+        for (int i = 0; i < kAhead; ++i) __builtin_prefetch(ahead + i * kLine, 0, 2);
+        ahead += kAhead * kLine;
         typename P::XVec xs[kRows];
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) xs[r] = P::load_x(rows[r] + k);
@@ -72,30 +78,41 @@ inline void dot_tile(const void* const* x, const typename P::W* w, int64_t depth
     }
 }
 
-// All rows over kOutputs weight rows.
+// All rows over a panel of kOutputs weight rows; meanwhile the next panel, which lies right behind
+// it, is brought from memory, an equal share with each tile. Without this every panel would begin
+// with a wait, for only its first tile reads from memory.
+template <class P, int kOutputs, int kAhead>
+inline void panel_tiles(const DotJob& job, const typename P::W* w, float* y) {
+    const auto* ahead = reinterpret_cast<const char*>(w + kOutputs * job.depth);
+    const int64_t share = job.depth / P::kStep * kAhead * kLine;
+    int64_t r = 0;
+    const auto tile = [&]<int kRows>() {
+        dot_tile<P, kRows, kOutputs, kAhead>(job.x + r, w, job.depth, y + r * job.y_stride,
+                                             job.y_stride, ahead);
+        r += kRows;
+        ahead += share;
+    };
+    while (r + P::kRows <= job.rows) tile.template operator()<P::kRows>();
+    static_assert(P::kRows <= 4);
+    const int64_t rest = job.rows - r;
+    if constexpr (P::kRows > 3) {
+        if (rest == 3) tile.template operator()<3>();
+    }
+    if constexpr (P::kRows > 2) {
+        if (rest == 2) tile.template operator()<2>();
+    }
+    if (rest == 1) tile.template operator()<1>();
+}
+
 template <class P, int kOutputs>
 inline void dot_panel(const DotJob& job, const typename P::W* w, float* y) {
-    int64_t r = 0;
-    for (; r + P::kRows <= job.rows; r += P::kRows) {
-        dot_tile<P, P::kRows, kOutputs>(job.x + r, w, job.depth, y + r * job.y_stride,
-                                        job.y_stride);
-    }
-    const auto last = [&]<int kRows>() {
-        dot_tile<P, kRows, kOutputs>(job.x + r, w, job.depth, y + r * job.y_stride, job.y_stride);
-    };
-    static_assert(P::kRows <= 4);
-    switch (job.rows - r) {
-        case 1:
-            return last.template operator()<1>();
-        case 2:
-            if constexpr (P::kRows > 2) return last.template operator()<2>();
-            break;
-        case 3:
-            if constexpr (P::kRows > 3) return last.template operator()<3>();
-            break;
-        default:
-            break;
-    }
+    // Hardware prefetching is at its best where each row of weights is read once.
+    const int64_t tiles = (job.rows + P::kRows - 1) / P::kRows;
+    if (tiles == 1 || !job.from_memory) return panel_tiles<P, kOutputs, 0>(job, w, y);
+    constexpr int64_t kLines = kOutputs * P::kStep * sizeof(typename P::W) / kLine;
+    if (tiles >= kLines) return panel_tiles<P, kOutputs, 1>(job, w, y);
+    if (tiles * 2 >= kLines) return panel_tiles<P, kOutputs, 2>(job, w, y);
+    return panel_tiles<P, kOutputs, 3>(job, w, y);
 }
 
 template <class P>
@@ -105,7 +122,7 @@ inline void dot_block(const DotJob& job) {
     for (; n + P::kOutputs <= job.outputs; n += P::kOutputs) {
         dot_panel<P, P::kOutputs>(job, w + n * job.depth, job.y + n);
     }
-    for (; n < job.outputs; ++n) dot_panel<P, 1>(job, w + n * job.depth, job.y + n);
+    for (; n < job.outputs; ++n) panel_tiles<P, 1, 0>(job, w + n * job.depth, job.y + n);
 }
 
 // A product in 32-bit floats, of weights in any format.

@@ -198,7 +198,7 @@ void FfnPass::gate_up(const SlotOfExpert& expert, int64_t first, int64_t count) 
         for (int64_t r = 0; r < rows; ++r) {
             x[r] = activation_row(row_token_[static_cast<size_t>(row + r)]);
         }
-        DotJob job{x, rows, gate_rows, count, shape_.hidden, gate, kGateRows};
+        DotJob job{x, rows, gate_rows, count, shape_.hidden, gate, kGateRows, row == begin_[p]};
         kernels_.dot(act_dtype_, shape_.weights, job);
         if (shape_.gated) {
             job.w = up_rows;
@@ -228,7 +228,7 @@ void FfnPass::down(const SlotOfExpert& expert, int64_t first, int64_t count) con
         for (int64_t r = 0; r < rows; ++r) x[r] = inner_ + static_cast<size_t>(row + r) * inner_row;
         kernels_.dot(act_dtype_, shape_.weights,
                      DotJob{x, rows, weights, count, shape_.intermediate,
-                            y_ + row * shape_.hidden + first, shape_.hidden});
+                            y_ + row * shape_.hidden + first, shape_.hidden, row == begin_[p]});
     }
 }
 

@@ -23,6 +23,7 @@ struct DotJob {
     int64_t depth;
     float* y;
     int64_t y_stride;  // in floats
+    bool from_memory;  // where w is expected to lie: worth fetching ahead, or in a cache
 };
 
 // out[h] = sum over j of scale[j] * y[j][h], in order of j.
