@@ -64,6 +64,20 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
                                      std::move(flat));
 }
 
+py::array_t<uint64_t> extents_of(const Catalog& catalog, int32_t expert) {
+    const std::span<const Extent> extents = catalog.extents(expert);
+    py::array_t<uint64_t> result({static_cast<py::ssize_t>(extents.size()), py::ssize_t{4}});
+    auto values = result.mutable_unchecked<2>();
+    for (py::ssize_t i = 0; i < result.shape(0); ++i) {
+        const Extent& extent = extents[static_cast<size_t>(i)];
+        values(i, 0) = extent.file;
+        values(i, 1) = extent.file_offset;
+        values(i, 2) = extent.nbytes;
+        values(i, 3) = extent.slot_offset;
+    }
+    return result;
+}
+
 // A transfer that Python can wait for. Holds the pool, so that the slot outlives the read.
 struct Ticket {
     std::shared_ptr<SlotPool> pool;
@@ -162,7 +176,17 @@ void bind_catalog(py::module_& module) {
         .def_property_readonly("num_layers", &Catalog::num_layers)
         .def_property_readonly("num_experts", &Catalog::num_experts)
         .def_property_readonly("slot_bytes", &Catalog::slot_bytes)
-        .def_property_readonly("expert_bytes", &Catalog::expert_bytes);
+        .def_property_readonly("expert_bytes", &Catalog::expert_bytes)
+        .def_property_readonly("files",
+                               [](const Catalog& catalog) {
+                                   std::vector<std::pair<std::string, uint64_t>> files;
+                                   for (const CatalogFile& file : catalog.files()) {
+                                       files.emplace_back(file.path, file.nbytes);
+                                   }
+                                   return files;
+                               })
+        .def("extents", &extents_of, py::arg("expert"),
+             "uint64 [extents, 4] of one flat expert id, as given to the constructor.");
 }
 
 void bind_pool(py::module_& module) {

@@ -9,6 +9,7 @@
 #include <iterator>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -23,6 +24,7 @@ namespace {
 namespace fs = std::filesystem;
 using Clock = std::chrono::steady_clock;
 
+constexpr size_t kHugePage = size_t{2} << 20;
 constexpr uint64_t kSmallestFile = uint64_t{1} << 20;
 
 struct Way {
@@ -51,25 +53,29 @@ CatalogFile file_to_read(const std::string& path) {
     }
 }
 
-// Bytes per second; round and round through the file, each thread one request at a time.
-double measure(const SourceFile& file, const std::string& path, const Way& way, double seconds) {
+// Bytes per second; on from `start` and round through the file, each thread one request at a time.
+// Leaves where it stopped in `start`.
+double measure(const SourceFile& file, const std::string& path, const Way& way, double seconds,
+               uint64_t& start) {
     const uint64_t requests = std::max<uint64_t>(1, file.nbytes() / way.request_bytes);
     const size_t request_bytes =
         static_cast<size_t>(std::min<uint64_t>(way.request_bytes, file.nbytes())) /
         kChunkAlignment * kChunkAlignment;
-    std::atomic<uint64_t> next{0};
+    std::atomic<uint64_t> next{start / way.request_bytes};
     std::atomic<uint64_t> total{0};
     std::mutex failure_lock;
     std::exception_ptr failure;
 
+    // Whole huge pages: requests of many small ones are split on their way to the device.
+    const size_t buffer_bytes = (request_bytes + kHugePage - 1) / kHugePage * kHugePage;
     std::vector<std::unique_ptr<Arena>> buffers;
     for (int32_t i = 0; i < way.in_flight; ++i) {
-        buffers.push_back(make_host_arena(request_bytes));
-        buffers.back()->commit(request_bytes);
+        buffers.push_back(make_host_arena(buffer_bytes));
+        buffers.back()->commit(buffer_bytes);
         std::fill_n(buffers.back()->data(), request_bytes, std::byte{1});  // touched beforehand
     }
-    const Clock::time_point start = Clock::now();
-    const auto deadline = start + std::chrono::duration<double>(seconds);
+    const Clock::time_point began = Clock::now();
+    const auto deadline = began + std::chrono::duration<double>(seconds);
     {
         std::vector<std::jthread> readers;
         for (const std::unique_ptr<Arena>& buffer : buffers) {
@@ -89,7 +95,8 @@ double measure(const SourceFile& file, const std::string& path, const Way& way, 
         }
     }
     if (failure) std::rethrow_exception(failure);
-    const std::chrono::duration<double> elapsed = Clock::now() - start;
+    const std::chrono::duration<double> elapsed = Clock::now() - began;
+    start = next * way.request_bytes;
     return static_cast<double>(total) / elapsed.count();
 }
 
@@ -107,9 +114,11 @@ ReadBandwidth read_bandwidth(const std::string& path, double seconds) {
                     chosen.path + ": expected at least " + std::to_string(kSmallestFile) +
                         " bytes to measure with, found " + std::to_string(chosen.nbytes));
     }
+    // From anywhere: what was read lately may be in a cache of the drive or of the host.
+    uint64_t start = std::random_device{}() % chosen.nbytes;
     ReadBandwidth best{0, file.direct(), 0, 0, chosen.path};
     for (const Way& way : kWays) {
-        const double rate = measure(file, chosen.path, way, seconds / std::size(kWays));
+        const double rate = measure(file, chosen.path, way, seconds / std::size(kWays), start);
         if (rate > best.bytes_per_second) {
             best.bytes_per_second = rate;
             best.request_bytes = way.request_bytes;
