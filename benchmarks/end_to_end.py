@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import print_table, write_json
-
 from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
 
 PROMPT_TOKENS = 16
@@ -50,24 +49,35 @@ def main() -> None:
     write_random_checkpoint(folder, Geometry(layers=arguments.layers))
     rows = run_all(folder, arguments)
     print_table(
-        f"Qwen3-30B-A3B geometry, {arguments.layers} layers, experts at {arguments.memory}",
-        ["system", "tokens/s", "s to first token", "hit rate", "limit GB", "peak GB"],
         [
-            [
-                row["system"],
-                f"{row['tokens_per_second']:.3f}",
-                f"{row['first_token_seconds']:.2f}",
-                f"{row['hit_rate']:.1%}" if "hit_rate" in row else "",
-                f"{row['limit_bytes'] / 1e9:.2f}" if row["limit_bytes"] else "none",
-                f"{row['peak_bytes'] / 1e9:.2f}",
-            ]
+            {
+                **row,
+                "limit_gb": row["limit_bytes"] and row["limit_bytes"] / 1e9,
+                "peak_gb": row["peak_bytes"] / 1e9,
+            }
             for row in rows
         ],
+        {
+            "system": ("system", ""),
+            "tokens_per_second": ("tokens/s", ".3f"),
+            "first_token_seconds": ("s to first token", ".2f"),
+            "hit_rate": ("hit rate", ".1%"),
+            "limit_gb": ("limit GB", ".2f"),
+            "peak_gb": ("peak GB", ".2f"),
+        },
     )
     ratio = rows[0]["tokens_per_second"] / rows[1]["tokens_per_second"]
     print(f"moeinf at {arguments.memory} over accelerate's disk offload: {ratio:.1f}x")
     if arguments.json:
-        write_json(arguments.json, {"rows": rows, "ratio_to_disk_offload": ratio})
+        write_json(
+            arguments.json,
+            "end_to_end",
+            memory=arguments.memory,
+            policy=arguments.policy,
+            layers=arguments.layers,
+            rows=rows,
+            ratio_to_disk_offload=ratio,
+        )
 
 
 def run_all(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moeinf import _core
+from moeinf.bandwidth import memory_read_bandwidth
 
 DISK_SAMPLE_BYTES = 512 * 2**20
 IO_URING_SETUP = 425  # the system call's number on every Linux architecture
@@ -18,14 +19,14 @@ IO_URING_SETUP = 425  # the system call's number on every Linux architecture
 
 def describe(folder: Path) -> dict[str, Any]:
     """Facts about the processor, memory, the disk that holds `folder`, and what is installed."""
-    kernels = {kernel["name"]: kernel["supported"] for kernel in _core.cpu_kernels()}
+    kernels = dict(_core.cpu_kernels())
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "cpu_kernels": kernels,
         "cpu_kernel_used": next(name for name, supported in kernels.items() if supported),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "memory_read_bandwidth": _core.memory_read_bandwidth(),
+        "memory_read_bandwidth": memory_read_bandwidth(),
         "disk": _disk(folder),
         "io_uring": _io_uring(),
         "cuda": _cuda(),
