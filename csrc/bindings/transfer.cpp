@@ -20,6 +20,7 @@
 #include "transfer/copy_engine.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace moeinf {
 namespace {
@@ -62,6 +63,20 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
     }
     return std::make_shared<Catalog>(num_layers, num_experts, slot_bytes, std::move(catalog_files),
                                      std::move(flat));
+}
+
+py::array_t<uint64_t> extents_of(const Catalog& catalog, int32_t expert) {
+    const std::span<const Extent> extents = catalog.extents(expert);
+    py::array_t<uint64_t> result({static_cast<py::ssize_t>(extents.size()), py::ssize_t{4}});
+    auto values = result.mutable_unchecked<2>();
+    for (py::ssize_t i = 0; i < result.shape(0); ++i) {
+        const Extent& extent = extents[static_cast<size_t>(i)];
+        values(i, 0) = extent.file;
+        values(i, 1) = extent.file_offset;
+        values(i, 2) = extent.nbytes;
+        values(i, 3) = extent.slot_offset;
+    }
+    return result;
 }
 
 // A transfer that Python can wait for. Holds the pool, so that the slot outlives the read.
@@ -162,7 +177,17 @@ void bind_catalog(py::module_& module) {
         .def_property_readonly("num_layers", &Catalog::num_layers)
         .def_property_readonly("num_experts", &Catalog::num_experts)
         .def_property_readonly("slot_bytes", &Catalog::slot_bytes)
-        .def_property_readonly("expert_bytes", &Catalog::expert_bytes);
+        .def_property_readonly("expert_bytes", &Catalog::expert_bytes)
+        .def_property_readonly("files",
+                               [](const Catalog& catalog) {
+                                   std::vector<std::pair<std::string, uint64_t>> files;
+                                   for (const CatalogFile& file : catalog.files()) {
+                                       files.emplace_back(file.path, file.nbytes);
+                                   }
+                                   return files;
+                               })
+        .def("extents", &extents_of, py::arg("expert"),
+             "uint64 [extents, 4] of one flat expert id, as given to the constructor.");
 }
 
 void bind_pool(py::module_& module) {
@@ -256,21 +281,24 @@ void bind_transfer(py::module_& module) {
     module.def(
         "read_bandwidth",
         [](const std::string& path, double seconds) {
-            ReadBandwidth best;
+            ReadBandwidth found;
             {
                 const py::gil_scoped_release released;
-                best = read_bandwidth(path, seconds);
+                found = read_bandwidth(path, seconds);
             }
-            py::dict result;
-            result["bytes_per_second"] = best.bytes_per_second;
-            result["direct"] = best.direct;
-            result["request_bytes"] = best.request_bytes;
-            result["in_flight"] = best.in_flight;
-            result["path"] = best.path;
-            return result;
+            py::list ways;
+            for (const ReadWay& way : found.ways) {
+                ways.append(py::dict("request_bytes"_a = way.request_bytes,
+                                     "in_flight"_a = way.in_flight,
+                                     "bytes_per_second"_a = way.bytes_per_second));
+            }
+            return py::dict("path"_a = found.path, "direct"_a = found.direct,
+                            "bytes_per_second"_a = found.ways.front().bytes_per_second,
+                            "ways"_a = ways);
         },
         py::arg("path"), py::arg("seconds") = 1.0,
-        "Best sequential read rate of a file, or of a folder's largest file.");
+        "Sequential read rates of a file, or of a folder's largest file: path, direct, "
+        "bytes_per_second (the best) and ways (request_bytes, in_flight, bytes_per_second each).");
 }
 
 }  // namespace moeinf

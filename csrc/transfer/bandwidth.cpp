@@ -9,6 +9,7 @@
 #include <iterator>
 #include <memory>
 #include <mutex>
+#include <random>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -23,18 +24,14 @@ namespace {
 namespace fs = std::filesystem;
 using Clock = std::chrono::steady_clock;
 
+constexpr size_t kHugePage = size_t{2} << 20;
 constexpr uint64_t kSmallestFile = uint64_t{1} << 20;
 
-struct Way {
-    size_t request_bytes;
-    int32_t in_flight;
-};
-
-constexpr Way kWays[] = {{size_t{8} << 20, 1},
-                         {size_t{4} << 20, 2},
-                         {size_t{4} << 20, 4},
-                         {size_t{2} << 20, 4},
-                         {size_t{1} << 20, 8}};
+constexpr ReadWay kWays[] = {{size_t{8} << 20, 1, 0},
+                             {size_t{4} << 20, 2, 0},
+                             {size_t{4} << 20, 4, 0},
+                             {size_t{2} << 20, 4, 0},
+                             {size_t{1} << 20, 8, 0}};
 
 CatalogFile file_to_read(const std::string& path) {
     try {
@@ -51,25 +48,29 @@ CatalogFile file_to_read(const std::string& path) {
     }
 }
 
-// Bytes per second; round and round through the file, each thread one request at a time.
-double measure(const SourceFile& file, const std::string& path, const Way& way, double seconds) {
+// Bytes per second; on from `start` and round through the file, each thread one request at a time.
+// Leaves where it stopped in `start`.
+double measure(const SourceFile& file, const std::string& path, const ReadWay& way, double seconds,
+               uint64_t& start) {
     const uint64_t requests = std::max<uint64_t>(1, file.nbytes() / way.request_bytes);
     const size_t request_bytes =
         static_cast<size_t>(std::min<uint64_t>(way.request_bytes, file.nbytes())) /
         kChunkAlignment * kChunkAlignment;
-    std::atomic<uint64_t> next{0};
+    std::atomic<uint64_t> next{start / way.request_bytes};
     std::atomic<uint64_t> total{0};
     std::mutex failure_lock;
     std::exception_ptr failure;
 
+    // Whole huge pages: requests of many small ones are split on their way to the device.
+    const size_t buffer_bytes = (request_bytes + kHugePage - 1) / kHugePage * kHugePage;
     std::vector<std::unique_ptr<Arena>> buffers;
     for (int32_t i = 0; i < way.in_flight; ++i) {
-        buffers.push_back(make_host_arena(request_bytes));
-        buffers.back()->commit(request_bytes);
+        buffers.push_back(make_host_arena(buffer_bytes));
+        buffers.back()->commit(buffer_bytes);
         std::fill_n(buffers.back()->data(), request_bytes, std::byte{1});  // touched beforehand
     }
-    const Clock::time_point start = Clock::now();
-    const auto deadline = start + std::chrono::duration<double>(seconds);
+    const Clock::time_point began = Clock::now();
+    const auto deadline = began + std::chrono::duration<double>(seconds);
     {
         std::vector<std::jthread> readers;
         for (const std::unique_ptr<Arena>& buffer : buffers) {
@@ -89,7 +90,8 @@ double measure(const SourceFile& file, const std::string& path, const Way& way, 
         }
     }
     if (failure) std::rethrow_exception(failure);
-    const std::chrono::duration<double> elapsed = Clock::now() - start;
+    const std::chrono::duration<double> elapsed = Clock::now() - began;
+    start = next * way.request_bytes;
     return static_cast<double>(total) / elapsed.count();
 }
 
@@ -107,16 +109,17 @@ ReadBandwidth read_bandwidth(const std::string& path, double seconds) {
                     chosen.path + ": expected at least " + std::to_string(kSmallestFile) +
                         " bytes to measure with, found " + std::to_string(chosen.nbytes));
     }
-    ReadBandwidth best{0, file.direct(), 0, 0, chosen.path};
-    for (const Way& way : kWays) {
-        const double rate = measure(file, chosen.path, way, seconds / std::size(kWays));
-        if (rate > best.bytes_per_second) {
-            best.bytes_per_second = rate;
-            best.request_bytes = way.request_bytes;
-            best.in_flight = way.in_flight;
-        }
+    // From anywhere: what was read lately may be in a cache of the drive or of the host.
+    uint64_t start = std::random_device{}() % chosen.nbytes;
+    ReadBandwidth result{chosen.path, file.direct(), {std::begin(kWays), std::end(kWays)}};
+    for (ReadWay& way : result.ways) {
+        const double share = seconds / static_cast<double>(result.ways.size());
+        way.bytes_per_second = measure(file, chosen.path, way, share, start);
     }
-    return best;
+    std::sort(result.ways.begin(), result.ways.end(), [](const ReadWay& left, const ReadWay& right) {
+        return left.bytes_per_second > right.bytes_per_second;
+    });
+    return result;
 }
 
 }  // namespace moeinf

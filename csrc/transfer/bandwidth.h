@@ -5,20 +5,26 @@
 #include <cstddef>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 namespace moeinf {
 
-struct ReadBandwidth {
+// One way of reading in sequence, and what it gave.
+struct ReadWay {
+    size_t request_bytes;
+    int32_t in_flight;  // requests at a time
     double bytes_per_second;
-    bool direct;           // false: the file system refused O_DIRECT, the page cache took part
-    size_t request_bytes;  // of the way of asking that was fastest
-    int32_t in_flight;     // requests at a time
-    std::string path;      // the file that was read
 };
 
-// The best of several ways of reading `path` in sequence (of a folder: its largest file), each for
-// a share of `seconds`. Throws Error(kRead) where it cannot be read, Error(kInvalid) for a file too
-// small to say anything (under 1 MiB).
+struct ReadBandwidth {
+    std::string path;           // the file that was read
+    bool direct;                // false: the page cache took part
+    std::vector<ReadWay> ways;  // fastest first
+};
+
+// Reads `path` (of a folder: its largest file) in several ways, each for a share of `seconds`.
+// Throws Error(kRead) where it cannot be read, Error(kInvalid) for a file too small to say anything
+// (under 1 MiB).
 [[nodiscard]] ReadBandwidth read_bandwidth(const std::string& path, double seconds);
 
 }  // namespace moeinf

@@ -36,6 +36,11 @@ constexpr int32_t kDefaultThreads = 4;
 constexpr int32_t kMostThreads = 256;
 constexpr size_t kDefaultChunkBytes = size_t{1} << 20;
 constexpr size_t kLargestChunkBytes = size_t{1} << 30;
+constexpr size_t kHugePage = size_t{2} << 20;
+
+size_t round_up(size_t value, size_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
 
 struct Job;
 using Queue = std::list<std::shared_ptr<Job>>;
@@ -90,8 +95,9 @@ struct CopyEngine::Impl {
             files.emplace_back(file, options.direct);
             alignment = std::max(alignment, files.back().alignment());
         }
-        // A chunk widened to the alignment at both ends.
-        const size_t bounce_bytes = options.chunk_bytes + 2 * alignment;
+        // A chunk widened to the alignment at both ends, in whole huge pages: a device takes
+        // memory in one piece per page, and few pieces per request.
+        const size_t bounce_bytes = round_up(options.chunk_bytes + 2 * alignment, kHugePage);
         for (int32_t i = 0; i < options.threads; ++i) {
             bounces.push_back(make_host_arena(bounce_bytes));
             bounces.back()->commit(bounce_bytes);
