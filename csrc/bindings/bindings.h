@@ -6,5 +6,6 @@
 namespace moeinf {
 
 void bind_errors(pybind11::module_& module);
+void bind_trace(pybind11::module_& module);
 
 }  // namespace moeinf

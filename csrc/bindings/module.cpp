@@ -4,4 +4,5 @@
 PYBIND11_MODULE(_core, module) {
     module.doc() = "Slots, transfers, residency and CPU kernels of moeinf.";
     moeinf::bind_errors(module);
+    moeinf::bind_trace(module);
 }

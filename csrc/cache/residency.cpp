@@ -115,6 +115,7 @@ void Residency::resize(int32_t slots) {
     }
     const int32_t before = slots_;
     slots_ = slots;
+    policy_->resized(slots);
     if (slots > before) {
         residents_.resize(std::max(residents_.size(), at(slots)), -1);
         for (int32_t slot = slots - 1; slot >= before; --slot) {

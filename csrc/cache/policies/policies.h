@@ -11,5 +11,7 @@ namespace moeinf {
 std::unique_ptr<Policy> make_lru(PolicyShape shape);
 std::unique_ptr<Policy> make_lfu(PolicyShape shape);
 std::unique_ptr<Policy> make_lrfu(PolicyShape shape);
+std::unique_ptr<Policy> make_classlru(PolicyShape shape);
+std::unique_ptr<Policy> make_best(PolicyShape shape);
 
 }  // namespace moeinf
