@@ -17,6 +17,7 @@ constexpr Row kPolicies[] = {
     {"lfu", make_lfu},
     {"lrfu", make_lrfu},
     {"classlru", make_classlru},
+    {"eam", make_eam},
     {"best", make_best},
     // clang-format on
 };
