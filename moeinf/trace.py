@@ -8,6 +8,7 @@ checked before anything uses it. Nothing here records: the live cache does.
 from __future__ import annotations
 
 import csv
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -104,9 +105,7 @@ class Trace:
             if array is not None and not np.isfinite(array).all():
                 raise TraceError(f"{self.name}: tensor '{field}': expected finite values")
         try:
-            _core.check_trace(
-                self.experts, self.sequence, self.phase, self.num_experts, self.name
-            )
+            _core.check_trace(self.experts, self.sequence, self.phase, self.num_experts, self.name)
         except ValueError as error:
             raise TraceError(str(error)) from None
 
@@ -149,7 +148,7 @@ class Trace:
         """One trace per sequence, in order of time, as views of this one."""
         starts = np.flatnonzero(np.diff(self.sequence)) + 1
         bounds = [0, *starts.tolist(), self.num_tokens]
-        return [self.tokens(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        return [self.tokens(a, b) for a, b in itertools.pairwise(bounds)]
 
     def tokens(self, start: int, end: int) -> Trace:
         """Tokens [start, end) as a view."""
@@ -195,9 +194,7 @@ class Trace:
         return replace(first, sequence=np.concatenate(sequences), name=name, **joined)
 
     def save(self, path: str | Path) -> None:
-        tensors = {
-            field: array for field in _DTYPES if (array := getattr(self, field)) is not None
-        }
+        tensors = {field: array for field in _DTYPES if (array := getattr(self, field)) is not None}
         save_file(
             tensors,
             path,

@@ -10,6 +10,8 @@
 
 #include "base/error.h"
 #include "bindings/bindings.h"
+#include "cache/eam.h"
+#include "cache/policies/policies.h"
 #include "trace/belady.h"
 #include "trace/simulator.h"
 
@@ -118,9 +120,29 @@ private:
     std::vector<int32_t> candidates_;
 };
 
-std::unique_ptr<Policy> policy_for(const TraceView& trace, const py::object& policy) {
+struct Collections {
+    const EamCollection* prefill = nullptr;
+    const EamCollection* decode = nullptr;
+};
+
+std::unique_ptr<Policy> policy_for(const TraceView& trace, const py::object& policy,
+                                   const Collections& eamc) {
     if (!py::isinstance<py::str>(policy)) return std::make_unique<PythonPolicy>(policy);
     const auto name = policy.cast<std::string>();
+    if (eamc.decode != nullptr && eamc.prefill != nullptr) {
+        for (const EamCollection* one : {eamc.prefill, eamc.decode}) {
+            if (one->shape().num_layers != trace.layers ||
+                one->shape().num_experts != trace.num_experts) {
+                throw Error(ErrorCode::kInvalid,
+                            "collection: expected " + std::to_string(trace.layers) + " layers of " +
+                                std::to_string(trace.num_experts) +
+                                " experts as in the trace, found " +
+                                std::to_string(one->shape().num_layers) + " of " +
+                                std::to_string(one->shape().num_experts));
+            }
+        }
+        if (name == "eam") return make_eam(*eamc.prefill, *eamc.decode);
+    }
     py::gil_scoped_release release;
     if (name == "belady") return make_belady(trace);
     return make_policy(name, trace.shape());
@@ -146,6 +168,7 @@ std::function<void(int64_t, int64_t, Policy&)> priors_hook(const py::object& pri
 py::dict simulate_arrays(const Array<int16_t>& experts, const Array<int32_t>& sequence,
                          const Array<uint8_t>& phase, const std::optional<Array<uint16_t>>& router,
                          int32_t num_experts, const py::object& policy, int32_t slots,
+                         const EamCollection* eamc_prefill, const EamCollection* eamc_decode,
                          const py::object& priors, const py::object& progress, bool step_misses) {
     const TraceView trace = view(experts, sequence, phase, router, num_experts);
     SimulationHooks hooks;
@@ -159,7 +182,7 @@ py::dict simulate_arrays(const Array<int16_t>& experts, const Array<int32_t>& se
     std::vector<uint16_t> misses;
     if (step_misses) hooks.step_misses = &misses;
 
-    std::unique_ptr<Policy> chosen = policy_for(trace, policy);
+    std::unique_ptr<Policy> chosen = policy_for(trace, policy, {eamc_prefill, eamc_decode});
     std::vector<LayerCounts> layers;
     {
         py::gil_scoped_release release;
@@ -180,10 +203,68 @@ py::dict simulate_arrays(const Array<int16_t>& experts, const Array<int32_t>& se
     return result;
 }
 
+void bind_eam(py::module_& module) {
+    using namespace py::literals;
+    py::class_<EamCollection>(module, "EamCollection",
+                              "Activation matrices of finished requests; see csrc/cache/eam.h.")
+        .def(py::init([](int32_t num_layers, int32_t num_experts, int32_t capacity) {
+                 return EamCollection({num_layers, num_experts}, capacity);
+             }),
+             "num_layers"_a, "num_experts"_a, "capacity"_a)
+        .def("add",
+             [](EamCollection& self, const Array<float>& matrix) { self.add(values(matrix)); })
+        .def("__len__", &EamCollection::size)
+        .def_property_readonly("capacity", &EamCollection::capacity)
+        .def("entries",
+             [](const EamCollection& self) {
+                 const PolicyShape shape = self.shape();
+                 py::array_t<float> out({self.size(), shape.num_layers, shape.num_experts});
+                 for (int32_t i = 0; i < self.size(); ++i) {
+                     const auto entry = self.entry(i);
+                     std::copy(entry.begin(), entry.end(),
+                               out.mutable_data() + static_cast<size_t>(i) * entry.size());
+                 }
+                 return out;
+             })
+        .def("predict", [](const EamCollection& self, const std::vector<int32_t>& matched) {
+            const PolicyShape shape = self.shape();
+            for (const int32_t index : matched) {
+                if (index < 0 || index >= self.size()) throw py::index_error();
+            }
+            py::array_t<float> out({shape.num_layers, shape.num_experts});
+            predict_activations(self, matched,
+                                {out.mutable_data(), static_cast<size_t>(out.size())});
+            return out;
+        });
+    py::class_<EamMatch>(module, "EamMatch", "A growing matrix against a collection.")
+        .def(py::init<const EamCollection&>(), py::keep_alive<1, 2>())
+        .def("restart", &EamMatch::restart)
+        .def("add_row",
+             [](EamMatch& self, int32_t layer, const Array<int32_t>& experts,
+                const Array<int32_t>& counts) {
+                 self.add_row(layer, values(experts), values(counts));
+             })
+        .def("nearest", [](EamMatch& self, int32_t count) {
+            std::vector<int32_t> out;
+            self.nearest(count, out);
+            return out;
+        });
+    module.def("prefetch_order", [](const Array<float>& predicted, int32_t layer, size_t limit) {
+        if (predicted.ndim() != 2) {
+            throw Error(ErrorCode::kInvalid, "predicted: expected [layers, experts]");
+        }
+        return prefetch_order(
+            values(predicted),
+            {static_cast<int32_t>(predicted.shape(0)), static_cast<int32_t>(predicted.shape(1))},
+            layer, limit);
+    });
+}
+
 }  // namespace
 
 void bind_trace(py::module_& module) {
     using namespace py::literals;
+    bind_eam(module);
     module.def("check_trace",
                [](const Array<int16_t>& experts, const Array<int32_t>& sequence,
                   const Array<uint8_t>& phase, int32_t num_experts, const std::string& name) {
@@ -191,7 +272,9 @@ void bind_trace(py::module_& module) {
                });
     module.def("policy_names", &policy_names, "The policies of the live cache.");
     module.def("simulate", &simulate_arrays, "experts"_a, "sequence"_a, "phase"_a, "router"_a,
-               "num_experts"_a, "policy"_a, "slots"_a, "priors"_a, "progress"_a, "step_misses"_a);
+               "num_experts"_a, "policy"_a, "slots"_a, "eamc_prefill"_a = nullptr,
+               "eamc_decode"_a = nullptr, "priors"_a = py::none(), "progress"_a = py::none(),
+               "step_misses"_a = false);
 }
 
 }  // namespace moeinf
