@@ -108,6 +108,14 @@ void Residency::remove(int32_t expert) {
     }
 }
 
+int32_t Residency::room() const noexcept {
+    size_t room = free_slots_.size();
+    for (size_t slot = 0; slot < at(slots_); ++slot) {
+        if (residents_[slot] >= 0 && !pinned(residents_[slot])) ++room;
+    }
+    return static_cast<int32_t>(room);
+}
+
 void Residency::resize(int32_t slots) {
     if (slots < 1) {
         throw Error(ErrorCode::kInvalid,

@@ -59,6 +59,9 @@ public:
     }  // by slot, -1: free; closed slots that are still occupied come last
     [[nodiscard]] int32_t slots() const noexcept { return slots_; }
 
+    // How many experts could be placed now: free slots and residents that may be evicted.
+    [[nodiscard]] int32_t room() const noexcept;
+
     // Opens free slots at the end, or closes slots from the end. Residents of closed slots leave at
     // once, but a pinned one stays until its owner has unpinned and removed it; nothing else ever
     // enters a closed slot. Growing again reopens them.
