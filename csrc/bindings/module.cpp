@@ -9,4 +9,5 @@ PYBIND11_MODULE(_core, module) {
     moeinf::bind_cache(module);
     moeinf::bind_cache_timing(module);
     moeinf::bind_fused_experts(module);
+    moeinf::bind_trace(module);
 }

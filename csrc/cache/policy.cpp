@@ -12,9 +12,14 @@ struct Row {
 };
 
 constexpr Row kPolicies[] = {
+    // clang-format off
     {"lru", make_lru},
     {"lfu", make_lfu},
     {"lrfu", make_lrfu},
+    {"classlru", make_classlru},
+    {"eam", make_eam},
+    {"best", make_best},
+    // clang-format on
 };
 
 }  // namespace

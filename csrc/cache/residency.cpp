@@ -123,6 +123,7 @@ void Residency::resize(int32_t slots) {
     }
     const int32_t before = slots_;
     slots_ = slots;
+    policy_->resized(slots);
     if (slots > before) {
         residents_.resize(std::max(residents_.size(), at(slots)), -1);
         std::vector<int32_t> opened;

@@ -50,14 +50,16 @@ public:
              sizes_[static_cast<size_t>(expert / per_group_)]);
     }
 
-    // To be called when any number of experts changed places.
+    // To be called when any number of experts changed places, or only experts of one group.
     void rebuild() {
         for (size_t group = 0; group < sizes_.size(); ++group) {
-            const int32_t base = static_cast<int32_t>(group) * per_group_;
-            for (int32_t at = base + sizes_[group] / 2 - 1; at >= base; --at) {
-                sink(item(at), base, sizes_[group]);
-            }
+            rebuild(static_cast<int32_t>(group));
         }
+    }
+    void rebuild(int32_t group) {
+        const int32_t size = sizes_[static_cast<size_t>(group)];
+        const int32_t base = group * per_group_;
+        for (int32_t at = base + size / 2 - 1; at >= base; --at) sink(item(at), base, size);
     }
 
     // Fills `victims` with the lowest that are not pinned, lowest first, and returns how many there

@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "cache/eam.h"
 #include "cache/policy.h"
 
 namespace moeinf {
@@ -11,5 +12,9 @@ namespace moeinf {
 std::unique_ptr<Policy> make_lru(PolicyShape shape);
 std::unique_ptr<Policy> make_lfu(PolicyShape shape);
 std::unique_ptr<Policy> make_lrfu(PolicyShape shape);
+std::unique_ptr<Policy> make_classlru(PolicyShape shape);
+std::unique_ptr<Policy> make_eam(PolicyShape shape);  // starts with empty collections
+std::unique_ptr<Policy> make_eam(EamCollection prefill, EamCollection decode);
+std::unique_ptr<Policy> make_best(PolicyShape shape);
 
 }  // namespace moeinf
