@@ -18,24 +18,31 @@ except ImportError as error:
     ) from error
 
 from moeinf.cache import ExpertCache, Lease
-from moeinf.errors import CapacityError, CheckpointError, ReadError, UnsupportedError
+from moeinf.eam import EAMC
+from moeinf.errors import CapacityError, CheckpointError, ReadError, TraceError, UnsupportedError
 from moeinf.experts import fused_experts
+from moeinf.simulate import simulate
 from moeinf.store import ExpertStore
+from moeinf.trace import Trace
 
 if TYPE_CHECKING:
     from moeinf.integrations.transformers import load
 
 __all__ = [
+    "EAMC",
     "CapacityError",
     "CheckpointError",
     "ExpertCache",
     "ExpertStore",
     "Lease",
     "ReadError",
+    "Trace",
+    "TraceError",
     "UnsupportedError",
     "fused_experts",
     "load",
     "policies",
+    "simulate",
 ]
 
 

@@ -15,3 +15,7 @@ class CapacityError(RuntimeError):
 
 class UnsupportedError(RuntimeError):
     """Something this machine, build or version lacks."""
+
+
+class TraceError(ValueError):
+    """A routing trace that is truncated, foreign, or holds ids, sizes or phases that cannot be."""
