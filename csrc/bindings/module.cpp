@@ -7,6 +7,7 @@ PYBIND11_MODULE(_core, module) {
     moeinf::bind_compute(module);
     moeinf::bind_transfer(module);
     moeinf::bind_cache(module);
+    moeinf::bind_cache_timing(module);
     moeinf::bind_fused_experts(module);
     moeinf::bind_trace(module);
 }

@@ -126,13 +126,16 @@ void Residency::resize(int32_t slots) {
     policy_->resized(slots);
     if (slots > before) {
         residents_.resize(std::max(residents_.size(), at(slots)), -1);
+        std::vector<int32_t> opened;
         for (int32_t slot = slots - 1; slot >= before; --slot) {
             if (residents_[at(slot)] < 0) {
-                free_slots_.push_back(slot);
+                opened.push_back(slot);
             } else {
                 --occupied_closed_slots_;
             }
         }
+        // Low slots are used first, so that a cache touches no more memory than it needs.
+        free_slots_.insert(free_slots_.begin(), opened.begin(), opened.end());
     } else {
         std::erase_if(free_slots_, [slots](int32_t slot) { return slot >= slots; });
         for (int32_t slot = slots; slot < before; ++slot) {

@@ -78,12 +78,11 @@ inline void dot_tile(const void* const* x, const typename P::W* w, int64_t depth
     }
 }
 
-// All rows over a panel of kOutputs weight rows; meanwhile the next panel, which lies right behind
-// it, is brought from memory, an equal share with each tile. Without this every panel would begin
-// with a wait, for only its first tile reads from memory.
+// All rows over a panel of kOutputs weight rows; meanwhile what lies `ahead`, the next panel, is
+// brought from memory, an equal share with each tile. Without this every panel would begin with a
+// wait, for only its first tile reads from memory.
 template <class P, int kOutputs, int kAhead>
-inline void panel_tiles(const DotJob& job, const typename P::W* w, float* y) {
-    const auto* ahead = reinterpret_cast<const char*>(w + kOutputs * job.depth);
+inline void panel_tiles(const DotJob& job, const typename P::W* w, float* y, const char* ahead) {
     const int64_t share = job.depth / P::kStep * kAhead * kLine;
     int64_t r = 0;
     const auto tile = [&]<int kRows>() {
@@ -104,25 +103,41 @@ inline void panel_tiles(const DotJob& job, const typename P::W* w, float* y) {
     if (rest == 1) tile.template operator()<1>();
 }
 
-template <class P, int kOutputs>
-inline void dot_panel(const DotJob& job, const typename P::W* w, float* y) {
-    // Hardware prefetching is at its best where each row of weights is read once.
-    const int64_t tiles = (job.rows + P::kRows - 1) / P::kRows;
-    if (tiles == 1 || !job.from_memory) return panel_tiles<P, kOutputs, 0>(job, w, y);
-    constexpr int64_t kLines = kOutputs * P::kStep * sizeof(typename P::W) / kLine;
-    if (tiles >= kLines) return panel_tiles<P, kOutputs, 1>(job, w, y);
-    if (tiles * 2 >= kLines) return panel_tiles<P, kOutputs, 2>(job, w, y);
-    return panel_tiles<P, kOutputs, 3>(job, w, y);
+// Weights that only one tile of activations needs: memory is the limit, and one row after another
+// at full stride is what it serves fastest.
+template <class P>
+inline void stream_rows(const DotJob& job, const typename P::W* w) {
+    constexpr int64_t kDistance = 8192;  // bytes
+    for (int64_t n = 0; n < job.outputs; ++n, w += job.depth) {
+        panel_tiles<P, 1, 1>(job, w, job.y + n, reinterpret_cast<const char*>(w) + kDistance);
+    }
 }
 
 template <class P>
 inline void dot_block(const DotJob& job) {
+    constexpr int kOutputs = P::kOutputs;
+    constexpr int64_t kStepBytes = P::kStep * sizeof(typename P::W);
+    constexpr int64_t kLines = kOutputs * kStepBytes / kLine;
     const auto* w = static_cast<const typename P::W*>(job.w);
+    const int64_t tiles = (job.rows + P::kRows - 1) / P::kRows;
+    if (kStepBytes == kLine && tiles == 1) return stream_rows<P>(job, w);
     int64_t n = 0;
-    for (; n + P::kOutputs <= job.outputs; n += P::kOutputs) {
-        dot_panel<P, P::kOutputs>(job, w + n * job.depth, job.y + n);
+    for (; n + kOutputs <= job.outputs; n += kOutputs, w += kOutputs * job.depth) {
+        float* y = job.y + n;
+        const auto* ahead = reinterpret_cast<const char*>(w + kOutputs * job.depth);
+        if (tiles == 1 || !job.from_memory) {
+            panel_tiles<P, kOutputs, 0>(job, w, y, ahead);
+        } else if (tiles >= kLines) {
+            panel_tiles<P, kOutputs, 1>(job, w, y, ahead);
+        } else if (tiles * 2 >= kLines) {
+            panel_tiles<P, kOutputs, 2>(job, w, y, ahead);
+        } else {
+            panel_tiles<P, kOutputs, 3>(job, w, y, ahead);
+        }
     }
-    for (; n < job.outputs; ++n) panel_tiles<P, 1, 0>(job, w + n * job.depth, job.y + n);
+    for (; n < job.outputs; ++n, w += job.depth) {
+        panel_tiles<P, 1, 0>(job, w, job.y + n, nullptr);
+    }
 }
 
 // A product in 32-bit floats, of weights in any format.

@@ -10,14 +10,20 @@
 namespace moeinf {
 namespace {
 
-// Routes that share one walk over a block of weight rows. Together with the block (about 200 KB)
-// their activations stay in a 1 MB L2 cache.
+// Routes that share one walk over a block of weight rows.
 constexpr int64_t kRowsPerWalk = 64;
-// Gate rows (and as many up rows) of one task; a multiple of every tile's width.
-constexpr int64_t kGateRows = 48;
-// Bytes of `down` in one task.
-constexpr int64_t kDownBytes = 192 << 10;
-
+// A block is a multiple of this many weight rows, a multiple in turn of every tile's width.
+constexpr int64_t kBlockRows = 48;
+// Gate values (and up values) that one task holds at a time.
+constexpr int64_t kGateValues = kRowsPerWalk * kBlockRows;
+// The most bytes of a block: where weights are walked once, long blocks let prefetching reach its
+// stride; where they are walked again, the block must stay in the L2 cache with the activations.
+constexpr int64_t kStreamBytes = 768 << 10;
+constexpr int64_t kRewalkBytes = 192 << 10;
+// `down` writes its results where they stay.
+constexpr int64_t kAnyValues = int64_t{1} << 40;
+// How finely the rest of the work is cut.
+constexpr int64_t kSharesPerThread = 4;
 constexpr int64_t kMaxTopK = 64;
 constexpr size_t kAlign = 64;
 
@@ -163,24 +169,45 @@ void FfnPass::compute(std::span<const SlotOfExpert> ready) {
         }
         computed_[p] = true;
     }
-    const auto count = static_cast<int64_t>(ready.size());
-    const auto in_blocks = [&](int64_t rows, int64_t step, auto block) {
-        const int64_t blocks = (rows + step - 1) / step;
-        engine_.pool().run(count * blocks, [&](int64_t task) noexcept {
-            const int64_t first = task % blocks * step;
-            block(ready[static_cast<size_t>(task / blocks)], first, std::min(step, rows - first));
-        });
+    const auto size = static_cast<int64_t>(dtype_bytes(shape_.weights));
+    run_blocks(ready, shape_.intermediate, shape_.hidden * size, kGateValues,
+               [this](const SlotOfExpert& expert, int64_t first, int64_t rows) noexcept {
+                   gate_up(expert, first, rows);
+               });
+    run_blocks(ready, shape_.hidden, shape_.intermediate * size, kAnyValues,
+               [this](const SlotOfExpert& expert, int64_t first, int64_t rows) noexcept {
+                   down(expert, first, rows);
+               });
+}
+
+// Cuts the `rows` weight rows of each expert into blocks, and calls block(expert, first, count) for
+// each. Blocks shrink towards the end of the work, so that no thread waits long for the last one.
+template <class Block>
+void FfnPass::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows, int64_t row_bytes,
+                         int64_t most_values, const Block& block) {
+    struct Task {
+        const SlotOfExpert* expert;
+        int64_t first;
+        int64_t count;
     };
-    in_blocks(shape_.intermediate, kGateRows,
-              [this](const SlotOfExpert& expert, int64_t first, int64_t rows) noexcept {
-                  gate_up(expert, first, rows);
-              });
-    const auto row_bytes = shape_.intermediate * static_cast<int64_t>(dtype_bytes(shape_.weights));
-    const int64_t step = std::max<int64_t>(1, kDownBytes / row_bytes / kGateRows) * kGateRows;
-    in_blocks(shape_.hidden, step,
-              [this](const SlotOfExpert& expert, int64_t first, int64_t rows) noexcept {
-                  down(expert, first, rows);
-              });
+    std::vector<Task> tasks;
+    int64_t left = static_cast<int64_t>(ready.size()) * rows;
+    for (const SlotOfExpert& expert : ready) {
+        const int64_t routes = counts_[static_cast<size_t>(expert.position)];
+        const int64_t most_bytes = routes <= kRowsPerWalk ? kStreamBytes : kRewalkBytes;
+        const int64_t most =
+            std::min(most_bytes / row_bytes, most_values / std::min(routes, kRowsPerWalk));
+        for (int64_t first = 0, count = 0; first < rows; first += count, left -= count) {
+            const int64_t share = left / (kSharesPerThread * engine_.pool().threads());
+            const int64_t units = std::min(share, most) / kBlockRows;
+            count = std::min(std::max<int64_t>(1, units) * kBlockRows, rows - first);
+            tasks.push_back({&expert, first, count});
+        }
+    }
+    engine_.pool().run(static_cast<int64_t>(tasks.size()), [&](int64_t index) noexcept {
+        const Task& task = tasks[static_cast<size_t>(index)];
+        block(*task.expert, task.first, task.count);
+    });
 }
 
 // `count` rows of inner, from row `first` of gate and of up.
@@ -190,15 +217,15 @@ void FfnPass::gate_up(const SlotOfExpert& expert, int64_t first, int64_t count) 
     const std::byte* weights = expert.slot + shape_.gate_up_offset;
     const std::byte* gate_rows = weights + static_cast<size_t>(first) * weight_row;
     const std::byte* up_rows = gate_rows + static_cast<size_t>(shape_.intermediate) * weight_row;
-    float gate[kRowsPerWalk * kGateRows];
-    float up[kRowsPerWalk * kGateRows];
+    float gate[kGateValues];
+    float up[kGateValues];
     const void* x[kRowsPerWalk];
     for (int64_t row = begin_[p]; row < begin_[p + 1]; row += kRowsPerWalk) {
         const int64_t rows = std::min<int64_t>(kRowsPerWalk, begin_[p + 1] - row);
         for (int64_t r = 0; r < rows; ++r) {
             x[r] = activation_row(row_token_[static_cast<size_t>(row + r)]);
         }
-        DotJob job{x, rows, gate_rows, count, shape_.hidden, gate, kGateRows, row == begin_[p]};
+        DotJob job{x, rows, gate_rows, count, shape_.hidden, gate, count, row == begin_[p]};
         kernels_.dot(act_dtype_, shape_.weights, job);
         if (shape_.gated) {
             job.w = up_rows;
@@ -207,10 +234,9 @@ void FfnPass::gate_up(const SlotOfExpert& expert, int64_t first, int64_t count) 
         }
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t at = (row + r) * shape_.intermediate + first;
-            kernels_.activate(shape_.activation, gate + r * kGateRows,
-                              shape_.gated ? up + r * kGateRows : nullptr, count,
-                              inner_ + static_cast<size_t>(at) * dtype_bytes(act_dtype_),
-                              act_dtype_);
+            kernels_.activate(
+                shape_.activation, gate + r * count, shape_.gated ? up + r * count : nullptr, count,
+                inner_ + static_cast<size_t>(at) * dtype_bytes(act_dtype_), act_dtype_);
         }
     }
 }

@@ -79,6 +79,9 @@ private:
     void sort_routes(const Id* ids);
     void read_topk_weights();
     [[nodiscard]] const std::byte* activation_row(int64_t token) const;
+    template <class Block>
+    void run_blocks(std::span<const SlotOfExpert> ready, int64_t rows, int64_t row_bytes,
+                    int64_t most_values, const Block& block);
     void gate_up(const SlotOfExpert& expert, int64_t first, int64_t count) const noexcept;
     void down(const SlotOfExpert& expert, int64_t first, int64_t count) const noexcept;
 
