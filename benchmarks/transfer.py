@@ -8,8 +8,8 @@ them equally short and in random order, so that whatever else the machine does f
 The limit is the way of reading with the best median. Then the latency of a demand, on an idle
 engine and on one whose queue is full of prefetches.
 
-    python benchmarks/transfer.py --json benchmarks/results/transfer.json
-    python benchmarks/transfer.py --threads 1,2,4,8 --chunk-kib 256,512,1024,2048,4096
+    python -m benchmarks.transfer --json benchmarks/results/transfer.json
+    python -m benchmarks.transfer --threads 1,2,4,8 --chunk-kib 256,512,1024,2048,4096
 """
 
 from __future__ import annotations
