@@ -18,7 +18,7 @@ def prompt(seed: int, *shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", "classlru", "eam", "best"])
-@pytest.mark.parametrize("slots", [1, 3, 8, 18])
+@pytest.mark.parametrize("slots", [1, 5, 12])
 def test_a_simulation_of_its_own_trace_counts_the_same(
     qwen3_folder: Path, policy: str, slots: int, seed: int
 ) -> None:
@@ -28,7 +28,7 @@ def test_a_simulation_of_its_own_trace_counts_the_same(
             model.generate(prompt(seed + turn, 1, 5 + turn), max_new_tokens=9, do_sample=False)
     live = model.moeinf.stats()
     replayed = moeinf.simulate(recorder.trace(), policy=policy, slots=slots)
-    assert (live["hits"], live["accesses"]) == (replayed["hits"], replayed["accesses"])
+    assert (live["hits"], live["accesses"]) == (replayed.hits, replayed.accesses)
 
 
 def test_a_trace_holds_the_routing_of_every_token(qwen3_folder: Path, tmp_path: Path) -> None:
