@@ -9,11 +9,9 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
-import mmap
 import os
 import platform
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ import torch
 
 from moeinf import _core
 
-MIB = 1 << 20
-HUGE_PAGE = 2 * MIB
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -77,53 +73,6 @@ def print_table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, tuple[s
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
         if i == 0:
             print("  ".join("-" * width for width in widths))
-
-
-class HugeArea:
-    """Anonymous memory in huge pages where the system allows it, aligned to 2 MiB.
-
-    `bytes` is a uint8 tensor [nbytes] over it; views of it keep the memory alive.
-    """
-
-    def __init__(self, nbytes: int) -> None:
-        area = mmap.mmap(-1, nbytes + HUGE_PAGE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            area.madvise(mmap.MADV_HUGEPAGE)
-        whole = torch.frombuffer(area, dtype=torch.uint8)
-        start = -whole.data_ptr() % HUGE_PAGE
-        self.bytes = whole[start : start + nbytes]
-
-
-class ReadLimit:
-    """The fastest that memory was read by the engine's threads, over the patterns of the probe.
-
-    The probe goes round `area` (uint8), which is larger than any cache.
-    """
-
-    PATTERNS = tuple((task, streams) for task in (MIB, 8 * MIB) for streams in (1, 4, 8))
-
-    def __init__(self, engine: _core.CpuEngine, area: torch.Tensor, nbytes: int = 64 * MIB) -> None:
-        self.engine, self.area, self.nbytes = engine, area, nbytes
-        self.rates: list[float] = []  # the best of each round, bytes per second
-        self.offset = 0
-
-    def measure(self) -> float:
-        """One round over all patterns: its best rate in bytes per second."""
-        best = 0.0
-        for task, streams in self.PATTERNS:
-            if self.offset + self.nbytes > self.area.numel():
-                self.offset = 0
-            address = self.area.data_ptr() + self.offset
-            self.offset += self.nbytes
-            start = time.perf_counter()
-            self.engine.read_all(address, self.nbytes, task_bytes=task, streams=streams)
-            best = max(best, self.nbytes / (time.perf_counter() - start))
-        self.rates.append(best)
-        return best
-
-    @property
-    def best(self) -> float:
-        return max(self.rates)
 
 
 def _commit() -> str | None:

@@ -22,9 +22,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from common import HugeArea, ReadLimit, print_table, write_json
 
+from benchmarks.common import print_table, write_json
 from moeinf import _core
+from moeinf.bandwidth import HugeArea, ReadLimit
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 128, 8
 SEGMENTS = [2 * INTERMEDIATE * HIDDEN * 2, HIDDEN * INTERMEDIATE * 2]  # bytes of gate_up, down

@@ -1,0 +1,147 @@
+"""What the cache itself costs: a step of resident experts, and the decision of a step that misses.
+
+    python benchmarks/cache_overhead.py --json benchmarks/results/cache_overhead.json
+
+A hit is acquire + release of 8 resident experts in a cache of 1,800 slots over 15 layers of 128
+small experts: in C++ (begin, next, done for each, release), through the compiled module, and
+through `moeinf.ExpertCache`. A miss is the planning of a step of 8 absent experts with 1,800
+residents out of 48 layers of 128, per policy: score, choose 8 victims, update; no bytes move.
+
+The limits are the targets: 3 us in C++, 15 us from Python, 3 us for a decision. Beside them stands
+what no call can avoid, one attribute of the compiled module. Other load only ever slows a run down,
+so each column is the best mean of all rounds, with the median beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+import moeinf
+from benchmarks.common import print_table, write_json
+from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
+from moeinf import _core
+
+LAYERS, EXPERTS, TOP_K, SLOTS = 15, 128, 8, 1800
+LAYERS_OF_MISSES = 48
+STEPS_PER_ROUND = 500
+CPP_TARGET, PYTHON_TARGET, DECISION_TARGET = 3e-6, 15e-6, 3e-6  # seconds
+COLUMNS = {
+    "what": ("", ""),
+    "best_us": ("best us", ".3f"),
+    "median_us": ("median us", ".3f"),
+    "target_us": ("target us", ".0f"),
+    "share_of_target": ("best / target", ".3f"),
+}
+
+
+def mean_seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    for _ in range(STEPS_PER_ROUND):
+        call()
+    return (time.perf_counter() - start) / STEPS_PER_ROUND
+
+
+def decision(policy: str) -> float:
+    return _core.time_cache_misses(
+        policy, LAYERS_OF_MISSES, EXPERTS, SLOTS, TOP_K, 1, STEPS_PER_ROUND
+    )[0]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    geometry = Geometry(
+        hidden=64, intermediate=32, experts=EXPERTS, top_k=TOP_K, layers=LAYERS, vocabulary=64
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_checkpoint(Path(folder), geometry)
+        package_cache = moeinf.ExpertCache(moeinf.ExpertStore.open(folder), slots=SLOTS)
+        cache = package_cache.core
+        ids = list(range(0, EXPERTS, EXPERTS // TOP_K))
+        ids_array = np.array(ids)
+        for layer in range(LAYERS):  # fills the slots; the step that is timed stays resident
+            for first in range(0, EXPERTS, TOP_K):
+                cache.acquire(layer, range(first, first + TOP_K))[0].release()
+        layer = LAYERS - 1
+        cache.acquire(layer, ids)[0].release()
+        cache.reset_stats()
+
+        def acquire(experts: object) -> None:
+            lease, _ = cache.acquire(layer, experts)
+            lease.release()
+
+        def waves() -> None:
+            lease = cache.begin(layer, ids)
+            while (ready := lease.next()) is not None:
+                for position, _ in ready:
+                    lease.done(position)
+            lease.release()
+
+        def package() -> None:
+            package_cache.acquire(layer, ids).release()
+
+        cases: list[tuple[str, float | None, Callable[[], float]]] = [
+            (
+                "8 hits, C++",
+                CPP_TARGET,
+                lambda: _core.time_cache_hits(cache, layer, ids, 1, STEPS_PER_ROUND)[0],
+            ),
+            ("8 hits, module, list", PYTHON_TARGET, lambda: mean_seconds(lambda: acquire(ids))),
+            (
+                "8 hits, module, array",
+                PYTHON_TARGET,
+                lambda: mean_seconds(lambda: acquire(ids_array)),
+            ),
+            ("8 hits, module, next and done", PYTHON_TARGET, lambda: mean_seconds(waves)),
+            ("8 hits, moeinf.ExpertCache", PYTHON_TARGET, lambda: mean_seconds(package)),
+            ("one call of the module", None, lambda: mean_seconds(lambda: cache.slot_bytes)),
+        ]
+        for policy in _core.policy_names():
+            cases.append((f"8 misses, {policy}", DECISION_TARGET, partial(decision, policy)))
+        seconds: list[list[float]] = [[] for _ in cases]
+        for _ in range(arguments.rounds):
+            for values, (_, _, measure) in zip(seconds, cases, strict=True):
+                values.append(measure())
+        if cache.stats()[layer]["misses"]:
+            raise RuntimeError("a step that was timed as a hit has missed")
+
+    rows = []
+    for values, (name, target, _) in zip(seconds, cases, strict=True):
+        best = min(values)
+        rows.append(
+            {
+                "what": name,
+                "best_us": best * 1e6,
+                "median_us": statistics.median(values) * 1e6,
+                "target_us": None if target is None else target * 1e6,
+                "share_of_target": None if target is None else best / target,
+            }
+        )
+    print_table(rows, COLUMNS)
+    if arguments.json:
+        write_json(
+            arguments.json,
+            "cache_overhead",
+            layers=LAYERS,
+            experts=EXPERTS,
+            top_k=TOP_K,
+            slots=SLOTS,
+            rounds=arguments.rounds,
+            steps_per_round=STEPS_PER_ROUND,
+            rows=rows,
+        )
+
+
+if __name__ == "__main__":
+    main()

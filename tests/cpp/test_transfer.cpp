@@ -1,0 +1,243 @@
+// The copy engine: every byte in its place, demand first, callbacks exactly once.
+#include <atomic>
+#include <latch>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "expert_files.h"
+#include "transfer/copy_engine.h"
+
+using namespace moeinf;
+
+namespace {
+
+// Who finished, in order. Callbacks may come from any thread.
+class Order {
+public:
+    TransferCallback note() {
+        return [this](const TransferPtr& transfer) {
+            const std::lock_guard guard(lock_);
+            experts_.push_back(transfer->expert());
+        };
+    }
+    std::vector<int32_t> experts() {
+        const std::lock_guard guard(lock_);
+        return experts_;
+    }
+
+private:
+    std::mutex lock_;
+    std::vector<int32_t> experts_;
+};
+
+// Holds the engine's only worker inside a callback until opened.
+class Gate {
+public:
+    Gate(CopyEngine& engine, int32_t expert, std::byte* slot) {
+        transfer_ = engine.submit(expert, slot, Priority::kDemand, [this](const TransferPtr&) {
+            entered_.count_down();
+            open_.wait();
+        });
+        entered_.wait();
+    }
+    void open() { open_.count_down(); }
+
+private:
+    std::latch entered_{1};
+    std::latch open_{1};
+    TransferPtr transfer_;
+};
+
+void every_byte_lands_in_its_place(std::mt19937_64& random) {
+    for (int round = 0; round < 12; ++round) {
+        const size_t largest = std::vector<size_t>{3, 600, 40'000, 300'000}[random() % 4];
+        const ExpertFiles world(random, 6, 1 + random() % 5, largest, 1 + random() % 3);
+        CopyEngineOptions options;
+        options.threads = static_cast<int32_t>(1 + random() % 4);
+        options.chunk_bytes = kPage * (1 + random() % 40);
+        options.direct = random() % 4 != 0;
+        std::vector<std::vector<std::byte>> slots(12, std::vector(world.slot_bytes, kPoison));
+        std::vector<TransferPtr> transfers;
+        {
+            CopyEngine engine(world.catalog, options);
+            for (int32_t i = 0; i < 12; ++i) {
+                const Priority priority = random() % 2 ? Priority::kDemand : Priority::kPrefetch;
+                transfers.push_back(
+                    engine.submit(i % 6, slots[static_cast<size_t>(i)].data(), priority, {}));
+            }
+            for (const TransferPtr& transfer : transfers) wait_until_finished(transfer);
+        }
+        for (int32_t i = 0; i < 12; ++i) {
+            CHECK(transfers[static_cast<size_t>(i)]->state() == TransferState::kDone);
+            CHECK(slots[static_cast<size_t>(i)] == world.expected(i % 6));
+        }
+    }
+}
+
+void demands_go_before_prefetches_and_promotion_makes_one(std::mt19937_64& random) {
+    const ExpertFiles world(random, 6, 2, 5'000, 1);
+    std::vector slots(6, std::vector(world.slot_bytes, kPoison));
+    Order order;
+    {
+        CopyEngine engine(world.catalog, {1, kPage, true});
+        Gate gate(engine, 0, slots[0].data());
+        const auto submit = [&](int32_t expert, Priority priority) {
+            return engine.submit(expert, slots[static_cast<size_t>(expert)].data(), priority,
+                                 order.note());
+        };
+        const auto first = submit(1, Priority::kPrefetch);
+        const auto promoted = submit(2, Priority::kPrefetch);
+        const auto last = submit(3, Priority::kPrefetch);
+        const auto demand = submit(4, Priority::kDemand);
+        engine.promote(promoted);
+        engine.promote(promoted);  // no effect on what is a demand already
+        const auto late = submit(5, Priority::kDemand);
+        gate.open();
+        for (const auto& transfer : {first, promoted, last, demand, late}) {
+            wait_until_finished(transfer);
+        }
+        engine.promote(first);  // nor on what is over
+    }
+    CHECK(order.experts() == (std::vector<int32_t>{4, 2, 5, 1, 3}));
+}
+
+// With one worker, a demand that ends before a prefetch which ran already when it was submitted
+// must have been taken up between two chunks of it. A stalled test may submit too late, so it tries
+// again; an engine that finishes what it began would fail every time.
+void a_demand_overtakes_a_running_prefetch_at_the_next_chunk() {
+    bool overtook = false;
+    for (int attempt = 0; attempt < 50 && !overtook; ++attempt) {
+        LargeExperts large;
+        Order order;
+        CopyEngine engine(large.catalog, {1, kPage, true});
+        const auto prefetch =
+            engine.submit(0, large.slots[0].data(), Priority::kPrefetch, order.note());
+        while (prefetch->state() == TransferState::kQueued) std::this_thread::yield();
+        CHECK(!engine.cancel(prefetch));
+        const auto demand =
+            engine.submit(1, large.slots[1].data(), Priority::kDemand, order.note());
+        wait_until_finished(demand);
+        wait_until_finished(prefetch);
+        while (order.experts().size() < 2) std::this_thread::yield();
+        overtook = order.experts() == std::vector<int32_t>{1, 0};
+    }
+    CHECK(overtook);
+}
+
+void what_is_cancelled_never_touches_its_slot(std::mt19937_64& random) {
+    const ExpertFiles world(random, 3, 3, 9'000, 2);
+    const std::vector untouched(world.slot_bytes, kPoison);
+    std::vector slots(3, untouched);
+    std::atomic<int> calls{0};
+    {
+        CopyEngine engine(world.catalog, {1, kPage, true});
+        Gate gate(engine, 0, slots[0].data());
+        const auto cancelled = engine.submit(
+            1, slots[1].data(), Priority::kPrefetch, [&](const TransferPtr& transfer) {
+                CHECK(transfer->state() == TransferState::kCancelled);
+                ++calls;
+            });
+        const auto kept = engine.submit(2, slots[2].data(), Priority::kPrefetch, {});
+        CHECK(engine.cancel(cancelled));
+        CHECK_EQ(calls.load(), 1);
+        CHECK(!engine.cancel(cancelled));
+        gate.open();
+        wait_until_finished(kept);
+        CHECK(!engine.cancel(kept));
+    }
+    CHECK_EQ(calls.load(), 1);
+    CHECK(slots[1] == untouched);
+    CHECK(slots[2] == world.expected(2));
+}
+
+void the_destructor_cancels_what_waits_and_ends_what_runs(std::mt19937_64& random) {
+    const ExpertFiles world(random, 4, 2, 9'000, 1);
+    const std::vector untouched(world.slot_bytes, kPoison);
+    std::vector slots(4, untouched);
+    std::atomic<int> cancelled{0};
+    auto engine = std::make_unique<CopyEngine>(world.catalog, CopyEngineOptions{1, kPage, true});
+    Gate gate(*engine, 0, slots[0].data());
+    for (const int32_t expert : {1, 2, 3}) {
+        (void)engine->submit(expert, slots[static_cast<size_t>(expert)].data(),
+                             expert == 1 ? Priority::kDemand : Priority::kPrefetch,
+                             [&](const TransferPtr& transfer) {
+                                 cancelled += transfer->state() == TransferState::kCancelled;
+                             });
+    }
+    std::jthread destroyer([&] { engine.reset(); });
+    while (cancelled < 3) std::this_thread::yield();
+    gate.open();
+    destroyer.join();
+    CHECK_EQ(cancelled.load(), 3);
+    CHECK(slots[0] == world.expected(0));
+    for (const size_t i : {1, 2, 3}) CHECK(slots[i] == untouched);
+}
+
+void a_running_transfer_stops_with_its_engine() {
+    LargeExperts large;
+    std::atomic<int> calls{0};
+    TransferPtr transfer;
+    {
+        CopyEngine engine(large.catalog, {2, kPage, true});
+        transfer = engine.submit(0, large.slots[0].data(), Priority::kDemand,
+                                 [&](const TransferPtr&) { ++calls; });
+        while (transfer->state() == TransferState::kQueued) std::this_thread::yield();
+    }
+    CHECK_EQ(calls.load(), 1);
+    CHECK(transfer->state() >= TransferState::kDone);
+    CHECK(transfer->state() != TransferState::kFailed);
+}
+
+void many_threads_submit_promote_and_cancel(std::mt19937_64& random) {
+    const ExpertFiles world(random, 7, 3, 20'000, 2);
+    CopyEngine engine(world.catalog, {3, 2 * kPage, true});
+    std::atomic<int> calls{0}, wrong{0};
+    constexpr int kThreads = 6, kRounds = 60;
+    {
+        std::vector<std::jthread> threads;
+        for (int i = 0; i < kThreads; ++i) {
+            threads.emplace_back([&, seed = random()] {
+                std::mt19937_64 own(seed);
+                for (int round = 0; round < kRounds; ++round) {
+                    std::vector slot(world.slot_bytes, kPoison);
+                    const auto expert = static_cast<int32_t>(own() % 7);
+                    std::latch done(1);
+                    const auto transfer = engine.submit(
+                        expert, slot.data(), own() % 2 ? Priority::kDemand : Priority::kPrefetch,
+                        [&](const TransferPtr&) {
+                            ++calls;
+                            done.count_down();
+                        });
+                    if (own() % 2) engine.promote(transfer);
+                    const bool cancelled = own() % 3 == 0 && engine.cancel(transfer);
+                    done.wait();
+                    const bool right = cancelled
+                                           ? transfer->state() == TransferState::kCancelled &&
+                                                 slot == std::vector(world.slot_bytes, kPoison)
+                                           : transfer->state() == TransferState::kDone &&
+                                                 slot == world.expected(expert);
+                    wrong += !right;
+                }
+            });
+        }
+    }
+    CHECK_EQ(calls.load(), kThreads * kRounds);
+    CHECK_EQ(wrong.load(), 0);
+}
+
+}  // namespace
+
+int main() {
+    std::mt19937_64 random(drawn_seed());
+    every_byte_lands_in_its_place(random);
+    demands_go_before_prefetches_and_promotion_makes_one(random);
+    a_demand_overtakes_a_running_prefetch_at_the_next_chunk();
+    what_is_cancelled_never_touches_its_slot(random);
+    the_destructor_cancels_what_waits_and_ends_what_runs(random);
+    a_running_transfer_stops_with_its_engine();
+    many_threads_submit_promote_and_cancel(random);
+    return test_result();
+}
