@@ -38,7 +38,7 @@ def score(model: Any, tokenizer: Any, docs: list[Document], routing: list[Routin
     width, batch = model.config.max_position_embeddings, 16
     flat = [tokenizer.eos_token_id]
     for doc in docs:
-        flat += [*tokenizer.encode(doc.text), tokenizer.eos_token_id]
+        flat += [*tokenizer.encode(doc.text, verbose=False), tokenizer.eos_token_id]
     ids, sizes = torch.tensor(flat), token_bytes(tokenizer)
     starts = list(range(0, len(ids) - width, width // 2))
     nats, tokens, size = 0.0, 0, 0

@@ -21,7 +21,7 @@ CONFIG = {
     "pad_token": PAD,
     "bos_token": None,
     "unk_token": None,
-    "model_max_length": 1024,
+    "model_max_length": 512,
     "clean_up_tokenization_spaces": False,
     "add_prefix_space": False,
 }

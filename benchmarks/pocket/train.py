@@ -134,6 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", type=Path, default=Path("moeinf/pocket/tokenizer.json"))
     parser.add_argument("--out", type=Path, default=Path("build/pocket"))
+    parser.add_argument("--start", type=Path, help="a checkpoint whose weights to go on from")
     parser.add_argument("--minutes", type=float, default=55)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rows", type=int, default=4, help="windows per worker and step")
@@ -147,7 +148,10 @@ def main() -> None:
 
     torch.manual_seed(args.seed)
     vocab = Tokenizer.from_file(str(args.tokenizer)).get_vocab_size()
-    launch(work, args.workers, args, Pocket(Shape(vocab=vocab)))
+    model = Pocket(Shape(vocab=vocab))
+    if args.start:
+        model.load_state_dict(torch.load(args.start, weights_only=True)["model"])
+    launch(work, args.workers, args, model)
 
 
 if __name__ == "__main__":
