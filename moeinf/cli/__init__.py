@@ -8,8 +8,6 @@ import sys
 COMMANDS = {
     "run": "moeinf.cli.run",
     "info": "moeinf.cli.info",
-    "simulate": "moeinf.cli.simulate",
-    "report": "moeinf.cli.report",
     "doctor": "moeinf.cli.doctor",
 }
 
