@@ -26,7 +26,7 @@ moeinf.load(tiny, slots=4).generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
 Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
 before = resident("VmRSS")
 model = moeinf.load(large, memory=memory)
-model.generate(torch.tensor([[1, 2, 3, 4]]), max_new_tokens=4, do_sample=False)
+model.generate(torch.arange(1, 33)[None], max_new_tokens=4, do_sample=False)
 print(json.dumps({"peak": resident("VmHWM") - before, "stats": model.moeinf.stats()}))
 """
 
