@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, default=Path("build/bench"), help="about 13 GB")
     parser.add_argument("--memory", default="25%", help="budget of experts")
-    parser.add_argument("--policy", default="lrfu")
+    parser.add_argument("--policy", default="best")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens with moeinf")
     parser.add_argument("--offload-tokens", type=int, default=4, help="with disk offload")
     parser.add_argument("--layers", type=int, default=Geometry.layers)

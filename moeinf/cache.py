@@ -83,7 +83,7 @@ class ExpertCache:
         device: str | torch.device = "cpu",
         slots: int | None = None,
         memory: str | int | None = None,
-        policy: str = "lrfu",
+        policy: str = "best",
         threads: int = 0,
         chunk_bytes: int = 0,
         direct: bool = True,

@@ -26,8 +26,9 @@ class Request:
     temperature: float = 0.0
     seed: int = 0
     device: str = "auto"
-    policy: str = "lrfu"
+    policy: str = "best"
     keep_logits: bool = False
+    record: Path | None = None  # where to save the routing as a trace
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,8 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     model: Any = load(checkpoint, device=request.device, memory=memory, policy=request.policy)
     torch.manual_seed(request.seed)
     clock = _Clock(tokenizer, stream)
+    cache = model.moeinf.cache
+    recorder = cache.record() if request.record else None
     start = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
@@ -94,9 +97,10 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             return_dict_in_generate=True,
         )
     end = time.perf_counter()
+    if recorder is not None:
+        recorder.trace(model=str(request.path), source="moeinf run").save(request.record)
     tokens = output.sequences[0, count:].tolist()
     stats = model.moeinf.stats()
-    cache = model.moeinf.cache
     first = clock.times[0] - start
     rest = clock.times[-1] - clock.times[0]
     read = stats["demand_bytes"] + stats["prefetch_bytes"]

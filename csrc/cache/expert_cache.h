@@ -90,7 +90,7 @@ private:
 
 struct ExpertCacheOptions {
     int32_t slots = 0;
-    std::string policy = "lrfu";
+    std::string policy = "best";
     CopyEngineOptions copy;
     // Called about every 50 ms by a thread that waits, with no lock held. An exception thrown here
     // ends the wait (so does Python's Ctrl-C) and leaves the cache as it should be.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,10 +25,13 @@ def command(
     memory: Annotated[
         str, typer.Option(help="What experts may take: 2GiB, or a share of all experts.")
     ] = "25%",
-    policy: Annotated[str, typer.Option(help="Who leaves when a slot is needed.")] = "lrfu",
+    policy: Annotated[str, typer.Option(help="Who leaves when a slot is needed.")] = "best",
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling, when the temperature is above 0.")] = 0,
+    record: Annotated[
+        Path | None, typer.Option(help="Save the routing as a trace for moeinf simulate.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare with every expert resident, to the bit.")
@@ -47,6 +50,7 @@ def command(
         device=device,
         policy=policy,
         keep_logits=verify,
+        record=record,
     )
     result = generate(request, memory=memory, stream=None if json else sys.stdout)
     report: dict[str, Any] = asdict(result.metrics)
@@ -68,7 +72,7 @@ def _verify(request: Any, result: Any, *, quiet: bool) -> bool:
 
     if not quiet:
         print("\nVerifying against a run with every expert resident", file=sys.stderr)
-    resident = generate(request, memory="100%", stream=None)
+    resident = generate(replace(request, record=None), memory="100%", stream=None)
     return result.tokens == resident.tokens and torch.equal(result.logits, resident.logits)
 
 

@@ -41,7 +41,7 @@ def load(
     device: str | torch.device = "auto",
     memory: str | int | None = None,
     slots: int | None = None,
-    policy: str = "lrfu",
+    policy: str = "best",
     dtype: torch.dtype | str = "auto",
     **cache_options: Any,
 ) -> PreTrainedModel:
