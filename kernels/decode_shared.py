@@ -1,3 +1,4 @@
+# ruff: noqa: E741 - I is the size of the index i, as in every table here.
 """2 to 16 tokens: tokens that share an expert read it together, through the tensor cores.
 
 Two kernels, `gate_up_shared` then `down_shared`. Weights stand in the rows of the product and up to
@@ -143,12 +144,15 @@ def down_shared(
     t = tl.arange(0, TOKENS)
     R = T * top_k
     blocks = tl.cdiv(I, BLOCK_I)
+    groups = tl.load(plan_ptr)
     acc = tl.zeros([BLOCK_H, TOKENS], tl.float32)
-    for step in range(0, tl.load(plan_ptr) * blocks):
-        r = tl.load(plan_ptr + 1 + step // blocks)
+    # The ids of a step are loaded in the step before, so that the loads of weights, which depend on
+    # nothing else, can run several steps ahead.
+    r = tl.load(plan_ptr + 1, mask=groups > 0, other=0)
+    slot = slot_of(ids_ptr, map_ptr, r, groups > 0, HAS_MAP)
+    row = tl.load(rows_ptr + r * TOKENS + t)
+    for step in range(0, groups * blocks):
         block = step % blocks
-        slot = slot_of(ids_ptr, map_ptr, r, r >= 0, HAS_MAP)
-        row = tl.load(rows_ptr + r * TOKENS + t)
         here = row < R
         i = block * BLOCK_I + tl.arange(0, BLOCK_I)
         a_mask = (i < I)[:, None] & here[None, :]
@@ -167,20 +171,23 @@ def down_shared(
         pointer = routes_ptr + row.to(tl.int64)[None, :] * H + h[:, None]
         tl.store(pointer, y, mask=written[:, None] & here[None, :])
         acc = tl.where(last, 0.0, acc)
+        r = tl.load(plan_ptr + 1 + tl.minimum((step + 1) // blocks, groups - 1))
+        slot = slot_of(ids_ptr, map_ptr, r, r >= 0, HAS_MAP)
+        row = tl.load(rows_ptr + r * TOKENS + t)
     tl.debug_barrier()
     out = tl.zeros([TOKENS, BLOCK_H], tl.float32)
     for j in range(0, top_k):
-        r = t * top_k + j
-        row = tl.load(plan_ptr + 1 + R + r, mask=t < T, other=-1)
-        mask = (row >= 0)[:, None] & (h < H)[None, :]
-        pointer = routes_ptr + row.to(tl.int64)[:, None] * H + h[None, :]
+        own = t * top_k + j
+        first = tl.load(plan_ptr + 1 + R + own, mask=t < T, other=-1)
+        mask = (first >= 0)[:, None] & (h < H)[None, :]
+        pointer = routes_ptr + first.to(tl.int64)[:, None] * H + h[None, :]
         y = tl.load(pointer, mask=mask, other=0.0)
         if per_route != 0:
             # An expert named twice by one token was computed once: give the second its copy.
-            pointer = routes_ptr + r.to(tl.int64)[:, None] * H + h[None, :]
-            tl.store(pointer, y, mask=mask & (row != r)[:, None])
+            pointer = routes_ptr + own.to(tl.int64)[:, None] * H + h[None, :]
+            tl.store(pointer, y, mask=mask & (first != own)[:, None])
         else:
-            weight = tl.load(weights_ptr + r, mask=t < T, other=0.0).to(tl.float32)
+            weight = tl.load(weights_ptr + own, mask=t < T, other=0.0).to(tl.float32)
             out = tl.where(mask, tl.fma(y, weight[:, None], out), out)
     if per_route == 0:
         pointer = out_ptr + t.to(tl.int64)[:, None] * stride_ot + h[None, :]

@@ -1,3 +1,4 @@
+# ruff: noqa: E741 - I is the size of the index i, as in every table here.
 """One token: each weight is read once and multiplied by a vector, with no tensor core in the way.
 
 Two kernels, `gate_up_vector` then `down_vector`. Launched by `launch.py`; they also serve up to 16
@@ -42,7 +43,7 @@ def gate_up_vector(
     i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
     slot = slot_of(ids_ptr, map_ptr, r, r >= 0, HAS_MAP)
     if slot >= 0:
-        # Interleaved rows 2i and 2i + 1 form one tile of 2 * BLOCK_I; otherwise gate and up are two.
+        # Interleaved rows 2i and 2i + 1 form one tile; otherwise gate and up are two.
         PAIRED: tl.constexpr = GATED and INTERLEAVED
         APART: tl.constexpr = GATED and not INTERLEAVED
         ROWS: tl.constexpr = 2 * BLOCK_I if PAIRED else BLOCK_I

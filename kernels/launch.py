@@ -145,7 +145,8 @@ def run_vector(
         ids if source is None or source.gate_up_bias is None else source.gate_up_bias,
         act,
         p.k, p.H, p.I, p.hidden.stride(0), *p.gate_up.stride(), stride_bs, p.alpha, p.limit,
-        HAS_MAP=p.expert_map is not None, READ_THROUGH=source is not None, **form(p), **chosen, **FUSE,
+        HAS_MAP=p.expert_map is not None, READ_THROUGH=source is not None,
+        **form(p), **chosen, **FUSE,
     )  # fmt: skip
     bias, stride_bs = bias_and_stride(p.down_bias, p.down)
     chosen = config_of("down_vector", p)
@@ -185,7 +186,8 @@ def run_shared(
         p.hidden, p.ids, slots_of_experts, p.gate_up, bias, act, plan, rows,
         p.T, p.k, p.H, p.I, p.hidden.stride(0), *p.gate_up.stride(), stride_bs, p.alpha, p.limit,
         HAS_MAP=p.expert_map is not None, UPCAST=upcast, TOKENS=DECODE_TOKENS,
-        K_PAD=triton.next_power_of_2(p.k), R_PAD=triton.next_power_of_2(R), **form(p), **chosen, **FUSE,
+        K_PAD=triton.next_power_of_2(p.k), R_PAD=triton.next_power_of_2(R),
+        **form(p), **chosen, **FUSE,
     )  # fmt: skip
     bias, stride_bs = bias_and_stride(p.down_bias, p.down)
     chosen = config_of("down_shared", p)

@@ -1,3 +1,4 @@
+# ruff: noqa: E741 - I is the size of the index i, as in every table here.
 """Many tokens: one grouped matrix product over all experts, on the tensor cores.
 
 `plan_tiles` sorts the routes by slot on the device; `gate_up_grouped` gathers token rows as it

@@ -183,18 +183,18 @@ def effective(row: dict[str, Any], arch: int, dtype: str, order: str) -> dict[st
     )
 
 
-def default_cases(arch: int) -> list[Case]:
-    """One case per kernel: bfloat16 (float16 where tensor cores lack it), weights by rows."""
+def default_cases(arch: int, rows: int = 64) -> list[Case]:
+    """One case per kernel: bfloat16 (float16 on Turing), weights by rows."""
     dtype = "bfloat16" if arch >= 80 else "float16"
     cases = []
     for kernel in KERNELS:
         if kernel == "combine":
             config = {"BLOCK_H": 512, "num_warps": 4}
         else:
-            rows = 64 if kernel.endswith("grouped") else 0
             config = tuning.config(
                 kernel, (f"sm_{arch}", "*"), dtype=dtype,
-                hidden=2048, intermediate=768, rows_per_tile=rows,
+                hidden=2048, intermediate=768,
+                rows_per_tile=rows if kernel.endswith("grouped") else 0,
             )  # fmt: skip
         cases.append(Case(kernel, dtype, tuple(config.items())))
     return cases
@@ -210,8 +210,8 @@ def with_form(cases: list[Case], **form: Any) -> list[Case]:
 
 
 def form_cases(arch: int) -> list[Case]:
-    """Every form of a model on the default configurations."""
-    cases = default_cases(arch)
+    """Every form of a model on the default configurations, and on the largest prefill tiles."""
+    cases = default_cases(arch) + default_cases(arch, rows=128)[-3:-1]
     bias = with_form(cases, HAS_BIAS=True)
     gates = with_form(cases, GATED=True, INTERLEAVED=True)
     gpt_oss = with_form(

@@ -73,7 +73,7 @@ class Layer:
         self.gate_bias, self.up_bias, self.down_bias = normal(E, I), normal(E, I), normal(E, H)
         self.weights = torch.rand((self.T, self.k), generator=make)
         rows = [torch.randperm(E, generator=make)[: self.k] for _ in range(self.T)]
-        if E < self.k:
+        if self.k > E:
             rows = [torch.randint(E, (self.k,), generator=make) for _ in range(self.T)]
         self.ids = torch.stack(rows)
 

@@ -1,4 +1,4 @@
-"""A layer's bits do not depend on where experts lie, which are resident, or how it is cut in waves."""
+"""A layer's bits do not depend on where its experts lie, nor on how it is cut into waves."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_slots_may_be_permuted(
                 *weights,
                 **biases,
                 path=path,
-            )  # fmt: skip
+            )
         )
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
@@ -117,7 +117,7 @@ def test_read_through_computes_and_fills_the_slot(
                 view.shape,
                 (far.arena.stride(0), *view.stride()[1:]),
                 view.storage_offset(),
-            )  # fmt: skip
+            )
             for name, view in far.views.items()
         }
     addresses = {name: torch.zeros(5, dtype=torch.int64) for name in far.views}
