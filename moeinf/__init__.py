@@ -1,4 +1,13 @@
-"""Runs Mixture-of-Experts models larger than fast memory: experts cached in slots."""
+"""Runs Mixture-of-Experts models larger than fast memory: experts cached in slots.
+
+model = moeinf.load("path/to/checkpoint", memory="25%")      # an ordinary transformers model
+cache = moeinf.ExpertCache(moeinf.ExpertStore.open(path), memory="2GiB")
+y = moeinf.fused_experts(hidden, topk_ids, topk_weights, cache, layer=0)
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 try:
     from moeinf import _core
@@ -8,4 +17,44 @@ except ImportError as error:
         "`pip install -e .` (or `python setup.py build_ext --inplace`)."
     ) from error
 
-__all__ = ["_core"]
+from moeinf.cache import ExpertCache, Lease
+from moeinf.eam import EAMC
+from moeinf.errors import CapacityError, CheckpointError, ReadError, TraceError, UnsupportedError
+from moeinf.experts import fused_experts
+from moeinf.simulate import simulate
+from moeinf.store import ExpertStore
+from moeinf.trace import Trace
+
+if TYPE_CHECKING:
+    from moeinf.integrations.transformers import load
+
+__all__ = [
+    "EAMC",
+    "CapacityError",
+    "CheckpointError",
+    "ExpertCache",
+    "ExpertStore",
+    "Lease",
+    "ReadError",
+    "Trace",
+    "TraceError",
+    "UnsupportedError",
+    "fused_experts",
+    "load",
+    "policies",
+    "simulate",
+]
+
+
+def policies() -> list[str]:
+    """The names that `policy=` accepts."""
+    return list(_core.policy_names())
+
+
+def __getattr__(name: str) -> Any:
+    # transformers is an extra, and slow to import: only `moeinf.load` needs it.
+    if name == "load":
+        from moeinf.integrations.transformers import load
+
+        return load
+    raise AttributeError(f"module 'moeinf' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The exceptions of the package. Each message names the file or tensor, the expected and the found."""
+"""The exceptions of the package. Messages name file or tensor, the expected and the found."""
 
 
 class CheckpointError(ValueError):
@@ -15,3 +15,7 @@ class CapacityError(RuntimeError):
 
 class UnsupportedError(RuntimeError):
     """Something this machine, build or version lacks."""
+
+
+class TraceError(ValueError):
+    """A routing trace that is truncated, foreign, or holds ids, sizes or phases that cannot be."""

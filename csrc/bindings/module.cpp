@@ -4,4 +4,10 @@
 PYBIND11_MODULE(_core, module) {
     module.doc() = "Slots, transfers, residency and CPU kernels of moeinf.";
     moeinf::bind_errors(module);
+    moeinf::bind_compute(module);
+    moeinf::bind_transfer(module);
+    moeinf::bind_cache(module);
+    moeinf::bind_cache_timing(module);
+    moeinf::bind_fused_experts(module);
+    moeinf::bind_trace(module);
 }

@@ -4,27 +4,25 @@
 // it.
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
+#include <functional>
 #include <memory>
-#include <mutex>
-#include <optional>
 #include <span>
 #include <string>
 #include <vector>
 
-#include "cache/residency.h"
 #include "layout/catalog.h"
 #include "memory/slot_pool.h"
 #include "transfer/copy_engine.h"
 
 namespace moeinf {
 
+// Bytes are counted when a read has ended well, uses and evictions when they happen.
 struct LayerStats {
-    int64_t accesses = 0;  // distinct experts asked for, summed over steps
-    int64_t hits = 0;
-    int64_t misses = 0;
-    int64_t evictions = 0;
+    int64_t accesses = 0;   // distinct experts asked for, summed over steps
+    int64_t hits = 0;       // of these, completely there before the step
+    int64_t misses = 0;     // the others, those that a prefetch was still reading included
+    int64_t evictions = 0;  // experts of this layer that left for another or with their slot
     int64_t demand_bytes = 0;
     int64_t prefetch_bytes = 0;
     int64_t prefetch_useful_bytes = 0;  // prefetched and used before leaving
@@ -34,45 +32,59 @@ struct LayerStats {
 
 struct StepRequest {
     int32_t layer = 0;
-    std::span<const int32_t> experts;  // in-layer ids, distinct
-    std::span<const int32_t> counts;   // tokens routed to each; empty: one each
-    std::span<const float> router;     // optional, see Step
+    std::span<const int32_t> experts = {};  // in-layer ids, distinct
+    std::span<const int32_t> counts = {};   // tokens routed to each; empty: one each
+    std::span<const float> router = {};     // optional, see Step
     bool prefill = false;
     bool new_sequence = false;
+    bool at_once =
+        false;  // wait_all() will follow: experts wait for slots rather than pass through
 };
 
 struct ReadyExpert {
     int32_t position;  // index into StepRequest::experts
-    int32_t slot;
+    int32_t slot;      // row of the pool
 };
 
 class ExpertCache;
+struct CacheState;  // in cache_state.h
 
 // One step in progress. Hands out experts as they become ready (hits first, then misses as their
 // reads finish, then those that only pass through), each exactly once and each held until done().
 // Destroying it releases everything, reads in flight included.
+//
+// Where a step needs more experts than slots can hold, the surplus passes through two transit slots
+// that all steps share: next() reads one there once another's done() has freed it. What stays
+// resident is therefore what the counting rules say, whatever the order of computing.
 class [[nodiscard]] StepLease {
 public:
     // Waits until at least one expert is ready and appends all that are to `out`. False when every
-    // expert has been handed out. Throws Error(kRead) if a read failed, Error(kCapacity) if every
-    // slot is held by leases of this very thread, so that waiting could never end.
+    // expert has been handed out. Throws Error(kRead) if a read of this step failed, now and at
+    // every later call; Error(kCapacity) if only leases of waiting threads, this one included, hold
+    // the transit slots, so that waiting could never end.
     bool next(std::vector<ReadyExpert>& out);
 
-    // The slot of that position may be reused from now on.
+    // The slot of that position, once handed out, may be reused from now on.
     void done(int32_t position);
 
-    // Everything at once: waits for all; Error(kCapacity) if they do not fit together.
+    // Everything at once, in the order of positions, before any next(): waits for reads, and for
+    // other threads' leases where they leave too few slots. Error(kCapacity) if the step needs more
+    // slots than there are besides those that this thread's other leases hold.
     void wait_all(std::vector<ReadyExpert>& out);
+
+    // Ends the step early: all slots may be reused. Every later call but this throws.
+    void release() noexcept;
 
     StepLease(StepLease&&) noexcept;
     StepLease& operator=(StepLease&&) = delete;
     ~StepLease();
 
-    struct Impl;  // in step_lease.cpp
+    struct Impl;  // in cache_state.h
 
 private:
     friend class ExpertCache;
-    explicit StepLease(std::unique_ptr<Impl> impl);
+    explicit StepLease(std::shared_ptr<CacheState> cache);
+    std::shared_ptr<CacheState> cache_;
     std::unique_ptr<Impl> impl_;
 };
 
@@ -80,35 +92,52 @@ struct ExpertCacheOptions {
     int32_t slots = 0;
     std::string policy = "lrfu";
     CopyEngineOptions copy;
+    // Called about every 50 ms by a thread that waits, with no lock held. An exception thrown here
+    // ends the wait (so does Python's Ctrl-C) and leaves the cache as it should be.
+    std::function<void()> poll;
 };
 
 class ExpertCache {
 public:
-    ExpertCache(std::shared_ptr<const Catalog> catalog, ExpertCacheOptions options);
-    ~ExpertCache();
+    // Rows of the pool before the slots: where surplus experts pass through.
+    static constexpr int32_t kTransitSlots = 2;
 
-    // Starts a step: pins its hits, places its misses and starts their reads.
+    // Throws Error(kInvalid) unless 1 <= slots <= experts in the catalog.
+    ExpertCache(std::shared_ptr<const Catalog> catalog, ExpertCacheOptions options);
+
+    // Leases may outlive the cache.
+    ~ExpertCache();
+    ExpertCache(const ExpertCache&) = delete;
+    ExpertCache& operator=(const ExpertCache&) = delete;
+
+    // Starts a step: pins its hits, places its misses and starts their reads. Never waits. Throws
+    // Error(kInvalid), and counts nothing, for a layer or expert out of range or named twice.
     StepLease begin(const StepRequest& request);
 
     // Starts reading what is absent, best first, where a slot may be had for it. Returns how many
     // reads it started. Never waits.
     int32_t prefetch(int32_t layer, std::span<const int32_t> experts);
 
-    // Shrinking waits for leases on the slots that go; growing may throw Error(kCapacity).
+    // Experts in slots that go leave the cache; shrinking waits for leases on those slots and
+    // throws Error(kCapacity) if this thread's own leases hold them. Growing throws
+    // Error(kCapacity) if the memory cannot be had. Either way the cache then keeps its size.
     void resize(int32_t slots);
 
     void reset_stats();
     [[nodiscard]] std::vector<LayerStats> stats() const;               // one per layer
-    [[nodiscard]] std::vector<int32_t> resident(int32_t layer) const;  // in-layer ids
+    [[nodiscard]] std::vector<int32_t> resident(int32_t layer) const;  // in-layer ids, bytes there
+    [[nodiscard]] int32_t slots() const;
 
+    // Rows [0, kTransitSlots) are for transit, the `slots()` rows after them hold residents. Rows
+    // beyond may not be touched. The address stays the same across resizes.
     [[nodiscard]] const SlotPool& pool() const noexcept;
+    [[nodiscard]] std::shared_ptr<const SlotPool> shared_pool() const noexcept;
     [[nodiscard]] const Catalog& catalog() const noexcept;
-
-    struct Impl;
+    [[nodiscard]] std::string policy() const;
+    [[nodiscard]] const CopyEngine& engine() const noexcept;
 
 private:
-    friend class StepLease;
-    std::shared_ptr<Impl> impl_;
+    std::shared_ptr<CacheState> state_;
 };
 
 }  // namespace moeinf

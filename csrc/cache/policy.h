@@ -43,6 +43,11 @@ public:
     virtual size_t choose_victims(std::span<const int32_t> residents,
                                   std::span<const uint32_t> pinned, std::span<int32_t> victims) = 0;
 
+    // How many slots there are, before the first step and whenever that changes.
+    virtual void resized(int32_t /*slots*/) {}
+
+    // Kept in step with residency: an expert got a slot (after observe() if a step needed it, alone
+    // if a prefetch brought it), or lost it for whatever reason.
     virtual void inserted(int32_t /*expert*/) {}
     virtual void evicted(int32_t /*expert*/) {}
 

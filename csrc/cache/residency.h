@@ -27,16 +27,21 @@ struct Plan {
 
 class Residency {
 public:
+    // Throws Error(kInvalid) for fewer than one slot or no policy.
     Residency(PolicyShape shape, int32_t slots, std::unique_ptr<Policy> policy);
 
-    // Counts exactly as the simulator documents: members of the step are never victims; misses are
-    // inserted in routing order; what does not fit passes through and is not kept.
+    // Shows the step to the policy, then places its experts.
     void plan(const Step& step, Plan& out);
 
-    // Makes room for one expert outside any step (a prefetch). False if nothing may be evicted.
+    // Counts exactly as the simulator documents: members of the set are never victims; misses are
+    // inserted in the order given; what does not fit passes through and is not kept.
+    void insert(std::span<const int32_t> experts, Plan& out);
+
+    // Makes room for one absent expert outside any step (a prefetch). False if nothing may be
+    // evicted.
     bool place(int32_t expert, Placement& out);
 
-    // Takes an expert out (its read failed, or its slot goes away). It must not be pinned.
+    // Takes a resident out (its read failed, or its slot goes away). It must not be pinned.
     void remove(int32_t expert);
 
     // A pinned expert is never a victim. Pins count.
@@ -51,23 +56,33 @@ public:
     }  // -1: absent
     [[nodiscard]] std::span<const int32_t> residents() const noexcept {
         return residents_;
-    }  // by slot, -1: free
-    [[nodiscard]] int32_t slots() const noexcept { return static_cast<int32_t>(residents_.size()); }
+    }  // by slot, -1: free; closed slots that are still occupied come last
+    [[nodiscard]] int32_t slots() const noexcept { return slots_; }
 
-    // Adds free slots at the end, or drops slots from the end; residents of dropped slots leave
-    // (they must not be pinned).
+    // How many experts could be placed now: free slots and residents that may be evicted.
+    [[nodiscard]] int32_t room() const noexcept;
+
+    // Opens free slots at the end, or closes slots from the end. Residents of closed slots leave at
+    // once, but a pinned one stays until its owner has unpinned and removed it; nothing else ever
+    // enters a closed slot. Growing again reopens them.
     void resize(int32_t slots);
+    [[nodiscard]] int32_t occupied_closed_slots() const noexcept { return occupied_closed_slots_; }
 
     [[nodiscard]] Policy& policy() noexcept { return *policy_; }
 
 private:
+    void enter(int32_t expert, int32_t slot, int32_t evicted, Placement& out);
+    void drop_unused_closed_slots();
+
     PolicyShape shape_;
     std::unique_ptr<Policy> policy_;
-    std::vector<int32_t> slot_of_;    // by flat expert
-    std::vector<int32_t> residents_;  // by slot
-    std::vector<uint32_t> pins_;      // by flat expert
-    std::vector<int32_t> free_slots_;
-    std::vector<int32_t> victims_;  // scratch
+    int32_t slots_;
+    int32_t occupied_closed_slots_ = 0;
+    std::vector<int32_t> slot_of_;            // by flat expert
+    std::vector<int32_t> residents_;          // by slot
+    std::vector<uint32_t> pins_;              // by flat expert
+    std::vector<int32_t> free_slots_;         // open ones; the next to use is last
+    std::vector<int32_t> missing_, victims_;  // scratch
 };
 
 }  // namespace moeinf

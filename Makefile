@@ -1,0 +1,49 @@
+# `make demo` and `make test` work on a fresh clone with nothing prepared; CONTRIBUTING.md has the rest.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+
+.PHONY: demo test lint fmt sanitize bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/moeinf run --memory 25% --max-new-tokens 120 --verify
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cpp/*' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/mypy
+
+fmt: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cpp/*' | xargs $(BIN)/clang-format -i
+
+sanitize: $(VENV)/.test
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/sanitize.sh
+
+bench: $(VENV)/.test
+	for name in ffn_cpu transfer cache_overhead end_to_end; do \
+		$(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; \
+	done
+
+clean:
+	rm -rf build $(VENV) *.egg-info moeinf/_core*.so
+
+# An editable install: pytest runs in the source tree, where the compiled core must lie too.
+$(VENV)/.demo: pyproject.toml setup.py CMakeLists.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e '.[hf]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	$(INSTALL) -e '.[hf,report,test]' cmake ninja
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.demo
+	$(INSTALL) -e '.[dev]'
+	touch $@

@@ -1,0 +1,242 @@
+"""The expert FFN on the CPU, against this machine's read bandwidth and against transformers.
+
+    python benchmarks/ffn_cpu.py --json benchmarks/results/ffn_cpu.json
+
+Geometry of Qwen3-30B-A3B: hidden 2048, intermediate 768, 128 experts, top-8, bf16. Bytes that must
+move: every distinct expert of the call once, 9.4 MB each (T=1: 75.5 MB); FLOPs: 6 * T * k * H * I.
+All 128 experts take 1.2 GB, calls of one token go round them in turn and others draw theirs at
+random, so that a last-level cache holds next to nothing of what the next call needs.
+
+One round measures the limit (a plain multi-threaded read, best of its patterns), ours, and each of
+transformers' implementations on a real Qwen3MoeExperts module with the same weights, memory in huge
+pages for all. Rounds repeat for --seconds; each column is the best of its times, for other load on
+a machine only ever slows things down. Before ours and the limit it pauses until the OpenMP threads
+of torch have stopped spinning. Ours is compared with `eager` before anything is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.common import print_table, write_json
+from moeinf import _core
+from moeinf.bandwidth import HugeArea, ReadLimit
+
+HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 128, 8
+SEGMENTS = [2 * INTERMEDIATE * HIDDEN * 2, HIDDEN * INTERMEDIATE * 2]  # bytes of gate_up, down
+SLOT_BYTES = sum(SEGMENTS)
+THEIRS = ["eager", "grouped_mm", "batched_mm"]
+# batched_mm copies the experts of every route: beyond this many bytes it is not worth waiting for.
+MOST_GATHERED = 2 << 30
+PAUSE = 0.01  # seconds
+
+
+def random_weights() -> tuple[torch.Tensor, torch.Tensor]:
+    """bf16 gate_up [E, 2I, H] and down [E, H, I], in huge pages: one random expert, scaled anew."""
+    views = []
+    for rows, columns in ((2 * INTERMEDIATE, HIDDEN), (HIDDEN, INTERMEDIATE)):
+        area = HugeArea(EXPERTS * rows * columns * 2)
+        views.append(area.bytes.view(torch.bfloat16).view(EXPERTS, rows, columns))
+        base = torch.randn(rows, columns) / columns**0.5
+        for expert in range(EXPERTS):
+            views[-1][expert] = (base * (1 + expert / EXPERTS)).bfloat16()
+    return views[0], views[1]
+
+
+class Call:
+    """One call's inputs: hidden [T, H] and weights [T, k] in bf16, ids [T, k] in int64."""
+
+    def __init__(self, tokens: int, first: int | None = None) -> None:
+        self.x = torch.randn(tokens, HIDDEN).bfloat16()
+        if first is None:
+            self.ids = torch.stack([torch.randperm(EXPERTS)[:TOP_K] for _ in range(tokens)])
+        else:
+            self.ids = (torch.arange(TOP_K) + first)[None] % EXPERTS
+        self.weights = torch.rand(tokens, TOP_K).softmax(-1).bfloat16()
+        self.out = torch.empty_like(self.x)
+        self.nbytes = len(self.ids.unique()) * SLOT_BYTES
+        self.flops = 6 * tokens * TOP_K * HIDDEN * INTERMEDIATE
+        self.input = _core.FfnInput(
+            hidden=self.x.data_ptr(),
+            hidden_dtype=_core.DType.bf16,
+            topk_ids=self.ids.data_ptr(),
+            ids_are_int64=True,
+            topk_weights=self.weights.data_ptr(),
+            topk_weights_dtype=_core.DType.bf16,
+            tokens=tokens,
+            top_k=TOP_K,
+            num_experts=EXPERTS,
+        )
+
+
+class Ours:
+    """All experts in slots of one arena."""
+
+    SHAPE = _core.FfnShape(
+        hidden=HIDDEN,
+        intermediate=INTERMEDIATE,
+        weights=_core.DType.bf16,
+        activation=_core.Activation.silu,
+        gated=True,
+        gate_up_offset=0,
+        down_offset=SEGMENTS[0],
+    )
+
+    def __init__(self, engine: _core.CpuEngine, gate_up: torch.Tensor, down: torch.Tensor) -> None:
+        self.engine = engine
+        self.arena = HugeArea(EXPERTS * SLOT_BYTES).bytes
+        slots = self.arena.view(torch.bfloat16).view(EXPERTS, -1)
+        slots[:, : gate_up[0].numel()] = gate_up.flatten(1)
+        slots[:, gate_up[0].numel() :] = down.flatten(1)
+        self.slots = [self.arena.data_ptr() + e * SLOT_BYTES for e in range(EXPERTS)]
+
+    def __call__(self, call: Call) -> torch.Tensor:
+        _core.fused_experts_raw(
+            self.engine,
+            self.SHAPE,
+            call.input,
+            slots=self.slots,
+            out=call.out.data_ptr(),
+            out_dtype=_core.DType.bf16,
+        )
+        return call.out
+
+
+def transformers_experts(
+    name: str, gate_up: torch.Tensor, down: torch.Tensor
+) -> Callable[[Call], torch.Tensor]:
+    from transformers import Qwen3MoeConfig
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+    config = Qwen3MoeConfig(
+        hidden_size=HIDDEN,
+        moe_intermediate_size=INTERMEDIATE,
+        num_experts=EXPERTS,
+        num_experts_per_tok=TOP_K,
+    )
+    config._experts_implementation = name
+    with torch.device("meta"):
+        module = Qwen3MoeExperts(config)
+    module.gate_up_proj = torch.nn.Parameter(gate_up, requires_grad=False)
+    module.down_proj = torch.nn.Parameter(down, requires_grad=False)
+    return lambda call: module(call.x, call.ids, call.weights)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(
+    tokens: int,
+    seconds: float,
+    ours: Ours,
+    theirs: dict[str, Callable[[Call], torch.Tensor]],
+) -> dict[str, float | int | None]:
+    """One row of the table."""
+    calls = [Call(tokens, i * TOP_K if tokens == 1 else None) for i in range(16)]
+    expected = theirs["eager"](calls[0]).float()
+    error = float((ours(calls[0]).float() - expected).abs().max() / expected.abs().max())
+    if not error < 0.02:
+        raise SystemExit(f"T={tokens}: our result is off by {error:.3g} of eager's largest value")
+
+    limit = ReadLimit(ours.engine, ours.arena)
+    times: dict[str, list[float]] = {name: [] for name in ["ours", *theirs]}
+    gathered = tokens * TOP_K * SLOT_BYTES
+    names = [n for n in theirs if n != "batched_mm" or gathered <= MOST_GATHERED]
+    shares, turn, end = [], 0, time.perf_counter() + seconds
+    while time.perf_counter() < end or turn < 2:
+        time.sleep(PAUSE)
+        rate = limit.measure()
+        fastest = 0.0
+        for _ in range(4 if tokens <= 16 else 2):
+            call = calls[turn % len(calls)]
+            times["ours"].append(seconds_of(lambda call=call: ours(call)))
+            fastest = max(fastest, call.nbytes / times["ours"][-1])
+            turn += 1
+        shares.append(fastest / rate)
+        for name in names:
+            call = calls[turn % len(calls)]
+            times[name].append(seconds_of(lambda call=call, name=name: theirs[name](call)))
+            turn += 1
+    best = {name: min(taken) * 1e3 if taken else None for name, taken in times.items()}
+    nbytes = statistics.fmean(call.nbytes for call in calls)
+    rival = min(best[name] for name in names)
+    return {
+        "tokens": tokens,
+        "experts": round(nbytes / SLOT_BYTES),
+        "ours_ms": best["ours"],
+        "ours_gb_per_s": nbytes / best["ours"] / 1e6,
+        "limit_gb_per_s": limit.best / 1e9,
+        "share_of_limit": nbytes / best["ours"] * 1e3 / limit.best,
+        "share_of_limit_median_round": statistics.median(shares),
+        "ours_gflop_per_s": calls[0].flops / best["ours"] / 1e6,
+        **{f"{name}_ms": best[name] for name in theirs},
+        "speedup_over_fastest": rival / best["ours"],
+        "rounds": len(shares),
+        "error_against_eager": error,
+    }
+
+
+COLUMNS = {
+    "tokens": ("T", "d"),
+    "experts": ("experts", "d"),
+    "ours_ms": ("ours ms", ".2f"),
+    "ours_gb_per_s": ("GB/s", ".1f"),
+    "limit_gb_per_s": ("limit", ".1f"),
+    "share_of_limit": ("share", ".2f"),
+    "share_of_limit_median_round": ("median", ".2f"),
+    "ours_gflop_per_s": ("GFLOP/s", ".0f"),
+    **{f"{name}_ms": (f"{name} ms", ".2f") for name in THEIRS},
+    "speedup_over_fastest": ("speedup", ".2f"),
+    "error_against_eager": ("error", ".4f"),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 16, 64, 512])
+    parser.add_argument("--seconds", type=float, default=8, help="for each row (default: 8)")
+    parser.add_argument("--threads", type=int, default=0, help="0: one for each CPU (default)")
+    parser.add_argument("--kernels", default="", help="instruction set (default: the best)")
+    parser.add_argument("--json", metavar="FILE", help="write the results here too")
+    options = parser.parse_args()
+
+    torch.manual_seed(0)
+    engine = _core.CpuEngine(threads=options.threads, kernels=options.kernels)
+    torch.set_num_threads(engine.threads)
+    gate_up, down = random_weights()
+    ours = Ours(engine, gate_up, down)
+    theirs = {name: transformers_experts(name, gate_up, down) for name in THEIRS}
+    print(
+        f"Qwen3-30B-A3B geometry, bf16, {engine.threads} threads, {engine.kernels}; "
+        "best times; share: of the read limit"
+    )
+    with torch.no_grad():
+        rows = [measure(tokens, options.seconds, ours, theirs) for tokens in options.tokens]
+    print_table(rows, COLUMNS)
+    if options.json:
+        write_json(
+            options.json,
+            "ffn_cpu",
+            geometry={
+                "hidden": HIDDEN,
+                "intermediate": INTERMEDIATE,
+                "experts": EXPERTS,
+                "top_k": TOP_K,
+                "dtype": "bf16",
+            },
+            threads=engine.threads,
+            kernels=engine.kernels,
+            rows=rows,
+        )
+
+
+if __name__ == "__main__":
+    main()

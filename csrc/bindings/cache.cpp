@@ -1,0 +1,285 @@
+// The cache for Python. Ids go in as a sequence or an integer array, slots come out as row numbers
+// of the pool, which torch sees through DLPack. The GIL is released wherever a call may wait.
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+#include "bindings/bindings.h"
+#include "bindings/dlpack.h"
+#include "cache/expert_cache.h"
+#include "cache/policy.h"
+
+namespace py = pybind11;
+
+namespace moeinf {
+namespace {
+
+using Ids = std::vector<int32_t>;
+
+int32_t checked_id(int64_t value) {
+    if (value < std::numeric_limits<int32_t>::min() ||
+        value > std::numeric_limits<int32_t>::max()) {
+        throw Error(ErrorCode::kInvalid,
+                    "an id must fit in 32 bits, found " + std::to_string(value));
+    }
+    return static_cast<int32_t>(value);
+}
+
+// An int32 or int64 array of one dimension, with any stride.
+Ids read_array(py::handle object) {
+    const py::buffer_info array = py::reinterpret_borrow<py::buffer>(object).request();
+    const bool is_int = array.format.size() == 1 && std::strchr("ilq", array.format[0]) != nullptr;
+    if (array.ndim != 1 || !is_int) {
+        throw Error(ErrorCode::kInvalid,
+                    "expected a one-dimensional array of int32 or int64, found " +
+                        std::to_string(array.ndim) + " dimensions of format '" + array.format +
+                        "'");
+    }
+    Ids ids(static_cast<size_t>(array.shape[0]));
+    const auto* item = static_cast<const char*>(array.ptr);
+    for (int32_t& id : ids) {
+        if (array.itemsize == 8) {
+            int64_t value;
+            std::memcpy(&value, item, sizeof value);
+            id = checked_id(value);
+        } else {
+            std::memcpy(&id, item, sizeof id);
+        }
+        item += array.strides[0];
+    }
+    return ids;
+}
+
+Ids read_ids(py::handle object) {
+    if (!PyList_CheckExact(object.ptr()) && PyObject_CheckBuffer(object.ptr())) {
+        return read_array(object);
+    }
+    const auto items = py::reinterpret_steal<py::object>(
+        PySequence_Fast(object.ptr(), "expected a sequence of ints or an integer array"));
+    if (!items) throw py::error_already_set();
+    Ids ids(static_cast<size_t>(PySequence_Fast_GET_SIZE(items.ptr())));
+    for (size_t i = 0; i < ids.size(); ++i) {
+        PyObject* item = PySequence_Fast_GET_ITEM(items.ptr(), static_cast<Py_ssize_t>(i));
+        const long long value = PyLong_AsLongLong(item);
+        if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+        ids[i] = checked_id(value);
+    }
+    return ids;
+}
+
+// Lets Ctrl-C end a wait; called with no lock held, from threads that have released the GIL.
+void check_signals() {
+    const py::gil_scoped_acquire acquired;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+std::shared_ptr<ExpertCache> make_cache(std::shared_ptr<Catalog> catalog, int32_t slots,
+                                        std::string policy, int32_t threads, size_t chunk_bytes,
+                                        bool direct) {
+    ExpertCacheOptions options;
+    options.slots = slots;
+    options.policy = std::move(policy);
+    options.copy = {threads, chunk_bytes, direct};
+    options.poll = check_signals;
+    return std::make_shared<ExpertCache>(std::move(catalog), std::move(options));
+}
+
+py::list rows_of(const std::vector<ReadyExpert>& ready) {
+    py::list rows(ready.size());
+    for (size_t i = 0; i < ready.size(); ++i) {
+        PyList_SET_ITEM(rows.ptr(), static_cast<Py_ssize_t>(i), PyLong_FromLong(ready[i].slot));
+    }
+    return rows;
+}
+
+// A step as Python holds it.
+struct PythonLease {
+    StepLease lease;
+    std::vector<ReadyExpert> ready;  // of wait_all
+};
+
+PythonLease start(ExpertCache& cache, int32_t layer, py::handle experts, py::handle counts,
+                  bool prefill, bool new_sequence, bool at_once) {
+    const Ids ids = read_ids(experts);
+    const Ids tokens = counts.is_none() ? Ids() : read_ids(counts);
+    if (!counts.is_none() && tokens.size() != ids.size()) {
+        throw Error(ErrorCode::kInvalid, "expected " + std::to_string(ids.size()) +
+                                             " counts, found " + std::to_string(tokens.size()));
+    }
+    const py::gil_scoped_release released;
+    PythonLease step{cache.begin({.layer = layer,
+                                  .experts = ids,
+                                  .counts = tokens,
+                                  .prefill = prefill,
+                                  .new_sequence = new_sequence,
+                                  .at_once = at_once}),
+                     {}};
+    if (at_once) step.lease.wait_all(step.ready);
+    return step;
+}
+
+std::optional<std::vector<std::pair<int32_t, int32_t>>> next(PythonLease& step) {
+    std::vector<ReadyExpert> ready;
+    {
+        const py::gil_scoped_release released;
+        if (!step.lease.next(ready)) return std::nullopt;
+    }
+    std::vector<std::pair<int32_t, int32_t>> pairs;
+    for (const ReadyExpert& one : ready) pairs.emplace_back(one.position, one.slot);
+    return pairs;
+}
+
+py::dict to_dict(const LayerStats& stats) {
+    py::dict row;
+    row["accesses"] = stats.accesses;
+    row["hits"] = stats.hits;
+    row["misses"] = stats.misses;
+    row["evictions"] = stats.evictions;
+    row["demand_bytes"] = stats.demand_bytes;
+    row["prefetch_bytes"] = stats.prefetch_bytes;
+    row["prefetch_useful_bytes"] = stats.prefetch_useful_bytes;
+    row["prefetch_wasted_bytes"] = stats.prefetch_wasted_bytes;
+    row["stall_seconds"] = stats.stall_seconds;
+    return row;
+}
+
+py::capsule export_pool(const ExpertCache& cache, py::handle dl_device, py::handle copy) {
+    const bool elsewhere = !dl_device.is_none() && !dl_device.equal(dlpack_host_device());
+    if (elsewhere || (!copy.is_none() && py::cast<bool>(copy))) {
+        throw py::buffer_error("the pool is exported in place: no copy and no other device");
+    }
+    return to_dlpack(cache.shared_pool(), cache.slots() + ExpertCache::kTransitSlots);
+}
+
+void bind_lease(py::module_& module) {
+    py::class_<PythonLease>(module, "StepLease",
+                            "The experts of one step. Their slots keep their bytes until done() or "
+                            "release(); use it as a context manager.")
+        .def("next", &next,
+             "Waits for experts and returns those that became ready as [(position, slot)]; None "
+             "once all have been handed out. Raises ReadError or CapacityError.")
+        .def(
+            "wait_all",
+            [](PythonLease& step) {
+                {
+                    const py::gil_scoped_release released;
+                    step.ready.clear();
+                    step.lease.wait_all(step.ready);
+                }
+                return rows_of(step.ready);
+            },
+            "Waits for all and returns their slots in the order of `experts`.")
+        .def(
+            "done", [](PythonLease& step, int32_t position) { step.lease.done(position); },
+            py::arg("position"), "The slot of that position may be reused.")
+        .def(
+            "release", [](PythonLease& step) { step.lease.release(); },
+            "All slots of the step may be reused.")
+        .def("__enter__", [](py::object self) { return self; })
+        .def("__exit__",
+             [](PythonLease& step, const py::args& /*error*/) { step.lease.release(); });
+}
+
+}  // namespace
+
+void bind_cache(py::module_& module) {
+    module.def("policy_names", &policy_names, "What `policy` may be.");
+    bind_lease(module);
+    py::class_<ExpertCache, std::shared_ptr<ExpertCache>>(
+        module, "ExpertCache", "Experts in the slots of one pool, filled from files. Thread-safe.",
+        py::release_gil_before_calling_cpp_dtor())
+        .def(py::init(&make_cache), py::arg("catalog"), py::arg("slots"),
+             py::arg("policy") = "lrfu", py::kw_only(), py::arg("threads") = 0,
+             py::arg("chunk_bytes") = 0, py::arg("direct") = true,
+             py::call_guard<py::gil_scoped_release>())
+        .def(
+            "begin",
+            [](ExpertCache& cache, int32_t layer, py::handle experts, py::handle counts,
+               bool prefill, bool new_sequence) {
+                return start(cache, layer, experts, counts, prefill, new_sequence, false);
+            },
+            py::arg("layer"), py::arg("experts"), py::arg("counts") = py::none(),
+            py::arg("prefill") = false, py::arg("new_sequence") = false,
+            "Starts a step and never waits. experts: distinct ids within the layer; counts: tokens "
+            "routed to each. What slots cannot hold passes through two transit slots.")
+        .def(
+            "acquire",
+            [](ExpertCache& cache, int32_t layer, py::handle experts, py::handle counts,
+               bool prefill, bool new_sequence) {
+                auto step = start(cache, layer, experts, counts, prefill, new_sequence, true);
+                py::list slots = rows_of(step.ready);
+                return std::make_pair(std::move(step), std::move(slots));
+            },
+            py::arg("layer"), py::arg("experts"), py::arg("counts") = py::none(),
+            py::arg("prefill") = false, py::arg("new_sequence") = false,
+            "Starts a step, waits until all its experts sit in slots at once, and returns the "
+            "lease "
+            "and their slots in the order of `experts`. Raises CapacityError where they cannot.")
+        .def(
+            "prefetch",
+            [](ExpertCache& cache, int32_t layer, py::handle experts) {
+                const Ids ids = read_ids(experts);
+                const py::gil_scoped_release released;
+                return cache.prefetch(layer, ids);
+            },
+            py::arg("layer"), py::arg("experts"),
+            "Starts reading what is absent, best first. Returns the number of reads started.")
+        .def("resize", &ExpertCache::resize, py::arg("slots"),
+             py::call_guard<py::gil_scoped_release>(),
+             "Waits for leases on slots that go. Views of their rows may not be touched any more; "
+             "after growing, take a new view to see the new rows.")
+        .def(
+            "stats",
+            [](const ExpertCache& cache) {
+                py::list rows;
+                for (const LayerStats& stats : cache.stats()) rows.append(to_dict(stats));
+                return rows;
+            },
+            "One dict per layer.")
+        .def("reset_stats", &ExpertCache::reset_stats)
+        .def("resident", &ExpertCache::resident, py::arg("layer"),
+             "Ids within the layer whose bytes are in slots.")
+        .def_property_readonly("slots", &ExpertCache::slots)
+        .def_property_readonly("policy", &ExpertCache::policy)
+        .def_property_readonly(
+            "files_direct",
+            [](const ExpertCache& cache) {
+                std::vector<bool> direct;
+                const size_t files = cache.catalog().files().size();
+                for (uint32_t file = 0; file < files; ++file) {
+                    direct.push_back(cache.engine().file_is_direct(file));
+                }
+                return direct;
+            },
+            "For each file of the catalog: is it read with O_DIRECT?")
+        .def_property_readonly("slot_bytes",
+                               [](const ExpertCache& cache) { return cache.pool().slot_bytes(); })
+        .def_property_readonly(
+            "address",
+            [](const ExpertCache& cache) {
+                return reinterpret_cast<uintptr_t>(cache.pool().data());
+            },
+            "Of row 0. The same for the life of the cache.")
+        .def_property_readonly_static(
+            "transit_slots", [](const py::object&) { return ExpertCache::kTransitSlots; },
+            "Rows of the pool before those that hold residents.")
+        .def(
+            "__dlpack__",
+            [](const ExpertCache& cache, py::handle /*stream*/, py::handle /*max_version*/,
+               py::handle dl_device,
+               py::handle copy) { return export_pool(cache, dl_device, copy); },
+            py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
+            py::arg("dl_device") = py::none(), py::arg("copy") = py::none(),
+            "uint8 [transit_slots + slots, slot_bytes], not copied; row numbers are those that "
+            "leases give. Keeps the memory, not the cache, alive.")
+        .def("__dlpack_device__", [](const ExpertCache&) { return dlpack_host_device(); });
+}
+
+}  // namespace moeinf

@@ -1,0 +1,93 @@
+// What the cache costs with Python left out, for benchmarks/cache_overhead.py.
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <random>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "cache/expert_cache.h"
+#include "cache/residency.h"
+
+namespace py = pybind11;
+
+namespace moeinf {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) {
+    return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+// Mean seconds of a step of resident experts: begin, next until all are handed out, done for each,
+// release. One value per round.
+std::vector<double> time_hits(ExpertCache& cache, int32_t layer,
+                              const std::vector<int32_t>& experts, int32_t rounds,
+                              int32_t steps_per_round) {
+    std::vector<double> means;
+    std::vector<ReadyExpert> ready;
+    for (int32_t round = 0; round < rounds; ++round) {
+        const auto start = Clock::now();
+        for (int32_t i = 0; i < steps_per_round; ++i) {
+            StepLease step = cache.begin({.layer = layer, .experts = experts});
+            ready.clear();
+            while (step.next(ready)) continue;
+            for (const ReadyExpert& one : ready) step.done(one.position);
+        }
+        means.push_back(seconds_since(start) / steps_per_round);
+    }
+    return means;
+}
+
+// Mean seconds to plan a step of which every expert misses, `slots` experts being resident.
+std::vector<double> time_misses(const std::string& policy, int32_t num_layers, int32_t num_experts,
+                                int32_t slots, int32_t misses, int32_t rounds,
+                                int32_t steps_per_round) {
+    const PolicyShape shape{num_layers, num_experts};
+    Residency residency(shape, slots, make_policy(policy, shape));
+    std::mt19937 random(1);
+    Plan plan;
+    std::vector<int32_t> experts;
+    const std::vector<int32_t> counts(static_cast<size_t>(misses), 1);
+    std::vector<double> means;
+    int64_t index = 0;
+    for (int32_t round = -1; round < rounds; ++round) {  // the first only fills the slots
+        Clock::duration spent{};
+        for (int32_t i = 0; i < steps_per_round; ++i) {
+            const auto layer = static_cast<int32_t>(index % num_layers);
+            experts.clear();
+            const auto first = static_cast<int32_t>(random() % static_cast<uint32_t>(num_experts));
+            for (int32_t e = 0; e < num_experts && experts.size() < counts.size(); ++e) {
+                const int32_t expert = layer * num_experts + (first + e) % num_experts;
+                if (residency.slot_of(expert) < 0) experts.push_back(expert);
+            }
+            const auto start = Clock::now();
+            residency.plan({.index = index++,
+                            .layer = layer,
+                            .experts = experts,
+                            .counts = counts,
+                            .router = {}},
+                           plan);
+            spent += Clock::now() - start;
+        }
+        if (round >= 0)
+            means.push_back(std::chrono::duration<double>(spent).count() / steps_per_round);
+    }
+    return means;
+}
+
+}  // namespace
+
+void bind_cache_timing(py::module_& module) {
+    module.def("time_cache_hits", &time_hits, py::arg("cache"), py::arg("layer"),
+               py::arg("experts"), py::arg("rounds"), py::arg("steps_per_round"),
+               py::call_guard<py::gil_scoped_release>(),
+               "Seconds of a step of resident experts without Python, a mean per round.");
+    module.def("time_cache_misses", &time_misses, py::arg("policy"), py::arg("num_layers"),
+               py::arg("num_experts"), py::arg("slots"), py::arg("misses"), py::arg("rounds"),
+               py::arg("steps_per_round"), py::call_guard<py::gil_scoped_release>(),
+               "Seconds to plan a step whose experts all miss, no bytes moved, a mean per round.");
+}
+
+}  // namespace moeinf

@@ -1,0 +1,159 @@
+// The CPU engine and the expert FFN, as tests, benchmarks and `moeinf doctor` use them: memory is
+// passed as addresses, which the Python caller keeps alive and has checked. `fused_experts` over a
+// cache is bound elsewhere.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+#include "bindings/bindings.h"
+#include "compute/cpu_engine.h"
+#include "compute/expert_ffn.h"
+#include "compute/read_probe.h"
+
+namespace py = pybind11;
+
+namespace moeinf {
+namespace {
+
+template <class T>
+T* at(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Slots by address: position in `slots` is the in-layer expert id.
+void fused_experts_raw(CpuEngine& engine, const FfnShape& shape, const FfnInput& input,
+                       const std::vector<uintptr_t>& slots, uintptr_t out, DType out_dtype) {
+    if (slots.size() != static_cast<size_t>(input.num_experts)) {
+        throw Error(ErrorCode::kInvalid, "expert FFN: one slot address for each of " +
+                                             std::to_string(input.num_experts) +
+                                             " experts expected, got " +
+                                             std::to_string(slots.size()));
+    }
+    FfnPass pass(engine, shape, input);
+    std::vector<SlotOfExpert> ready;
+    for (size_t p = 0; p < pass.experts().size(); ++p) {
+        const auto id = static_cast<size_t>(pass.experts()[p]);
+        ready.push_back({static_cast<int32_t>(p), at<const std::byte>(slots[id])});
+    }
+    pass.compute(ready);
+    pass.finish(at<void>(out), out_dtype);
+}
+
+void bind_types(py::module_& module) {
+    py::enum_<DType>(module, "DType")
+        .value("bf16", DType::kBF16)
+        .value("f16", DType::kF16)
+        .value("f32", DType::kF32);
+    py::enum_<Activation>(module, "Activation")
+        .value("silu", Activation::kSilu)
+        .value("gelu", Activation::kGelu)
+        .value("gelu_tanh", Activation::kGeluTanh)
+        .value("relu", Activation::kRelu);
+
+    py::class_<FfnShape>(module, "FfnShape")
+        .def(py::init([](int64_t hidden, int64_t intermediate, DType weights, Activation activation,
+                         bool gated, uint64_t gate_up_offset, uint64_t down_offset) {
+                 return FfnShape{hidden, intermediate,   weights,    activation,
+                                 gated,  gate_up_offset, down_offset};
+             }),
+             py::kw_only(), py::arg("hidden"), py::arg("intermediate"), py::arg("weights"),
+             py::arg("activation"), py::arg("gated"), py::arg("gate_up_offset"),
+             py::arg("down_offset"));
+
+    py::class_<FfnInput>(module, "FfnInput")
+        .def(py::init([](uintptr_t hidden, DType hidden_dtype, uintptr_t topk_ids,
+                         bool ids_are_int64, uintptr_t topk_weights, DType topk_weights_dtype,
+                         int64_t tokens, int64_t top_k, int32_t num_experts) {
+                 return FfnInput{at<const void>(hidden),
+                                 hidden_dtype,
+                                 at<const void>(topk_ids),
+                                 ids_are_int64,
+                                 at<const void>(topk_weights),
+                                 topk_weights_dtype,
+                                 tokens,
+                                 top_k,
+                                 num_experts};
+             }),
+             py::kw_only(), py::arg("hidden"), py::arg("hidden_dtype"), py::arg("topk_ids"),
+             py::arg("ids_are_int64"), py::arg("topk_weights"), py::arg("topk_weights_dtype"),
+             py::arg("tokens"), py::arg("top_k"), py::arg("num_experts"));
+}
+
+}  // namespace
+
+void bind_compute(py::module_& module) {
+    using release = py::call_guard<py::gil_scoped_release>;
+    bind_types(module);
+
+    module.def(
+        "cpu_kernels",
+        [] {
+            std::vector<std::pair<std::string, bool>> sets;
+            for (const KernelSet* set : kernel_sets())
+                sets.emplace_back(set->name, set->supported());
+            return sets;
+        },
+        "(name, whether this CPU can run it) of every set of CPU kernels, best first.");
+
+    py::class_<CpuEngine>(module, "CpuEngine",
+                          "Kernels of one instruction set, threads and scratch memory.")
+        .def(py::init([](int threads, const std::string& kernels) {
+                 return std::make_unique<CpuEngine>(threads, kernels);
+             }),
+             py::kw_only(), py::arg("threads") = 0, py::arg("kernels") = "")
+        .def_property_readonly("threads", [](CpuEngine& self) { return self.pool().threads(); })
+        .def_property_readonly("kernels", [](const CpuEngine& self) { return self.kernels().name; })
+        .def(
+            "read_all",
+            [](CpuEngine& self, uintptr_t data, size_t nbytes, size_t task_bytes, int streams) {
+                return read_all(self.pool(), at<const std::byte>(data), nbytes, task_bytes,
+                                streams);
+            },
+            py::arg("data"), py::arg("nbytes"), py::kw_only(), py::arg("task_bytes"),
+            py::arg("streams"), release(),
+            "Reads nbytes at address `data` once with all threads; returns the or of its words.");
+
+    py::class_<FfnPass>(module, "FfnPass")
+        .def(py::init<CpuEngine&, const FfnShape&, const FfnInput&>(), py::arg("engine"),
+             py::arg("shape"), py::arg("input"), py::keep_alive<1, 2>(), release())
+        .def_property_readonly("experts",
+                               [](const FfnPass& self) {
+                                   return std::vector<int32_t>(self.experts().begin(),
+                                                               self.experts().end());
+                               })
+        .def_property_readonly("counts",
+                               [](const FfnPass& self) {
+                                   return std::vector<int32_t>(self.counts().begin(),
+                                                               self.counts().end());
+                               })
+        .def(
+            "compute",
+            [](FfnPass& self, const std::vector<std::pair<int32_t, uintptr_t>>& ready) {
+                std::vector<SlotOfExpert> slots;
+                for (const auto& [position, slot] : ready) {
+                    slots.push_back({position, at<const std::byte>(slot)});
+                }
+                const py::gil_scoped_release unlocked;
+                self.compute(slots);
+            },
+            py::arg("ready"), "Computes the experts at these (position, slot address) pairs.")
+        .def(
+            "finish",
+            [](FfnPass& self, uintptr_t out, DType out_dtype) {
+                self.finish(at<void>(out), out_dtype);
+            },
+            py::arg("out"), py::arg("out_dtype"), release())
+        .def_static("tokens_per_pass", &FfnPass::tokens_per_pass, py::arg("shape"),
+                    py::arg("top_k"), py::arg("scratch_bytes") = size_t{64} << 20);
+
+    module.def("fused_experts_raw", &fused_experts_raw, py::arg("engine"), py::arg("shape"),
+               py::arg("input"), py::kw_only(), py::arg("slots"), py::arg("out"),
+               py::arg("out_dtype"), release(),
+               "One whole pass; slots[e] is the address of expert e, 0 where it has no route.");
+}
+
+}  // namespace moeinf

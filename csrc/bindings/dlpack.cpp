@@ -1,0 +1,81 @@
+#include "bindings/dlpack.h"
+
+#include <array>
+#include <utility>
+
+namespace moeinf {
+namespace {
+
+// The layout that DLPack's specification fixes for unversioned tensors.
+struct DLDevice {
+    int32_t device_type;
+    int32_t device_id;
+};
+struct DLDataType {
+    uint8_t code;
+    uint8_t bits;
+    uint16_t lanes;
+};
+struct DLTensor {
+    void* data;
+    DLDevice device;
+    int32_t ndim;
+    DLDataType dtype;
+    int64_t* shape;
+    int64_t* strides;  // in elements
+    uint64_t byte_offset;
+};
+struct DLManagedTensor {
+    DLTensor dl_tensor;
+    void* manager_ctx;
+    void (*deleter)(DLManagedTensor*);
+};
+
+constexpr int32_t kHostDevice = 1;
+constexpr uint8_t kUnsignedInteger = 1;
+constexpr const char* kUnclaimed = "dltensor";  // the consumer renames what it takes over
+
+struct Export {
+    DLManagedTensor managed;
+    std::array<int64_t, 2> shape;
+    std::array<int64_t, 2> strides;
+    std::shared_ptr<const SlotPool> pool;
+};
+
+void end_export(DLManagedTensor* managed) {
+    const std::unique_ptr<Export> ended(static_cast<Export*>(managed->manager_ctx));
+}
+
+void end_unclaimed(PyObject* capsule) {
+    if (!PyCapsule_IsValid(capsule, kUnclaimed)) return;
+    auto* managed = static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, kUnclaimed));
+    managed->deleter(managed);
+}
+
+}  // namespace
+
+pybind11::capsule to_dlpack(std::shared_ptr<const SlotPool> pool, int32_t rows) {
+    auto exported = std::make_unique<Export>();
+    const auto row_bytes = static_cast<int64_t>(pool->slot_bytes());
+    exported->shape = {rows, row_bytes};
+    exported->strides = {row_bytes, 1};
+    exported->managed = {{pool->data(),
+                          {kHostDevice, 0},
+                          2,
+                          {kUnsignedInteger, 8, 1},
+                          exported->shape.data(),
+                          exported->strides.data(),
+                          0},
+                         exported.get(),
+                         end_export};
+    exported->pool = std::move(pool);
+    pybind11::capsule capsule(&exported->managed, kUnclaimed, end_unclaimed);
+    (void)exported.release();  // the capsule, or who takes it over, ends it
+    return capsule;
+}
+
+pybind11::tuple dlpack_host_device() {
+    return pybind11::make_tuple(kHostDevice, 0);
+}
+
+}  // namespace moeinf

@@ -1,0 +1,70 @@
+// One call of the fused experts over a cache: computes experts as the cache hands them out, so that
+// those already resident are computed while the others are read.
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "bindings/bindings.h"
+#include "cache/expert_cache.h"
+#include "compute/cpu_engine.h"
+#include "compute/expert_ffn.h"
+
+namespace py = pybind11;
+
+namespace moeinf {
+namespace {
+
+void run_pass(ExpertCache& cache, FfnPass& pass, const StepRequest& request) {
+    StepLease step = cache.begin(request);
+    std::vector<ReadyExpert> ready;
+    std::vector<SlotOfExpert> slots;
+    while (step.next(ready)) {
+        slots.clear();
+        for (const ReadyExpert& expert : ready) {
+            slots.push_back({expert.position, cache.pool().slot(expert.slot)});
+        }
+        pass.compute(slots);
+        for (const ReadyExpert& expert : ready) step.done(expert.position);
+        ready.clear();
+    }
+}
+
+// A long prompt is cut so that scratch memory stays bounded; each part is a step of its own.
+void fused_experts(ExpertCache& cache, CpuEngine& engine, const FfnShape& shape, FfnInput input,
+                   int32_t layer, uintptr_t out, DType out_dtype, bool prefill, bool new_sequence) {
+    const int64_t tokens = input.tokens;
+    const int64_t most = FfnPass::tokens_per_pass(shape, input.top_k);
+    const auto rows = [](const void* base, int64_t first, int64_t width, size_t element) {
+        return static_cast<const std::byte*>(base) + static_cast<size_t>(first * width) * element;
+    };
+    const FfnInput whole = input;
+    for (int64_t first = 0; first < tokens; first += most) {
+        input.tokens = std::min(most, tokens - first);
+        input.hidden = rows(whole.hidden, first, shape.hidden, dtype_bytes(whole.hidden_dtype));
+        input.topk_ids = rows(whole.topk_ids, first, whole.top_k, whole.ids_are_int64 ? 8 : 4);
+        input.topk_weights =
+            rows(whole.topk_weights, first, whole.top_k, dtype_bytes(whole.topk_weights_dtype));
+        FfnPass pass(engine, shape, input);
+        run_pass(cache, pass,
+                 {.layer = layer,
+                  .experts = pass.experts(),
+                  .counts = pass.counts(),
+                  .prefill = prefill,
+                  .new_sequence = new_sequence && first == 0});
+        const size_t done = static_cast<size_t>(first * shape.hidden) * dtype_bytes(out_dtype);
+        pass.finish(reinterpret_cast<std::byte*>(out) + done, out_dtype);
+    }
+}
+
+}  // namespace
+
+void bind_fused_experts(py::module_& module) {
+    module.def("fused_experts", &fused_experts, py::arg("cache"), py::arg("engine"),
+               py::arg("shape"), py::arg("input"), py::kw_only(), py::arg("layer"), py::arg("out"),
+               py::arg("out_dtype"), py::arg("prefill"), py::arg("new_sequence"),
+               py::call_guard<py::gil_scoped_release>(),
+               "Writes [tokens, hidden] to the address `out`; see moeinf.fused_experts.");
+}
+
+}  // namespace moeinf

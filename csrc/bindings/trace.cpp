@@ -1,0 +1,280 @@
+// moeinf._core.simulate: a trace as NumPy arrays in, counts per layer out.
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <string>
+
+#include "base/error.h"
+#include "bindings/bindings.h"
+#include "cache/eam.h"
+#include "cache/policies/policies.h"
+#include "trace/belady.h"
+#include "trace/simulator.h"
+
+namespace py = pybind11;
+
+namespace moeinf {
+namespace {
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+template <class T>
+std::span<const T> values(const Array<T>& array) {
+    return {array.data(), static_cast<size_t>(array.size())};
+}
+
+TraceView view(const Array<int16_t>& experts, const Array<int32_t>& sequence,
+               const Array<uint8_t>& phase, const std::optional<Array<uint16_t>>& router,
+               int32_t num_experts) {
+    if (experts.ndim() != 3) {
+        throw Error(ErrorCode::kInvalid,
+                    "tensor 'experts': expected 3 dimensions [tokens, layers, k], found " +
+                        std::to_string(experts.ndim()));
+    }
+    TraceView trace;
+    trace.tokens = experts.shape(0);
+    trace.layers = static_cast<int32_t>(experts.shape(1));
+    trace.k = static_cast<int32_t>(experts.shape(2));
+    trace.num_experts = num_experts;
+    trace.experts = values(experts);
+    trace.sequence = values(sequence);
+    trace.phase = values(phase);
+    if (router) trace.router = values(*router);
+    return trace;
+}
+
+template <class T>
+py::array_t<T> copied(std::span<const T> source) {
+    return py::array_t<T>(static_cast<py::ssize_t>(source.size()), source.data());
+}
+
+// A policy written in Python: observe(step) and score(residents), for research only.
+class PythonPolicy final : public Policy {
+public:
+    explicit PythonPolicy(py::object policy) : policy_(std::move(policy)) {}
+    ~PythonPolicy() override {
+        py::gil_scoped_acquire gil;
+        policy_ = py::object();
+    }
+    PythonPolicy(const PythonPolicy&) = delete;
+    PythonPolicy& operator=(const PythonPolicy&) = delete;
+
+    std::string_view name() const noexcept override { return "python"; }
+
+    void observe(const Step& step) override {
+        py::gil_scoped_acquire gil;
+        py::dict seen;
+        seen["index"] = step.index;
+        seen["layer"] = step.layer;
+        seen["experts"] = copied(step.experts);
+        seen["counts"] = copied(step.counts);
+        seen["router"] = step.router.empty() ? py::object(py::none()) : copied(step.router);
+        seen["prefill"] = step.prefill;
+        seen["new_sequence"] = step.new_sequence;
+        policy_.attr("observe")(py::module_::import("types").attr("SimpleNamespace")(**seen));
+    }
+
+    size_t choose_victims(std::span<const int32_t> residents, std::span<const uint32_t> pinned,
+                          std::span<int32_t> victims) override {
+        candidates_.clear();
+        for (const int32_t expert : residents) {
+            if (expert >= 0 && pinned[static_cast<size_t>(expert)] == 0) {
+                candidates_.push_back(expert);
+            }
+        }
+        py::gil_scoped_acquire gil;
+        const auto scores = py::array_t<double, py::array::c_style | py::array::forcecast>(
+            policy_.attr("score")(copied(std::span<const int32_t>(candidates_))));
+        if (scores.ndim() != 1 || scores.size() != static_cast<py::ssize_t>(candidates_.size())) {
+            throw Error(ErrorCode::kInvalid,
+                        "score() of the policy: expected one value for each of " +
+                            std::to_string(candidates_.size()) + " residents, found " +
+                            std::to_string(scores.size()) + " in " + std::to_string(scores.ndim()) +
+                            " dimensions");
+        }
+        std::vector<std::pair<double, int32_t>> order;
+        for (size_t i = 0; i < candidates_.size(); ++i) {
+            const double score = scores.data()[i];
+            if (std::isnan(score)) {
+                throw Error(ErrorCode::kInvalid,
+                            "score() of the policy: expected numbers, found "
+                            "NaN for expert " +
+                                std::to_string(candidates_[i]));
+            }
+            order.emplace_back(score, candidates_[i]);
+        }
+        const size_t found = std::min(victims.size(), order.size());
+        std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(found),
+                          order.end());
+        for (size_t i = 0; i < found; ++i) victims[i] = order[i].second;
+        return found;
+    }
+
+private:
+    py::object policy_;
+    std::vector<int32_t> candidates_;
+};
+
+struct Collections {
+    const EamCollection* prefill = nullptr;
+    const EamCollection* decode = nullptr;
+};
+
+std::unique_ptr<Policy> policy_for(const TraceView& trace, const py::object& policy,
+                                   const Collections& eamc) {
+    if (!py::isinstance<py::str>(policy)) return std::make_unique<PythonPolicy>(policy);
+    const auto name = policy.cast<std::string>();
+    if (eamc.decode != nullptr && eamc.prefill != nullptr) {
+        for (const EamCollection* one : {eamc.prefill, eamc.decode}) {
+            if (one->shape().num_layers != trace.layers ||
+                one->shape().num_experts != trace.num_experts) {
+                throw Error(ErrorCode::kInvalid,
+                            "collection: expected " + std::to_string(trace.layers) + " layers of " +
+                                std::to_string(trace.num_experts) +
+                                " experts as in the trace, found " +
+                                std::to_string(one->shape().num_layers) + " of " +
+                                std::to_string(one->shape().num_experts));
+            }
+        }
+        if (name == "eam") return make_eam(*eamc.prefill, *eamc.decode);
+    }
+    py::gil_scoped_release release;
+    if (name == "belady") return make_belady(trace);
+    return make_policy(name, trace.shape());
+}
+
+// Calls `priors(first_token, end_token)` after every pass: float32 [all experts] or None.
+std::function<void(int64_t, int64_t, Policy&)> priors_hook(const py::object& priors,
+                                                           PolicyShape shape) {
+    if (priors.is_none()) return {};
+    return [&priors, shape](int64_t first, int64_t end, Policy& policy) {
+        py::gil_scoped_acquire gil;
+        const py::object answer = priors(first, end);
+        if (answer.is_none()) return;
+        const auto array = Array<float>(answer);
+        if (array.size() != shape.total()) {
+            throw Error(ErrorCode::kInvalid, "priors: expected " + std::to_string(shape.total()) +
+                                                 " values, found " + std::to_string(array.size()));
+        }
+        policy.set_priors(values(array));
+    };
+}
+
+py::dict simulate_arrays(const Array<int16_t>& experts, const Array<int32_t>& sequence,
+                         const Array<uint8_t>& phase, const std::optional<Array<uint16_t>>& router,
+                         int32_t num_experts, const py::object& policy, int32_t slots,
+                         const EamCollection* eamc_prefill, const EamCollection* eamc_decode,
+                         const py::object& priors, const py::object& progress, bool step_misses) {
+    const TraceView trace = view(experts, sequence, phase, router, num_experts);
+    SimulationHooks hooks;
+    hooks.after_pass = priors_hook(priors, trace.shape());
+    if (!progress.is_none()) {
+        hooks.progress = [&progress](int64_t tokens) {
+            py::gil_scoped_acquire gil;
+            progress(tokens);
+        };
+    }
+    std::vector<uint16_t> misses;
+    if (step_misses) hooks.step_misses = &misses;
+
+    std::unique_ptr<Policy> chosen = policy_for(trace, policy, {eamc_prefill, eamc_decode});
+    std::vector<LayerCounts> layers;
+    {
+        py::gil_scoped_release release;
+        layers = simulate(trace, slots, std::move(chosen), hooks);
+    }
+    py::dict result;
+    const auto column = [&](const char* name, int64_t LayerCounts::* field) {
+        py::array_t<int64_t> out(static_cast<py::ssize_t>(layers.size()));
+        for (size_t l = 0; l < layers.size(); ++l) out.mutable_data()[l] = layers[l].*field;
+        result[name] = out;
+    };
+    column("decode_hits", &LayerCounts::decode_hits);
+    column("decode_accesses", &LayerCounts::decode_accesses);
+    column("prefill_hits", &LayerCounts::prefill_hits);
+    column("prefill_accesses", &LayerCounts::prefill_accesses);
+    column("evictions", &LayerCounts::evictions);
+    if (step_misses) result["step_misses"] = copied(std::span<const uint16_t>(misses));
+    return result;
+}
+
+void bind_eam(py::module_& module) {
+    using namespace py::literals;
+    py::class_<EamCollection>(module, "EamCollection",
+                              "Activation matrices of finished requests; see csrc/cache/eam.h.")
+        .def(py::init([](int32_t num_layers, int32_t num_experts, int32_t capacity) {
+                 return EamCollection({num_layers, num_experts}, capacity);
+             }),
+             "num_layers"_a, "num_experts"_a, "capacity"_a)
+        .def("add",
+             [](EamCollection& self, const Array<float>& matrix) { self.add(values(matrix)); })
+        .def("__len__", &EamCollection::size)
+        .def_property_readonly("capacity", &EamCollection::capacity)
+        .def("entries",
+             [](const EamCollection& self) {
+                 const PolicyShape shape = self.shape();
+                 py::array_t<float> out({self.size(), shape.num_layers, shape.num_experts});
+                 for (int32_t i = 0; i < self.size(); ++i) {
+                     const auto entry = self.entry(i);
+                     std::copy(entry.begin(), entry.end(),
+                               out.mutable_data() + static_cast<size_t>(i) * entry.size());
+                 }
+                 return out;
+             })
+        .def("predict", [](const EamCollection& self, const std::vector<int32_t>& matched) {
+            const PolicyShape shape = self.shape();
+            for (const int32_t index : matched) {
+                if (index < 0 || index >= self.size()) throw py::index_error();
+            }
+            py::array_t<float> out({shape.num_layers, shape.num_experts});
+            predict_activations(self, matched,
+                                {out.mutable_data(), static_cast<size_t>(out.size())});
+            return out;
+        });
+    py::class_<EamMatch>(module, "EamMatch", "A growing matrix against a collection.")
+        .def(py::init<const EamCollection&>(), py::keep_alive<1, 2>())
+        .def("restart", &EamMatch::restart)
+        .def("add_row",
+             [](EamMatch& self, int32_t layer, const Array<int32_t>& experts,
+                const Array<int32_t>& counts) {
+                 self.add_row(layer, values(experts), values(counts));
+             })
+        .def("nearest", [](EamMatch& self, int32_t count) {
+            std::vector<int32_t> out;
+            self.nearest(count, out);
+            return out;
+        });
+    module.def("prefetch_order", [](const Array<float>& predicted, int32_t layer, size_t limit) {
+        if (predicted.ndim() != 2) {
+            throw Error(ErrorCode::kInvalid, "predicted: expected [layers, experts]");
+        }
+        return prefetch_order(
+            values(predicted),
+            {static_cast<int32_t>(predicted.shape(0)), static_cast<int32_t>(predicted.shape(1))},
+            layer, limit);
+    });
+}
+
+}  // namespace
+
+void bind_trace(py::module_& module) {
+    using namespace py::literals;
+    bind_eam(module);
+    module.def("check_trace",
+               [](const Array<int16_t>& experts, const Array<int32_t>& sequence,
+                  const Array<uint8_t>& phase, int32_t num_experts, const std::string& name) {
+                   check_trace(view(experts, sequence, phase, std::nullopt, num_experts), name);
+               });
+    module.def("policy_names", &policy_names, "The policies of the live cache.");
+    module.def("simulate", &simulate_arrays, "experts"_a, "sequence"_a, "phase"_a, "router"_a,
+               "num_experts"_a, "policy"_a, "slots"_a, "eamc_prefill"_a = nullptr,
+               "eamc_decode"_a = nullptr, "priors"_a = py::none(), "progress"_a = py::none(),
+               "step_misses"_a = false);
+}
+
+}  // namespace moeinf

@@ -1,0 +1,144 @@
+// What the cache and its leases share; private to this room. CacheState is everything under the
+// cache's one lock: each of its functions wants `mutex` held unless it says otherwise.
+#pragma once
+
+#include <unistd.h>
+
+#include <array>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+
+#include "cache/expert_cache.h"
+#include "cache/residency.h"
+
+namespace moeinf {
+
+// One expert on its way into one slot.
+struct Load {
+    enum class State : uint8_t { kReading, kComplete, kFailed };
+
+    int32_t expert = -1;   // flat id
+    int32_t transit = -1;  // index of its transit slot; -1: its slot is a resident's
+    bool prefetch = false;
+    bool wanted = false;   // a step asked for it
+    uint32_t waiting = 0;  // members that pin the expert until this ends
+    State state = State::kReading;
+    TransferPtr transfer;
+    std::string error;
+};
+
+// One expert of a step. Until it is done it pins its resident, or owns its transit slot.
+struct Member {
+    enum class State : uint8_t { kPending, kLoading, kReady, kHeld, kDone, kFailed };
+
+    int32_t expert = -1;  // flat id
+    int32_t row = -1;     // of the pool
+    int32_t transit = -1;
+    State state = State::kPending;
+    std::shared_ptr<Load> load;  // kLoading only
+};
+
+struct StepLease::Impl {
+    int32_t layer = 0;
+    std::vector<Member> members;
+    size_t to_hand_out = 0;
+    size_t pending = 0;               // members without a slot
+    size_t next_pending = 0;          // no pending member comes before this one
+    std::thread::id thread;           // that used the lease last
+    int32_t waiting_for_transit = 0;  // threads in next() that only a transit slot can wake
+    bool released = false;
+    std::string failure;      // of the first read that failed
+    size_t active_index = 0;  // in CacheState::active
+};
+
+// Counts a thread in while it waits. Goes after the lock it needs.
+class Waiting {
+public:
+    explicit Waiting(int32_t& count) : count_(count) { ++count_; }
+    Waiting(const Waiting&) = delete;
+    Waiting& operator=(const Waiting&) = delete;
+    ~Waiting() { --count_; }
+
+private:
+    int32_t& count_;
+};
+
+struct CacheState {
+    CacheState(std::shared_ptr<const Catalog> the_catalog, ExpertCacheOptions options);
+
+    // Takes no lock: what the lock guards may be torn in a forked child, where no thread of the
+    // copy engine exists either.
+    [[nodiscard]] bool forked() const noexcept { return getpid() != process; }
+    void check_process() const;
+
+    [[nodiscard]] size_t layer_of(int32_t expert) const noexcept {
+        return static_cast<size_t>(expert / catalog->num_experts());
+    }
+    [[nodiscard]] LayerStats& stats_of(int32_t expert) { return stats[layer_of(expert)]; }
+    [[nodiscard]] std::shared_ptr<Load>& load_of(int32_t expert) {
+        return loads[static_cast<size_t>(expert)];
+    }
+
+    // Releases the lock, waits for `changed` and takes it again; calls `poll` every 50 ms.
+    void wait(std::unique_lock<std::mutex>& lock);
+
+    // Reads. The first also for a transit slot; the last is the copy engine's callback and takes
+    // the lock itself.
+    std::shared_ptr<Load> start_load(int32_t expert, int32_t transit, Priority priority);
+    void end_load(Load& load, Load::State state, std::string error);
+    void on_transfer_end(Load& load, const Transfer& transfer);
+
+    // Residents.
+    void leaves(int32_t expert);
+    void unpin(int32_t expert);
+
+    // Members of a step.
+    void fetch(StepLease::Impl& lease, Member& member, const Placement& placement);
+    void join(StepLease::Impl& lease, Member& member);
+    void start_surplus(StepLease::Impl& lease);
+    void settle(StepLease::Impl& lease);
+    void let_go(Member& member);
+    void hand_out(StepLease::Impl& lease, std::vector<ReadyExpert>& out);
+    void gather(StepLease::Impl& lease, std::unique_lock<std::mutex>& lock);
+    void end_lease(StepLease::Impl& lease);
+    [[nodiscard]] bool transit_never_frees() const;
+    [[nodiscard]] int32_t slots_held_by_this_thread(const StepLease::Impl* besides,
+                                                    int32_t from_slot) const;
+
+    struct Seen {
+        int64_t request = -1;
+        int32_t position = -1;
+    };
+    struct Transit {
+        const StepLease::Impl* owner = nullptr;
+        bool loading = false;
+        [[nodiscard]] bool free() const noexcept { return owner == nullptr && !loading; }
+    };
+
+    const std::shared_ptr<const Catalog> catalog;
+    const std::shared_ptr<SlotPool> pool;
+    const std::function<void()> poll;
+    const pid_t process = getpid();
+
+    mutable std::mutex mutex;  // guards all below; never held while anything waits or bytes move
+    std::condition_variable changed;  // a read ended, a transit slot or a pin was given back
+    Residency residency;
+    std::vector<LayerStats> stats;
+    std::vector<std::shared_ptr<Load>> loads;  // by flat expert: reads into residents' slots
+    std::vector<uint8_t> prefetched_unused;    // by flat expert
+    std::array<Transit, ExpertCache::kTransitSlots> transit;
+    std::vector<StepLease::Impl*> active;                  // steps in progress
+    std::vector<std::unique_ptr<StepLease::Impl>> unused;  // finished ones, for reuse
+    int32_t waiting_for_room = 0;  // threads that want to hear of every pin given back
+    bool resizing = false;
+    int64_t steps = 0;
+    int64_t requests = 0;
+    std::vector<Seen> seen;  // by flat expert: where the request of that number names it
+    std::vector<int32_t> flat_ids, ones;  // scratch
+    Plan plan;                            // scratch
+
+    CopyEngine engine;  // last: its threads use what is above
+};
+
+}  // namespace moeinf

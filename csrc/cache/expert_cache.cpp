@@ -1,0 +1,253 @@
+#include "cache/expert_cache.h"
+
+#include "base/error.h"
+#include "cache/cache_state.h"
+
+namespace moeinf {
+namespace {
+
+// In a forked child the state stays as it is: threads, locks and waiters are not there to be ended.
+struct Dispose {
+    void operator()(CacheState* state) const {
+        if (!state->forked()) std::default_delete<CacheState>()(state);
+    }
+};
+
+int32_t check_layer(const Catalog& catalog, int32_t layer) {
+    if (layer < 0 || layer >= catalog.num_layers()) {
+        throw Error(ErrorCode::kInvalid, "expected a layer in 0.." +
+                                             std::to_string(catalog.num_layers() - 1) + ", found " +
+                                             std::to_string(layer));
+    }
+    return layer;
+}
+
+int32_t flat_id(const Catalog& catalog, int32_t layer, int32_t expert) {
+    if (expert < 0 || expert >= catalog.num_experts()) {
+        throw Error(ErrorCode::kInvalid,
+                    "expected experts in 0.." + std::to_string(catalog.num_experts() - 1) +
+                        " of layer " + std::to_string(layer) + ", found " + std::to_string(expert));
+    }
+    return layer * catalog.num_experts() + expert;
+}
+
+void check_length(const char* what, size_t found, size_t expected) {
+    if (found != 0 && found != expected) {
+        throw Error(ErrorCode::kInvalid, "expected " + std::to_string(expected) + " " + what +
+                                             ", found " + std::to_string(found));
+    }
+}
+
+}  // namespace
+
+ExpertCache::ExpertCache(std::shared_ptr<const Catalog> catalog, ExpertCacheOptions options)
+    : state_(std::make_unique<CacheState>(std::move(catalog), std::move(options)).release(),
+             Dispose()) {}
+
+ExpertCache::~ExpertCache() = default;
+
+StepLease ExpertCache::begin(const StepRequest& request) {
+    CacheState& cache = *state_;
+    cache.check_process();
+    const Catalog& catalog = *cache.catalog;
+    const size_t count = request.experts.size();
+    check_layer(catalog, request.layer);
+    check_length("counts", request.counts.size(), count);
+    check_length("router probabilities", request.router.size(),
+                 static_cast<size_t>(catalog.num_experts()));
+
+    StepLease step(state_);  // before the lock, which its destructor takes
+    const std::lock_guard lock(cache.mutex);
+    ++cache.requests;
+    cache.flat_ids.clear();
+    for (const int32_t expert : request.experts) {
+        const int32_t flat = flat_id(catalog, request.layer, expert);
+        CacheState::Seen& seen = cache.seen[static_cast<size_t>(flat)];
+        if (seen.request == cache.requests) {
+            throw Error(ErrorCode::kInvalid, "expert " + std::to_string(expert) + " of layer " +
+                                                 std::to_string(request.layer) +
+                                                 " is named twice in one step");
+        }
+        seen = {cache.requests, static_cast<int32_t>(cache.flat_ids.size())};
+        cache.flat_ids.push_back(flat);
+    }
+    if (request.at_once && count > static_cast<size_t>(cache.residency.slots())) {
+        throw Error(ErrorCode::kCapacity, "a step of " + std::to_string(count) +
+                                              " experts at once does not fit into " +
+                                              std::to_string(cache.residency.slots()) + " slots");
+    }
+    if (cache.ones.size() < count) cache.ones.resize(count, 1);
+
+    if (cache.unused.empty()) {
+        step.impl_ = std::make_unique<StepLease::Impl>();
+    } else {
+        step.impl_ = std::move(cache.unused.back());
+        cache.unused.pop_back();
+    }
+    StepLease::Impl& lease = *step.impl_;
+    lease.layer = request.layer;
+    lease.members.resize(count);
+    for (size_t i = 0; i < count; ++i) {
+        Member& member = lease.members[i];
+        member.expert = cache.flat_ids[i];
+        member.transit = -1;
+        member.state = Member::State::kPending;
+    }
+    lease.to_hand_out = count;
+    lease.pending = count;
+    lease.next_pending = 0;
+    lease.thread = std::this_thread::get_id();
+    lease.released = false;
+    lease.failure.clear();
+    lease.active_index = cache.active.size();
+    cache.active.push_back(&lease);
+
+    cache.residency.plan(
+        {.index = cache.steps++,
+         .layer = request.layer,
+         .experts = cache.flat_ids,
+         .counts = request.counts.empty() ? std::span<const int32_t>(cache.ones).first(count)
+                                          : request.counts,
+         .router = request.router,
+         .prefill = request.prefill,
+         .new_sequence = request.new_sequence},
+        cache.plan);
+    const auto member_of = [&](int32_t expert) -> Member& {
+        return lease.members[static_cast<size_t>(cache.seen[static_cast<size_t>(expert)].position)];
+    };
+    LayerStats& stats = cache.stats[static_cast<size_t>(request.layer)];
+    for (const int32_t expert : cache.plan.hits) {
+        if (cache.load_of(expert) == nullptr) ++stats.hits;
+        cache.join(lease, member_of(expert));
+    }
+    for (const Placement& placement : cache.plan.placements) {
+        cache.fetch(lease, member_of(placement.expert), placement);
+    }
+    stats.accesses += static_cast<int64_t>(count);
+    stats.misses = stats.accesses - stats.hits;
+    if (!request.at_once) cache.start_surplus(lease);
+    return step;
+}
+
+int32_t ExpertCache::prefetch(int32_t layer, std::span<const int32_t> experts) {
+    CacheState& cache = *state_;
+    cache.check_process();
+    check_layer(*cache.catalog, layer);
+    for (const int32_t expert : experts) (void)flat_id(*cache.catalog, layer, expert);
+
+    const std::lock_guard lock(cache.mutex);
+    int32_t started = 0;
+    for (const int32_t expert : experts) {
+        const int32_t flat = flat_id(*cache.catalog, layer, expert);
+        if (cache.residency.slot_of(flat) >= 0) continue;
+        Placement placement{};
+        if (!cache.residency.place(flat, placement)) break;
+        if (placement.evicted >= 0) cache.leaves(placement.evicted);
+        cache.start_load(flat, -1, Priority::kPrefetch);
+        ++started;
+    }
+    return started;
+}
+
+void ExpertCache::resize(int32_t slots) {
+    CacheState& cache = *state_;
+    cache.check_process();
+    const int32_t total = cache.catalog->total_experts();
+    if (slots < 1 || slots > total) {
+        throw Error(ErrorCode::kInvalid, "a cache for " + std::to_string(total) +
+                                             " experts needs 1 to " + std::to_string(total) +
+                                             " slots, not " + std::to_string(slots));
+    }
+    std::unique_lock lock(cache.mutex);
+    while (cache.resizing) cache.wait(lock);
+    const int32_t before = cache.residency.slots();
+    const int32_t held = cache.slots_held_by_this_thread(nullptr, slots);
+    if (held > 0) {
+        throw Error(ErrorCode::kCapacity, "cannot shrink from " + std::to_string(before) + " to " +
+                                              std::to_string(slots) +
+                                              " slots: this thread's own leases hold " +
+                                              std::to_string(held) + " of those that would go");
+    }
+
+    // From here on no other thread resizes. The pool's memory changes without the lock: nobody
+    // touches the slots in question then.
+    cache.resizing = true;
+    const auto finish = [&](int32_t final_slots) {
+        cache.residency.resize(final_slots);
+        cache.resizing = false;
+        cache.changed.notify_all();
+    };
+    try {
+        if (slots < before) {
+            for (const int32_t expert :
+                 cache.residency.residents().subspan(static_cast<size_t>(slots))) {
+                if (expert >= 0 && !cache.residency.pinned(expert)) cache.leaves(expert);
+            }
+            cache.residency.resize(slots);
+            const Waiting waiting(cache.waiting_for_room);
+            while (cache.residency.occupied_closed_slots() > 0) cache.wait(lock);
+        }
+        lock.unlock();
+        cache.pool->resize(slots + kTransitSlots);
+        lock.lock();
+    } catch (...) {
+        if (!lock.owns_lock()) lock.lock();
+        finish(before);
+        throw;
+    }
+    finish(slots);
+}
+
+void ExpertCache::reset_stats() {
+    state_->check_process();
+    const std::lock_guard lock(state_->mutex);
+    for (LayerStats& layer : state_->stats) layer = {};
+}
+
+std::vector<LayerStats> ExpertCache::stats() const {
+    state_->check_process();
+    const std::lock_guard lock(state_->mutex);
+    return state_->stats;
+}
+
+std::vector<int32_t> ExpertCache::resident(int32_t layer) const {
+    state_->check_process();
+    const int32_t per_layer = state_->catalog->num_experts();
+    const int32_t first = check_layer(*state_->catalog, layer) * per_layer;
+    const std::lock_guard lock(state_->mutex);
+    std::vector<int32_t> experts;
+    for (int32_t i = 0; i < per_layer; ++i) {
+        const bool there = state_->residency.slot_of(first + i) >= 0;
+        if (there && state_->load_of(first + i) == nullptr) experts.push_back(i);
+    }
+    return experts;
+}
+
+int32_t ExpertCache::slots() const {
+    state_->check_process();
+    const std::lock_guard lock(state_->mutex);
+    return state_->residency.slots();
+}
+
+const SlotPool& ExpertCache::pool() const noexcept {
+    return *state_->pool;
+}
+
+std::shared_ptr<const SlotPool> ExpertCache::shared_pool() const noexcept {
+    return state_->pool;
+}
+
+const Catalog& ExpertCache::catalog() const noexcept {
+    return *state_->catalog;
+}
+
+std::string ExpertCache::policy() const {
+    const std::lock_guard lock(state_->mutex);
+    return std::string(state_->residency.policy().name());
+}
+
+const CopyEngine& ExpertCache::engine() const noexcept {
+    return state_->engine;
+}
+
+}  // namespace moeinf

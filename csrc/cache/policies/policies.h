@@ -1,0 +1,20 @@
+// One maker per policy. A new policy is one file in this folder, one line here, and one row of the
+// table in cache/policy.cpp.
+#pragma once
+
+#include <memory>
+
+#include "cache/eam.h"
+#include "cache/policy.h"
+
+namespace moeinf {
+
+std::unique_ptr<Policy> make_lru(PolicyShape shape);
+std::unique_ptr<Policy> make_lfu(PolicyShape shape);
+std::unique_ptr<Policy> make_lrfu(PolicyShape shape);
+std::unique_ptr<Policy> make_classlru(PolicyShape shape);
+std::unique_ptr<Policy> make_eam(PolicyShape shape);  // starts with empty collections
+std::unique_ptr<Policy> make_eam(EamCollection prefill, EamCollection decode);
+std::unique_ptr<Policy> make_best(PolicyShape shape);
+
+}  // namespace moeinf

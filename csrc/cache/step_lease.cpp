@@ -1,0 +1,201 @@
+// A step from its holder's side: waiting for experts, handing them out, letting go.
+#include <algorithm>
+#include <chrono>
+
+#include "base/error.h"
+#include "cache/cache_state.h"
+
+namespace moeinf {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Adds the time since the first wait of a call to a layer's stall. Goes after the lock it needs.
+class Stall {
+public:
+    explicit Stall(double& seconds) : seconds_(seconds) {}
+    Stall(const Stall&) = delete;
+    Stall& operator=(const Stall&) = delete;
+    ~Stall() {
+        if (waited_) seconds_ += std::chrono::duration<double>(Clock::now() - since_).count();
+    }
+    void start() {
+        if (!waited_) since_ = Clock::now();
+        waited_ = true;
+    }
+
+private:
+    double& seconds_;
+    bool waited_ = false;
+    Clock::time_point since_;
+};
+
+bool loading(const StepLease::Impl& lease) {
+    return std::any_of(lease.members.begin(), lease.members.end(),
+                       [](const Member& m) { return m.state == Member::State::kLoading; });
+}
+
+bool any_ready(const StepLease::Impl& lease) {
+    return std::any_of(lease.members.begin(), lease.members.end(),
+                       [](const Member& m) { return m.state == Member::State::kReady; });
+}
+
+void check_alive(const StepLease::Impl& lease) {
+    if (lease.released) throw Error(ErrorCode::kInvalid, "this step has been released");
+    if (!lease.failure.empty()) throw Error(ErrorCode::kRead, lease.failure);
+}
+
+std::string name_of(const Catalog& catalog, int32_t expert) {
+    return "expert " + std::to_string(expert % catalog.num_experts()) + " of layer " +
+           std::to_string(expert / catalog.num_experts());
+}
+
+}  // namespace
+
+// All or nothing, so that two steps that wait for slots never hold what the other needs.
+void CacheState::gather(StepLease::Impl& lease, std::unique_lock<std::mutex>& lock) {
+    for (Member& member : lease.members) {
+        let_go(member);
+        member.transit = -1;
+        member.state = Member::State::kPending;
+    }
+    lease.pending = lease.members.size();
+    lease.next_pending = 0;
+    const auto count = static_cast<int32_t>(lease.members.size());
+    const Waiting waiting(waiting_for_room);
+    for (;;) {
+        const int32_t held = slots_held_by_this_thread(&lease, 0);
+        if (count + held > residency.slots()) {
+            throw Error(
+                ErrorCode::kCapacity,
+                "a step of " + std::to_string(count) + " experts at once does not fit into " +
+                    std::to_string(residency.slots()) + " slots" +
+                    (held == 0
+                         ? ""
+                         : ", of which this thread's other leases hold " + std::to_string(held)));
+        }
+        int32_t missing = 0;
+        int32_t evictable_members = 0;
+        for (const Member& member : lease.members) {
+            if (residency.slot_of(member.expert) < 0) {
+                ++missing;
+            } else if (!residency.pinned(member.expert)) {
+                ++evictable_members;
+            }
+        }
+        if (missing <= residency.room() - evictable_members) break;
+        wait(lock);
+        check_alive(lease);
+    }
+    flat_ids.clear();
+    for (const Member& member : lease.members) flat_ids.push_back(member.expert);
+    residency.insert(flat_ids, plan);
+    auto placement = plan.placements.begin();
+    for (Member& member : lease.members) {
+        if (placement != plan.placements.end() && placement->expert == member.expert) {
+            fetch(lease, member, *placement++);
+        } else {
+            join(lease, member);
+        }
+    }
+}
+
+StepLease::StepLease(std::shared_ptr<CacheState> cache) : cache_(std::move(cache)) {}
+
+StepLease::StepLease(StepLease&&) noexcept = default;
+
+StepLease::~StepLease() {
+    if (impl_ == nullptr || cache_->forked()) return;
+    const std::lock_guard lock(cache_->mutex);
+    cache_->end_lease(*impl_);
+    cache_->unused.push_back(std::move(impl_));
+}
+
+void StepLease::release() noexcept {
+    if (cache_->forked()) return;
+    const std::lock_guard lock(cache_->mutex);
+    cache_->end_lease(*impl_);
+    cache_->changed.notify_all();
+}
+
+bool StepLease::next(std::vector<ReadyExpert>& out) {
+    CacheState& cache = *cache_;
+    Impl& lease = *impl_;
+    cache.check_process();
+    std::unique_lock lock(cache.mutex);
+    lease.thread = std::this_thread::get_id();
+    Stall stall(cache.stats[static_cast<size_t>(lease.layer)].stall_seconds);
+    for (;;) {
+        cache.settle(lease);
+        check_alive(lease);
+        if (lease.to_hand_out == 0) return false;
+        cache.start_surplus(lease);
+        if (any_ready(lease)) {
+            cache.hand_out(lease, out);
+            return true;
+        }
+        stall.start();
+        if (loading(lease)) {
+            cache.wait(lock);
+            continue;
+        }
+        const Waiting waiting(lease.waiting_for_transit);
+        if (cache.transit_never_frees()) {
+            throw Error(ErrorCode::kCapacity,
+                        name_of(*cache.catalog, lease.members[lease.next_pending].expert) +
+                            " has to pass through a transit slot, and all " +
+                            std::to_string(cache.transit.size()) +
+                            " are held by steps whose threads wait: call done() before next()");
+        }
+        cache.wait(lock);
+    }
+}
+
+void StepLease::done(int32_t position) {
+    CacheState& cache = *cache_;
+    Impl& lease = *impl_;
+    cache.check_process();
+    const std::lock_guard lock(cache.mutex);
+    if (lease.released) throw Error(ErrorCode::kInvalid, "this step has been released");
+    if (position < 0 || static_cast<size_t>(position) >= lease.members.size() ||
+        lease.members[static_cast<size_t>(position)].state != Member::State::kHeld) {
+        throw Error(ErrorCode::kInvalid, "position " + std::to_string(position) + " of a step of " +
+                                             std::to_string(lease.members.size()) +
+                                             " experts is not handed out");
+    }
+    Member& member = lease.members[static_cast<size_t>(position)];
+    cache.let_go(member);
+    member.state = Member::State::kDone;
+    if (member.transit >= 0 && lease.failure.empty()) cache.start_surplus(lease);
+}
+
+void StepLease::wait_all(std::vector<ReadyExpert>& out) {
+    CacheState& cache = *cache_;
+    Impl& lease = *impl_;
+    cache.check_process();
+    std::unique_lock lock(cache.mutex);
+    lease.thread = std::this_thread::get_id();
+    Stall stall(cache.stats[static_cast<size_t>(lease.layer)].stall_seconds);
+    cache.settle(lease);
+    check_alive(lease);
+    if (lease.to_hand_out != lease.members.size()) {
+        throw Error(ErrorCode::kInvalid, "wait_all() after next() has handed out experts");
+    }
+    const bool surplus = std::any_of(
+        lease.members.begin(), lease.members.end(),
+        [](const Member& m) { return m.state == Member::State::kPending || m.transit >= 0; });
+    if (surplus) {
+        stall.start();
+        cache.gather(lease, lock);
+    }
+    for (;;) {
+        cache.settle(lease);
+        check_alive(lease);
+        if (!loading(lease)) break;
+        stall.start();
+        cache.wait(lock);
+    }
+    cache.hand_out(lease, out);
+}
+
+}  // namespace moeinf

@@ -1,0 +1,99 @@
+// Eight floats in an AVX2 register; see floats_avx512.h. Included only by kernels_avx2.cpp.
+#pragma once
+
+#include <immintrin.h>
+
+#include "compute/dtype.h"
+
+namespace moeinf {
+namespace {
+
+struct Floats256 {
+    using Vec = __m256;
+    static constexpr int64_t kLanes = 8;
+    static constexpr int kTileRows = 3;
+    static constexpr int kTileOutputs = 4;
+
+    static Vec widen(__m128i bf16) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16), 16));
+    }
+    static __m128i halves(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+    // The first n < 8 elements through a buffer, so that nothing beyond them is touched.
+    template <class T>
+    static Vec load_copy(const T* p, int64_t n) {
+        T buffer[8] = {};
+        for (int64_t i = 0; i < n; ++i) buffer[i] = p[i];
+        return load(buffer);
+    }
+    template <class T>
+    static void store_copy(T* p, Vec v, int64_t n) {
+        T buffer[8];
+        store(buffer, v);
+        for (int64_t i = 0; i < n; ++i) p[i] = buffer[i];
+    }
+
+    static Vec load(const float* p) { return _mm256_loadu_ps(p); }
+    static Vec load(const BF16* p) { return widen(halves(p)); }
+    static Vec load(const F16* p) { return _mm256_cvtph_ps(halves(p)); }
+    static Vec load_first(const float* p, int64_t n) { return load_copy(p, n); }
+    static Vec load_first(const BF16* p, int64_t n) { return load_copy(p, n); }
+    static Vec load_first(const F16* p, int64_t n) { return load_copy(p, n); }
+
+    // To the nearest bf16, ties to even; a NaN is made quiet and stays one.
+    static __m128i narrow(Vec v) {
+        const __m256i bits = _mm256_castps_si256(v);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i rounded =
+            _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+        const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        const __m256i high = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, quiet, nan), 16);
+        return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
+    }
+
+    static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+    static void store(BF16* p, Vec v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v));
+    }
+    static void store(F16* p, Vec v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                         _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
+    static void store_first(float* p, Vec v, int64_t n) { store_copy(p, v, n); }
+    static void store_first(BF16* p, Vec v, int64_t n) { store_copy(p, v, n); }
+    static void store_first(F16* p, Vec v, int64_t n) { store_copy(p, v, n); }
+
+    static Vec splat(float value) { return _mm256_set1_ps(value); }
+    static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+    static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+    static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+    static Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+    static Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+    static Vec max(Vec a, Vec b) { return _mm256_max_ps(a, b); }  // b where either is NaN
+    static Vec clamp(Vec x, float low, float high) {              // keeps NaN
+        return _mm256_min_ps(splat(high), _mm256_max_ps(splat(low), x));
+    }
+    static Vec round(Vec x) {
+        return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+    // 2^n for a whole n in [-126, 127]: adding 1.5 * 2^23 leaves n in the lowest bits.
+    static Vec pow2(Vec n) {
+        const __m256i bits = _mm256_castps_si256(_mm256_add_ps(n, splat(12582912.0f)));
+        return _mm256_castsi256_ps(
+            _mm256_slli_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(127)), 23));
+    }
+    static Vec where_negative(Vec x, Vec yes, Vec no) { return _mm256_blendv_ps(no, yes, x); }
+
+    // Lane l is added to l + 4, then l + 2, then l + 1, whichever position a vector is given in.
+    static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+        const Vec ab = add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+        const Vec cd = add(_mm256_permute2f128_ps(c, d, 0x20), _mm256_permute2f128_ps(c, d, 0x31));
+        // Lower half: a and c, upper half: b and d.
+        Vec s = add(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+        s = add(_mm256_shuffle_ps(s, s, 0x88), _mm256_shuffle_ps(s, s, 0xdd));
+        _mm_storeu_ps(out, _mm_unpacklo_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+    }
+};
+
+}  // namespace
+}  // namespace moeinf

@@ -1,0 +1,109 @@
+// Sixteen floats in an AVX-512 register: loads from and stores to every format, and the few
+// operations that float_math.h and dot_tile.h are written in. Included only by kernels_avx512*.cpp.
+#pragma once
+
+// GCC 12 takes the undefined registers of its own header for a mistake.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#include <immintrin.h>
+#pragma GCC diagnostic pop
+
+#include "compute/dtype.h"
+
+namespace moeinf {
+namespace {
+
+struct Floats512 {
+    using Vec = __m512;
+    static constexpr int64_t kLanes = 16;
+    static constexpr int kTileRows = 4;
+    static constexpr int kTileOutputs = 6;
+
+    static __mmask16 first(int64_t n) { return static_cast<__mmask16>((1u << n) - 1u); }
+    static Vec widen(__m256i bf16) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+    }
+
+    static Vec load(const float* p) { return _mm512_loadu_ps(p); }
+    static Vec load(const BF16* p) {
+        return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static Vec load(const F16* p) {
+        return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    // The first n < 16 elements, the rest zero. Masked loads touch nothing beyond.
+    static Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+    static Vec load_first(const BF16* p, int64_t n) {
+        return widen(_mm256_maskz_loadu_epi16(first(n), p));
+    }
+    static Vec load_first(const F16* p, int64_t n) {
+        return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+    }
+
+    // To the nearest bf16, ties to even. A NaN keeps its upper bits and is made quiet, lest
+    // rounding turn it into an infinity.
+    static __m256i narrow(Vec v) {
+        const __m512i bits = _mm512_castps_si512(v);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded =
+            _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+        const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x00400000));
+        const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+        return _mm512_cvtepi32_epi16(
+            _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
+    }
+    static __m256i half(Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+
+    static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+    static void store(BF16* p, Vec v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v));
+    }
+    static void store(F16* p, Vec v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), half(v));
+    }
+    static void store_first(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
+    static void store_first(BF16* p, Vec v, int64_t n) {
+        _mm256_mask_storeu_epi16(p, first(n), narrow(v));
+    }
+    static void store_first(F16* p, Vec v, int64_t n) {
+        _mm256_mask_storeu_epi16(p, first(n), half(v));
+    }
+
+    static Vec splat(float value) { return _mm512_set1_ps(value); }
+    static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+    static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+    static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+    static Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+    static Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+    static Vec max(Vec a, Vec b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+    static Vec clamp(Vec x, float low, float high) {              // keeps NaN
+        return _mm512_min_ps(splat(high), _mm512_max_ps(splat(low), x));
+    }
+    static Vec round(Vec x) {
+        return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    }
+    // 2^n for a whole n in [-126, 127]: adding 1.5 * 2^23 leaves n in the lowest bits.
+    static Vec pow2(Vec n) {
+        const __m512i bits = _mm512_castps_si512(_mm512_add_ps(n, splat(12582912.0f)));
+        return _mm512_castsi512_ps(
+            _mm512_slli_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(127)), 23));
+    }
+    static Vec where_negative(Vec x, Vec yes, Vec no) {
+        return _mm512_mask_mov_ps(no, _mm512_movepi32_mask(_mm512_castps_si512(x)), yes);
+    }
+
+    // Lane l is added to l + 8, then l + 4, l + 2, l + 1, whichever position a vector is given in.
+    static void sum4(Vec a, Vec b, Vec c, Vec d, float* out) {
+        const Vec ab = add(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+        const Vec cd = add(_mm512_shuffle_f32x4(c, d, 0x44), _mm512_shuffle_f32x4(c, d, 0xee));
+        Vec s = add(_mm512_shuffle_f32x4(ab, cd, 0x88), _mm512_shuffle_f32x4(ab, cd, 0xdd));
+        s = add(s, _mm512_permute_ps(s, 0x4e));
+        s = add(s, _mm512_permute_ps(s, 0xb1));
+        const __m512i lanes = _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 12, 8, 4, 0);
+        _mm_storeu_ps(out, _mm512_castps512_ps128(_mm512_permutexvar_ps(lanes, s)));
+    }
+};
+
+}  // namespace
+}  // namespace moeinf

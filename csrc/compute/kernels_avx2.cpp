@@ -1,0 +1,10 @@
+// AVX2 with FMA and F16C: every product in 32-bit floats.
+#include "compute/float_kernels.h"
+#include "compute/floats_avx2.h"
+#include "compute/kernels_isa.h"
+
+namespace moeinf {
+
+constinit const KernelSet kAvx2Kernels = FloatKernels<Floats256>::set("avx2", cpu_has_avx2);
+
+}  // namespace moeinf

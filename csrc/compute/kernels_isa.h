@@ -1,0 +1,19 @@
+// What kernels.cpp makes its table of: one constant for each file of an instruction set, and the
+// tests for them, which lie in kernels.cpp because they must run on every CPU.
+#pragma once
+
+#include "compute/kernels.h"
+
+namespace moeinf {
+
+extern const KernelSet kPortableKernels;
+#if defined(__x86_64__)
+[[nodiscard]] bool cpu_has_avx2();
+[[nodiscard]] bool cpu_has_avx512();
+[[nodiscard]] bool cpu_has_avx512bf16();
+extern const KernelSet kAvx2Kernels;
+extern const KernelSet kAvx512Kernels;
+extern const KernelSet kAvx512Bf16Kernels;
+#endif
+
+}  // namespace moeinf

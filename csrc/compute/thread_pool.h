@@ -1,0 +1,65 @@
+// A few threads that share the tasks of one region at a time, made for regions of tens of
+// microseconds: the caller takes part, waiting threads spin for a short while and then sleep. Which
+// thread runs which task is left to chance, so tasks must write disjoint results. Used by the CPU
+// engine; knows nothing of experts.
+#pragma once
+
+#include <sys/types.h>
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace moeinf {
+
+class ThreadPool {
+public:
+    // `threads` counts the caller; 0 means one for each CPU this process may run on.
+    explicit ThreadPool(int threads = 0);
+    ~ThreadPool();
+    ThreadPool(const ThreadPool&) = delete;
+    ThreadPool& operator=(const ThreadPool&) = delete;
+
+    [[nodiscard]] int threads() const noexcept { return static_cast<int>(workers_.size()) + 1; }
+
+    // Calls task(i) once for each i in [0, tasks) and returns when all are done; i is handed out in
+    // ascending order. `task` must not throw, nor call run(). Callers on several threads wait for
+    // one another. Throws Error(kUnsupported) in a child of fork(), where the threads are missing.
+    template <class Task>
+    void run(int64_t tasks, const Task& task) {
+        static_assert(std::is_nothrow_invocable_v<const Task&, int64_t>);
+        run_erased(
+            tasks,
+            [](const void* self, int64_t index) noexcept {
+                (*static_cast<const Task*>(self))(index);
+            },
+            &task);
+    }
+
+private:
+    using Function = void (*)(const void*, int64_t) noexcept;
+
+    void run_erased(int64_t tasks, Function function, const void* context);
+    void work(uint32_t region);
+    void worker_loop();
+
+    const pid_t owner_;
+    std::mutex one_region_;
+
+    // A region's number (upper half) and its next task (lower half): a thread that comes late can
+    // claim nothing of a region that is over, so what it read of the region does no harm.
+    alignas(64) std::atomic<uint64_t> next_{0};
+    alignas(64) std::atomic<int32_t> unfinished_{0};
+    alignas(64) std::atomic<uint32_t> region_{0};  // what sleeping workers watch
+    std::atomic<int64_t> tasks_{0};
+    std::atomic<Function> function_{nullptr};
+    std::atomic<const void*> context_{nullptr};
+    std::atomic<bool> stop_{false};
+
+    std::vector<std::thread> workers_;
+};
+
+}  // namespace moeinf

@@ -1,0 +1,106 @@
+// RAM behind an arena: a range of addresses is reserved once, its prefix made accessible as asked.
+#include <sys/mman.h>
+
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <string>
+
+#include "base/error.h"
+#include "memory/arena.h"
+#include "memory/available.h"
+
+namespace moeinf {
+namespace {
+
+constexpr size_t kPage = 4096;
+constexpr size_t kHugePage = size_t{2} << 20;
+
+size_t round_up(size_t value, size_t unit) {
+    return (value + unit - 1) / unit * unit;
+}
+
+[[noreturn]] void out_of_memory(const std::string& what, size_t nbytes) {
+    throw Error(ErrorCode::kCapacity,
+                "cannot " + what + " " + std::to_string(nbytes) + " bytes: " + strerror(errno));
+}
+
+class HostArena final : public Arena {
+public:
+    explicit HostArena(size_t nbytes) : reserved_(nbytes) {
+        if (nbytes == 0 || nbytes > std::numeric_limits<size_t>::max() - 2 * kHugePage) {
+            throw Error(
+                ErrorCode::kInvalid,
+                "expected an arena of at least 1 byte and within the address space, found " +
+                    std::to_string(nbytes) + " bytes");
+        }
+        // One huge page more than asked for, so that the arena can begin at one.
+        mapped_bytes_ = round_up(nbytes, kHugePage) + kHugePage;
+        mapped_ = mmap(nullptr, mapped_bytes_, PROT_NONE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (mapped_ == MAP_FAILED) out_of_memory("reserve an address range of", nbytes);
+        data_ =
+            reinterpret_cast<std::byte*>(round_up(reinterpret_cast<uintptr_t>(mapped_), kHugePage));
+        // Refused where the kernel has no huge pages; small ones do the same work.
+        (void)madvise(data_, round_up(nbytes, kHugePage), MADV_HUGEPAGE);
+    }
+
+    ~HostArena() override { munmap(mapped_, mapped_bytes_); }
+
+    HostArena(const HostArena&) = delete;
+    HostArena& operator=(const HostArena&) = delete;
+
+    std::byte* data() const noexcept override { return data_; }
+    size_t reserved() const noexcept override { return reserved_; }
+    size_t committed() const noexcept override { return committed_; }
+
+    void commit(size_t nbytes) override {
+        if (nbytes > reserved_) {
+            throw Error(ErrorCode::kCapacity, "an arena of " + std::to_string(reserved_) +
+                                                  " reserved bytes cannot hold " +
+                                                  std::to_string(nbytes));
+        }
+        const size_t wanted = round_up(nbytes, kPage);
+        const size_t present = round_up(committed_, kPage);
+        if (wanted > present) grow(present, wanted);
+        if (wanted < present) shrink(wanted, present);
+        committed_ = nbytes;
+    }
+
+private:
+    void grow(size_t from, size_t to) {
+        const uint64_t available = available_memory();
+        if (to - from > available) {
+            throw Error(ErrorCode::kCapacity, "cannot grow an arena from " + std::to_string(from) +
+                                                  " to " + std::to_string(to) +
+                                                  " bytes: " + std::to_string(available) +
+                                                  " bytes of memory are available");
+        }
+        if (mprotect(data_ + from, to - from, PROT_READ | PROT_WRITE) != 0) {
+            out_of_memory("grow an arena by", to - from);
+        }
+    }
+
+    void shrink(size_t to, size_t from) {
+        // The pages go back first: even where protecting fails, nothing is held.
+        if (madvise(data_ + to, from - to, MADV_DONTNEED) != 0 ||
+            mprotect(data_ + to, from - to, PROT_NONE) != 0) {
+            out_of_memory("give back", from - to);
+        }
+    }
+
+    size_t reserved_;
+    size_t committed_ = 0;
+    size_t mapped_bytes_ = 0;
+    void* mapped_ = nullptr;
+    std::byte* data_ = nullptr;
+};
+
+}  // namespace
+
+std::unique_ptr<Arena> make_host_arena(size_t reserve_bytes) {
+    return std::make_unique<HostArena>(reserve_bytes);
+}
+
+}  // namespace moeinf

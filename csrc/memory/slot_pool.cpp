@@ -1,0 +1,49 @@
+#include "memory/slot_pool.h"
+
+#include <string>
+#include <utility>
+
+#include "base/error.h"
+
+namespace moeinf {
+namespace {
+
+constexpr uint64_t kSlotAlignment = 4096;
+
+}  // namespace
+
+SlotPool::SlotPool(std::unique_ptr<Arena> arena, uint64_t slot_bytes, int32_t capacity,
+                   int32_t slots)
+    : arena_(std::move(arena)), slot_bytes_(slot_bytes), capacity_(capacity), slots_(0) {
+    if (arena_ == nullptr) throw Error(ErrorCode::kInvalid, "a slot pool needs an arena");
+    if (slot_bytes == 0 || slot_bytes % kSlotAlignment != 0) {
+        throw Error(ErrorCode::kInvalid, "expected slots of a multiple of 4096 bytes, found " +
+                                             std::to_string(slot_bytes));
+    }
+    if (capacity < 0 || static_cast<uint64_t>(capacity) > arena_->reserved() / slot_bytes) {
+        throw Error(ErrorCode::kInvalid, "an arena of " + std::to_string(arena_->reserved()) +
+                                             " bytes cannot be cut into " +
+                                             std::to_string(capacity) + " slots of " +
+                                             std::to_string(slot_bytes) + " bytes");
+    }
+    resize(slots);
+}
+
+std::byte* SlotPool::slot(int32_t index) const noexcept {
+    return arena_->data() + static_cast<uint64_t>(index) * slot_bytes_;
+}
+
+void SlotPool::resize(int32_t slots) {
+    if (slots < 0) {
+        throw Error(ErrorCode::kInvalid,
+                    "expected a number of slots, found " + std::to_string(slots));
+    }
+    if (slots > capacity_) {
+        throw Error(ErrorCode::kCapacity, "a pool of at most " + std::to_string(capacity_) +
+                                              " slots cannot have " + std::to_string(slots));
+    }
+    arena_->commit(static_cast<uint64_t>(slots) * slot_bytes_);
+    slots_ = slots;
+}
+
+}  // namespace moeinf

@@ -1,0 +1,148 @@
+#include "transfer/source_file.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "base/error.h"
+#include "transfer/direct_io.h"
+
+namespace moeinf {
+namespace {
+
+[[noreturn]] void read_error(const std::string& path, const std::string& what) {
+    throw Error(ErrorCode::kRead, path + ": " + what);
+}
+
+std::string number(uint64_t value) {
+    return std::to_string(value);
+}
+
+int open_file(const std::string& path) {
+    // Non-blocking, so that a path which turns out to be a pipe cannot hang us here.
+    const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
+    if (descriptor < 0) read_error(path, std::string("cannot be opened: ") + strerror(errno));
+    return descriptor;
+}
+
+struct stat status_of(int descriptor, const std::string& path) {
+    struct stat status{};
+    if (fstat(descriptor, &status) != 0) {
+        read_error(path, std::string("cannot be examined: ") + strerror(errno));
+    }
+    return status;
+}
+
+uint64_t round_down(uint64_t value, uint64_t unit) {
+    return value / unit * unit;
+}
+uint64_t round_up(uint64_t value, uint64_t unit) {
+    return round_down(value + unit - 1, unit);
+}
+
+}  // namespace
+
+Descriptor::~Descriptor() {
+    if (number_ >= 0) close(number_);
+}
+
+void read_fully(int descriptor, const std::string& path, const ReadRequest& request,
+                std::byte* out) {
+    size_t have = 0;
+    while (have < request.need) {
+        // A short direct read may end inside a block: that block is read again.
+        const size_t from = round_down(have, request.alignment);
+        const ssize_t count = pread(descriptor, out + from, request.capacity - from,
+                                    static_cast<off_t>(request.offset + from));
+        if (count < 0 && errno == EINTR) continue;
+        if (count < 0) {
+            read_error(path, "reading " + number(request.need) + " bytes at offset " +
+                                 number(request.offset) + " failed: " + strerror(errno));
+        }
+        if (from + static_cast<size_t>(count) <= have) {
+            read_error(path, "expected " + number(request.need) + " bytes at offset " +
+                                 number(request.offset) + ", found " + number(have) +
+                                 ": the file ends at " + number(request.offset + have));
+        }
+        have = from + static_cast<size_t>(count);
+    }
+}
+
+SourceFile::SourceFile(const CatalogFile& file, bool allow_direct)
+    : path_(file.path), nbytes_(file.nbytes), descriptor_(open_file(file.path)) {
+    const struct stat status = status_of(descriptor_.number(), path_);
+    if (!S_ISREG(status.st_mode)) read_error(path_, "expected a regular file");
+    if (static_cast<uint64_t>(status.st_size) != nbytes_) {
+        read_error(path_, "expected a file of " + number(nbytes_) + " bytes, found " +
+                              number(static_cast<uint64_t>(status.st_size)));
+    }
+    modified_ = status.st_mtim;
+    if (allow_direct) alignment_ = enable_direct_io(descriptor_.number());
+    // Experts are read in no order: reading ahead of them would be waste.
+    if (!direct()) (void)posix_fadvise(descriptor_.number(), 0, 0, POSIX_FADV_RANDOM);
+}
+
+void SourceFile::read(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
+                      std::span<std::byte> bounce) const {
+    if (direct()) {
+        read_direct(chunk, pieces, slot, bounce);
+    } else {
+        read_buffered(chunk, pieces, slot);
+    }
+    check_unchanged();
+}
+
+void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
+                             std::span<std::byte> bounce) const {
+    const uint64_t begin = round_down(chunk.begin, alignment_);
+    const size_t capacity = static_cast<size_t>(round_up(chunk.end, alignment_) - begin);
+    const ReadRequest request{begin, static_cast<size_t>(chunk.end - begin), capacity, alignment_};
+
+    std::byte* const target = slot + pieces.front().slot_offset;
+    const bool fits_in_place = pieces.size() == 1 && chunk.begin == begin &&
+                               chunk.end - chunk.begin == capacity &&
+                               reinterpret_cast<uintptr_t>(target) % alignment_ == 0;
+    if (fits_in_place) {
+        read_fully(descriptor_.number(), path_, request, target);
+        return;
+    }
+    if (capacity > bounce.size()) {
+        throw Error(ErrorCode::kInvalid, path_ + ": a read of " + number(capacity) +
+                                             " bytes does not fit in a buffer of " +
+                                             number(bounce.size()));
+    }
+    read_fully(descriptor_.number(), path_, request, bounce.data());
+    for (const Piece& piece : pieces) {
+        std::memcpy(slot + piece.slot_offset, bounce.data() + (piece.file_offset - begin),
+                    piece.nbytes);
+    }
+}
+
+void SourceFile::read_buffered(const Chunk& chunk, std::span<const Piece> pieces,
+                               std::byte* slot) const {
+    for (const Piece& piece : pieces) {
+        const size_t nbytes = static_cast<size_t>(piece.nbytes);
+        read_fully(descriptor_.number(), path_, {piece.file_offset, nbytes, nbytes, 1},
+                   slot + piece.slot_offset);
+    }
+    // Whole pages only are dropped, so the range is widened to them.
+    const uint64_t begin = round_down(chunk.begin, kChunkAlignment);
+    (void)posix_fadvise(descriptor_.number(), static_cast<off_t>(begin),
+                        static_cast<off_t>(round_up(chunk.end, kChunkAlignment) - begin),
+                        POSIX_FADV_DONTNEED);
+}
+
+void SourceFile::check_unchanged() const {
+    const struct stat status = status_of(descriptor_.number(), path_);
+    if (static_cast<uint64_t>(status.st_size) != nbytes_) {
+        read_error(path_, "changed while open: expected " + number(nbytes_) + " bytes, found " +
+                              number(static_cast<uint64_t>(status.st_size)));
+    }
+    if (status.st_mtim.tv_sec != modified_.tv_sec || status.st_mtim.tv_nsec != modified_.tv_nsec) {
+        read_error(path_, "was written to while open");
+    }
+}
+
+}  // namespace moeinf

@@ -1,0 +1,77 @@
+// One file of experts, opened once for reading. Reads go past the page cache (O_DIRECT) where the
+// file system allows it and through it otherwise; either way nothing is left behind in it, for the
+// slots keep what matters. Thread-safe. Never writes.
+#pragma once
+
+#include <sys/stat.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+
+#include "layout/catalog.h"
+#include "transfer/read_plan.h"
+
+namespace moeinf {
+
+// A file descriptor that closes itself.
+class Descriptor {
+public:
+    explicit Descriptor(int number) noexcept : number_(number) {}
+    Descriptor(Descriptor&& other) noexcept : number_(other.number_) { other.number_ = -1; }
+    Descriptor& operator=(Descriptor&&) = delete;
+    ~Descriptor();
+
+    [[nodiscard]] int number() const noexcept { return number_; }
+
+private:
+    int number_;
+};
+
+// A range to read: at least `need` bytes from `offset`, up to `capacity` where the file has them.
+struct ReadRequest {
+    uint64_t offset;
+    size_t need;
+    size_t capacity;
+    size_t alignment;  // of every offset and length passed to the system; 1: none
+};
+
+// Reads it into `out`, resuming after short reads and signals. Throws Error(kRead), naming `path`,
+// where the system reports an error or the file ends first.
+void read_fully(int descriptor, const std::string& path, const ReadRequest& request,
+                std::byte* out);
+
+class SourceFile {
+public:
+    // Throws Error(kRead) if the file is missing, unreadable, not a regular file, or not of the
+    // size the catalog gives.
+    SourceFile(const CatalogFile& file, bool allow_direct);
+
+    [[nodiscard]] bool direct() const noexcept { return alignment_ > 1; }
+
+    // Of file offsets, lengths and addresses in direct reads; 1 where reads are buffered.
+    [[nodiscard]] size_t alignment() const noexcept { return alignment_; }
+    [[nodiscard]] uint64_t nbytes() const noexcept { return nbytes_; }
+    [[nodiscard]] int descriptor() const noexcept { return descriptor_.number(); }
+
+    // Puts every piece in its place in `slot`. `bounce` is aligned, and large enough for the chunk
+    // widened to the alignment at both ends. Throws Error(kRead), also if the file has been changed
+    // since it was opened.
+    void read(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
+              std::span<std::byte> bounce) const;
+
+private:
+    void read_direct(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
+                     std::span<std::byte> bounce) const;
+    void read_buffered(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot) const;
+    void check_unchanged() const;
+
+    std::string path_;
+    uint64_t nbytes_;
+    Descriptor descriptor_;
+    timespec modified_{};
+    size_t alignment_ = 1;
+};
+
+}  // namespace moeinf

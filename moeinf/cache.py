@@ -1,0 +1,213 @@
+"""The expert cache: which experts sit in the slots of fast memory, and how they get there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from moeinf import _core
+from moeinf.budget import slots_for
+from moeinf.errors import UnsupportedError
+from moeinf.ffn_cpu import CpuExperts
+from moeinf.store import ExpertStore
+
+COUNTERS = (
+    "accesses",
+    "hits",
+    "misses",
+    "evictions",
+    "demand_bytes",
+    "prefetch_bytes",
+    "prefetch_useful_bytes",
+    "prefetch_wasted_bytes",
+    "stall_seconds",
+)
+
+
+class Lease:
+    """The right to read some slots until released: they are neither evicted nor overwritten.
+
+    A context manager. `slots[i]` is where `experts[i]` lies.
+    """
+
+    def __init__(self, experts: Sequence[int], slots: Sequence[int], release: Callable[[], None]):
+        self.experts = list(experts)
+        self.slots = list(slots)
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """Gives the slots back. Harmless when called twice."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class ExpertCache:
+    """A pool of slots in fast memory, filled from an `ExpertStore`. Thread-safe.
+
+    Args:
+        store: where all experts can be read from.
+        device: where the slots lie; "cpu".
+        slots: how many experts are kept, or
+        memory: bytes (`"2GiB"`, an int) or a share of all experts (`"25%"`). Without either, all.
+        policy: who leaves when a slot is needed; one of `moeinf.policies()`.
+        threads, chunk_bytes: of the copy engine; 0 takes the measured defaults.
+        direct: read past the page cache where the file system allows it.
+
+    Raises:
+        CapacityError: the budget is below one slot, or the memory cannot be had.
+        ReadError: a file of the store cannot be opened.
+        ValueError: an unknown policy or device, or a budget that makes no sense.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        *,
+        device: str | torch.device = "cpu",
+        slots: int | None = None,
+        memory: str | int | None = None,
+        policy: str = "lrfu",
+        threads: int = 0,
+        chunk_bytes: int = 0,
+        direct: bool = True,
+    ):
+        if torch.device(device).type != "cpu":
+            raise UnsupportedError(f"device={str(device)!r}: this version keeps slots on the cpu")
+        self.store = store
+        self.layout = store.layout
+        self.policy = policy
+        count = slots_for(
+            memory=memory,
+            slots=slots,
+            slot_bytes=store.slot_bytes,
+            total_experts=store.num_layers * store.num_experts,
+        )
+        self.core = _core.ExpertCache(
+            store.catalog, count, policy, threads=threads, chunk_bytes=chunk_bytes, direct=direct
+        )
+        self._experts = CpuExperts(store, self.core)
+        self._prefill = False
+        self._new_sequence = False
+
+    @property
+    def slots(self) -> int:
+        """Experts that can be resident at once."""
+        return self.core.slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cached slots."""
+        return self.slots * self.store.slot_bytes
+
+    def acquire(self, layer: int, experts: Sequence[int]) -> Lease:
+        """Brings the distinct `experts` of MoE layer `layer` into slots and holds them there.
+
+        Waits for reads in flight. Raises CapacityError if they do not fit in the slots together
+        (then use `waves`), ReadError if one cannot be read, ValueError for a bad id.
+        """
+        step = self.core.acquire(layer, experts)
+        return Lease(experts, step.slots, step.release)
+
+    def waves(self, layer: int, experts: Sequence[int]) -> Iterator[Lease]:
+        """Like `acquire`, in as many leases as it takes: each holds what is ready by then.
+
+        Every expert comes exactly once, those already resident first. A lease ends when the next
+        one is asked for, so that a budget of one slot serves any number of experts.
+        """
+        step = self.core.begin(layer, experts)
+        try:
+            while (ready := step.next()) is not None:
+                positions = [position for position, _ in ready]
+                with Lease(
+                    [experts[position] for position in positions],
+                    [slot for _, slot in ready],
+                    partial(_finish, step, positions),
+                ) as lease:
+                    yield lease
+        finally:
+            step.release()
+
+    def begin_pass(self, *, prefill: bool, new_sequence: bool) -> None:
+        """Says what the next forward pass is, for policies and traces. Optional."""
+        self._prefill = prefill
+        self._new_sequence = new_sequence
+
+    def compute(
+        self,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        layer: int,
+    ) -> torch.Tensor:
+        """`moeinf.fused_experts` without the operator around it."""
+        new_sequence, self._new_sequence = self._new_sequence, False
+        return self._experts.run(
+            hidden,
+            topk_ids,
+            topk_weights,
+            layer,
+            prefill=self._prefill,
+            new_sequence=new_sequence,
+        )
+
+    def prefetch(self, layer: int, experts: Sequence[int]) -> int:
+        """Starts reading absent experts, best first, ahead of need. Returns how many it started.
+
+        Never waits, and never evicts what a lease or a step in progress holds.
+        """
+        return self.core.prefetch(layer, experts)
+
+    def resident(self, layer: int) -> list[int]:
+        """The experts of a layer that sit in slots now."""
+        return self.core.resident(layer)
+
+    def resize(self, slots: int) -> None:
+        """Grows or shrinks the cache in place; shrinking waits for leases on the slots that go."""
+        self.core.resize(slots)
+
+    def pool(self) -> torch.Tensor:
+        """The pool as uint8 [slots, slot_bytes], zero-copy."""
+        return torch.from_dlpack(self.core)
+
+    def views(self) -> dict[str, torch.Tensor]:
+        """Typed, strided views of the pool by segment: [slots, *shape], zero-copy."""
+        return self.layout.views(self.pool())
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since the start or the last `reset_stats`, in total and per layer.
+
+        accesses, hits, misses (distinct experts per step), evictions, demand_bytes,
+        prefetch_bytes, prefetch_useful_bytes, prefetch_wasted_bytes, stall_seconds; hit_rate is
+        hits / accesses; `layers` holds the same for each MoE layer.
+        """
+        layers = [dict(layer) for layer in self.core.stats()]
+        total = {name: sum(layer[name] for layer in layers) for name in COUNTERS}
+        for counters in (total, *layers):
+            accesses = counters["accesses"]
+            counters["hit_rate"] = counters["hits"] / accesses if accesses else 0.0
+        return {**total, "slots": self.slots, "policy": self.policy, "layers": layers}
+
+    def reset_stats(self) -> None:
+        """Sets every counter to zero; residency and the policy's memory stay."""
+        self.core.reset_stats()
+
+
+def _finish(step: _core.StepLease, positions: list[int]) -> None:
+    for position in positions:
+        step.done(position)

@@ -1,0 +1,3 @@
+from moeinf.cli import main
+
+main()

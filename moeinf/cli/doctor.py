@@ -1,0 +1,52 @@
+"""`moeinf doctor`: what this machine offers, measured in seconds, and what is missing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from moeinf import machine
+from moeinf.cli.output import human_bytes, print_facts, print_json
+
+
+def command(
+    folder: Annotated[
+        Path, typer.Argument(help="Where checkpoints lie: the disk to measure.", exists=True)
+    ] = Path(),
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measures memory and disk, and lists instruction sets, drivers and versions."""
+    with Console(stderr=True).status("Measuring memory and disk"):
+        facts = machine.describe(folder)
+    facts["missing"] = machine.missing(facts)
+    if json:
+        print_json(facts)
+        return
+    disk, cuda = facts["disk"], facts["cuda"]
+    print_facts(
+        "This machine",
+        {
+            "processor": f"{facts['cpu']}, {facts['cores']} cores",
+            "CPU kernels": ", ".join(
+                f"{name}{'' if supported else ' (not here)'}"
+                for name, supported in facts["cpu_kernels"].items()
+            )
+            + f"; {facts['cpu_kernel_used']} is used",
+            "memory": f"{human_bytes(facts['memory_bytes'])}, reads at "
+            f"{facts['memory_read_bandwidth'] / 1e9:.1f} GB/s",
+            "disk": f"reads at {disk['bytes_per_second'] / 1e9:.2f} GB/s, O_DIRECT "
+            + ("works" if disk["direct"] else "is refused"),
+            "io_uring": "available (not used: see benchmarks/NOTES.md)"
+            if facts["io_uring"]
+            else "not available (not needed)",
+            "CUDA driver": f"{cuda['driver']}, {cuda['devices']} devices"
+            if cuda["driver"]
+            else "none",
+            **{name: version or "not installed" for name, version in facts["versions"].items()},
+        },
+    )
+    for note in facts["missing"]:
+        print(f"- {note}")

@@ -1,0 +1,87 @@
+"""`moeinf run`: generates text with a bounded part of the experts in memory."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from moeinf.cli.output import human_bytes, print_facts, print_json
+from moeinf.pocket import POCKET
+
+DEMO_PROMPT = "def read_lines(path):\n"
+
+
+def command(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A checkpoint folder; the built-in model without it.")
+    ] = POCKET,
+    prompt: Annotated[str, typer.Option(help="The text to continue.")] = DEMO_PROMPT,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
+    memory: Annotated[
+        str, typer.Option(help="What experts may take: 2GiB, or a share of all experts.")
+    ] = "25%",
+    policy: Annotated[str, typer.Option(help="Who leaves when a slot is needed.")] = "lrfu",
+    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling, when the temperature is above 0.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare with every expert resident, to the bit.")
+    ] = False,
+) -> None:
+    """Writes text with most experts on disk, and says what that cost."""
+    from moeinf.generation import Request, generate
+
+    request = Request(
+        path=checkpoint,
+        prompt=prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        device=device,
+        policy=policy,
+        keep_logits=verify,
+    )
+    result = generate(request, memory=memory, stream=None if json else sys.stdout)
+    report: dict[str, Any] = asdict(result.metrics)
+    if verify:
+        report["verified"] = _verify(request, result, quiet=json)
+    if json:
+        print_json({"text": result.text, "tokens": result.tokens, **report})
+    else:
+        _print_report(report)
+    if verify and not report["verified"]:
+        sys.exit("moeinf: the output differs from that of a run with every expert resident")
+
+
+def _verify(request: Any, result: Any, *, quiet: bool) -> bool:
+    """Runs again with every expert resident; true if tokens and logits are identical."""
+    import torch
+
+    from moeinf.generation import generate
+
+    if not quiet:
+        print("\nVerifying against a run with every expert resident", file=sys.stderr)
+    resident = generate(request, memory="100%", stream=None)
+    return result.tokens == resident.tokens and torch.equal(result.logits, resident.logits)
+
+
+def _print_report(report: dict[str, Any]) -> None:
+    facts = {
+        "tokens/s": f"{report['tokens_per_second']:.1f}",
+        "time to first token": f"{report['first_token_seconds'] * 1e3:.0f} ms",
+        "experts resident": f"{report['slots']} of {report['total_experts']} "
+        f"({human_bytes(report['slot_memory_bytes'])}), policy {report['policy']}",
+        "hit rate": f"{report['hit_rate']:.1%}",
+        "read per token": human_bytes(report["bytes_read_per_token"]),
+        "waiting for reads": f"{report['stall_share']:.1%} of the time",
+        "peak memory": human_bytes(report["peak_memory_bytes"]),
+    }
+    if "verified" in report:
+        facts["identical to all-resident"] = "yes, every bit" if report["verified"] else "NO"
+    print()
+    print_facts("", facts)

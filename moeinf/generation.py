@@ -1,0 +1,150 @@
+"""One prompt in, text and measurements out: what `moeinf run` and the benchmarks share."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+
+from moeinf.integrations.transformers import load
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate, and how; everything but the memory budget."""
+
+    path: Path
+    prompt: str
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+    policy: str = "lrfu"
+    keep_logits: bool = False
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Measurements of one generation; hit rate, bytes and stalls count prompt and decode."""
+
+    policy: str
+    slots: int
+    total_experts: int
+    slot_memory_bytes: int
+    prompt_tokens: int
+    new_tokens: int
+    first_token_seconds: float
+    tokens_per_second: float  # after the first token
+    hit_rate: float
+    bytes_read_per_token: float
+    stall_share: float  # of the time from prompt to last token
+    peak_memory_bytes: int  # of the process
+
+
+@dataclass(frozen=True)
+class Result:
+    """`tokens` are the new ones; `logits` is [new_tokens, vocabulary]."""
+
+    text: str
+    tokens: list[int]
+    logits: torch.Tensor  # empty unless asked for
+    metrics: Metrics
+
+
+def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> Result:
+    """Loads the model, continues the prompt, and writes text to `stream` as it comes.
+
+    Raises:
+        ValueError: an empty prompt, or one too long for the model's context.
+        CheckpointError, CapacityError, ReadError: see `moeinf.load`.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(request.path)
+    prompt = tokenizer(request.prompt, return_tensors="pt")
+    if prompt["input_ids"].numel() == 0:
+        raise ValueError("the prompt is empty; give --prompt some text")
+    model: Any = load(request.path, device=request.device, memory=memory, policy=request.policy)
+    count = prompt["input_ids"].shape[1]
+    limit = model.config.get_text_config().max_position_embeddings
+    if count + request.max_new_tokens > limit:
+        raise ValueError(
+            f"the prompt's {count} tokens and {request.max_new_tokens} new ones exceed the "
+            f"model's context of {limit}"
+        )
+    torch.manual_seed(request.seed)
+    clock = _Clock(tokenizer, stream)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(
+            **prompt,
+            max_new_tokens=request.max_new_tokens,
+            do_sample=request.temperature > 0,
+            temperature=request.temperature or None,
+            top_p=None,
+            top_k=None,
+            streamer=clock,
+            output_logits=request.keep_logits,
+            return_dict_in_generate=True,
+        )
+    end = time.perf_counter()
+    tokens = output.sequences[0, count:].tolist()
+    stats = model.moeinf.stats()
+    cache = model.moeinf.cache
+    first = clock.times[0] - start
+    rest = clock.times[-1] - clock.times[0]
+    read = stats["demand_bytes"] + stats["prefetch_bytes"]
+    return Result(
+        text=str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        tokens=tokens,
+        logits=torch.cat(output.logits or (torch.empty(0),)),
+        metrics=Metrics(
+            policy=request.policy,
+            slots=cache.slots,
+            total_experts=cache.store.num_layers * cache.store.num_experts,
+            slot_memory_bytes=cache.nbytes,
+            prompt_tokens=count,
+            new_tokens=len(tokens),
+            first_token_seconds=first,
+            tokens_per_second=(len(tokens) - 1) / rest if rest else 0.0,
+            hit_rate=stats["hit_rate"],
+            bytes_read_per_token=read / (count + len(tokens)),
+            stall_share=stats["stall_seconds"] / (end - start),
+            peak_memory_bytes=peak_memory(),
+        ),
+    )
+
+
+class _Clock(TextStreamer):
+    """Streams text and notes when each token came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stream: TextIO | None):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stream = stream
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self.stream is not None:
+            self.stream.write(text + ("\n" if stream_end else ""))
+            self.stream.flush()
+
+
+def peak_memory() -> int:
+    """The most memory this process has held resident, in bytes."""
+    if sys.platform == "linux":
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

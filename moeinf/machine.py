@@ -1,0 +1,114 @@
+"""What this machine offers: asked of the system or measured in seconds, never assumed."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from moeinf import _core
+from moeinf.bandwidth import memory_read_bandwidth
+
+DISK_SAMPLE_BYTES = 512 * 2**20
+IO_URING_SETUP = 425  # the system call's number on every Linux architecture
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """Facts about the processor, memory, the disk that holds `folder`, and what is installed."""
+    kernels = dict(_core.cpu_kernels())
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "cpu_kernels": kernels,
+        "cpu_kernel_used": next(name for name, supported in kernels.items() if supported),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_read_bandwidth": memory_read_bandwidth(),
+        "disk": _disk(folder),
+        "io_uring": _io_uring(),
+        "cuda": _cuda(),
+        "versions": {
+            name: _version(name)
+            for name in ("moeinf", "torch", "triton", "transformers", "safetensors", "numpy")
+        },
+    }
+
+
+def missing(facts: dict[str, Any]) -> list[str]:
+    """What would make this machine faster or more able, one sentence each."""
+    notes = []
+    if not facts["disk"]["direct"]:
+        notes.append(
+            f"{facts['disk']['folder']}: the file system refuses O_DIRECT, so reads go through "
+            "the page cache and are copied once more"
+        )
+    if facts["cpu_kernel_used"] == "portable":
+        notes.append("the processor has neither AVX2 nor AVX-512: CPU kernels run portable code")
+    if facts["cuda"]["driver"] is None:
+        notes.append("no CUDA driver (libcuda.so.1): everything runs on the CPU")
+    elif not facts["cuda"]["devices"]:
+        notes.append("a CUDA driver but no CUDA device")
+    if facts["versions"]["transformers"] is None:
+        notes.append("transformers is not installed: pip install 'moeinf[hf]' to load models")
+    if facts["versions"]["triton"] is None:
+        notes.append("triton is not installed: the GPU kernels need it")
+    return notes
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _disk(folder: Path) -> dict[str, Any]:
+    """Large sequential reads of a sample file written next to where checkpoints lie."""
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".moeinf-doctor-") as file:
+        block = os.urandom(2**20)
+        for _ in range(DISK_SAMPLE_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        measured = _core.read_bandwidth(file.name, 1.0)
+    return {"folder": str(folder), **measured}
+
+
+def _io_uring() -> bool:
+    """Whether the kernel lets this process make a ring."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    parameters = ctypes.create_string_buffer(120)  # struct io_uring_params
+    descriptor = libc.syscall(IO_URING_SETUP, 1, parameters)
+    if descriptor < 0:
+        return False
+    os.close(descriptor)
+    return True
+
+
+def _cuda() -> dict[str, Any]:
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return {"driver": None, "devices": 0}
+    version, count = ctypes.c_int(0), ctypes.c_int(0)
+    driver.cuDriverGetVersion(ctypes.byref(version))
+    if driver.cuInit(0) == 0:
+        driver.cuDeviceGetCount(ctypes.byref(count))
+    return {
+        "driver": f"{version.value // 1000}.{version.value % 1000 // 10}",
+        "devices": count.value,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

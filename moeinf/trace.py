@@ -1,0 +1,393 @@
+"""Routing traces: which experts real runs used, token by token.
+
+A trace is what the simulator replays, the report draws and a collection is built from. Files are
+safetensors (format `moeinf-trace-1`), so loading one runs no code; every id, size and phase is
+checked before anything uses it. Nothing here records: the live cache does.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from moeinf import _core
+from moeinf.errors import TraceError
+
+FORMAT = "moeinf-trace-1"
+PREFILL, DECODE = 0, 1
+_PHASES = {"0": PREFILL, "prefill": PREFILL, "1": DECODE, "decode": DECODE}
+_DTYPES = {
+    "experts": ("int16",),
+    "weights": ("float32", "float16"),
+    "router": ("float16",),
+    "sequence": ("int32",),
+    "phase": ("uint8",),
+}
+_OPTIONAL = ("weights", "router")
+_COLUMNS = ("sequence", "phase", "token", "layer", "expert", "weight")
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The routing of some runs, sequence after sequence.
+
+    experts   int16 [tokens, layers, k]            routed expert ids in routing order, -1: none
+    sequence  int32 [tokens]                       which request; never decreases
+    phase     uint8 [tokens]                       0 prefill, 1 decode
+    weights   float32 or float16, as experts       router weights, optional
+    router    float16 [tokens, layers, num_experts] router probabilities of all experts, optional
+
+    Raises TraceError on construction if shapes, dtypes or values do not fit together.
+    """
+
+    experts: Array
+    sequence: Array
+    phase: Array
+    num_experts: int
+    weights: Array | None = None
+    router: Array | None = None
+    model: str = ""
+    source: str = ""
+    license: str = ""
+    name: str = "trace"
+
+    def __post_init__(self) -> None:
+        for field, dtypes in _DTYPES.items():
+            array = getattr(self, field)
+            if array is None and field in _OPTIONAL:
+                continue
+            if not isinstance(array, np.ndarray) or array.dtype.name not in dtypes:
+                found = getattr(array, "dtype", type(array).__name__)
+                raise TraceError(
+                    f"{self.name}: tensor '{field}': expected {' or '.join(dtypes)}, found {found}"
+                )
+        if self.experts.ndim != 3:
+            raise TraceError(
+                f"{self.name}: tensor 'experts': expected 3 dimensions [tokens, layers, k], "
+                f"found {self.experts.ndim}"
+            )
+        tokens, layers, _ = self.experts.shape
+        if not 1 <= self.num_experts <= np.iinfo(np.int16).max:
+            raise TraceError(
+                f"{self.name}: num_experts: expected 1 to {np.iinfo(np.int16).max}, "
+                f"found {self.num_experts}"
+            )
+        shapes = {
+            "sequence": (tokens,),
+            "phase": (tokens,),
+            "weights": self.experts.shape,
+            "router": (tokens, layers, self.num_experts),
+        }
+        for field, shape in shapes.items():
+            array = getattr(self, field)
+            if array is not None and array.shape != shape:
+                raise TraceError(
+                    f"{self.name}: tensor '{field}': expected shape {list(shape)}, "
+                    f"found {list(array.shape)}"
+                )
+        for field in _DTYPES:
+            array = getattr(self, field)
+            if array is not None and not array.flags.c_contiguous:
+                object.__setattr__(self, field, np.ascontiguousarray(array))
+        for field in _OPTIONAL:
+            array = getattr(self, field)
+            if array is not None and not np.isfinite(array).all():
+                raise TraceError(f"{self.name}: tensor '{field}': expected finite values")
+        try:
+            _core.check_trace(self.experts, self.sequence, self.phase, self.num_experts, self.name)
+        except ValueError as error:
+            raise TraceError(str(error)) from None
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.experts.shape[0])
+
+    @property
+    def num_layers(self) -> int:
+        return int(self.experts.shape[1])
+
+    @property
+    def top_k(self) -> int:
+        return int(self.experts.shape[2])
+
+    @property
+    def total_experts(self) -> int:
+        return self.num_layers * self.num_experts
+
+    def info(self) -> dict[str, Any]:
+        """Sizes, counts and where the trace comes from, ready for JSON."""
+        return {
+            "name": self.name,
+            "model": self.model,
+            "source": self.source,
+            "license": self.license,
+            "tokens": self.num_tokens,
+            "prefill_tokens": int((self.phase == PREFILL).sum()),
+            "decode_tokens": int((self.phase == DECODE).sum()),
+            "sequences": int(np.unique(self.sequence).size),
+            "num_layers": self.num_layers,
+            "num_experts": self.num_experts,
+            "top_k": self.top_k,
+            "experts_used": int(_used(self).sum()),
+            "weights": self.weights is not None,
+            "router": self.router is not None,
+        }
+
+    def split(self) -> list[Trace]:
+        """One trace per sequence, in order of time, as views of this one."""
+        starts = np.flatnonzero(np.diff(self.sequence)) + 1
+        bounds = [0, *starts.tolist(), self.num_tokens]
+        return [self.tokens(a, b) for a, b in itertools.pairwise(bounds)]
+
+    def tokens(self, start: int, end: int) -> Trace:
+        """Tokens [start, end) as a view."""
+        if not 0 <= start < end <= self.num_tokens:
+            raise TraceError(
+                f"{self.name}: expected tokens within 0 and {self.num_tokens}, "
+                f"found {start} to {end}"
+            )
+        fields = {
+            field: None if (array := getattr(self, field)) is None else array[start:end]
+            for field in _DTYPES
+        }
+        return replace(self, **fields)
+
+    @classmethod
+    def concat(cls, traces: Sequence[Trace], *, name: str = "trace") -> Trace:
+        """The sequences of all of them, one trace after the other, numbered anew from 0.
+
+        Weights and router probabilities are kept if every trace has them. Raises TraceError if
+        layers, experts or k differ.
+        """
+        if not traces:
+            raise TraceError(f"{name}: expected at least one trace to join, found none")
+        first = traces[0]
+        shape = (first.num_layers, first.num_experts, first.top_k)
+        sequences, offset = [], 0
+        for trace in traces:
+            found = (trace.num_layers, trace.num_experts, trace.top_k)
+            if found != shape:
+                raise TraceError(
+                    f"{trace.name}: expected {shape} layers, experts and k as in {first.name}, "
+                    f"found {found}"
+                )
+            numbers = np.cumsum(np.diff(trace.sequence, prepend=trace.sequence[:1]) > 0)
+            sequences.append((numbers + offset).astype(np.int32))
+            offset += int(numbers[-1]) + 1
+        joined: dict[str, Array | None] = {
+            field: None
+            if any(getattr(trace, field) is None for trace in traces)
+            else np.concatenate([getattr(trace, field) for trace in traces])
+            for field in ("experts", "phase", "weights", "router")
+        }
+        return replace(first, sequence=np.concatenate(sequences), name=name, **joined)
+
+    def save(self, path: str | Path) -> None:
+        tensors = {field: array for field in _DTYPES if (array := getattr(self, field)) is not None}
+        save_file(
+            tensors,
+            path,
+            metadata={
+                "format": FORMAT,
+                "model": self.model,
+                "num_layers": str(self.num_layers),
+                "num_experts": str(self.num_experts),
+                "top_k": str(self.top_k),
+                "source": self.source,
+                "license": self.license,
+            },
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Reads a trace file. Raises TraceError, naming file and tensor, for anything unfit."""
+        path = Path(path)
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise TraceError(
+                        f"{path}: metadata 'format': expected {FORMAT!r}, "
+                        f"found {metadata.get('format')!r}"
+                    )
+                names = set(file.keys())
+                if unknown := sorted(names - set(_DTYPES)):
+                    raise TraceError(
+                        f"{path}: expected the tensors {', '.join(_DTYPES)}, found also {unknown}"
+                    )
+                if missing := sorted(set(_DTYPES) - set(_OPTIONAL) - names):
+                    raise TraceError(f"{path}: tensor '{missing[0]}': expected, but not found")
+                tensors = {field: file.get_tensor(field) for field in names}
+        except SafetensorError as error:
+            raise TraceError(f"{path}: not a readable safetensors file: {error}") from None
+        trace = cls(
+            **tensors,
+            num_experts=_number(path, metadata, "num_experts"),
+            model=metadata.get("model", ""),
+            source=metadata.get("source", ""),
+            license=metadata.get("license", ""),
+            name=path.name,
+        )
+        for field in ("num_layers", "top_k"):
+            if _number(path, metadata, field) != getattr(trace, field):
+                raise TraceError(
+                    f"{path}: metadata {field!r}: expected {getattr(trace, field)} as in tensor "
+                    f"'experts', found {metadata[field]}"
+                )
+        return trace
+
+    @classmethod
+    def from_arrays(
+        cls,
+        experts: npt.ArrayLike,
+        *,
+        num_experts: int,
+        sequence: npt.ArrayLike | None = None,
+        phase: npt.ArrayLike | None = None,
+        weights: npt.ArrayLike | None = None,
+        router: npt.ArrayLike | None = None,
+        model: str = "",
+        source: str = "",
+        license: str = "",
+        name: str = "arrays",
+    ) -> Trace:
+        """From integer ids [tokens, layers, k], as serving engines capture them.
+
+        Without `sequence` all tokens are one sequence; without `phase` all are decode tokens.
+        """
+        ids = _integers(name, "experts", experts, np.int16)
+        tokens = ids.shape[:1]
+        return cls(
+            experts=ids,
+            sequence=np.zeros(tokens, np.int32)
+            if sequence is None
+            else _integers(name, "sequence", sequence, np.int32),
+            phase=np.full(tokens, DECODE, np.uint8)
+            if phase is None
+            else _integers(name, "phase", phase, np.uint8),
+            weights=None if weights is None else np.asarray(weights, np.float32),
+            router=None if router is None else np.asarray(router, np.float16),
+            num_experts=num_experts,
+            model=model,
+            source=source,
+            license=license,
+            name=name,
+        )
+
+    @classmethod
+    def from_csv(cls, path: str | Path, *, num_experts: int, model: str = "") -> Trace:
+        """From a table with the columns sequence, phase, token, layer, expert and maybe weight.
+
+        One row per route, in routing order; a token's rows stand together. `token` counts within
+        its sequence, `phase` is prefill or decode (or 0 or 1). Layers are numbered from 0.
+        """
+        path = Path(path)
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            columns = reader.fieldnames or []
+            if missing := [c for c in _COLUMNS[:-1] if c not in columns]:
+                raise TraceError(
+                    f"{path}: expected the columns {', '.join(_COLUMNS)}, found no {missing[0]!r}"
+                )
+            return _from_rows(path, reader, "weight" in columns, num_experts, model)
+
+
+def _from_rows(
+    path: Path, rows: Iterable[dict[str, str]], weighted: bool, num_experts: int, model: str
+) -> Trace:
+    tokens: list[tuple[int, int]] = []  # (sequence, phase)
+    seen: set[tuple[int, int]] = set()
+    at: list[tuple[int, int]] = []  # per route: (token, layer)
+    routes: list[tuple[int, float]] = []
+    current = None
+    for line, row in enumerate(rows, start=2):
+        try:
+            sequence, token, layer = (int(row[c]) for c in ("sequence", "token", "layer"))
+            expert = int(row["expert"])
+            weight = float(row["weight"]) if weighted else 0.0
+            phase = _PHASES[row["phase"].strip().lower()]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise TraceError(
+                f"{path}, line {line}: expected whole numbers, a phase of prefill or decode and a "
+                f"weight, found {dict(row)}"
+            ) from None
+        if (sequence, token) != current:
+            current = (sequence, token)
+            if current in seen:
+                raise TraceError(
+                    f"{path}, line {line}: expected the rows of a token together, found token "
+                    f"{token} of sequence {sequence} again"
+                )
+            seen.add(current)
+            tokens.append((sequence, phase))
+        if tokens[-1][1] != phase or layer < 0 or not 0 <= expert < num_experts:
+            raise TraceError(
+                f"{path}, line {line}: expected one phase per token, a layer from 0 and an expert "
+                f"below {num_experts}, found {dict(row)}"
+            )
+        at.append((len(tokens) - 1, layer))
+        routes.append((expert, weight))
+    if not tokens:
+        raise TraceError(f"{path}: expected at least 1 token, found none")
+    layers = max(layer for _, layer in at) + 1
+    if layers > 10_000:
+        raise TraceError(f"{path}: expected at most 10000 layers, found layer {layers - 1}")
+    places = np.array(at, np.int64) @ np.array([layers, 1])
+    order = np.argsort(places, kind="stable")
+    sizes = np.bincount(places, minlength=len(tokens) * layers)
+    rank = np.empty(len(at), np.int64)
+    rank[order] = np.arange(len(at)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    shape = (len(tokens) * layers, int(sizes.max()))
+    experts = np.full(shape, -1, np.int16)
+    weights = np.zeros(shape, np.float32)
+    experts[places, rank] = [expert for expert, _ in routes]
+    weights[places, rank] = [weight for _, weight in routes]
+    final = (len(tokens), layers, shape[1])
+    return Trace.from_arrays(
+        experts.reshape(final),
+        num_experts=num_experts,
+        sequence=[sequence for sequence, _ in tokens],
+        phase=[phase for _, phase in tokens],
+        weights=weights.reshape(final) if weighted else None,
+        model=model,
+        name=path.name,
+    )
+
+
+def _integers(name: str, tensor: str, values: npt.ArrayLike, dtype: Any) -> Array:
+    array = np.asarray(values)
+    if array.dtype.kind not in "iu":
+        raise TraceError(f"{name}: tensor '{tensor}': expected integers, found {array.dtype}")
+    limits = np.iinfo(dtype)
+    if array.size and (array.min() < limits.min or array.max() > limits.max):
+        raise TraceError(
+            f"{name}: tensor '{tensor}': expected values that fit {limits.dtype}, "
+            f"found {array.min()} to {array.max()}"
+        )
+    return np.ascontiguousarray(array, dtype)
+
+
+def _number(path: Path, metadata: dict[str, str], key: str) -> int:
+    text = metadata.get(key, "")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise TraceError(f"{path}: metadata {key!r}: expected a whole number, found {text!r}")
+    return int(text)
+
+
+def _used(trace: Trace) -> Array:
+    """bool [layers, num_experts]: used at least once."""
+    used = np.zeros((trace.num_layers, trace.num_experts + 1), bool)  # the last column takes -1
+    for layer in range(trace.num_layers):
+        used[layer, trace.experts[:, layer]] = True
+    return used[:, :-1]

@@ -1,0 +1,23 @@
+"""Fixtures that many tests share: a small checkpoint, and seeds that are drawn and printed."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from checkpoints import write_checkpoint
+
+
+@pytest.fixture(scope="session")
+def qwen3_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3-MoE checkpoint: 3 layers of 6 experts, float32, one shard. Read only."""
+    return write_checkpoint(tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture
+def seed() -> int:
+    """A new seed each run; a failing test shows it."""
+    drawn = random.SystemRandom().randrange(2**31)
+    print(f"seed: {drawn}")
+    return drawn

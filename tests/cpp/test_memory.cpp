@@ -1,0 +1,188 @@
+// Arenas and slot pools: what is promised about addresses, bytes and memory given back.
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <fstream>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "check.h"
+#include "memory/arena.h"
+#include "memory/available.h"
+#include "memory/slot_pool.h"
+
+using namespace moeinf;
+
+namespace {
+
+constexpr size_t kPage = 4096;
+
+template <typename Function>
+std::string message_of(ErrorCode code, Function function) {
+    try {
+        function();
+    } catch (const Error& error) {
+        CHECK(error.code() == code);
+        return error.what();
+    }
+    CHECK(!"an error was expected");
+    return {};
+}
+
+bool contains(const std::string& text, const std::string& part) {
+    return text.find(part) != std::string::npos;
+}
+
+// Whether the system could read that byte for us: false instead of a crash where it may not be.
+bool readable(const std::byte* address) {
+    int ends[2];
+    if (pipe(ends) != 0) return false;
+    const bool copied = write(ends[1], address, 1) == 1;
+    close(ends[0]);
+    close(ends[1]);
+    return copied;
+}
+
+size_t resident_pages(const std::byte* data, size_t nbytes) {
+    std::vector<unsigned char> present(nbytes / kPage);
+    if (mincore(const_cast<std::byte*>(data), nbytes, present.data()) != 0) return SIZE_MAX;
+    size_t count = 0;
+    for (const unsigned char page : present) count += page & 1;
+    return count;
+}
+
+void only_the_committed_prefix_may_be_touched() {
+    const auto arena = make_host_arena(10 * kPage + 1);
+    CHECK_EQ(arena->committed(), size_t{0});
+    CHECK_EQ(arena->reserved(), 10 * kPage + 1);
+    CHECK(!readable(arena->data()));
+    arena->commit(3 * kPage);
+    CHECK(readable(arena->data() + 3 * kPage - 1));
+    CHECK(!readable(arena->data() + 3 * kPage));
+    arena->commit(10 * kPage + 1);
+    CHECK(readable(arena->data() + 10 * kPage));
+    arena->commit(kPage);
+    CHECK(readable(arena->data()));
+    CHECK(!readable(arena->data() + kPage));
+    arena->commit(0);
+    CHECK(!readable(arena->data()));
+}
+
+void growing_takes_no_memory_and_shrinking_gives_it_back() {
+    constexpr size_t kBytes = size_t{64} << 20;
+    const auto arena = make_host_arena(kBytes);
+    arena->commit(kBytes);
+    CHECK_EQ(resident_pages(arena->data(), kBytes), size_t{0});
+    std::memset(arena->data(), 7, kBytes);
+    CHECK_EQ(resident_pages(arena->data(), kBytes), kBytes / kPage);
+    arena->commit(kPage);
+    CHECK_EQ(resident_pages(arena->data(), kBytes), size_t{1});
+    CHECK(arena->data()[kPage - 1] == std::byte{7});
+    arena->commit(kBytes);
+    CHECK_EQ(resident_pages(arena->data(), kBytes), size_t{1});
+    CHECK(arena->data()[kPage] == std::byte{0});
+}
+
+void what_cannot_be_had_is_refused_and_changes_nothing() {
+    const size_t too_much = 2 * available_memory() / kPage * kPage;
+    const auto arena = make_host_arena(too_much);
+    arena->commit(2 * kPage);
+    arena->data()[0] = std::byte{5};
+    const std::string refused = message_of(ErrorCode::kCapacity, [&] { arena->commit(too_much); });
+    CHECK(contains(refused, "bytes of memory are available"));
+    CHECK_EQ(arena->committed(), 2 * kPage);
+    CHECK(arena->data()[0] == std::byte{5});
+    CHECK(!readable(arena->data() + 2 * kPage));
+
+    (void)message_of(ErrorCode::kCapacity, [&] { arena->commit(too_much + 1); });
+    (void)message_of(ErrorCode::kCapacity, [] { (void)make_host_arena(size_t{1} << 60); });
+    (void)message_of(ErrorCode::kInvalid, [] { (void)make_host_arena(0); });
+    (void)message_of(ErrorCode::kInvalid, [] { (void)make_host_arena(SIZE_MAX); });
+}
+
+// The bytes of writable private memory that the system counts against RLIMIT_DATA.
+size_t data_bytes() {
+    std::ifstream status("/proc/self/status");
+    std::string key;
+    while (status >> key) {
+        if (key == "VmData:") {
+            size_t kib = 0;
+            status >> kib;
+            return kib << 10;
+        }
+    }
+    return 0;
+}
+
+void a_limit_of_the_system_is_an_error_too() {
+    constexpr size_t kBytes = size_t{1} << 30;
+    const auto arena = make_host_arena(kBytes);
+    rlimit before{};
+    CHECK_EQ(getrlimit(RLIMIT_DATA, &before), 0);
+    rlimit tight = before;
+    tight.rlim_cur = data_bytes() + kBytes / 2;
+    CHECK_EQ(setrlimit(RLIMIT_DATA, &tight), 0);
+    std::string refused;
+    try {
+        arena->commit(kBytes);
+    } catch (const Error& error) {
+        refused = error.what();
+    }
+    CHECK_EQ(setrlimit(RLIMIT_DATA, &before), 0);
+    CHECK(contains(refused, "Cannot allocate memory"));
+    CHECK_EQ(arena->committed(), size_t{0});
+    arena->commit(kBytes);
+    CHECK_EQ(arena->committed(), kBytes);
+}
+
+void slots_lie_side_by_side_and_stay_where_they_are() {
+    constexpr uint64_t kSlot = 3 * kPage;
+    SlotPool pool(make_host_arena(kSlot * 4), kSlot, 4, 2);
+    std::byte* const first = pool.slot(0);
+    CHECK(first == pool.data());
+    CHECK(pool.slot(1) == first + kSlot);
+    std::memset(pool.slot(0), 1, kSlot);
+    std::memset(pool.slot(1), 2, kSlot);
+    CHECK(!readable(pool.slot(2)));
+    pool.resize(4);
+    CHECK_EQ(pool.slots(), 4);
+    CHECK(readable(pool.slot(3) + kSlot - 1));
+    pool.resize(1);
+    CHECK(pool.slot(0) == first);
+    CHECK(first[kSlot - 1] == std::byte{1});
+    CHECK(!readable(pool.slot(1)));
+    CHECK(contains(message_of(ErrorCode::kCapacity, [&] { pool.resize(5); }),
+                   "at most 4 slots cannot have 5"));
+    (void)message_of(ErrorCode::kInvalid, [&] { pool.resize(-1); });
+    CHECK_EQ(pool.slots(), 1);
+}
+
+void pools_that_do_not_fit_their_arena_are_refused() {
+    const auto pool = [](uint64_t slot_bytes, int32_t capacity, int32_t slots) {
+        return [=] { SlotPool(make_host_arena(8 * kPage), slot_bytes, capacity, slots); };
+    };
+    (void)message_of(ErrorCode::kInvalid, pool(0, 1, 1));
+    (void)message_of(ErrorCode::kInvalid, pool(kPage + 1, 1, 1));
+    (void)message_of(ErrorCode::kInvalid, pool(kPage, 9, 1));
+    (void)message_of(ErrorCode::kInvalid, pool(uint64_t{1} << 63, 2, 1));
+    (void)message_of(ErrorCode::kInvalid, pool(kPage, -1, 0));
+    (void)message_of(ErrorCode::kCapacity, pool(kPage, 2, 3));
+    (void)message_of(ErrorCode::kInvalid, [] { SlotPool(nullptr, kPage, 1, 1); });
+}
+
+}  // namespace
+
+int main() {
+    only_the_committed_prefix_may_be_touched();
+    growing_takes_no_memory_and_shrinking_gives_it_back();
+    what_cannot_be_had_is_refused_and_changes_nothing();
+    a_limit_of_the_system_is_an_error_too();
+    slots_lie_side_by_side_and_stay_where_they_are();
+    pools_that_do_not_fit_their_arena_are_refused();
+    CHECK(available_memory() > 0);
+    return test_result();
+}

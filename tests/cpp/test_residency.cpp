@@ -1,0 +1,173 @@
+// Residency and the policies against a model that keeps whole histories and recomputes every score
+// from them: the same hits, misses, surplus and residents after every step, to the unit.
+#include <algorithm>
+#include <random>
+#include <set>
+
+#include "base/error.h"
+#include "cache/policies/policies.h"
+#include "cache/residency.h"
+#include "check.h"
+#include "residency_model.h"
+
+using namespace moeinf;
+
+namespace {
+
+void check_against_model(const std::string& policy, int layers, int experts, int slots, int tokens,
+                         bool pins_and_prefetches, uint32_t seed) {
+    std::mt19937 random(seed);
+    const auto below = [&](int n) { return static_cast<int>(random() % static_cast<uint32_t>(n)); };
+    const PolicyShape shape{layers, experts};
+    Residency residency(shape, slots, make_policy(policy, shape));
+    ResidencyModel model{policy, layers, experts, static_cast<size_t>(slots), -1, -1, 0,
+                         {},     {},     {}};
+    Plan plan;
+    Placement placement;
+    for (int t = 0; t < tokens; ++t) {
+        const bool prefill = below(8) == 0;
+        for (int layer = 0; layer < layers; ++layer) {
+            std::set<int> held;
+            if (pins_and_prefetches) {
+                for (int e : std::set<int>(model.resident)) {
+                    if (below(4) == 0) held.insert(e);
+                }
+                for (int e : held) residency.pin(e);
+                const int wanted = below(shape.total());
+                if (model.resident.count(wanted) == 0) {
+                    const bool had = model.admit(wanted, held);
+                    CHECK_EQ(residency.place(wanted, placement), had);
+                }
+            }
+            // Skewed, so that policies have something to find out.
+            std::set<int> chosen;
+            const size_t k = static_cast<size_t>(1 + below(prefill ? experts : 3));
+            while (chosen.size() < std::min<size_t>(k, static_cast<size_t>(experts))) {
+                chosen.insert(layer * experts + std::min(below(experts), below(experts)));
+            }
+            std::vector<int32_t> members(chosen.begin(), chosen.end());
+            std::shuffle(members.begin(), members.end(), random);
+            const std::vector<int32_t> counts(members.size(), 1);
+            const bool new_sequence = layer == 0 && prefill;
+            residency.plan({.index = static_cast<int64_t>(t) * layers + layer,
+                            .layer = layer,
+                            .experts = members,
+                            .counts = counts,
+                            .router = {},
+                            .prefill = prefill,
+                            .new_sequence = new_sequence},
+                           plan);
+            const auto [hits, placed] = model.take(layer, members, new_sequence, held);
+            CHECK_EQ(static_cast<int>(plan.hits.size()), hits);
+            CHECK_EQ(static_cast<int>(plan.placements.size()), placed);
+            CHECK_EQ(plan.hits.size() + plan.placements.size() + plan.surplus.size(),
+                     members.size());
+            std::set<int> resident;
+            for (int32_t slot = 0; slot < residency.slots(); ++slot) {
+                const int32_t e = residency.residents()[static_cast<size_t>(slot)];
+                if (e < 0) continue;
+                resident.insert(e);
+                CHECK_EQ(residency.slot_of(e), slot);
+            }
+            CHECK(resident == model.resident);
+            for (int e : held) residency.unpin(e);
+            if (failed_checks > 0) {
+                std::cerr << policy << ", " << slots << " slots, seed " << seed << ", token " << t
+                          << ", layer " << layer << "\n";
+                return;
+            }
+        }
+    }
+}
+
+// 200,000 tokens later the weights have been scaled down many times; the choice must still be that
+// of the most recent uses, and what was never used again must still leave first.
+void check_long_decay() {
+    const PolicyShape shape{1, 4};
+    auto policy = make_policy("lrfu", shape);
+    const std::vector<int32_t> once{3}, residents{0, 1, 2, 3};
+    const std::vector<uint32_t> pins(4, 0);
+    const auto observe = [&](int64_t index, const std::vector<int32_t>& experts) {
+        policy->observe(
+            {.index = index, .layer = 0, .experts = experts, .counts = {}, .router = {}});
+    };
+    observe(0, once);
+    for (const int32_t expert : residents) policy->inserted(expert);
+    for (int i = 1; i < 200000; ++i) observe(i, {i % 3});
+    std::vector<int32_t> victims(4);
+    CHECK_EQ(policy->choose_victims(residents, pins, victims), size_t{4});
+    CHECK((victims == std::vector<int32_t>{3, 2, 0, 1}));  // 1 was used last, 3 never again
+}
+
+void check_shrinking() {
+    const PolicyShape shape{1, 8};
+    Residency residency(shape, 4, make_policy("lru", shape));
+    Placement placement;
+    for (int32_t e = 0; e < 4; ++e) CHECK(residency.place(e, placement));
+    const int32_t held = residency.residents()[3];
+    const int32_t kept = residency.residents()[0];
+    residency.pin(held);
+    residency.resize(1);
+    // slots: [kept | closed: free, free, held]
+    CHECK_EQ(residency.slots(), 1);
+    CHECK_EQ(residency.occupied_closed_slots(), 1);
+    CHECK_EQ(residency.slot_of(held), 3);
+    CHECK_EQ(residency.slot_of(kept), 0);
+    CHECK(residency.place(7, placement));
+    CHECK_EQ(placement.evicted, kept);
+    residency.pin(7);
+    CHECK(!residency.place(6, placement));  // only the closed slots have room
+    residency.resize(3);
+    CHECK(residency.place(6, placement));
+    CHECK(residency.place(5, placement));
+    CHECK_EQ(residency.occupied_closed_slots(), 1);
+    residency.unpin(held);
+    residency.remove(held);
+    CHECK_EQ(residency.occupied_closed_slots(), 0);
+    CHECK_EQ(residency.residents().size(), size_t{3});
+    residency.resize(4);
+    CHECK(residency.place(held, placement));
+    CHECK_EQ(placement.slot, 3);
+}
+
+void check_errors() {
+    const PolicyShape shape{2, 4};
+    const auto message = [](auto action) -> std::string {
+        try {
+            action();
+        } catch (const Error& error) {
+            return error.code() == ErrorCode::kInvalid ? error.what() : "wrong code";
+        }
+        return "nothing thrown";
+    };
+    CHECK(message([&] { (void)make_policy("fifo", shape); }).find("fifo") != std::string::npos);
+    CHECK(message([&] { (void)make_policy("fifo", shape); }).find("lru") != std::string::npos);
+    CHECK(message([&] { Residency(shape, 0, make_policy("lru", shape)); }).find("0") !=
+          std::string::npos);
+    CHECK(message([&] { Residency(shape, 1, nullptr); }).find("policy") != std::string::npos);
+    for (const std::string& name : policy_names()) {
+        CHECK_EQ(std::string(make_policy(name, shape)->name()), name);
+    }
+}
+
+}  // namespace
+
+int main() {
+    check_errors();
+    check_shrinking();
+    check_long_decay();
+    if (failed_checks > 0) return test_result();
+    const uint32_t seed = std::random_device{}();
+    std::cout << "seed " << seed << "\n";
+    for (const std::string& policy : policy_names()) {
+        for (const bool pins : {false, true}) {
+            for (int slots = 1; slots <= 3 * 7; ++slots) {
+                check_against_model(policy, 3, 7, slots, 40, pins,
+                                    seed + static_cast<uint32_t>(slots));
+            }
+            check_against_model(policy, 5, 13, 17, 60, pins, seed);
+            check_against_model(policy, 1, 33, 9, 120, pins, seed);
+        }
+    }
+    return test_result();
+}
