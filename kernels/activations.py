@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The gate functions between the two products, in float32, as one function for all kernels.
 
 `ACTIVATIONS` is the list of names that the contract accepts; the kernels receive its index.

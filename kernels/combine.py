@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """The last step of a layer that ran in waves: the weighted sum over a token's routes, in order.
 
 Launched once, after the last wave. Reads no weights of experts and knows no slots.

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 # ruff: noqa: E741 - I is the size of the index i, as in every table here.
 """2 to 16 tokens: tokens that share an expert read it together, through the tensor cores.
 

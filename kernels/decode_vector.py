@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 # ruff: noqa: E741 - I is the size of the index i, as in every table here.
 """One token: each weight is read once and multiplied by a vector, with no tensor core in the way.
 

@@ -18,8 +18,9 @@ from .activations import ACTIVATIONS
 from .combine import combine as combine_kernel
 from .decode_shared import down_shared, gate_up_shared
 from .decode_vector import down_vector, gate_up_vector
-from .prefill import down_grouped, gate_up_grouped, plan_tiles
+from .prefill import down_grouped, gate_up_grouped
 from .problem import Problem
+from .tiles import plan_tiles
 
 PATHS = ("vector", "shared", "grouped")
 DECODE_TOKENS = 16
@@ -235,17 +236,15 @@ def run_grouped(
         count, p.k, p.H, p.I, p.hidden.stride(0), *p.gate_up.stride(), stride_bs, p.alpha, p.limit,
         UPCAST=upcast, **form(p), **first, **FUSE,
     )  # fmt: skip
-    summed = routes is None
-    if routes is None:
-        routes = new(p, p.T, p.k, p.H, dtype=p.hidden.dtype)
+    every = new(p, p.T, p.k, p.H, dtype=p.hidden.dtype) if routes is None else routes
     bias, stride_bs = bias_and_stride(p.down_bias, p.down)
     down_grouped[(count * triton.cdiv(p.H, second["BLOCK_H"]),)](
-        act, p.down, bias, routes, tiles.order, tiles.slot, tiles.first, tiles.end,
+        act, p.down, bias, every, tiles.order, tiles.slot, tiles.first, tiles.end,
         count, p.H, p.I, *p.down.stride(), stride_bs,
         HAS_BIAS=p.down_bias is not None, UPCAST=upcast, **second, **FUSE,
     )  # fmt: skip
-    if summed:
-        run_combine(routes, slots, weights, out)
+    if routes is None and weights is not None and out is not None:
+        run_combine(every, slots, weights, out)
 
 
 def run_combine(

@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """What every kernel asks first: which slot a route reads, and where that slot's bytes begin.
 
 Called inside the other kernels only. Never launches anything and never touches the host.

@@ -121,9 +121,13 @@ class Problem:
             raise TypeError(f"hidden: expected one of {DTYPES}, found {hidden.dtype}")
         for name, tensor in (("gate_up", gate_up), ("down", down)):
             check_dtype(name, tensor, (hidden.dtype,))
-        for name, tensor in (("gate_up_bias", gate_up_bias), ("down_bias", down_bias)):
-            if tensor is not None:
-                check_dtype(name, tensor, (hidden.dtype, torch.float32))
+        biases = {
+            name: bias
+            for name, bias in (("gate_up_bias", gate_up_bias), ("down_bias", down_bias))
+            if bias is not None
+        }
+        for name, bias in biases.items():
+            check_dtype(name, bias, (hidden.dtype, torch.float32))
         check_dtype("slot_ids", ids, ID_DTYPES)
         if expert_map is not None:
             check_dtype("expert_map", expert_map, ID_DTYPES)
@@ -131,17 +135,16 @@ class Problem:
                 raise ValueError(f"expert_map: expected [E], found {tuple(expert_map.shape)}")
             check_contiguous("expert_map", expert_map)
         check_contiguous("slot_ids", ids)
-        for name, tensor in (
-            ("gate_up", gate_up), ("down", down), ("slot_ids", ids), ("expert_map", expert_map),
-            ("gate_up_bias", gate_up_bias), ("down_bias", down_bias),
-        ):  # fmt: skip
-            if tensor is not None and tensor.device != hidden.device:
+        others = {"gate_up": gate_up, "down": down, "slot_ids": ids, **biases}
+        if expert_map is not None:
+            others["expert_map"] = expert_map
+        for name, tensor in others.items():
+            if tensor.device != hidden.device:
                 raise ValueError(f"{name}: expected {hidden.device}, found {tensor.device}")
 
         check_unit_stride("hidden", hidden)
-        for name, tensor in (("gate_up_bias", gate_up_bias), ("down_bias", down_bias)):
-            if tensor is not None:
-                check_unit_stride(name, tensor)
+        for name, bias in biases.items():
+            check_unit_stride(name, bias)
         for name, tensor in (("gate_up", gate_up), ("down", down)):
             if 1 not in (tensor.stride(1), tensor.stride(2)) and tensor[0].numel() > 1:
                 raise ValueError(
@@ -202,11 +205,15 @@ def check_range(name: str, ids: torch.Tensor, count: int) -> None:
 def check_read_through(problem: Problem, source: ReadThrough) -> None:
     if problem.T != 1:
         raise ValueError(f"read_through: expected 1 token, found {problem.T}")
-    addresses = [("gate_up", source.gate_up, problem.gate_up), ("down", source.down, problem.down)]
-    if problem.gate_up_bias is not None:
-        addresses.append(("gate_up_bias", source.gate_up_bias, problem.gate_up_bias))
-        addresses.append(("down_bias", source.down_bias, problem.down_bias))
-    for name, address, segment in addresses:
+    addresses = {
+        "gate_up": (source.gate_up, problem.gate_up),
+        "down": (source.down, problem.down),
+        "gate_up_bias": (source.gate_up_bias, problem.gate_up_bias),
+        "down_bias": (source.down_bias, problem.down_bias),
+    }
+    for name, (address, segment) in addresses.items():
+        if segment is None:
+            continue
         if address is None:
             raise ValueError(f"read_through.{name}: expected addresses, found None")
         check_shape(f"read_through.{name}", address, (problem.k,))

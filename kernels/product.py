@@ -1,3 +1,4 @@
+# mypy: ignore-errors
 """One tile of a matrix product, for the kernels that use the tensor cores."""
 
 import triton

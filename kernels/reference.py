@@ -69,4 +69,6 @@ def gate(
         return F.gelu(gate, approximate="tanh") * up
     if activation == "relu2":
         return F.relu(gate).square() * up
-    return {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}[activation](gate) * up
+    if activation == "gelu":
+        return F.gelu(gate) * up
+    return (F.silu(gate) if activation == "silu" else F.relu(gate)) * up

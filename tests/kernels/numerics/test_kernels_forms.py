@@ -77,9 +77,7 @@ def test_every_number_of_routes(k: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("path", ["vector", "shared", "grouped"])
-def test_odd_sizes(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
+def test_odd_sizes(path: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(seed)
     small_blocks.use(monkeypatch)
     for H, I in ((1, 1), (1, 37), (67, 1), (33, 65), (129, 31)):  # noqa: E741

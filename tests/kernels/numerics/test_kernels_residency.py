@@ -17,11 +17,9 @@ PATHS = (("vector", 1), ("shared", 6), ("grouped", 20))
 @pytest.mark.parametrize("path,T", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slots_may_be_permuted(
-    path: str, T: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    path: str, T: int, dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_blocks.use(monkeypatch)
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
     layer = Layer(T, 3, 6, 50, 37, dtype, seed=seed, bias=True)
     results = []
     for place in range(3):
@@ -43,11 +41,9 @@ def test_slots_may_be_permuted(
 @pytest.mark.parametrize("path,T", PATHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_any_split_into_waves_gives_the_same_bits(
-    path: str, T: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    path: str, T: int, dtype: torch.dtype, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_blocks.use(monkeypatch)
-    seed = random.randrange(1 << 30)
-    print(f"seed {seed}")
     draw = random.Random(seed)
     layer = Layer(T, 3, 7, 50, 37, dtype, seed=seed, bias=True)
     if T > 1:
