@@ -18,7 +18,7 @@ def gate_up_vector(
     hidden_ptr, ids_ptr, map_ptr, gate_up_ptr, bias_ptr, source_ptr, bias_source_ptr, act_ptr,
     top_k, H, I, stride_ht, stride_gs, stride_gn, stride_gh, stride_bs, alpha, limit,
     HAS_MAP: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    ACTIVATION: tl.constexpr, READ_THROUGH: tl.constexpr,
+    ACTIVATION: tl.constexpr, READ_THROUGH: tl.constexpr, ROWWISE: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """act[r, i] = activation(gate_up[slot(r), :, :] @ hidden[t]) for every route r = t * k + j.
@@ -31,14 +31,15 @@ def gate_up_vector(
     | bias | [S, N] | W/float32 | (stride_bs, 1) | read when HAS_BIAS |
     | source, bias_source | [T*k] | int64 | contiguous | READ_THROUGH: address of a missed
       expert's segment, 0 for a resident one |
-    | act | [T*k, I] | float32 | contiguous | written for present routes only |
+    | act | [T*k, I] | W | contiguous | written for present routes only |
 
     Grid (T*k, ceil(I / BLOCK_I)). Bytes: N * H * sizeof(W) per present route, plus as many written
     for a missed one; FLOPs: 2 * N * H per present route.
 
     A program owns BLOCK_I rows of gate and of up and walks along H with partial sums per lane, so
-    that lanes are added up once, at the end. Routes are the fastest axis: tokens that share an
-    expert read its rows at the same time, and all but the first find them in L2.
+    that lanes are added up once, at the end (ROWWISE: weights are contiguous along H). Routes are
+    the fastest axis: tokens that share an expert read its rows at the same time, and all but the
+    first find them in L2.
     """
     r = tl.program_id(0)
     i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
@@ -60,7 +61,13 @@ def gate_up_vector(
         up = tl.zeros([BLOCK_I, BLOCK_H], tl.float32)
         for h0 in tl.range(0, H, BLOCK_H, num_stages=STAGES):
             h = h0 + tl.arange(0, BLOCK_H)
-            x = tl.load(token + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
+            if ROWWISE:
+                # Spread over the rows as the weights are: the copies come from L1, and no barrier
+                # is needed to hand values from thread to thread.
+                spread = tl.broadcast_to(h[None, :], [ROWS, BLOCK_H])
+                x = tl.load(token + spread, mask=spread < H, other=0.0).to(tl.float32)
+            else:
+                x = tl.load(token + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
             offset = n.to(tl.int64)[:, None] * stride_gn + h[None, :] * stride_gh
             mask = in_rows[:, None] & (h < H)[None, :]
             w = tl.load(base + offset, mask=mask, other=0.0)
@@ -91,7 +98,8 @@ def gate_up_vector(
         if PAIRED:
             gate_sum, up_sum = tl.split(tl.reshape(gate_sum, [BLOCK_I, 2]))
         value = activate(gate_sum, up_sum, alpha, limit, ACTIVATION, GATED)
-        tl.store(act_ptr + r.to(tl.int64) * I + i, value, mask=i < I)
+        pointer = act_ptr + r.to(tl.int64) * I + i
+        tl.store(pointer, value.to(act_ptr.dtype.element_ty), mask=i < I)
 
 
 @triton.jit
@@ -114,7 +122,7 @@ def down_vector(
 
     | argument | shape | dtype | strides | meaning |
     |---|---|---|---|---|
-    | act | [T*k, I] | float32 | contiguous | from gate_up_vector |
+    | act | [T*k, I] | W | contiguous | from gate_up_vector |
     | ids, map | [T*k], [E] | int32/64 | contiguous | as in gate_up_vector |
     | weights | [T*k] | any float | contiguous | routing weights |
     | down | [S, H, I] | W | (stride_ds, stride_dh, stride_di) | |
@@ -144,12 +152,14 @@ def down_vector(
         acc = tl.zeros([BLOCK_H, ROUTES, BLOCK_I], tl.float32)
         for i0 in tl.range(0, I, BLOCK_I, num_stages=STAGES):
             i = i0 + tl.arange(0, BLOCK_I)
-            in_act = present[:, None] & (i < I)[None, :]
-            a = tl.load(act_ptr + r[:, None].to(tl.int64) * I + i[None, :], mask=in_act, other=0.0)
+            # In the shape and dtype of the weights, so that lanes find their values in place.
+            in_act = present[None, :, None] & (i < I)[None, None, :]
+            a_row = act_ptr + r.to(tl.int64)[None, :, None] * I
+            a = tl.load(a_row + i[None, None, :], mask=in_act, other=0.0).to(tl.float32)
             offset = h.to(tl.int64)[:, None, None] * stride_dh + i[None, None, :] * stride_di
-            mask = (h < H)[:, None, None] & in_act[None, :, :]
+            mask = (h < H)[:, None, None] & in_act
             w = tl.load(base[None, :, None] + offset, mask=mask, other=0.0)
-            acc = tl.fma(w.to(tl.float32), a[None, :, :], acc)
+            acc = tl.fma(w.to(tl.float32), a, acc)
             if READ_THROUGH:
                 target = down_ptr + slot[None, :, None] * stride_ds + offset
                 tl.store(target, w, mask=mask & (source != 0)[None, :, None])

@@ -135,7 +135,7 @@ def run_vector(
     out: torch.Tensor | None,
     routes: torch.Tensor | None,
 ) -> None:
-    act = new(p, p.T * p.k, p.I, dtype=torch.float32)
+    act = new(p, p.T * p.k, p.I, dtype=p.hidden.dtype)
     ids, slots_of_experts = p.ids, p.ids if p.expert_map is None else p.expert_map
     source = p.read_through
     bias, stride_bs = bias_and_stride(p.gate_up_bias, p.gate_up)
@@ -147,7 +147,7 @@ def run_vector(
         act,
         p.k, p.H, p.I, p.hidden.stride(0), *p.gate_up.stride(), stride_bs, p.alpha, p.limit,
         HAS_MAP=p.expert_map is not None, READ_THROUGH=source is not None,
-        **form(p), **chosen, **FUSE,
+        ROWWISE=p.gate_up.stride(2) == 1, **form(p), **chosen, **FUSE,
     )  # fmt: skip
     bias, stride_bs = bias_and_stride(p.down_bias, p.down)
     chosen = config_of("down_vector", p)

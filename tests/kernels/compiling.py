@@ -77,7 +77,7 @@ def constants(case: Case, arch: int) -> dict[str, Any]:
     values: dict[str, Any] = {
         "HAS_MAP": False, "HAS_BIAS": False, "GATED": True, "INTERLEAVED": False,
         "ACTIVATION": 0, "READ_THROUGH": False, "TOKENS": 16, "K_PAD": 8, "R_PAD": 128,
-        "UPCAST": upcast(case.dtype, arch), "BLOCK_H": 512,
+        "UPCAST": upcast(case.dtype, arch), "BLOCK_H": 512, "ROWWISE": case.order == "rows",
     }  # fmt: skip
     values |= dict(case.form) | dict(case.config)
     inner = ("stride_gh", "stride_di") if case.order == "rows" else ("stride_gn", "stride_dh")
@@ -95,8 +95,6 @@ def argument_type(kernel: str, name: str, dtype: str) -> str:
         return "*i32"
     decode = not kernel.endswith("grouped")
     if stem == "weights" or (stem == "routes" and decode):
-        return "*fp32"
-    if stem == "act" and kernel.endswith("vector"):
         return "*fp32"
     return "*" + SHORT[dtype]
 

@@ -67,6 +67,13 @@ def test_weights_are_read_16_bytes_at_a_time(kernel: str) -> None:
     assert ".v4.b32" in ptx, ptx
 
 
+@pytest.mark.parametrize("kernel", ["gate_up_vector", "down_vector"])
+def test_lanes_find_their_operand_in_place(kernel: str) -> None:
+    """No shared memory to speak of: nothing is handed from thread to thread inside the loops."""
+    case = next(case for case in compiling.default_cases(90) if case.kernel == kernel)
+    assert compiling.compile_case(case, 90).shared < 256
+
+
 @pytest.mark.parametrize("kernel", ["gate_up_shared", "down_shared"])
 def test_weights_of_shared_experts_are_copied_ahead(kernel: str) -> None:
     """At least two tiles of weights are under way while one is multiplied."""
