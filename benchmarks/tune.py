@@ -14,7 +14,6 @@ import argparse
 import itertools
 import json
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ import torch
 from benchmarks import ffn_gpu
 from benchmarks.common import print_table
 from moeinf.kernels import launch, tuning
+from moeinf.kernels.problem import Problem
 
 GAIN = 1.03
 WARPS, DEEP = (4, 8), (3, 4, 5, 6)
@@ -60,23 +60,15 @@ def kernels_of(path: str) -> tuple[str, str]:
     return f"gate_up_{path}", f"down_{path}"
 
 
-def questions(layer: ffn_gpu.Layer, tokens: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def questions(layer: ffn_gpu.Layer, call: ffn_gpu.Call) -> dict[str, dict[str, Any]]:
     """The two kernels of a call, and what the table is asked for each."""
-    geometry = layer.geometry
-    path = "grouped" if tokens > launch.DECODE_TOKENS else "vector" if tokens == 1 else "shared"
-    mean = tokens * geometry.top_k / geometry.experts
-    rows = next((size for size in (16, 32, 64) if mean <= size), 128) if path == "grouped" else 0
-    for kernel in kernels_of(path):
-        yield (
-            kernel,
-            {
-                "dtype": str(layer.dtype).removeprefix("torch."),
-                "hidden": geometry.hidden,
-                "intermediate": geometry.intermediate,
-                "order": "columns" if geometry.clamped else "rows",
-                "rows_per_tile": rows,
-            },
-        )
+    problem = Problem.of(
+        call.hidden, call.ids, layer.gate_up, layer.down,
+        num_experts=layer.geometry.experts, check_ids=False, **layer.options,
+    )  # fmt: skip
+    path = launch.pick_path(problem)
+    rows = launch.rows_per_tile(problem) if path == "grouped" else 0
+    return {kernel: launch.question(kernel, problem, rows) for kernel in kernels_of(path)}
 
 
 def new_row(
@@ -127,10 +119,10 @@ def microseconds(layer: ffn_gpu.Layer, inputs: list[ffn_gpu.Call]) -> float | No
 
 def tune(layer: ffn_gpu.Layer, tokens: int, device: str) -> list[dict[str, Any]]:
     """Rows that beat the table for this call, found one kernel after the other."""
-    inputs = ffn_gpu.calls(layer, tokens, 32)
+    inputs = ffn_gpu.calls(layer, tokens, 32 if tokens <= launch.DECODE_TOKENS else 4)
     found: list[dict[str, Any]] = []
     before = list(tuning.rows())
-    for kernel, asked in questions(layer, tokens):
+    for kernel, asked in questions(layer, inputs[0]).items():
         now = microseconds(layer, inputs)
         best = (now or float("inf"), None)
         for config in candidates(kernel, asked["order"], asked["rows_per_tile"]):

@@ -99,17 +99,21 @@ def run(
             run_grouped(problem, weights, out, routes)
 
 
-def config_of(kernel: str, problem: Problem, rows_per_tile: int = 0) -> dict[str, int]:
+def question(kernel: str, problem: Problem, rows_per_tile: int = 0) -> dict[str, Any]:
+    """What the tuning table is asked for this kernel."""
     weights = problem.gate_up if kernel.startswith("gate_up") else problem.down
-    return tuning.config(
-        kernel,
-        tuning.device_names(problem.hidden.device),
-        dtype=str(problem.hidden.dtype).removeprefix("torch."),
-        hidden=problem.H,
-        intermediate=problem.I,
-        order="rows" if weights.stride(2) == 1 else "columns",
-        rows_per_tile=rows_per_tile,
-    )
+    return {
+        "dtype": str(problem.hidden.dtype).removeprefix("torch."),
+        "hidden": problem.H,
+        "intermediate": problem.I,
+        "order": "rows" if weights.stride(2) == 1 else "columns",
+        "rows_per_tile": rows_per_tile,
+    }
+
+
+def config_of(kernel: str, problem: Problem, rows_per_tile: int = 0) -> dict[str, int]:
+    devices = tuning.device_names(problem.hidden.device)
+    return tuning.config(kernel, devices, **question(kernel, problem, rows_per_tile))
 
 
 def form(problem: Problem) -> dict[str, Any]:

@@ -57,4 +57,9 @@ def __getattr__(name: str) -> Any:
         from moeinf.integrations.transformers import load
 
         return load
+    # A namespace package over kernels/: importing it needs Triton.
+    if name == "kernels":
+        import moeinf.kernels.experts
+
+        return moeinf.kernels
     raise AttributeError(f"module 'moeinf' has no attribute {name!r}")

@@ -95,7 +95,7 @@ def test_candidates_have_the_parameters_of_the_table(kernel: str, order: str) ->
 def test_the_tool_asks_what_a_call_asks() -> None:
     layer = ffn_gpu.Layer(ffn_gpu.TINY[1], torch.device("cpu"), torch.bfloat16)
     for tokens, path in ((1, "vector"), (2, "shared"), (17, "grouped")):
-        asked = dict(tune.questions(layer, tokens))
+        asked = tune.questions(layer, ffn_gpu.calls(layer, tokens, 1)[0])
         assert tuple(asked) == tune.kernels_of(path)
         for kernel, question in asked.items():
             assert question["order"] == "columns" and question["hidden"] == 48

@@ -135,3 +135,24 @@ def test_read_through_computes_and_fills_the_slot(
     again = experts(hidden, ids, weights, *segments, **biases, interleaved=interleaved)
     assert torch.equal(again, whole)
     assert error(again, layer.expected()) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("path,T", PATHS)
+def test_slots_beyond_two_to_the_31_elements(
+    path: str, T: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slot 2 begins 2^31 elements into the pool; all between the slots is never touched."""
+    small_blocks.use(monkeypatch)
+    layer = Layer(T, 2, 2, 20, 10, torch.float16)
+    stride = 1 << 30
+    arena = torch.empty(2 * stride + (1 << 12), dtype=torch.float16, device=DEVICE)
+    gate_up = torch.as_strided(arena, (3, 20, 20), (stride, 20, 1))
+    down = torch.as_strided(arena, (3, 20, 10), (stride, 10, 1), 1 << 10)
+    for expert, slot in enumerate((2, 0)):
+        stored = layer.stored(expert)
+        gate_up[slot], down[slot] = stored["gate_up"].to(DEVICE), stored["down"].to(DEVICE)
+    out = experts(
+        layer.hidden.to(DEVICE), (2 - 2 * layer.ids).to(DEVICE), layer.weights.to(DEVICE),
+        gate_up, down, path=path,
+    )  # fmt: skip
+    assert error(out, layer.expected()) <= TOLERANCE[torch.float16]
