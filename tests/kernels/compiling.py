@@ -207,7 +207,7 @@ def with_form(cases: list[Case], **form: Any) -> list[Case]:
     ]
 
 
-def form_cases(arch: int) -> list[Case]:
+def form_cases(arch: int, activations: bool = True) -> list[Case]:
     """Every form of a model on the default configurations, and on the largest prefill tiles."""
     cases = default_cases(arch) + default_cases(arch, rows=128)[-3:-1]
     bias = with_form(cases, HAS_BIAS=True)

@@ -50,7 +50,7 @@ def test_every_kernel_for_every_architecture(arch: int) -> None:
 @pytest.mark.parametrize("arch", FORMS_ON)
 @pytest.mark.timeout(1800)
 def test_every_form(arch: int) -> None:
-    check(compiling.form_cases(arch), arch)
+    check(compiling.form_cases(arch, activations=ALL), arch)
 
 
 @pytest.mark.skipif(not ALL, reason="minutes long: set MOEINF_COMPILE_ALL=1")
