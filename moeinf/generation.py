@@ -26,6 +26,7 @@ class Request:
     seed: int = 0
     device: str = "auto"
     policy: str = "lrfu"
+    prefetch: str = "off"
     keep_logits: bool = False
 
 
@@ -45,6 +46,7 @@ class Metrics:
     bytes_read_per_token: float
     stall_share: float  # of the time from prompt to last token
     peak_memory_bytes: int  # of the process
+    prefetch: dict[str, Any] | None  # what came of predictions; None with prefetch off
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,13 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     prompt = tokenizer(request.prompt, return_tensors="pt")
     if prompt["input_ids"].numel() == 0:
         raise ValueError("the prompt is empty; give --prompt some text")
-    model: Any = load(request.path, device=request.device, memory=memory, policy=request.policy)
+    model: Any = load(
+        request.path,
+        device=request.device,
+        memory=memory,
+        policy=request.policy,
+        prefetch=request.prefetch,
+    )
     count = prompt["input_ids"].shape[1]
     limit = model.config.get_text_config().max_position_embeddings
     if count + request.max_new_tokens > limit:
@@ -115,8 +123,16 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             bytes_read_per_token=read / (count + len(tokens)),
             stall_share=stats["stall_seconds"] / (end - start),
             peak_memory_bytes=peak_memory(),
+            prefetch=_prefetch_metrics(stats),
         ),
     )
+
+
+def _prefetch_metrics(stats: dict[str, Any]) -> dict[str, Any] | None:
+    if stats["prefetch"] is None:
+        return None
+    moved = ("prefetch_bytes", "prefetch_useful_bytes", "prefetch_wasted_bytes")
+    return {**stats["prefetch"], **{name: stats[name] for name in moved}}
 
 
 class _Clock(TextStreamer):
