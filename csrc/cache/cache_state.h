@@ -2,8 +2,6 @@
 // cache's one lock: each of its functions wants `mutex` held unless it says otherwise.
 #pragma once
 
-#include <unistd.h>
-
 #include <array>
 #include <chrono>
 #include <condition_variable>
@@ -12,6 +10,7 @@
 
 #include "cache/expert_cache.h"
 #include "cache/prefetcher.h"
+#include "cache/process.h"
 #include "cache/residency.h"
 
 namespace moeinf {
@@ -76,7 +75,7 @@ struct CacheState {
 
     // Takes no lock: what the lock guards may be torn in a forked child, where no thread of the
     // copy engine exists either.
-    [[nodiscard]] bool forked() const noexcept { return getpid() != process; }
+    [[nodiscard]] bool forked() const noexcept { return process_generation() != generation; }
     void check_process() const;
 
     [[nodiscard]] size_t layer_of(int32_t expert) const noexcept {
@@ -128,7 +127,7 @@ struct CacheState {
     const std::shared_ptr<const Catalog> catalog;
     const std::shared_ptr<SlotPool> pool;
     const std::function<void()> poll;
-    const pid_t process = getpid();
+    const int64_t generation = process_generation();
 
     mutable std::mutex mutex;  // guards all below; never held while anything waits or bytes move
     std::condition_variable changed;  // a read ended, a transit slot or a pin was given back

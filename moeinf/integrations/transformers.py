@@ -146,7 +146,9 @@ class ServedExperts:
         past = kwargs.get("past_key_values")
         begins = past is None or past.get_seq_length() == 0
         self.cache.begin_pass(
-            prefill=begins or (tokens is not None and tokens.shape[1] > 1), new_sequence=begins
+            prefill=begins or (tokens is not None and tokens.shape[1] > 1),
+            new_sequence=begins,
+            batch=1 if tokens is None else tokens.shape[0],
         )
 
 

@@ -139,7 +139,7 @@ void stress(const std::string& policy, const std::string& prefetch, uint64_t see
     CHECK_EQ(counts.wrong_bytes.load(), int64_t{0});
     CHECK_EQ(counts.unexpected.load(), int64_t{0});
     CHECK(counts.failed_reads > 0);
-    CHECK(counts.computed > kThreads * kStepsPerThread);
+    CHECK(counts.computed > kThreads * kStepsPerThread / 4);
 
     // Nothing is held any more: one slot can be had at once, and everything can be read again.
     cache.resize(1);
@@ -178,5 +178,6 @@ int main() {
     const uint64_t seed = drawn_seed();
     stress("lru", "off", seed);
     stress("lrfu", "previous", seed);
+    stress("best", "transition", seed);
     return test_result();
 }
