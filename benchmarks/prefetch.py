@@ -8,9 +8,9 @@ of the disk fall on all alike. A predictor's gain is the median over prompts of 
 that of "off" for the same prompt; the spread that "off" shows against a second "off" is the noise
 to judge it by. The limit is what no prefetch can beat: "off" without its stalls.
 
-Without a checkpoint one of random weights with the geometry of Qwen3-30B-A3B is written: its
-routing has no skew, and successive layers' inputs are unlike each other, which is as hard for
-predictors as it gets.
+A checkpoint continues the beginnings of Python files. Without one, random weights are written, with
+the geometry of Qwen3-30B-A3B: their routing has no skew, and successive layers' inputs are unlike
+each other, which is as hard for predictors as it gets.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoTokenizer
 
 import moeinf
 from benchmarks.common import print_table, write_json
@@ -29,6 +30,16 @@ from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
 
 NOISE = "off, again"
 KINDS = ["off", NOISE, "previous", "transition", "eam", "gate"]
+TEXTS = [
+    "def read_lines(path):\n",
+    "import json\n\nclass Config:\n    def __init__(self, ",
+    "for name, value in sorted(items.items()):\n",
+    "    try:\n        result = self.client.get(url)\n    except ",
+    "def mean(values):\n    total = 0\n",
+    "# Copies the files that have changed\nimport os\n",
+    "    parser.add_argument(",
+    "class Node:\n    left = None\n",
+]
 COLUMNS = {
     "prefetch": ("prefetch", ""),
     "tokens_per_second": ("tokens/s", ".2f"),
@@ -93,12 +104,10 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
         )
         for kind in KINDS
     }
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = models["off"].config.vocab_size
+    prompts = prompts_for(folder, models["off"].config.vocab_size, arguments.prompts + 1)
     speeds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     seconds = dict.fromkeys(KINDS, 0.0)
-    for number in range(-1, arguments.prompts):  # the first only fills slots
-        prompt = torch.randint(0, vocabulary, (1, 16), generator=generator)
+    for number, prompt in enumerate(prompts, -1):  # the first only fills slots
         shift = number % len(KINDS)
         for kind in KINDS[shift:] + KINDS[:shift]:
             spent, decoding = generate(models[kind], prompt, arguments.tokens)
@@ -111,6 +120,15 @@ def measure(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]
         _row(kind, models[kind].moeinf.stats(), speeds[kind], speeds["off"], seconds[kind])
         for kind in KINDS
     ]
+
+
+def prompts_for(folder: Path, vocabulary: int, count: int) -> list[torch.Tensor]:
+    if (folder / "tokenizer.json").exists():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        texts = [TEXTS[i % len(TEXTS)] for i in range(count)]
+        return [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(0, vocabulary, (1, 16), generator=generator) for _ in range(count)]
 
 
 def generate(model: Any, prompt: torch.Tensor, tokens: int) -> tuple[float, float]:

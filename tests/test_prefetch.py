@@ -96,12 +96,12 @@ def test_the_gate_sees_ahead(family: str, tmp_path: Path, seed: int) -> None:
         block.experts.register_forward_pre_hook(
             lambda _, args, layer=layer: compare(layer, args[1])
         )
-    model.generate(random_prompt(seed), max_new_tokens=60, min_new_tokens=60, **DECODING)
+    model.generate(random_prompt(seed), max_new_tokens=40, min_new_tokens=40, **DECODING)
     experts = blocks[0].experts.num_experts
     chance = FAMILIES[family]["num_experts_per_tok"] / experts
     recall = right / (right + wrong)
     print(f"recall {recall:.2f}, chance {chance:.2f}, {right + wrong} experts")
-    assert right + wrong >= 400
+    assert right + wrong >= 300
     assert recall > chance + 0.08
 
 
