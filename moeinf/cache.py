@@ -67,13 +67,17 @@ class ExpertCache:
         slots: how many experts are kept, or
         memory: bytes (`"2GiB"`, an int) or a share of all experts (`"25%"`). Without either, all.
         policy: who leaves when a slot is needed; one of `moeinf.policies()`.
+        prefetch: what guesses which experts come next, to read them while the link is idle, where
+            that pays: "off", "previous" (what the layer used for the tokens before), "transition"
+            (what followed the experts of the layer before), "eam" (MoE-Infinity's prediction) or
+            "external" (what `predict` is told).
         threads, chunk_bytes: of the copy engine; 0 takes the measured defaults.
         direct: read past the page cache where the file system allows it.
 
     Raises:
         CapacityError: the budget is below one slot, or the memory cannot be had.
         ReadError: a file of the store cannot be opened.
-        ValueError: an unknown policy or device, or a budget that makes no sense.
+        ValueError: an unknown policy, prefetch or device, or a budget that makes no sense.
     """
 
     def __init__(
@@ -84,6 +88,7 @@ class ExpertCache:
         slots: int | None = None,
         memory: str | int | None = None,
         policy: str = "best",
+        prefetch: str = "off",
         threads: int = 0,
         chunk_bytes: int = 0,
         direct: bool = True,
@@ -93,6 +98,7 @@ class ExpertCache:
         self.store = store
         self.layout = store.layout
         self.policy = policy
+        self.prefetch_kind = prefetch
         count = slots_for(
             memory=memory,
             slots=slots,
@@ -100,7 +106,13 @@ class ExpertCache:
             total_experts=store.num_layers * store.num_experts,
         )
         self.core = _core.ExpertCache(
-            store.catalog, count, policy, threads=threads, chunk_bytes=chunk_bytes, direct=direct
+            store.catalog,
+            count,
+            policy,
+            threads=threads,
+            chunk_bytes=chunk_bytes,
+            direct=direct,
+            prefetch=prefetch,
         )
         self._experts = CpuExperts(store, self.core)
         self._prefill = False
@@ -192,6 +204,20 @@ class ExpertCache:
         """
         return self.core.prefetch(layer, experts)
 
+    def predict(self, layer: int, experts: Sequence[int], *, seconds: float = 0.0) -> None:
+        """Says what the next step of `layer` will likely use, best first; for prefetch="external".
+
+        What is absent is read ahead within the budget, and only where that pays: `seconds` is what
+        the prediction took to make. Elsewhere it does nothing.
+        """
+        self.core.predict(layer, experts, seconds)
+
+    @property
+    def wants_predictions(self) -> bool:
+        """Is a call of `predict` worth making now? Never while a prompt is read."""
+        wanted: bool = self.core.wants_predictions
+        return wanted
+
     def resident(self, layer: int) -> list[int]:
         """The experts of a layer that sit in slots now."""
         return self.core.resident(layer)
@@ -213,18 +239,50 @@ class ExpertCache:
 
         accesses, hits, misses (distinct experts per step), evictions, demand_bytes,
         prefetch_bytes, prefetch_useful_bytes, prefetch_wasted_bytes, stall_seconds; hit_rate is
-        hits / accesses; `layers` holds the same for each MoE layer.
+        hits / accesses; `layers` holds the same for each MoE layer. `prefetch` says how good
+        predictions were (see `prediction_summary`), None with prefetch="off".
         """
         layers = [dict(layer) for layer in self.core.stats()]
         total = {name: sum(layer[name] for layer in layers) for name in COUNTERS}
         for counters in (total, *layers):
             accesses = counters["accesses"]
             counters["hit_rate"] = counters["hits"] / accesses if accesses else 0.0
-        return {**total, "slots": self.slots, "policy": self.policy, "layers": layers}
+        prefetch = None
+        if self.prefetch_kind != "off":
+            prefetch = prediction_summary(self.core.prediction_stats())
+        return {
+            **total,
+            "slots": self.slots,
+            "policy": self.policy,
+            "prefetch": prefetch,
+            "layers": layers,
+        }
 
     def reset_stats(self) -> None:
         """Sets every counter to zero; residency and the policy's memory stay."""
         self.core.reset_stats()
+
+
+def prediction_summary(counts: dict[str, Any]) -> dict[str, Any]:
+    """The cache's counts of predictions, with the ratios that people ask for.
+
+    recall: share of the experts used that had been predicted; precision: share of those predicted
+    that were used; precision_among_misses: the same for those that were not resident when they were
+    predicted, which are all that a prefetch can win; active_share: of the predicted steps, those
+    that came while prefetching was switched on. None where nothing was counted. `late` prefetches
+    were still being read when their step came, and took `late_seconds` more.
+    """
+
+    def ratio(part: str, whole: str) -> float | None:
+        return counts[part] / counts[whole] if counts[whole] else None
+
+    return {
+        **counts,
+        "recall": ratio("correct", "used"),
+        "precision": ratio("correct", "predicted"),
+        "precision_among_misses": ratio("predicted_absent_used", "predicted_absent"),
+        "active_share": ratio("active_steps", "steps"),
+    }
 
 
 def _finish(step: _core.StepLease, positions: list[int]) -> None:

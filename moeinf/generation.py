@@ -27,6 +27,7 @@ class Request:
     seed: int = 0
     device: str = "auto"
     policy: str = "best"
+    prefetch: str = "off"
     keep_logits: bool = False
     record: Path | None = None  # where to save the routing as a trace
 
@@ -47,6 +48,7 @@ class Metrics:
     bytes_read_per_token: float
     stall_share: float  # of the time from prompt to last token
     peak_memory_bytes: int  # of the process
+    prefetch: dict[str, Any] | None  # what came of predictions; None with prefetch off
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,13 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             f"the prompt's {count} tokens and {request.max_new_tokens} new ones exceed the "
             f"model's context of {limit}"
         )
-    model: Any = load(checkpoint, device=request.device, memory=memory, policy=request.policy)
+    model: Any = load(
+        checkpoint,
+        device=request.device,
+        memory=memory,
+        policy=request.policy,
+        prefetch=request.prefetch,
+    )
     torch.manual_seed(request.seed)
     clock = _Clock(tokenizer, stream)
     cache = model.moeinf.cache
@@ -121,8 +129,16 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             bytes_read_per_token=read / (count + len(tokens)),
             stall_share=stats["stall_seconds"] / (end - start),
             peak_memory_bytes=peak_memory(),
+            prefetch=_prefetch_metrics(stats),
         ),
     )
+
+
+def _prefetch_metrics(stats: dict[str, Any]) -> dict[str, Any] | None:
+    if stats["prefetch"] is None:
+        return None
+    moved = ("prefetch_bytes", "prefetch_useful_bytes", "prefetch_wasted_bytes")
+    return {**stats["prefetch"], **{name: stats[name] for name in moved}}
 
 
 class _Clock(TextStreamer):

@@ -82,10 +82,11 @@ void check_signals() {
 
 std::shared_ptr<ExpertCache> make_cache(std::shared_ptr<Catalog> catalog, int32_t slots,
                                         std::string policy, int32_t threads, size_t chunk_bytes,
-                                        bool direct) {
+                                        bool direct, std::string prefetch) {
     ExpertCacheOptions options;
     options.slots = slots;
     options.policy = std::move(policy);
+    options.prefetch = std::move(prefetch);
     options.copy = {threads, chunk_bytes, direct};
     options.poll = check_signals;
     return std::make_shared<ExpertCache>(std::move(catalog), std::move(options));
@@ -150,6 +151,24 @@ py::dict to_dict(const LayerStats& stats) {
     return row;
 }
 
+py::dict to_dict(const PredictionStats& stats) {
+    py::dict row;
+    row["predictor"] = stats.predictor;
+    row["active"] = stats.active;
+    row["switches"] = stats.switches;
+    row["steps"] = stats.steps;
+    row["active_steps"] = stats.active_steps;
+    row["used"] = stats.used;
+    row["predicted"] = stats.predicted;
+    row["correct"] = stats.correct;
+    row["predicted_absent"] = stats.predicted_absent;
+    row["predicted_absent_used"] = stats.predicted_absent_used;
+    row["fetched"] = stats.fetched;
+    row["late"] = stats.late;
+    row["late_seconds"] = stats.late_seconds;
+    return row;
+}
+
 py::capsule export_pool(const ExpertCache& cache, py::handle dl_device, py::handle copy) {
     const bool elsewhere = !dl_device.is_none() && !dl_device.equal(dlpack_host_device());
     if (elsewhere || (!copy.is_none() && py::cast<bool>(copy))) {
@@ -191,13 +210,14 @@ void bind_lease(py::module_& module) {
 
 void bind_cache(py::module_& module) {
     module.def("policy_names", &policy_names, "What `policy` may be.");
+    module.def("prefetch_names", &prefetch_names, "What `prefetch` may be.");
     bind_lease(module);
     py::class_<ExpertCache, std::shared_ptr<ExpertCache>>(
         module, "ExpertCache", "Experts in the slots of one pool, filled from files. Thread-safe.",
         py::release_gil_before_calling_cpp_dtor())
         .def(py::init(&make_cache), py::arg("catalog"), py::arg("slots"),
              py::arg("policy") = "best", py::kw_only(), py::arg("threads") = 0,
-             py::arg("chunk_bytes") = 0, py::arg("direct") = true,
+             py::arg("chunk_bytes") = 0, py::arg("direct") = true, py::arg("prefetch") = "off",
              py::call_guard<py::gil_scoped_release>())
         .def(
             "begin",
@@ -231,6 +251,22 @@ void bind_cache(py::module_& module) {
             },
             py::arg("layer"), py::arg("experts"),
             "Starts reading what is absent, best first. Returns the number of reads started.")
+        .def(
+            "predict",
+            [](ExpertCache& cache, int32_t layer, py::handle experts, double seconds) {
+                const Ids ids = read_ids(experts);
+                const py::gil_scoped_release released;
+                cache.predict(layer, ids, seconds);
+            },
+            py::arg("layer"), py::arg("experts"), py::arg("seconds") = 0.0,
+            "What the next step of that layer is expected to use, best first, and how long it took "
+            "to find out. Read ahead within the budget, where that pays.")
+        .def_property_readonly("wants_predictions", &ExpertCache::wants_predictions,
+                               "Is a call of predict() worth making now?")
+        .def(
+            "prediction_stats",
+            [](const ExpertCache& cache) { return to_dict(cache.prediction_stats()); },
+            "Counts of predictions; see PredictionStats in csrc/cache/prefetcher.h.")
         .def("resize", &ExpertCache::resize, py::arg("slots"),
              py::call_guard<py::gil_scoped_release>(),
              "Waits for leases on slots that go. Views of their rows may not be touched any more; "

@@ -44,7 +44,12 @@ CacheState::CacheState(std::shared_ptr<const Catalog> the_catalog, ExpertCacheOp
       loads(static_cast<size_t>(catalog->total_experts())),
       prefetched_unused(loads.size(), 0),
       seen(loads.size()),
-      engine(catalog, options.copy) {}
+      engine(catalog, options.copy) {
+    const auto delay = static_cast<size_t>(engine.options().threads) * engine.options().chunk_bytes;
+    const Prefetcher::Costs costs{static_cast<int64_t>(catalog->expert_bytes()),
+                                  static_cast<int64_t>(delay)};
+    prefetcher = make_prefetcher(options.prefetch, shape_of(*catalog), costs);
+}
 
 void CacheState::check_process() const {
     if (forked()) {
@@ -76,6 +81,7 @@ std::shared_ptr<Load> CacheState::start_load(int32_t expert, int32_t transit_slo
     load->transit = transit_slot;
     load->prefetch = priority == Priority::kPrefetch;
     int32_t row = transit_slot;
+    if (prefetcher) prefetcher->read_started(expert, !load->prefetch, seconds_now());
     if (transit_slot >= 0) {
         transit[static_cast<size_t>(transit_slot)].loading = true;
     } else {
@@ -111,6 +117,7 @@ void CacheState::end_load(Load& load, Load::State state, std::string error) {
     load.error = std::move(error);
     load.transfer.reset();
     const bool complete = state == Load::State::kComplete;
+    if (prefetcher) prefetcher->read_ended(load.expert, !load.prefetch, complete, seconds_now());
     if (complete) {
         LayerStats& layer = stats_of(load.expert);
         const auto nbytes = static_cast<int64_t>(catalog->expert_bytes());
@@ -133,6 +140,21 @@ void CacheState::end_load(Load& load, Load::State state, std::string error) {
         }
     }
     changed.notify_all();
+}
+
+void CacheState::start_prefetches() {
+    const std::span<const int32_t> experts = prefetcher->choose(residency);
+    if (experts.empty()) return;
+    const std::span<const int32_t> expected = prefetcher->expected_residents();
+    for (const int32_t expert : expected) residency.pin(expert);
+    for (const int32_t expert : experts) {
+        Placement placement{};
+        if (!residency.place(expert, placement)) break;
+        if (placement.evicted >= 0) leaves(placement.evicted);
+        start_load(expert, -1, Priority::kPrefetch);
+        prefetcher->fetched(expert, placement.evicted);
+    }
+    for (const int32_t expert : expected) residency.unpin(expert);
 }
 
 void CacheState::leaves(int32_t expert) {

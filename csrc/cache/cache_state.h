@@ -3,15 +3,22 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
 
 #include "cache/expert_cache.h"
+#include "cache/prefetcher.h"
 #include "cache/process.h"
 #include "cache/residency.h"
 
 namespace moeinf {
+
+[[nodiscard]] inline double seconds_now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch())
+        .count();
+}
 
 // One expert on its way into one slot.
 struct Load {
@@ -88,6 +95,8 @@ struct CacheState {
     void end_load(Load& load, Load::State state, std::string error);
     void on_transfer_end(Load& load, const Transfer& transfer);
 
+    void start_prefetches();  // what the prefetcher chooses
+
     // Residents.
     void leaves(int32_t expert);
     void unpin(int32_t expert);
@@ -123,6 +132,7 @@ struct CacheState {
     mutable std::mutex mutex;  // guards all below; never held while anything waits or bytes move
     std::condition_variable changed;  // a read ended, a transit slot or a pin was given back
     Residency residency;
+    std::unique_ptr<Prefetcher> prefetcher;  // null: no prefetch but what callers ask for
     std::vector<LayerStats> stats;
     std::vector<std::shared_ptr<Load>> loads;  // by flat expert: reads into residents' slots
     std::vector<uint8_t> prefetched_unused;    // by flat expert

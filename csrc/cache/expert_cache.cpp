@@ -102,16 +102,17 @@ StepLease ExpertCache::begin(const StepRequest& request) {
     lease.active_index = cache.active.size();
     cache.active.push_back(&lease);
 
-    cache.residency.plan(
-        {.index = cache.steps++,
-         .layer = request.layer,
-         .experts = cache.flat_ids,
-         .counts = request.counts.empty() ? std::span<const int32_t>(cache.ones).first(count)
-                                          : request.counts,
-         .router = request.router,
-         .prefill = request.prefill,
-         .new_sequence = request.new_sequence},
-        cache.plan);
+    const Step seen{.index = cache.steps++,
+                    .layer = request.layer,
+                    .experts = cache.flat_ids,
+                    .counts = request.counts.empty()
+                                  ? std::span<const int32_t>(cache.ones).first(count)
+                                  : request.counts,
+                    .router = request.router,
+                    .prefill = request.prefill,
+                    .new_sequence = request.new_sequence};
+    if (cache.prefetcher) cache.prefetcher->judge(seen, seconds_now());
+    cache.residency.plan(seen, cache.plan);
     const auto member_of = [&](int32_t expert) -> Member& {
         return lease.members[static_cast<size_t>(cache.seen[static_cast<size_t>(expert)].position)];
     };
@@ -126,6 +127,12 @@ StepLease ExpertCache::begin(const StepRequest& request) {
     stats.accesses += static_cast<int64_t>(count);
     stats.misses = stats.accesses - stats.hits;
     if (!request.at_once) cache.start_surplus(lease);
+    if (cache.prefetcher) {
+        for (const Placement& one : cache.plan.placements) cache.prefetcher->missed(one.expert);
+        for (const int32_t expert : cache.plan.surplus) cache.prefetcher->missed(expert);
+        cache.prefetcher->look_ahead(seen, seconds_now());
+        cache.start_prefetches();
+    }
     return step;
 }
 
@@ -147,6 +154,25 @@ int32_t ExpertCache::prefetch(int32_t layer, std::span<const int32_t> experts) {
         ++started;
     }
     return started;
+}
+
+void ExpertCache::predict(int32_t layer, std::span<const int32_t> experts, double seconds) {
+    CacheState& cache = *state_;
+    cache.check_process();
+    check_layer(*cache.catalog, layer);
+    std::vector<int32_t> flat;
+    for (const int32_t expert : experts) flat.push_back(flat_id(*cache.catalog, layer, expert));
+
+    const std::lock_guard lock(cache.mutex);
+    if (!cache.prefetcher) return;
+    cache.prefetcher->hint(layer, flat, seconds);
+    if (cache.prefetcher->is_next(layer)) cache.start_prefetches();
+}
+
+bool ExpertCache::wants_predictions() const {
+    state_->check_process();
+    const std::lock_guard lock(state_->mutex);
+    return state_->prefetcher && state_->prefetcher->wants_hints();
 }
 
 void ExpertCache::resize(int32_t slots) {
@@ -202,12 +228,19 @@ void ExpertCache::reset_stats() {
     state_->check_process();
     const std::lock_guard lock(state_->mutex);
     for (LayerStats& layer : state_->stats) layer = {};
+    if (state_->prefetcher) state_->prefetcher->reset_stats();
 }
 
 std::vector<LayerStats> ExpertCache::stats() const {
     state_->check_process();
     const std::lock_guard lock(state_->mutex);
     return state_->stats;
+}
+
+PredictionStats ExpertCache::prediction_stats() const {
+    state_->check_process();
+    const std::lock_guard lock(state_->mutex);
+    return state_->prefetcher ? state_->prefetcher->stats() : PredictionStats{};
 }
 
 std::vector<int32_t> ExpertCache::resident(int32_t layer) const {

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cache/prefetcher.h"
 #include "layout/catalog.h"
 #include "memory/slot_pool.h"
 #include "transfer/copy_engine.h"
@@ -91,6 +92,7 @@ private:
 struct ExpertCacheOptions {
     int32_t slots = 0;
     std::string policy = "best";
+    std::string prefetch = "off";  // one of prefetch_names()
     CopyEngineOptions copy;
     // Called about every 50 ms by a thread that waits, with no lock held. An exception thrown here
     // ends the wait (so does Python's Ctrl-C) and leaves the cache as it should be.
@@ -118,13 +120,21 @@ public:
     // reads it started. Never waits.
     int32_t prefetch(int32_t layer, std::span<const int32_t> experts);
 
+    // A prediction of what the next step of `layer` will use, best first, which took `seconds` to
+    // make. The prefetcher decides what becomes of it, and when: never before the step of the layer
+    // before has its reads. Ignored where prefetch is "off".
+    void predict(int32_t layer, std::span<const int32_t> experts, double seconds);
+    // Is one worth making now? Only "external" ever wants them, and only while decoding.
+    [[nodiscard]] bool wants_predictions() const;
+
     // Experts in slots that go leave the cache; shrinking waits for leases on those slots and
     // throws Error(kCapacity) if this thread's own leases hold them. Growing throws
     // Error(kCapacity) if the memory cannot be had. Either way the cache then keeps its size.
     void resize(int32_t slots);
 
     void reset_stats();
-    [[nodiscard]] std::vector<LayerStats> stats() const;               // one per layer
+    [[nodiscard]] std::vector<LayerStats> stats() const;  // one per layer
+    [[nodiscard]] PredictionStats prediction_stats() const;
     [[nodiscard]] std::vector<int32_t> resident(int32_t layer) const;  // in-layer ids, bytes there
     [[nodiscard]] int32_t slots() const;
 

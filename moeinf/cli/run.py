@@ -26,6 +26,12 @@ def command(
         str, typer.Option(help="What experts may take: 2GiB, or a share of all experts.")
     ] = "25%",
     policy: Annotated[str, typer.Option(help="Who leaves when a slot is needed.")] = "best",
+    prefetch: Annotated[
+        str,
+        typer.Option(
+            help="What guesses the experts to come: off, previous, transition, eam or gate."
+        ),
+    ] = "off",
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling, when the temperature is above 0.")] = 0,
@@ -49,11 +55,14 @@ def command(
         seed=seed,
         device=device,
         policy=policy,
+        prefetch=prefetch,
         keep_logits=verify,
         record=record,
     )
     result = generate(request, memory=memory, stream=None if json else sys.stdout)
     report: dict[str, Any] = asdict(result.metrics)
+    if report["prefetch"] is None:
+        del report["prefetch"]
     if verify:
         report["verified"] = _verify(request, result, quiet=json)
     if json:
@@ -87,7 +96,26 @@ def _print_report(report: dict[str, Any]) -> None:
         "waiting for reads": f"{report['stall_share']:.1%} of the time",
         "peak memory": human_bytes(report["peak_memory_bytes"]),
     }
+    if "prefetch" in report:
+        facts |= _prefetch_facts(report["prefetch"])
     if "verified" in report:
         facts["identical to all-resident"] = "yes, every bit" if report["verified"] else "NO"
     print()
     print_facts("", facts)
+
+
+def _prefetch_facts(prefetch: dict[str, Any]) -> dict[str, str]:
+    def percent(name: str) -> str:
+        return "-" if prefetch[name] is None else f"{prefetch[name]:.1%}"
+
+    return {
+        f"prefetch, {prefetch['predictor']}": f"switched {'on' if prefetch['active'] else 'off'}, "
+        f"on for {percent('active_share')} of the steps",
+        "predictions": f"recall {percent('recall')}, precision {percent('precision')}, "
+        f"among misses {percent('precision_among_misses')}",
+        "prefetched": f"{human_bytes(prefetch['prefetch_bytes'])}, "
+        f"{human_bytes(prefetch['prefetch_useful_bytes'])} useful, "
+        f"{human_bytes(prefetch['prefetch_wasted_bytes'])} wasted",
+        "late prefetches": f"{prefetch['late']} of {prefetch['fetched']}, "
+        f"{prefetch['late_seconds'] * 1e3:.0f} ms",
+    }

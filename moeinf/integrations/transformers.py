@@ -17,6 +17,7 @@ from moeinf.cache import ExpertCache
 from moeinf.checkpoint import Checkpoint, read_tensor
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.experts import fused_experts
+from moeinf.integrations.lookahead import GateLookahead
 from moeinf.naming import is_expert_tensor
 from moeinf.safetensors_header import TensorEntry
 from moeinf.store import ExpertStore
@@ -33,6 +34,7 @@ except ImportError as error:
     raise ImportError("moeinf.load needs transformers >= 5: pip install 'moeinf[hf]'") from error
 
 IMPLEMENTATION = "moeinf"
+GATE = "gate"
 
 
 def load(
@@ -42,6 +44,7 @@ def load(
     memory: str | int | None = None,
     slots: int | None = None,
     policy: str = "best",
+    prefetch: str = "off",
     dtype: torch.dtype | str = "auto",
     **cache_options: Any,
 ) -> PreTrainedModel:
@@ -53,6 +56,8 @@ def load(
         memory: what the slots may take: bytes (`"2GiB"`) or a share of all experts (`"25%"`), or
         slots: their count. Without either, every expert is kept once read.
         policy: who leaves when a slot is needed.
+        prefetch: what guesses which experts come next: "off", "gate" (the next layer's router, run
+            early) or what `ExpertCache` takes.
         dtype: of activations and of all weights but the experts', which stay as they are stored;
             "auto" takes the checkpoint's own.
         cache_options: passed to `ExpertCache`.
@@ -81,6 +86,7 @@ def load(
         memory=memory,
         slots=slots,
         policy=policy,
+        prefetch="external" if prefetch == GATE else prefetch,
         **cache_options,
     )
     base = _model_class(config, checkpoint)
@@ -99,25 +105,32 @@ def load(
     if (checkpoint.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     model.config.name_or_path = str(checkpoint.path)
-    model.moeinf = ServedExperts(model, cache)
+    model.moeinf = ServedExperts(model, cache, gate_lookahead=prefetch == GATE)
     return model
 
 
 class ServedExperts:
     """What connects a model to its cache; the model's `moeinf` attribute."""
 
-    def __init__(self, model: PreTrainedModel, cache: ExpertCache):
+    def __init__(self, model: PreTrainedModel, cache: ExpertCache, *, gate_lookahead: bool = False):
         self.cache = cache
-        modules = _experts_modules(model)
-        for layer, (name, module) in enumerate(_match_layers(modules, cache.store)):
+        modules = _match_layers(_experts_modules(model), cache.store)
+        for layer, (name, module) in enumerate(modules):
             _check_form(name, module, cache.store)
             module.moeinf_layer = layer
             module.moeinf_cache = cache
+        self.lookahead = None
+        if gate_lookahead:
+            blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in modules]
+            self.lookahead = GateLookahead(blocks, cache)
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def stats(self) -> dict[str, Any]:
         """See `ExpertCache.stats`."""
-        return self.cache.stats()
+        stats = self.cache.stats()
+        if self.lookahead is not None:
+            stats["prefetch"]["predictor"] = GATE
+        return stats
 
     def reset_stats(self) -> None:
         """See `ExpertCache.reset_stats`."""

@@ -103,9 +103,11 @@ private:
     std::mt19937_64 random_;
 };
 
-void stress(const std::string& policy, uint64_t seed) {
+void stress(const std::string& policy, const std::string& prefetch, uint64_t seed) {
     const CacheWorld world(kLayers, kExperts, seed);
-    ExpertCache cache = world.cache(3, policy);
+    ExpertCacheOptions options = world.options(4, policy);
+    options.prefetch = prefetch;
+    ExpertCache cache(world.catalog, options);
     Counts counts;
     {
         const std::jthread resizing([&](const std::stop_token& stop) {
@@ -174,6 +176,8 @@ void stress(const std::string& policy, uint64_t seed) {
 
 int main() {
     const uint64_t seed = drawn_seed();
-    for (const std::string policy : {"lru", "lrfu", "best"}) stress(policy, seed);
+    stress("lru", "off", seed);
+    stress("lrfu", "previous", seed);
+    stress("best", "transition", seed);
     return test_result();
 }

@@ -2,42 +2,31 @@
 // (p + eps) * (1 - l / L) / row sum, p the predicted activation of an expert of layer l, so that
 // early layers, which prefetching covers worst, are favoured.
 //
-// Chosen where the text is silent: the pass in progress (iEAM) is matched over its rows so far, and
-// entries by the same rows; the kMatched nearest are summed; before anything can be matched, the
-// request's own matrix so far stands in; ties go to the lower flat id.
-#include "cache/eam.h"
-
+// Ties go to the lower flat id. How the prediction is made is said in eam_follower.h.
 #include <algorithm>
 #include <utility>
 
+#include "cache/eam_follower.h"
 #include "cache/policies/policies.h"
 
 namespace moeinf {
 namespace {
 
-constexpr int32_t kMatched = 3;
 constexpr float kEpsilon = 1e-6f;
 
 class Eam final : public Policy {
 public:
     Eam(EamCollection prefill, EamCollection decode)
         : shape_(decode.shape()),
-          phases_{Phase(std::move(prefill)), Phase(std::move(decode))},
+          follower_(std::move(prefill), std::move(decode)),
           predicted_(static_cast<size_t>(shape_.total())),
           scores_(predicted_.size()) {}
 
     std::string_view name() const noexcept override { return "eam"; }
 
     void observe(const Step& step) override {
-        if (step.new_sequence) {
-            for (Phase& phase : phases_) phase.finish_request();
-        }
-        Phase& phase = phases_[step.prefill ? 0 : 1];
-        if (step.new_sequence || step.layer <= layer_) phase.match.restart();
-        layer_ = step.layer;
-        phase.add(step);
-        phase.match.nearest(kMatched, phase.nearest);
-        current_ = &phase;
+        follower_.observe(step);
+        const auto& phase = follower_.current();
         stale_ = stale_ || phase.nearest != matched_ || &phase != scored_ || matched_.empty();
     }
 
@@ -58,39 +47,8 @@ public:
     }
 
 private:
-    // Prefill and decode are traced and matched apart.
-    struct Phase {
-        explicit Phase(EamCollection from)
-            : collection(std::move(from)),
-              request(static_cast<size_t>(collection.shape().total()), 0.0f) {}
-        // `match` refers to `collection`.
-        Phase(Phase&& other) : Phase(std::move(other.collection)) {}
-
-        void add(const Step& step) {
-            for (size_t i = 0; i < step.experts.size(); ++i) {
-                request[static_cast<size_t>(step.experts[i])] +=
-                    step.counts.empty() ? 1.0f : static_cast<float>(step.counts[i]);
-            }
-            active = active || !step.experts.empty();
-            match.add_row(step.layer, step.experts, step.counts);
-        }
-
-        void finish_request() {
-            if (active) collection.add(request);
-            std::fill(request.begin(), request.end(), 0.0f);
-            active = false;
-            match.restart();
-        }
-
-        EamCollection collection;
-        EamMatch match{collection};
-        std::vector<float> request;  // the request's rEAM so far
-        std::vector<int32_t> nearest;
-        bool active = false;
-    };
-
     void score() {
-        const Phase& phase = current_ == nullptr ? phases_[1] : *current_;
+        const EamFollower::Phase& phase = follower_.current();
         matched_ = phase.nearest;
         scored_ = &phase;
         if (matched_.empty()) {
@@ -109,10 +67,8 @@ private:
     }
 
     PolicyShape shape_;
-    Phase phases_[2];
-    int32_t layer_ = -1;  // of the latest step
-    const Phase* current_ = nullptr;
-    const Phase* scored_ = nullptr;  // what predicted_ and scores_ were made from
+    EamFollower follower_;
+    const EamFollower::Phase* scored_ = nullptr;  // what predicted_ and scores_ were made from
     std::vector<int32_t> matched_;
     bool stale_ = true;
     std::vector<float> predicted_, scores_;              // by flat expert
