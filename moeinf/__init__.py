@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     )
     from moeinf.experts import fused_experts
     from moeinf.integrations.transformers import load
-    from moeinf.simulate import simulate
+    from moeinf.simulator import simulate
     from moeinf.store import ExpertStore
     from moeinf.trace import Trace
 
@@ -48,7 +48,7 @@ _HOMES = {
     "UnsupportedError": "moeinf.errors",
     "fused_experts": "moeinf.experts",
     "load": "moeinf.integrations.transformers",
-    "simulate": "moeinf.simulate",
+    "simulate": "moeinf.simulator",
 }
 
 __all__ = [

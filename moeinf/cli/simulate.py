@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from moeinf.cli.output import print_json, print_table
 from moeinf.eam import EAMC
-from moeinf.simulate import SimulationResult, parse_slots, policy_names, simulate
+from moeinf.simulator import SimulationResult, parse_slots, policy_names, simulate
 from moeinf.trace import Trace
 
 

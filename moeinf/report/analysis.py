@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from moeinf.eam import activation_matrix
-from moeinf.simulate import SimulationResult, simulate
+from moeinf.simulator import SimulationResult, simulate
 from moeinf.trace import DECODE, PREFILL, Trace
 
 Array = npt.NDArray[Any]

@@ -9,7 +9,7 @@ import numpy as np
 
 from moeinf.errors import UnsupportedError
 from moeinf.report.analysis import LAYER_SHARE, Analysis
-from moeinf.simulate import SimulationResult
+from moeinf.simulator import SimulationResult
 
 try:
     from matplotlib.axes import Axes
