@@ -1,34 +1,33 @@
 """Disk to slot: experts read in random order, over the best large sequential read of the same run.
 
-Makes files of random bytes that hold 9 MiB experts the way a checkpoint does (down, gate and up of
+Makes files of random bytes that hold 9 MB experts the way a checkpoint does (down, gate and up of
 an expert side by side, at offsets that fit no block), reads experts in random order through the
 copy engine into slots, and prints GB/s beside what this disk gives to large direct sequential
-reads. The two are measured in turn, round after round, so that both see the same machine. Then the
-latency of a demand on an idle engine and on one whose queue is full of prefetches.
+reads. In every round each setting is measured once between two measurements of the limit, all of
+them equally short and in random order, so that whatever else the machine does falls on all alike.
+The limit is the way of reading with the best median. Then the latency of a demand, on an idle
+engine and on one whose queue is full of prefetches.
 
-    python benchmarks/transfer.py [--threads 2,4] [--chunk-kib 512,1024] [--json FILE]
+    python -m benchmarks.transfer --json benchmarks/results/transfer.json
+    python -m benchmarks.transfer --threads 1,2,4,8 --chunk-kib 256,512,1024,2048,4096
 """
 
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import random
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.common import print_table, write_json
 from moeinf import _core
 
 SEGMENT_BYTES = (2 * 2 * 768 * 2048, 2 * 768 * 2048)  # gate_up and down of Qwen3-30B-A3B in bf16
@@ -38,18 +37,6 @@ SLOT_BYTES = EXPERT_BYTES  # a multiple of 4096 already
 WRITE_BYTES = 64 << 20
 WINDOW = 8  # experts asked for at a time, as a top-8 model does
 SLOTS = 2 * WINDOW
-
-
-@dataclass(frozen=True)
-class Result:
-    """One setting of the engine; rates are medians over rounds."""
-
-    threads: int
-    chunk_kib: int
-    gb_per_s: float
-    limit_gb_per_s: float
-    ratio: float
-    best_ratio: float
 
 
 def make_files(folder: Path, nbytes: int, files: int, rng: np.random.Generator) -> _core.Catalog:
@@ -105,50 +92,59 @@ def throughput(
     pool: _core.SlotPool,
     settings: list[tuple[int, int]],
     args: argparse.Namespace,
-) -> list[Result]:
-    """Every setting in every round, each between two measurements of the limit."""
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """One row per setting, and the limit they are held against."""
     engines = {
         (threads, kib): _core.CopyEngine(catalog, threads=threads, chunk_bytes=kib << 10)
         for threads, kib in settings
     }
     rates: dict[tuple[int, int], list[float]] = {setting: [] for setting in settings}
-    limits: dict[tuple[int, int], list[float]] = {setting: [] for setting in settings}
+    limits: dict[tuple[int, int], list[float]] = {}
     total = catalog.num_layers * catalog.num_experts
 
-    def measured_limit() -> float:
-        return _core.read_bandwidth(str(args.folder), args.limit_seconds)["bytes_per_second"] / 1e9
+    def measure_limit(seconds: float) -> None:
+        for way in _core.read_bandwidth(str(args.folder), seconds)["ways"]:
+            rate = way["bytes_per_second"] / 1e9
+            limits.setdefault((way["request_bytes"], way["in_flight"]), []).append(rate)
 
     for _ in range(args.rounds):
-        before = measured_limit()
         for setting in random.sample(settings, len(settings)):
+            start = time.perf_counter()
             experts = random.sample(range(total), min(args.experts, total))
             rates[setting].append(read_experts(engines[setting], pool, experts))
-            after = measured_limit()
-            limits[setting].append(max(before, after))
-            before = after
-    results = []
-    for setting in settings:
-        ratios = [r / m for r, m in zip(rates[setting], limits[setting], strict=True)]
-        results.append(
-            Result(
-                *setting,
-                statistics.median(rates[setting]),
-                statistics.median(limits[setting]),
-                statistics.median(ratios),
-                max(ratios),
-            )
-        )
-    return results
+            measure_limit(5 * (time.perf_counter() - start))  # it tries five ways
+
+    (request_bytes, in_flight), best = max(
+        limits.items(), key=lambda item: statistics.median(item[1])
+    )
+    limit = {
+        "request_bytes": request_bytes,
+        "in_flight": in_flight,
+        "gb_per_s": statistics.median(best),
+        "best_gb_per_s": max(best),
+    }
+    rows = [
+        {
+            "threads": threads,
+            "chunk_kib": kib,
+            "gb_per_s": statistics.median(rates[threads, kib]),
+            "best_gb_per_s": max(rates[threads, kib]),
+            "ratio": statistics.median(rates[threads, kib]) / limit["gb_per_s"],
+            "best_ratio": max(rates[threads, kib]) / limit["best_gb_per_s"],
+        }
+        for threads, kib in settings
+    ]
+    return rows, limit
 
 
 def demand_latency(
     catalog: _core.Catalog, pool: _core.SlotPool, *, prefetches: int, count: int
-) -> list[float]:
+) -> dict[str, float]:
     """Milliseconds from submitting a demand to its last byte, `prefetches` waiting meanwhile."""
     engine = _core.CopyEngine(catalog)
     total = catalog.num_layers * catalog.num_experts
     waiting: deque[_core.Ticket] = deque()
-    seconds = []
+    milliseconds = []
     for _ in range(count):
         while waiting and waiting[0].state not in ("queued", "running"):
             finish(waiting.popleft())
@@ -158,10 +154,13 @@ def demand_latency(
         time.sleep(random.random() * 2e-3)
         ticket = engine.submit(random.randrange(total), pool, 0)
         finish(ticket)
-        seconds.append(1e3 * ticket.seconds)
+        milliseconds.append(1e3 * ticket.seconds)
     for ticket in waiting:
         engine.cancel(ticket)
-    return seconds
+    return {
+        "median_ms": statistics.median(milliseconds),
+        "p95_ms": statistics.quantiles(milliseconds, n=20)[-1],
+    }
 
 
 def check_bytes(catalog: _core.Catalog, engine: _core.CopyEngine, pool: _core.SlotPool) -> None:
@@ -177,26 +176,6 @@ def check_bytes(catalog: _core.Catalog, engine: _core.CopyEngine, pool: _core.Sl
             raise RuntimeError(f"expert {expert}: wrong bytes in the slot at {place}")
 
 
-def machine() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":", 1)[1].strip() for line in lines if "model name" in line), "unknown")
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
 def integers(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
@@ -210,9 +189,8 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=2)
     parser.add_argument("--threads", type=integers, default=[0], help="e.g. 1,2,4; 0: the default")
     parser.add_argument("--chunk-kib", type=integers, default=[0], help="0: the default")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--experts", type=int, default=100, help="read per setting and round")
-    parser.add_argument("--limit-seconds", type=float, default=0.5, help="per measured limit")
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--experts", type=int, default=40, help="read per setting and round")
     parser.add_argument("--demands", type=int, default=60, help="per latency")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 30))
     parser.add_argument("--json", type=Path)
@@ -241,50 +219,53 @@ def run(args: argparse.Namespace) -> None:
         for threads in args.threads
         for kib in args.chunk_kib
     ]
-    results = throughput(catalog, pool, settings, args)
+    rows, limit = throughput(catalog, pool, settings, args)
+    latencies = [
+        {"queue": name, **demand_latency(catalog, pool, prefetches=prefetches, count=args.demands)}
+        for name, prefetches in (("idle", 0), ("full of prefetches", 24))
+    ]
+    how = "direct" if default.file_is_direct(0) else "buffered"
     print(
-        f"\n{EXPERT_BYTES / 1e6:.1f} MB experts, random order, {WINDOW} asked for at a time, ",
-        end="",
+        f"\n{EXPERT_BYTES / 1e6:.1f} MB experts in random order, {WINDOW} asked for at a time, "
+        f"{how} reads, medians of {args.rounds} rounds\n"
+        f"limit: {limit['gb_per_s']:.2f} GB/s, {limit['in_flight']} sequential reads of "
+        f"{limit['request_bytes'] >> 20} MiB at a time; default: {default.threads} threads, "
+        f"{default.chunk_bytes >> 10} KiB\n"
     )
-    print("direct reads" if default.file_is_direct(0) else "buffered reads")
-    print("threads  chunk KiB    GB/s   limit   ratio    best")
-    for r in results:
-        mark = (
-            "  default"
-            if (r.threads, r.chunk_kib << 10)
-            == (
-                default.threads,
-                default.chunk_bytes,
-            )
-            else ""
-        )
-        print(
-            f"{r.threads:7}  {r.chunk_kib:9}  {r.gb_per_s:6.2f}  {r.limit_gb_per_s:6.2f}"
-            f"  {r.ratio:6.3f}  {r.best_ratio:6.3f}{mark}"
-        )
-    print("\ndemand latency, ms          median     p95")
-    latencies = {}
-    for name, prefetches in (("idle", 0), ("prefetch queue full", 24)):
-        values = demand_latency(catalog, pool, prefetches=prefetches, count=args.demands)
-        latencies[name] = {
-            "median_ms": statistics.median(values),
-            "p95_ms": statistics.quantiles(values, n=20)[-1],
-        }
-        print(f"{name:24}  {latencies[name]['median_ms']:8.2f}{latencies[name]['p95_ms']:8.2f}")
+    print_table(
+        rows,
+        {
+            "threads": ("threads", "d"),
+            "chunk_kib": ("chunk KiB", "d"),
+            "gb_per_s": ("GB/s", ".2f"),
+            "ratio": ("over limit", ".3f"),
+            "best_gb_per_s": ("best GB/s", ".2f"),
+            "best_ratio": ("over best limit", ".3f"),
+        },
+    )
+    print()
+    print_table(
+        latencies,
+        {
+            "queue": ("demand while the queue is", ""),
+            "median_ms": ("median ms", ".2f"),
+            "p95_ms": ("p95 ms", ".2f"),
+        },
+    )
     if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {
-            "benchmark": "transfer",
-            "machine": machine(),
-            "seed": args.seed,
-            "direct": default.file_is_direct(0),
-            "default": {"threads": default.threads, "chunk_kib": default.chunk_bytes >> 10},
-            "expert_bytes": EXPERT_BYTES,
-            "rounds": args.rounds,
-            "throughput": [asdict(result) for result in results],
-            "demand_latency": latencies,
-        }
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(
+            args.json,
+            "transfer",
+            seed=args.seed,
+            direct=default.file_is_direct(0),
+            default={"threads": default.threads, "chunk_kib": default.chunk_bytes >> 10},
+            expert_bytes=EXPERT_BYTES,
+            file_set_gib=args.gib,
+            rounds=args.rounds,
+            limit=limit,
+            throughput=rows,
+            demand_latency=latencies,
+        )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from moeinf import _core
 from moeinf.budget import slots_for
 from moeinf.errors import UnsupportedError
 from moeinf.ffn_cpu import CpuExperts
+from moeinf.recorder import Recorder
 from moeinf.store import ExpertStore
 
 COUNTERS = (
@@ -104,6 +105,7 @@ class ExpertCache:
         self._experts = CpuExperts(store, self.core)
         self._prefill = False
         self._new_sequence = False
+        self._recorder: Recorder | None = None
 
     @property
     def slots(self) -> int:
@@ -121,8 +123,8 @@ class ExpertCache:
         Waits for reads in flight. Raises CapacityError if they do not fit in the slots together
         (then use `waves`), ReadError if one cannot be read, ValueError for a bad id.
         """
-        step = self.core.acquire(layer, experts)
-        return Lease(experts, step.slots, step.release)
+        step, slots = self.core.acquire(layer, experts)
+        return Lease(experts, slots, step.release)
 
     def waves(self, layer: int, experts: Sequence[int]) -> Iterator[Lease]:
         """Like `acquire`, in as many leases as it takes: each holds what is ready by then.
@@ -143,10 +145,25 @@ class ExpertCache:
         finally:
             step.release()
 
-    def begin_pass(self, *, prefill: bool, new_sequence: bool) -> None:
+    def begin_pass(self, *, prefill: bool, new_sequence: bool, batch: int = 1) -> None:
         """Says what the next forward pass is, for policies and traces. Optional."""
         self._prefill = prefill
         self._new_sequence = new_sequence
+        if self._recorder is not None:
+            self._recorder.begin_pass(prefill=prefill, new_sequence=new_sequence, batch=batch)
+
+    def record(self) -> Recorder:
+        """Keeps the routing of every step from now on; `trace()` of what it returns gives it back.
+
+        Only what goes through `fused_experts` is seen. Use it as a context manager, or end it with
+        `stop_recording`.
+        """
+        self._recorder = Recorder(self)
+        return self._recorder
+
+    def stop_recording(self) -> None:
+        """Ends `record`; what was recorded stays with the recorder."""
+        self._recorder = None
 
     def compute(
         self,
@@ -157,6 +174,8 @@ class ExpertCache:
     ) -> torch.Tensor:
         """`moeinf.fused_experts` without the operator around it."""
         new_sequence, self._new_sequence = self._new_sequence, False
+        if self._recorder is not None:
+            self._recorder.add(layer, topk_ids, topk_weights)
         return self._experts.run(
             hidden,
             topk_ids,

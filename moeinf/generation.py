@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
+from moeinf.checkpoint import Checkpoint
 from moeinf.integrations.transformers import load
 
 
@@ -64,18 +65,19 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         ValueError: an empty prompt, or one too long for the model's context.
         CheckpointError, CapacityError, ReadError: see `moeinf.load`.
     """
+    checkpoint = Checkpoint.open(request.path)
     tokenizer = AutoTokenizer.from_pretrained(request.path)
     prompt = tokenizer(request.prompt, return_tensors="pt")
-    if prompt["input_ids"].numel() == 0:
-        raise ValueError("the prompt is empty; give --prompt some text")
-    model: Any = load(request.path, device=request.device, memory=memory, policy=request.policy)
     count = prompt["input_ids"].shape[1]
-    limit = model.config.get_text_config().max_position_embeddings
-    if count + request.max_new_tokens > limit:
+    if count == 0:
+        raise ValueError("the prompt is empty; give --prompt some text")
+    limit = checkpoint.text_config().get("max_position_embeddings")
+    if limit is not None and count + request.max_new_tokens > limit:
         raise ValueError(
             f"the prompt's {count} tokens and {request.max_new_tokens} new ones exceed the "
             f"model's context of {limit}"
         )
+    model: Any = load(checkpoint, device=request.device, memory=memory, policy=request.policy)
     torch.manual_seed(request.seed)
     clock = _Clock(tokenizer, stream)
     start = time.perf_counter()

@@ -201,23 +201,24 @@ def estimate_time(
         R(s) = max(R(s - 1), T(s - window)) + m(s) * c
         T(s) = max(T(s - 1) + compute_seconds_per_layer, R(s) if m(s) > 0)
 
-    where T(s - 0) is when computation reaches s. What T waits beyond computation is stall.
+    where without a window T(s - 0) is when computation reaches s, the first term of T(s). What T
+    waits beyond that term is stall.
     Bandwidths in bytes per second. Raises ValueError without misses, or for values out of range.
     """
     if result.misses is None or result.decode_pass is None:
         raise ValueError("estimate_time needs a simulation with keep_misses=True")
-    positive = {"expert_bytes": expert_bytes, "link_bandwidth": link_bandwidth}
-    if disk_share > 0:
-        positive["disk_bandwidth"] = disk_bandwidth or 0.0
-    for name, value in positive.items():
-        if not value > 0:
-            raise ValueError(f"{name}: expected more than 0, found {value}")
     if not 0 <= disk_share <= 1 or prefetch_window < 0 or compute_seconds_per_layer < 0:
         raise ValueError(
             "expected a disk_share within 0 and 1 and no negative prefetch_window or "
             f"compute_seconds_per_layer, found {disk_share}, {prefetch_window}, "
             f"{compute_seconds_per_layer}"
         )
+    positive = {"expert_bytes": expert_bytes, "link_bandwidth": link_bandwidth}
+    if disk_share > 0:
+        positive["disk_bandwidth"] = disk_bandwidth or 0.0
+    for name, value in positive.items():
+        if not value > 0:
+            raise ValueError(f"{name}: expected more than 0, found {value}")
     copy = expert_bytes / link_bandwidth
     if disk_bandwidth:
         copy += disk_share * expert_bytes / disk_bandwidth

@@ -134,7 +134,9 @@ def test_a_file_that_fails_in_mid_run(qwen3_folder: Path, tmp_path: Path, seed: 
     for expert in cache.resident(layer):  # what is still there still serves
         with cache.acquire(layer, [expert]) as lease:
             down = cache.views()["down"][lease.slots[0]]
-            assert torch.equal(down, moeinf.ExpertStore.open(qwen3_folder).read(layer, expert)["down"])
+            assert torch.equal(
+                down, moeinf.ExpertStore.open(qwen3_folder).read(layer, expert)["down"]
+            )
     shutil.copy(qwen3_folder / "model.safetensors", folder)
     assert torch.equal(logits_of(moeinf.load(folder, slots=2), prompt), expected)
 

@@ -2,14 +2,13 @@
 // cache's one lock: each of its functions wants `mutex` held unless it says otherwise.
 #pragma once
 
-#include <unistd.h>
-
 #include <array>
 #include <condition_variable>
 #include <mutex>
 #include <thread>
 
 #include "cache/expert_cache.h"
+#include "cache/process.h"
 #include "cache/residency.h"
 
 namespace moeinf {
@@ -69,7 +68,7 @@ struct CacheState {
 
     // Takes no lock: what the lock guards may be torn in a forked child, where no thread of the
     // copy engine exists either.
-    [[nodiscard]] bool forked() const noexcept { return getpid() != process; }
+    [[nodiscard]] bool forked() const noexcept { return process_generation() != generation; }
     void check_process() const;
 
     [[nodiscard]] size_t layer_of(int32_t expert) const noexcept {
@@ -119,7 +118,7 @@ struct CacheState {
     const std::shared_ptr<const Catalog> catalog;
     const std::shared_ptr<SlotPool> pool;
     const std::function<void()> poll;
-    const pid_t process = getpid();
+    const int64_t generation = process_generation();
 
     mutable std::mutex mutex;  // guards all below; never held while anything waits or bytes move
     std::condition_variable changed;  // a read ended, a transit slot or a pin was given back

@@ -116,9 +116,10 @@ ReadBandwidth read_bandwidth(const std::string& path, double seconds) {
         const double share = seconds / static_cast<double>(result.ways.size());
         way.bytes_per_second = measure(file, chosen.path, way, share, start);
     }
-    std::sort(result.ways.begin(), result.ways.end(), [](const ReadWay& left, const ReadWay& right) {
-        return left.bytes_per_second > right.bytes_per_second;
-    });
+    std::sort(result.ways.begin(), result.ways.end(),
+              [](const ReadWay& left, const ReadWay& right) {
+                  return left.bytes_per_second > right.bytes_per_second;
+              });
     return result;
 }
 

@@ -32,7 +32,7 @@ struct TransferAccess {
 
 namespace {
 
-constexpr int32_t kDefaultThreads = 4;
+constexpr int32_t kDefaultThreads = 8;  // see benchmarks/NOTES.md
 constexpr int32_t kMostThreads = 256;
 constexpr size_t kDefaultChunkBytes = size_t{1} << 20;
 constexpr size_t kLargestChunkBytes = size_t{1} << 30;

@@ -36,7 +36,8 @@ private:
 
 using TransferPtr = std::shared_ptr<Transfer>;
 // Called exactly once per transfer, from a worker thread (or from cancel() and the destructor for a
-// transfer that never ran), with no lock of the engine held.
+// transfer that never ran), with no lock of the engine held. It may call the engine, but must not
+// throw or destroy it.
 using TransferCallback = std::function<void(const TransferPtr&)>;
 
 struct CopyEngineOptions {
@@ -47,12 +48,17 @@ struct CopyEngineOptions {
 
 class CopyEngine {
 public:
+    // Opens every file of the catalog. Throws Error(kRead) if one is missing, unreadable or not of
+    // the catalog's size.
     CopyEngine(std::shared_ptr<const Catalog> catalog, CopyEngineOptions options);
-    ~CopyEngine();  // cancels what is queued, waits for chunks in flight, joins
+
+    // Waits for chunks in flight. What is queued, or has chunks left to start, ends as kCancelled.
+    ~CopyEngine();
     CopyEngine(const CopyEngine&) = delete;
     CopyEngine& operator=(const CopyEngine&) = delete;
 
-    // Starts reading every extent of `flat_expert` into the slot that begins at `slot`.
+    // Starts reading every extent of `flat_expert` into the slot that begins at `slot`. Throws
+    // Error(kUnsupported) in a forked child, where the engine has no threads.
     [[nodiscard]] TransferPtr submit(int32_t flat_expert, std::byte* slot, Priority priority,
                                      TransferCallback done);
 

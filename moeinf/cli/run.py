@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from moeinf.cli import quiet_interrupts
 from moeinf.cli.output import human_bytes, print_facts, print_json
 from moeinf.pocket import POCKET
 
@@ -34,7 +35,8 @@ def command(
     ] = False,
 ) -> None:
     """Writes text with most experts on disk, and says what that cost."""
-    from moeinf.generation import Request, generate
+    with quiet_interrupts():
+        from moeinf.generation import Request, generate
 
     request = Request(
         path=checkpoint,

@@ -36,7 +36,7 @@ IMPLEMENTATION = "moeinf"
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Checkpoint,
     *,
     device: str | torch.device = "auto",
     memory: str | int | None = None,
@@ -48,7 +48,7 @@ def load(
     """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
 
     Args:
-        path: a Hugging Face checkpoint folder (safetensors).
+        path: a Hugging Face checkpoint folder (safetensors), or one already opened.
         device: where the model computes; "auto" or "cpu".
         memory: what the slots may take: bytes (`"2GiB"`) or a share of all experts (`"25%"`), or
         slots: their count. Without either, every expert is kept once read.
@@ -65,7 +65,7 @@ def load(
         CapacityError: the budget is below one slot, or the memory cannot be had.
         UnsupportedError: experts of a form the kernels do not have.
     """
-    checkpoint = Checkpoint.open(path)
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     store = ExpertStore.open(checkpoint)
     config = _config(checkpoint)
     # Says at once that a budget cannot work, before anything large is read.
@@ -133,7 +133,9 @@ class ServedExperts:
         past = kwargs.get("past_key_values")
         begins = past is None or past.get_seq_length() == 0
         self.cache.begin_pass(
-            prefill=begins or (tokens is not None and tokens.shape[1] > 1), new_sequence=begins
+            prefill=begins or (tokens is not None and tokens.shape[1] > 1),
+            new_sequence=begins,
+            batch=1 if tokens is None else tokens.shape[0],
         )
 
 

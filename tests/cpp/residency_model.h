@@ -11,6 +11,9 @@
 #include <utility>
 #include <vector>
 
+// Those it can tell; the others have tests of their own.
+inline const std::vector<std::string> kModelledPolicies{"lru", "lfu", "lrfu"};
+
 struct ResidencyModel {
     std::string policy;
     int layers, experts_per_layer;

@@ -12,7 +12,6 @@
 
 #include "base/error.h"
 #include "cache/expert_cache.h"
-#include "cache/policy.h"
 #include "cache_world.h"
 #include "check.h"
 #include "residency_model.h"
@@ -446,7 +445,7 @@ void check_fork(uint64_t seed) {
 
 int main() {
     const uint64_t seed = drawn_seed();
-    for (const std::string& policy : policy_names()) {
+    for (const std::string& policy : kModelledPolicies) {
         for (int32_t slots = 1; slots <= 18; ++slots) {
             check_matches_the_model(policy, slots, seed + static_cast<uint64_t>(slots));
         }

@@ -159,7 +159,7 @@ int main() {
     if (failed_checks > 0) return test_result();
     const uint32_t seed = std::random_device{}();
     std::cout << "seed " << seed << "\n";
-    for (const std::string& policy : policy_names()) {
+    for (const std::string& policy : kModelledPolicies) {
         for (const bool pins : {false, true}) {
             for (int slots = 1; slots <= 3 * 7; ++slots) {
                 check_against_model(policy, 3, 7, slots, 40, pins,

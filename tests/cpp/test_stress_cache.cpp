@@ -137,7 +137,7 @@ void stress(const std::string& policy, uint64_t seed) {
     CHECK_EQ(counts.wrong_bytes.load(), int64_t{0});
     CHECK_EQ(counts.unexpected.load(), int64_t{0});
     CHECK(counts.failed_reads > 0);
-    CHECK(counts.computed > kThreads * kStepsPerThread);
+    CHECK(counts.computed > kThreads * kStepsPerThread / 4);
 
     // Nothing is held any more: one slot can be had at once, and everything can be read again.
     cache.resize(1);
@@ -174,6 +174,6 @@ void stress(const std::string& policy, uint64_t seed) {
 
 int main() {
     const uint64_t seed = drawn_seed();
-    for (const std::string policy : {"lru", "lrfu"}) stress(policy, seed);
+    for (const std::string policy : {"lru", "lrfu", "best"}) stress(policy, seed);
     return test_result();
 }

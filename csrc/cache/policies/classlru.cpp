@@ -94,7 +94,8 @@ private:
     }
 
     void start_token() {
-        if (++tokens_ % kTokensPerHalving != 0) return;
+        ++tokens_;
+        if (tokens_ == 0 || tokens_ % kTokensPerHalving != 0) return;
         by_age_.clear();
         for (int32_t expert = 0; expert < ends_; ++expert) {
             if (node(expert).next >= 0) by_age_.emplace_back(node(expert).last_use, expert);
@@ -129,7 +130,7 @@ private:
     std::vector<uint32_t> counts_;  // by flat expert
     std::vector<Node> nodes_;       // by flat expert, then the ends
     int64_t now_ = 0;
-    int64_t tokens_ = 0;
+    int64_t tokens_ = -1;                              // index of the current one
     int32_t layer_ = 0;                                // of the latest step
     std::vector<std::pair<int64_t, int32_t>> by_age_;  // scratch
 };

@@ -1,0 +1,184 @@
+// The thread pool and the expert FFN where sanitizers can see them: every task runs once, callers
+// on several threads take turns, slots of exactly their segments' size are never read beyond, and
+// the bits do not depend on threads or waves.
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "compute/expert_ffn.h"
+#include "compute/read_probe.h"
+
+using namespace moeinf;
+
+namespace {
+
+void every_task_runs_exactly_once() {
+    for (const int threads : {1, 2, 3, 8}) {
+        ThreadPool pool(threads);
+        CHECK_EQ(pool.threads(), threads);
+        for (const int tasks : {0, 1, 2, 7, 100, 1000}) {
+            for (int round = 0; round < 20; ++round) {
+                std::vector<int> runs(static_cast<size_t>(tasks), 0);
+                pool.run(tasks, [&](int64_t i) noexcept { ++runs[static_cast<size_t>(i)]; });
+                for (const int count : runs) CHECK_EQ(count, 1);
+            }
+        }
+    }
+}
+
+void callers_on_several_threads_take_turns() {
+    ThreadPool pool(3);
+    std::atomic<int64_t> total{0};
+    std::vector<std::thread> callers;
+    for (int caller = 0; caller < 4; ++caller) {
+        callers.emplace_back([&] {
+            for (int round = 0; round < 200; ++round) {
+                int64_t sums[9] = {};
+                pool.run(9, [&](int64_t i) noexcept { sums[i] = i; });
+                for (const int64_t sum : sums) total += sum;
+            }
+        });
+    }
+    for (std::thread& caller : callers) caller.join();
+    CHECK_EQ(total.load(), int64_t{4} * 200 * 36);
+}
+
+void a_pool_wakes_from_sleep() {
+    ThreadPool pool(2);
+    for (int round = 0; round < 5; ++round) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(5));
+        std::atomic<int> runs{0};
+        pool.run(2, [&](int64_t) noexcept { ++runs; });
+        CHECK_EQ(runs.load(), 2);
+    }
+}
+
+// A gated silu layer in 32-bit floats. Each slot is its own allocation without a byte to spare.
+struct Layer {
+    int64_t hidden, intermediate, tokens, top_k;
+    int32_t experts = 5;
+    std::vector<std::vector<float>> slots;
+    std::vector<float> x, scale;
+    std::vector<int64_t> ids;
+
+    Layer(int64_t h, int64_t i, int64_t t, int64_t k, uint32_t seed)
+        : hidden(h), intermediate(i), tokens(t), top_k(k) {
+        std::mt19937 random(seed);
+        std::normal_distribution<float> normal;
+        const auto fill = [&](std::vector<float>& values, int64_t count) {
+            values.resize(static_cast<size_t>(count));
+            for (float& value : values) value = normal(random);
+        };
+        slots.resize(static_cast<size_t>(experts));
+        for (auto& slot : slots) fill(slot, 3 * h * i);
+        fill(x, t * h);
+        fill(scale, t * k);
+        for (int64_t n = 0; n < t * k; ++n) {
+            ids.push_back(static_cast<int64_t>(random() % static_cast<uint32_t>(experts + 1)) - 1);
+        }
+    }
+
+    [[nodiscard]] std::vector<float> run(CpuEngine& engine, bool one_by_one) const {
+        FfnShape shape;
+        shape.hidden = hidden;
+        shape.intermediate = intermediate;
+        shape.weights = DType::kF32;
+        shape.down_offset = static_cast<uint64_t>(2 * hidden * intermediate) * sizeof(float);
+        FfnPass pass(engine, shape,
+                     {x.data(), DType::kF32, ids.data(), true, scale.data(), DType::kF32, tokens,
+                      top_k, experts});
+        std::vector<SlotOfExpert> ready;
+        for (size_t p = 0; p < pass.experts().size(); ++p) {
+            const auto expert = static_cast<size_t>(pass.experts()[p]);
+            ready.push_back({static_cast<int32_t>(p),
+                             reinterpret_cast<const std::byte*>(slots[expert].data())});
+        }
+        if (one_by_one) {
+            for (size_t p = ready.size(); p-- > 0;) pass.compute({&ready[p], 1});
+        } else {
+            pass.compute(ready);
+        }
+        std::vector<float> out(static_cast<size_t>(tokens * hidden), NAN);
+        pass.finish(out.data(), DType::kF32);
+        return out;
+    }
+
+    [[nodiscard]] double reference(int64_t t, int64_t h) const {
+        double sum = 0;
+        for (int64_t j = 0; j < top_k; ++j) {
+            const int64_t id = ids[static_cast<size_t>(t * top_k + j)];
+            if (id < 0) continue;
+            const std::vector<float>& slot = slots[static_cast<size_t>(id)];
+            double y = 0;
+            for (int64_t i = 0; i < intermediate; ++i) {
+                double gate = 0;
+                double up = 0;
+                for (int64_t k = 0; k < hidden; ++k) {
+                    const double value = x[static_cast<size_t>(t * hidden + k)];
+                    gate += value * slot[static_cast<size_t>(i * hidden + k)];
+                    up += value * slot[static_cast<size_t>((intermediate + i) * hidden + k)];
+                }
+                y += gate / (1 + std::exp(-gate)) * up *
+                     slot[static_cast<size_t>((2 * hidden + h) * intermediate + i)];
+            }
+            sum += scale[static_cast<size_t>(t * top_k + j)] * y;
+        }
+        return sum;
+    }
+};
+
+void results_are_right_and_have_the_same_bits_however_computed(uint32_t seed) {
+    const int64_t sizes[][4] = {{1, 1, 1, 1}, {7, 5, 3, 2}, {33, 50, 6, 4}, {96, 100, 70, 3}};
+    for (const KernelSet* kernels : kernel_sets()) {
+        if (!kernels->supported()) continue;
+        CpuEngine one(1, kernels->name);
+        CpuEngine many(3, kernels->name);
+        for (const auto& [hidden, intermediate, tokens, top_k] : sizes) {
+            const Layer layer(hidden, intermediate, tokens, top_k, seed);
+            const std::vector<float> out = layer.run(one, false);
+            double largest = 1;
+            for (const float value : out) largest = std::max<double>(largest, std::abs(value));
+            for (const int64_t t : {int64_t{0}, tokens - 1}) {
+                for (int64_t h = 0; h < hidden; ++h) {
+                    const float found = out[static_cast<size_t>(t * hidden + h)];
+                    CHECK(std::abs(found - layer.reference(t, h)) < 1e-4 * largest);
+                }
+            }
+            for (const bool one_by_one : {false, true}) {
+                const std::vector<float> other = layer.run(many, one_by_one);
+                CHECK(std::memcmp(out.data(), other.data(), out.size() * sizeof(float)) == 0);
+            }
+        }
+    }
+}
+
+void the_read_probe_reads_every_word() {
+    ThreadPool pool(2);
+    constexpr size_t kBytes = 64 << 10;
+    const ScratchBuffer area(kBytes);
+    for (const int streams : {1, 2, 4, 8}) {
+        for (size_t word = 0; word < kBytes / 8; word += 97) {
+            std::memset(area.data(), 0, kBytes);
+            area.data()[word * 8 + 3] = std::byte{1};
+            CHECK_EQ(read_all(pool, area.data(), kBytes, 16 << 10, streams), uint64_t{1} << 24);
+        }
+    }
+}
+
+}  // namespace
+
+int main() {
+    const uint32_t seed = std::random_device()();
+    std::cout << "seed " << seed << "\n";
+    every_task_runs_exactly_once();
+    callers_on_several_threads_take_turns();
+    a_pool_wakes_from_sleep();
+    results_are_right_and_have_the_same_bits_however_computed(seed);
+    the_read_probe_reads_every_word();
+    return test_result();
+}
