@@ -22,7 +22,7 @@ import numpy as np
 import moeinf
 from benchmarks.common import print_table, write_json
 from moeinf import _core
-from moeinf.simulate import policy_names
+from moeinf.simulator import policy_names
 from moeinf.trace import Trace
 
 SHARES = ("5%", "10%", "20%", "30%")
