@@ -38,6 +38,18 @@ def test_run_streams_text_and_ends_with_a_table() -> None:
     output = moeinf("run", "--prompt", "import os", "--max-new-tokens", "4").stdout
     for row in ("tokens/s", "time to first token", "hit rate", "read per token", "peak memory"):
         assert row in output
+    assert "prefetch" not in output
+
+
+def test_run_tells_of_prefetching() -> None:
+    arguments = ("run", "--memory", "15%", "--max-new-tokens", "8", "--prefetch", "gate")
+    output = moeinf(*arguments).stdout
+    for row in ("prefetch, gate", "recall", "useful", "late prefetches"):
+        assert row in output
+    report = json.loads(moeinf(*arguments, "--json", "--verify").stdout)
+    assert report["verified"] is True
+    assert 0 < report["prefetch"]["recall"] <= 1
+    assert report["prefetch"]["prefetch_bytes"] >= 0
 
 
 def test_sampling_is_reproducible() -> None:
@@ -61,6 +73,7 @@ def test_run_with_another_checkpoint_and_budget_in_bytes(tmp_path: Path) -> None
         (["run", "--prompt", "x = 1\n" * 2000], "exceed the model's context"),
         (["run", "--memory", "1KiB"], "below one slot"),
         (["run", "--memory", "lots"], "not a size"),
+        (["run", "--prefetch", "psychic"], "no prefetch is named"),
         (["run", "--policy", "psychic"], "psychic"),
         (["run", "--device", "cuda"], "cuda"),
         (["run", "no/such/folder"], "expected a checkpoint folder"),

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from moeinf import _core
 from moeinf.budget import slots_for
 from moeinf.cache import ExpertCache
 from moeinf.checkpoint import Checkpoint, read_tensor
@@ -70,6 +71,9 @@ def load(
         CapacityError: the budget is below one slot, or the memory cannot be had.
         UnsupportedError: experts of a form the kernels do not have.
     """
+    known = [*_core.prefetch_names(), GATE]
+    if prefetch not in known:
+        raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     store = ExpertStore.open(checkpoint)
     config = _config(checkpoint)
