@@ -6,8 +6,10 @@ One random-weight checkpoint with the geometry of Qwen3-30B-A3B; every system ru
 its own: moeinf with a quarter of the experts, transformers with accelerate's disk offload under the
 same memory limit, and moeinf with every expert resident. The limit (weights that are not experts,
 the budget, 10%, and what an interpreter with torch takes) is enforced by a memory cgroup where one
-can be made, page cache included. Routing of random weights has no skew: a hit rate is about the
-share that is resident, which no real model is as bad as.
+can be made, page cache included.
+
+How often experts repeat decides a cache's worth. Tokens are sampled from a random model, so they
+repeat less than any real text's do: the hit rate here is a floor, not a promise.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, default=Path("build/bench"), help="about 13 GB")
     parser.add_argument("--memory", default="25%", help="budget of experts")
-    parser.add_argument("--policy", default="lrfu")
+    parser.add_argument("--policy", default="best")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens with moeinf")
     parser.add_argument("--offload-tokens", type=int, default=4, help="with disk offload")
     parser.add_argument("--layers", type=int, default=Geometry.layers)
@@ -66,8 +68,11 @@ def main() -> None:
             "peak_gb": ("peak GB", ".2f"),
         },
     )
-    ratio = rows[0]["tokens_per_second"] / rows[1]["tokens_per_second"]
-    print(f"moeinf at {arguments.memory} over accelerate's disk offload: {ratio:.1f}x")
+    rates = {row["system"]: row["tokens_per_second"] for row in rows}
+    offload = rates["transformers, accelerate disk offload"]
+    ratios = {name: rate / offload for name, rate in rates.items()}
+    for name, ratio in ratios.items():
+        print(f"{name}: {ratio:.1f}x accelerate's disk offload")
     if arguments.json:
         write_json(
             arguments.json,
@@ -76,7 +81,7 @@ def main() -> None:
             policy=arguments.policy,
             layers=arguments.layers,
             rows=rows,
-            ratio_to_disk_offload=ratio,
+            ratios_to_disk_offload=ratios,
         )
 
 
@@ -178,7 +183,7 @@ def run_disk_offload(folder: Path, arguments: argparse.Namespace) -> dict[str, A
 
 
 def measure(model: Any, tokens: int) -> dict[str, Any]:
-    """Greedy decoding of one prompt; tokens/s counts those after the first."""
+    """Sampled decoding of one prompt; tokens/s counts those after the first."""
     import torch
 
     from moeinf.generation import peak_memory
@@ -194,12 +199,13 @@ def measure(model: Any, tokens: int) -> dict[str, Any]:
         def end(self) -> None:
             pass
 
+    torch.manual_seed(0)
     with torch.inference_mode():
         model.generate(
             prompt,
             max_new_tokens=tokens,
             min_new_tokens=tokens,
-            do_sample=False,
+            do_sample=True,
             streamer=Clock(),
             pad_token_id=0,
         )

@@ -82,14 +82,17 @@ def write_random_checkpoint(folder: Path, geometry: Geometry, *, seed: int = 0) 
         save_file(tensors, folder / name)
         weight_map |= dict.fromkeys(tensors, name)
         _drop_from_page_cache(folder / name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     done.write_text(json.dumps(config))
 
 
 def _dense(g: Geometry, noise: _Noise) -> dict[str, torch.Tensor]:
     ones = torch.ones(g.hidden, dtype=torch.bfloat16)
     tensors = {
-        "model.embed_tokens.weight": noise(g.vocabulary, g.hidden),
+        # Large next to what attention adds, so that routing depends on the token.
+        "model.embed_tokens.weight": noise(g.vocabulary, g.hidden) * 50,
         "lm_head.weight": noise(g.vocabulary, g.hidden),
         "model.norm.weight": ones.clone(),
     }

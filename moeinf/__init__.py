@@ -7,6 +7,7 @@ y = moeinf.fused_experts(hidden, topk_ids, topk_weights, cache, layer=0)
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 try:
@@ -17,16 +18,38 @@ except ImportError as error:
         "`pip install -e .` (or `python setup.py build_ext --inplace`)."
     ) from error
 
-from moeinf.cache import ExpertCache, Lease
-from moeinf.eam import EAMC
-from moeinf.errors import CapacityError, CheckpointError, ReadError, TraceError, UnsupportedError
-from moeinf.experts import fused_experts
-from moeinf.simulate import simulate
-from moeinf.store import ExpertStore
-from moeinf.trace import Trace
-
 if TYPE_CHECKING:
+    from moeinf.cache import ExpertCache, Lease
+    from moeinf.eam import EAMC
+    from moeinf.errors import (
+        CapacityError,
+        CheckpointError,
+        ReadError,
+        TraceError,
+        UnsupportedError,
+    )
+    from moeinf.experts import fused_experts
     from moeinf.integrations.transformers import load
+    from moeinf.simulator import simulate
+    from moeinf.store import ExpertStore
+    from moeinf.trace import Trace
+
+# Imported when first used: torch and transformers take seconds, and `moeinf --help` needs neither.
+_HOMES = {
+    "EAMC": "moeinf.eam",
+    "CapacityError": "moeinf.errors",
+    "CheckpointError": "moeinf.errors",
+    "ExpertCache": "moeinf.cache",
+    "ExpertStore": "moeinf.store",
+    "Lease": "moeinf.cache",
+    "ReadError": "moeinf.errors",
+    "Trace": "moeinf.trace",
+    "TraceError": "moeinf.errors",
+    "UnsupportedError": "moeinf.errors",
+    "fused_experts": "moeinf.experts",
+    "load": "moeinf.integrations.transformers",
+    "simulate": "moeinf.simulator",
+}
 
 __all__ = [
     "EAMC",
@@ -52,9 +75,11 @@ def policies() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    # transformers is an extra, and slow to import: only `moeinf.load` needs it.
-    if name == "load":
-        from moeinf.integrations.transformers import load
-
-        return load
-    raise AttributeError(f"module 'moeinf' has no attribute {name!r}")
+    if name == "kernels":  # a namespace package over kernels/: importing it needs Triton
+        importlib.import_module("moeinf.kernels.experts")
+        return importlib.import_module("moeinf.kernels")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'moeinf' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value

@@ -87,7 +87,7 @@ class ExpertCache:
         device: str | torch.device = "cpu",
         slots: int | None = None,
         memory: str | int | None = None,
-        policy: str = "lrfu",
+        policy: str = "best",
         prefetch: str = "off",
         threads: int = 0,
         chunk_bytes: int = 0,
@@ -135,8 +135,8 @@ class ExpertCache:
         Waits for reads in flight. Raises CapacityError if they do not fit in the slots together
         (then use `waves`), ReadError if one cannot be read, ValueError for a bad id.
         """
-        step = self.core.acquire(layer, experts)
-        return Lease(experts, step.slots, step.release)
+        step, slots = self.core.acquire(layer, experts)
+        return Lease(experts, slots, step.release)
 
     def waves(self, layer: int, experts: Sequence[int]) -> Iterator[Lease]:
         """Like `acquire`, in as many leases as it takes: each holds what is ready by then.

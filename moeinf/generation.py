@@ -12,6 +12,7 @@ from typing import Any, TextIO
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
+from moeinf.checkpoint import Checkpoint
 from moeinf.integrations.transformers import load
 
 
@@ -25,9 +26,10 @@ class Request:
     temperature: float = 0.0
     seed: int = 0
     device: str = "auto"
-    policy: str = "lrfu"
+    policy: str = "best"
     prefetch: str = "off"
     keep_logits: bool = False
+    record: Path | None = None  # where to save the routing as a trace
 
 
 @dataclass(frozen=True)
@@ -66,26 +68,29 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         ValueError: an empty prompt, or one too long for the model's context.
         CheckpointError, CapacityError, ReadError: see `moeinf.load`.
     """
+    checkpoint = Checkpoint.open(request.path)
     tokenizer = AutoTokenizer.from_pretrained(request.path)
     prompt = tokenizer(request.prompt, return_tensors="pt")
-    if prompt["input_ids"].numel() == 0:
+    count = prompt["input_ids"].shape[1]
+    if count == 0:
         raise ValueError("the prompt is empty; give --prompt some text")
+    limit = checkpoint.text_config().get("max_position_embeddings")
+    if limit is not None and count + request.max_new_tokens > limit:
+        raise ValueError(
+            f"the prompt's {count} tokens and {request.max_new_tokens} new ones exceed the "
+            f"model's context of {limit}"
+        )
     model: Any = load(
-        request.path,
+        checkpoint,
         device=request.device,
         memory=memory,
         policy=request.policy,
         prefetch=request.prefetch,
     )
-    count = prompt["input_ids"].shape[1]
-    limit = model.config.get_text_config().max_position_embeddings
-    if count + request.max_new_tokens > limit:
-        raise ValueError(
-            f"the prompt's {count} tokens and {request.max_new_tokens} new ones exceed the "
-            f"model's context of {limit}"
-        )
     torch.manual_seed(request.seed)
     clock = _Clock(tokenizer, stream)
+    cache = model.moeinf.cache
+    recorder = cache.record() if request.record else None
     start = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
@@ -100,9 +105,10 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             return_dict_in_generate=True,
         )
     end = time.perf_counter()
+    if recorder is not None:
+        recorder.trace(model=str(request.path), source="moeinf run").save(request.record)
     tokens = output.sequences[0, count:].tolist()
     stats = model.moeinf.stats()
-    cache = model.moeinf.cache
     first = clock.times[0] - start
     rest = clock.times[-1] - clock.times[0]
     read = stats["demand_bytes"] + stats["prefetch_bytes"]

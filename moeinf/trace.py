@@ -157,7 +157,7 @@ class Trace:
                 f"{self.name}: expected tokens within 0 and {self.num_tokens}, "
                 f"found {start} to {end}"
             )
-        fields = {
+        fields: dict[str, Any] = {
             field: None if (array := getattr(self, field)) is None else array[start:end]
             for field in _DTYPES
         }
@@ -185,7 +185,7 @@ class Trace:
             numbers = np.cumsum(np.diff(trace.sequence, prepend=trace.sequence[:1]) > 0)
             sequences.append((numbers + offset).astype(np.int32))
             offset += int(numbers[-1]) + 1
-        joined: dict[str, Array | None] = {
+        joined: dict[str, Any] = {
             field: None
             if any(getattr(trace, field) is None for trace in traces)
             else np.concatenate([getattr(trace, field) for trace in traces])

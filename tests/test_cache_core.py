@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import moeinf
 from moeinf import _core
 from moeinf.errors import CapacityError, ReadError, UnsupportedError
 
@@ -107,6 +108,20 @@ def test_ids_may_be_any_sequence_or_integer_array(world: World, experts: object)
     lease.release()
     assert cache.resident(1) == [0, 4, 7]
     assert cache.resident(0) == []
+
+
+def test_the_package_leases_what_the_core_does(qwen3_folder: Path) -> None:
+    store = moeinf.ExpertStore.open(qwen3_folder)
+    cache = moeinf.ExpertCache(store, slots=2)
+    for experts in ([1, 4], [4, 0], [5]):
+        with cache.acquire(2, experts) as lease:
+            assert lease.experts == experts
+            for expert, slot in zip(experts, lease.slots, strict=True):
+                for name, tensor in store.read(2, expert).items():
+                    assert torch.equal(cache.views()[name][slot], tensor)
+    for lease in cache.waves(1, [0, 1, 2, 3, 4, 5]):
+        for expert, slot in zip(lease.experts, lease.slots, strict=True):
+            assert torch.equal(cache.views()["down"][slot], store.read(1, expert)["down"])
 
 
 def test_a_leased_slot_survives_any_pressure(world: World) -> None:

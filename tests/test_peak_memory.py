@@ -26,7 +26,7 @@ moeinf.load(tiny, slots=4).generate(torch.tensor([[1, 2, 3]]), max_new_tokens=2)
 Path("/proc/self/clear_refs").write_text("5")  # starts the peak anew
 before = resident("VmRSS")
 model = moeinf.load(large, memory=memory)
-model.generate(torch.tensor([[1, 2, 3, 4]]), max_new_tokens=4, do_sample=False)
+model.generate(torch.arange(1, 33)[None], max_new_tokens=4, do_sample=False)
 print(json.dumps({"peak": resident("VmHWM") - before, "stats": model.moeinf.stats()}))
 """
 
@@ -38,20 +38,20 @@ def test_peak_memory_is_the_dense_weights_and_the_budget(
     write_checkpoint(
         tmp_path,
         dtype=torch.bfloat16,
-        vocab_size=60_000,
+        vocab_size=100_000,
         hidden_size=512,
         head_dim=64,
-        num_hidden_layers=4,
+        num_hidden_layers=5,
         num_experts=64,
         moe_intermediate_size=512,
-        max_shard_size="150MB",
+        max_shard_size="250MB",
     )
     from moeinf.store import ExpertStore
 
     store = ExpertStore.open(tmp_path)
     tensors = store.checkpoint.tensors.values()
     dense = sum(entry.nbytes for entry in tensors) - store.nbytes
-    budget = 64 * 2**20
+    budget = 96 * 2**20
     assert store.nbytes > 3 * (dense + budget) // 2, "the experts must not fit by accident"
     child = subprocess.run(
         [sys.executable, "-c", CHILD, str(qwen3_folder), str(tmp_path), str(budget)],

@@ -10,7 +10,7 @@ import pytest
 from random_traces import random_trace
 
 import moeinf
-from moeinf.simulate import SimulationResult, estimate_time, parse_slots, policy_names
+from moeinf.simulator import SimulationResult, estimate_time, parse_slots, policy_names
 from moeinf.trace import Trace
 
 

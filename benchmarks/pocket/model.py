@@ -1,8 +1,8 @@
 """The built-in model as it is trained: the arithmetic of Qwen3-MoE, laid out for a CPU.
 
 Parameters are float32, the arithmetic is `work`: bfloat16, or float32 to compare. Experts of a
-layer are stacked in one tensor; `export.py` writes them apart under the names a Qwen3-MoE checkpoint has, loads them through
-transformers and compares the predictions.
+layer are stacked in one tensor; `export.py` writes them apart under the names a Qwen3-MoE
+checkpoint has, loads them through transformers and compares the predictions.
 """
 
 import torch

@@ -216,7 +216,7 @@ void bind_cache(py::module_& module) {
         module, "ExpertCache", "Experts in the slots of one pool, filled from files. Thread-safe.",
         py::release_gil_before_calling_cpp_dtor())
         .def(py::init(&make_cache), py::arg("catalog"), py::arg("slots"),
-             py::arg("policy") = "lrfu", py::kw_only(), py::arg("threads") = 0,
+             py::arg("policy") = "best", py::kw_only(), py::arg("threads") = 0,
              py::arg("chunk_bytes") = 0, py::arg("direct") = true, py::arg("prefetch") = "off",
              py::call_guard<py::gil_scoped_release>())
         .def(

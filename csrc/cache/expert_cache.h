@@ -91,7 +91,7 @@ private:
 
 struct ExpertCacheOptions {
     int32_t slots = 0;
-    std::string policy = "lrfu";
+    std::string policy = "best";
     std::string prefetch = "off";  // one of prefetch_names()
     CopyEngineOptions copy;
     // Called about every 50 ms by a thread that waits, with no lock held. An exception thrown here

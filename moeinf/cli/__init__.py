@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 COMMANDS = {
     "run": "moeinf.cli.run",
     "info": "moeinf.cli.info",
+    "trace": "moeinf.cli.trace",
     "simulate": "moeinf.cli.simulate",
     "report": "moeinf.cli.report",
     "doctor": "moeinf.cli.doctor",
@@ -17,23 +21,42 @@ COMMANDS = {
 def main() -> None:
     """Runs the command line; errors a user can act on end in one line, without a traceback."""
     try:
+        _run()
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        from moeinf.errors import CapacityError, UnsupportedError
+
+        if isinstance(error, RuntimeError) and not isinstance(
+            error, CapacityError | UnsupportedError
+        ):
+            raise
+        sys.exit(f"moeinf: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _run() -> None:
+    try:
         import rich  # noqa: F401
         import typer
     except ImportError as error:
         sys.exit(f"moeinf: the command line needs {error.name}: pip install 'moeinf[hf]'")
-    from moeinf.errors import CapacityError, UnsupportedError
-
     app = typer.Typer(
         add_completion=False,
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         help="Runs Mixture-of-Experts models larger than fast memory.",
     )
-    for name, module in COMMANDS.items():
-        app.command(name)(importlib.import_module(module).command)
+    with quiet_interrupts():
+        for name, module in COMMANDS.items():
+            app.command(name)(importlib.import_module(module).command)
+    app()
+
+
+@contextmanager
+def quiet_interrupts() -> Iterator[None]:
+    """Ctrl-C ends the process at once: for imports, which lose or garble a KeyboardInterrupt."""
+    previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        app()
-    except (ValueError, OSError, ImportError, CapacityError, UnsupportedError) as error:
-        sys.exit(f"moeinf: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

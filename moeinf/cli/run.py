@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from moeinf.cli import quiet_interrupts
 from moeinf.cli.output import human_bytes, print_facts, print_json
 from moeinf.pocket import POCKET
 
@@ -24,7 +25,7 @@ def command(
     memory: Annotated[
         str, typer.Option(help="What experts may take: 2GiB, or a share of all experts.")
     ] = "25%",
-    policy: Annotated[str, typer.Option(help="Who leaves when a slot is needed.")] = "lrfu",
+    policy: Annotated[str, typer.Option(help="Who leaves when a slot is needed.")] = "best",
     prefetch: Annotated[
         str,
         typer.Option(
@@ -34,13 +35,17 @@ def command(
     device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling, when the temperature is above 0.")] = 0,
+    record: Annotated[
+        Path | None, typer.Option(help="Save the routing as a trace for moeinf simulate.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare with every expert resident, to the bit.")
     ] = False,
 ) -> None:
     """Writes text with most experts on disk, and says what that cost."""
-    from moeinf.generation import Request, generate
+    with quiet_interrupts():
+        from moeinf.generation import Request, generate
 
     request = Request(
         path=checkpoint,
@@ -52,6 +57,7 @@ def command(
         policy=policy,
         prefetch=prefetch,
         keep_logits=verify,
+        record=record,
     )
     result = generate(request, memory=memory, stream=None if json else sys.stdout)
     report: dict[str, Any] = asdict(result.metrics)
@@ -75,7 +81,7 @@ def _verify(request: Any, result: Any, *, quiet: bool) -> bool:
 
     if not quiet:
         print("\nVerifying against a run with every expert resident", file=sys.stderr)
-    resident = generate(request, memory="100%", stream=None)
+    resident = generate(replace(request, record=None), memory="100%", stream=None)
     return result.tokens == resident.tokens and torch.equal(result.logits, resident.logits)
 
 

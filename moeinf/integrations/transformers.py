@@ -39,12 +39,12 @@ GATE = "gate"
 
 
 def load(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | Checkpoint,
     *,
     device: str | torch.device = "auto",
     memory: str | int | None = None,
     slots: int | None = None,
-    policy: str = "lrfu",
+    policy: str = "best",
     prefetch: str = "off",
     dtype: torch.dtype | str = "auto",
     **cache_options: Any,
@@ -52,7 +52,7 @@ def load(
     """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
 
     Args:
-        path: a Hugging Face checkpoint folder (safetensors).
+        path: a Hugging Face checkpoint folder (safetensors), or one already opened.
         device: where the model computes; "auto" or "cpu".
         memory: what the slots may take: bytes (`"2GiB"`) or a share of all experts (`"25%"`), or
         slots: their count. Without either, every expert is kept once read.
@@ -74,7 +74,7 @@ def load(
     known = [*_core.prefetch_names(), GATE]
     if prefetch not in known:
         raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
-    checkpoint = Checkpoint.open(path)
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     store = ExpertStore.open(checkpoint)
     config = _config(checkpoint)
     # Says at once that a budget cannot work, before anything large is read.

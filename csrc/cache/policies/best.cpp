@@ -52,9 +52,8 @@ constexpr float kPriorStep = 0.02f;
 
 constexpr float kLn2 = 0.69314718f;
 
-// Of a rate `uses / visits` shrunk towards `prior`, kept within [0.002, 0.998].
-float log_odds(float uses, float visits, float prior, float prior_visits) {
-    const float rate = (uses + prior_visits * prior) / (visits + prior_visits);
+// Log odds of a rate kept within [0.002, 0.998].
+float log_odds(float rate) {
     const float kept = std::min(std::max(rate, 0.002f), 0.998f);
     return kLn2 * approximate_log2(kept / (1.0f - kept));
 }
@@ -277,23 +276,26 @@ private:
     void estimate(int32_t l) {
         const size_t from = base(l);
         const auto layer = static_cast<size_t>(l);
-        const float prior = experts_per_step_ / static_cast<float>(shape_.num_experts);
-        const float fast_visits = fast_.visits[layer], slow_visits = slow_.visits[layer];
-        const float sequence_visits = sequence_.visits[layer];
+        // Rates are (uses + added) * scale.
+        const float added =
+            kPriorVisits * experts_per_step_ / static_cast<float>(shape_.num_experts);
+        const float fast_scale = 1.0f / (fast_.visits[layer] + kPriorVisits);
+        const float slow_scale = 1.0f / (slow_.visits[layer] + kPriorVisits);
+        const float sequence_scale = 1.0f / (sequence_.visits[layer] + kSequencePriorVisits);
         const float* fast = fast_.uses.data() + from;
         const float* slow = slow_.uses.data() + from;
         const float* sequence = sequence_.uses.data() + from;
         const float* unused_for = unused_for_.data() + from;
         const float* bias = bias_.data() + from;
+        float* sums = sums_.data();
         for (size_t e = 0; e < sums_.size(); ++e) {
-            const float slow_rate = (slow[e] + kPriorVisits * prior) / (slow_visits + kPriorVisits);
-            const float slow_odds = log_odds(slow[e], slow_visits, prior, kPriorVisits);
-            sums_[e] = kConstant + bias[e] +
-                       kFastWeight * log_odds(fast[e], fast_visits, prior, kPriorVisits) +
-                       (kSlowWeight - kSequenceWeight) * slow_odds +
-                       kSequenceWeight *
-                           log_odds(sequence[e], sequence_visits, slow_rate, kSequencePriorVisits) +
-                       kRecencyWeight / (1.0f + unused_for[e]);
+            const float slow_rate = (slow[e] + added) * slow_scale;
+            const float sequence_rate =
+                (sequence[e] + kSequencePriorVisits * slow_rate) * sequence_scale;
+            sums[e] = kConstant + bias[e] + kFastWeight * log_odds((fast[e] + added) * fast_scale) +
+                      (kSlowWeight - kSequenceWeight) * log_odds(slow_rate) +
+                      kSequenceWeight * log_odds(sequence_rate) +
+                      kRecencyWeight / (1.0f + unused_for[e]);
         }
         if (!prior_odds_.empty()) {
             for (size_t e = 0; e < sums_.size(); ++e) {

@@ -1,0 +1,184 @@
+"""The contract: a MoE layer's expert FFNs computed straight out of strided slot views.
+
+Any runtime with such tensors can call `experts`; where a step needs more experts than there are
+slots, it calls `expert_routes` once per wave and `combine` after the last, for the same bits. Both
+validate everything before a launch. The module itself can be called: `moeinf.kernels.experts(...)`
+is `moeinf.kernels.experts.experts(...)`.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+import torch
+
+from . import launch
+from .problem import Problem, ReadThrough, check_contiguous, check_shape, check_unit_stride
+
+__all__ = ["ReadThrough", "combine", "expert_routes", "experts"]
+
+
+def experts(
+    hidden: torch.Tensor,
+    slot_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    expert_map: torch.Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    num_experts: int | None = None,
+    read_through: ReadThrough | None = None,
+    check_ids: bool = True,
+    path: str | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """out[t] = sum over j, in order, of topk_weights[t, j] * expert(slot_ids[t, j])(hidden[t]).
+
+    | argument | shape | dtype | meaning |
+    |---|---|---|---|
+    | hidden | [T, H], unit stride in H | W: bfloat16, float16 or float32 | tokens, T >= 1 |
+    | slot_ids | [T, k], contiguous | int32 or int64 | slots; -1 = not here, adds nothing |
+    | topk_weights | [T, k], contiguous | any float | routing weights |
+    | gate_up | [S, 2I, H], any slot stride | W | [S, I, H] when not gated |
+    | down | [S, H, I], any slot stride | W | |
+    | expert_map | [E], contiguous | int32 or int64 | makes slot_ids expert ids: id -> slot or -1 |
+    | gate_up_bias, down_bias | [S, 2I], [S, H] | W or float32 | both or neither |
+    | out | [T, H], unit stride in H | W | written and returned; a new tensor if None |
+
+    Options: `activation` one of silu, gelu, gelu_tanh, relu, relu2, swiglu_clamped (with `alpha`
+    and `limit`); `gated` False for act(x W1) W2; `interleaved` True if gate and up rows alternate
+    instead of lying one after the other; `transposed` True for weights stored as [S, H, 2I] and
+    [S, I, H]. `num_experts` (of the layer, not the slots) helps to size prefill tiles and belongs
+    to the numerics: pass the same for every call of a layer. `path` forces vector, shared (both up
+    to 16 tokens) or grouped. `read_through` (experimental, one token) reads missed experts
+    at the given addresses and fills their slots on the way.
+
+    `check_ids` reads the ids back, which waits for the device; a runtime that has just assigned
+    the slots itself, or captures a CUDA graph, passes False, and then an id out of range is an
+    access out of bounds. Raises ValueError, TypeError or RuntimeError before any launch.
+    """
+    problem = Problem.of(
+        hidden, slot_ids, gate_up, down,
+        expert_map=expert_map, activation=activation, gated=gated, interleaved=interleaved,
+        transposed=transposed, gate_up_bias=gate_up_bias, down_bias=down_bias, alpha=alpha,
+        limit=limit, num_experts=num_experts, read_through=read_through, check_ids=check_ids,
+    )  # fmt: skip
+    launch.check_device(hidden.device)
+    path = launch.check_path(problem, path)
+    check_weights(topk_weights, slot_ids)
+    out = checked_out(out, (problem.T, problem.H), hidden.dtype, hidden.device)
+    launch.run(problem, path, weights=topk_weights, out=out)
+    return out
+
+
+def expert_routes(
+    hidden: torch.Tensor,
+    slot_ids: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    *,
+    routes: torch.Tensor | None = None,
+    path: str | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """One wave: writes routes[t, j] [T, k, H] for every present route and leaves the others alone.
+
+    Arguments as for `experts`; pass the tensor it returned as `routes` to the next wave. All routes
+    of a token to one expert belong in the same wave. The dtype of `routes` is float32 for up to 16
+    tokens, else that of the weights.
+    """
+    problem = Problem.of(hidden, slot_ids, gate_up, down, **options)
+    launch.check_device(hidden.device)
+    path = launch.check_path(problem, path)
+    shape, dtype = (problem.T, problem.k, problem.H), launch.routes_dtype(problem, path)
+    if routes is None:
+        routes = torch.empty(shape, dtype=dtype, device=hidden.device)
+    check_tensor("routes", routes, shape, dtype, hidden.device)
+    check_contiguous("routes", routes)
+    launch.run(problem, path, routes=routes)
+    return routes
+
+
+def combine(
+    routes: torch.Tensor,
+    ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """After the last wave: out[t] = sum over j, in order, of topk_weights[t, j] * routes[t, j].
+
+    `ids` [T, k] (int32 or int64) are any ids with -1 where no wave computed the route. `dtype`
+    defaults to that of `out`, else of `routes`.
+    """
+    launch.check_device(routes.device)
+    if routes.ndim != 3 or routes.numel() == 0:
+        raise ValueError(f"routes: expected [T, k, H], found {tuple(routes.shape)}")
+    check_contiguous("routes", routes)
+    T, k, H = routes.shape
+    check_shape("ids", ids, (T, k))
+    check_contiguous("ids", ids)
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"ids: expected int32 or int64, found {ids.dtype}")
+    if ids.device != routes.device:
+        raise ValueError(f"ids: expected {routes.device}, found {ids.device}")
+    check_weights(topk_weights, ids)
+    if dtype is None:
+        dtype = routes.dtype if out is None else out.dtype
+    out = checked_out(out, (T, H), dtype, routes.device)
+    launch.run_combine(routes, ids, topk_weights, out)
+    return out
+
+
+def check_weights(weights: torch.Tensor, ids: torch.Tensor) -> None:
+    check_shape("topk_weights", weights, tuple(ids.shape))
+    check_contiguous("topk_weights", weights)
+    if not weights.dtype.is_floating_point or weights.element_size() > 4:
+        raise TypeError(
+            f"topk_weights: expected float32, bfloat16 or float16, found {weights.dtype}"
+        )
+    if weights.device != ids.device:
+        raise ValueError(f"topk_weights: expected {ids.device}, found {weights.device}")
+
+
+def check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    check_shape(name, tensor, shape)
+    if tensor.dtype != dtype:
+        raise TypeError(f"{name}: expected {dtype}, found {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected {device}, found {tensor.device}")
+
+
+def checked_out(
+    out: torch.Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    check_tensor("out", out, shape, dtype, device)
+    check_unit_stride("out", out)
+    return out
+
+
+class CallableModule(types.ModuleType):
+    def __call__(self, *args: Any, **options: Any) -> torch.Tensor:
+        return experts(*args, **options)
+
+
+sys.modules[__name__].__class__ = CallableModule

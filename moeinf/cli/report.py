@@ -1,0 +1,37 @@
+"""`moeinf report`: pictures of traces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from moeinf.trace import Trace
+
+
+def command(
+    traces: Annotated[list[Path], typer.Argument(help="Trace files.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="The HTML file.")] = Path(
+        "report.html"
+    ),
+    png: Annotated[
+        Path | None, typer.Option(help="Also write every picture as PNG into this folder.")
+    ] = None,
+) -> None:
+    """Writes one self-contained page: hit rates by policy and budget, and what routing is like."""
+    from moeinf.report import write_pngs, write_report
+    from moeinf.report.analysis import analyse
+    from moeinf.report.figures import FIGURES  # fails at once where matplotlib is missing
+
+    console = Console(stderr=True)
+    with console.status("reading") as status:
+        analyses = [
+            analyse(Trace.load(path), progress=lambda done: status.update(done)) for path in traces
+        ]
+        status.update(f"drawing {len(FIGURES)} pictures of each")
+        write_report(output, analyses)
+        if png is not None:
+            write_pngs(png, analyses)
+    console.print(f"wrote {output}" + (f" and pictures into {png}" if png else ""))

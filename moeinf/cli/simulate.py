@@ -1,0 +1,119 @@
+"""`moeinf simulate`: what hit rates policies reach on recorded traces."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+from moeinf.cli.output import print_json, print_table
+from moeinf.eam import EAMC
+from moeinf.simulator import SimulationResult, parse_slots, policy_names, simulate
+from moeinf.trace import Trace
+
+
+def command(
+    traces: Annotated[list[Path], typer.Argument(help="Trace files.")],
+    policy: Annotated[
+        str, typer.Option(help=f"Policies, comma-separated: {', '.join(policy_names())}.")
+    ] = "lru,lfu,lrfu,classlru,eam,best,belady",
+    slots: Annotated[
+        str, typer.Option(help="Budgets, comma-separated: counts, or shares of all experts.")
+    ] = "5%,10%,20%,30%",
+    eamc: Annotated[
+        Path | None, typer.Option(help="A saved collection that eam starts from.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw hit rate against budget into this PNG.")
+    ] = None,
+) -> None:
+    """Replays traces against policies and budgets, counting as the live cache does."""
+    policies = _listed("policy", policy)
+    for name in policies:
+        if name not in policy_names():
+            raise ValueError(f"no policy is named {name!r}; there are: {', '.join(policy_names())}")
+    budgets = _listed("slots", slots)
+    collection = EAMC.load(eamc) if eamc is not None else None
+    loaded = [Trace.load(path) for path in traces]
+    for trace in loaded:
+        for budget in budgets:
+            parse_slots(budget, trace.total_experts)
+
+    results: list[list[SimulationResult]] = []
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        for trace in loaded:
+            of_trace = []
+            for name in policies:
+                for budget in budgets:
+                    of_trace.append(_simulate(bar, trace, name, budget, collection))
+            results.append(of_trace)
+
+    if json:
+        print_json([result.as_dict() for of_trace in results for result in of_trace])
+    else:
+        for trace, of_trace in zip(loaded, results, strict=True):
+            _print(trace, policies, budgets, of_trace)
+    if plot is not None:
+        _plot(plot, loaded, results)
+
+
+def _simulate(
+    bar: Progress, trace: Trace, policy: str, slots: str, collection: EAMC | None
+) -> SimulationResult:
+    task = bar.add_task(f"{trace.name} {policy} {slots}", total=trace.num_tokens)
+
+    def advance(done: int, total: int) -> None:
+        bar.update(task, completed=done)
+
+    result = simulate(
+        trace,
+        policy=policy,
+        slots=slots,
+        eamc=collection if policy == "eam" else None,
+        progress=advance,
+    )
+    bar.remove_task(task)
+    return result
+
+
+def _listed(option: str, text: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise ValueError(f"--{option}: expected at least one, found {text!r}")
+    return parts
+
+
+def _print(
+    trace: Trace, policies: list[str], budgets: list[str], results: list[SimulationResult]
+) -> None:
+    rows = []
+    for i, name in enumerate(policies):
+        row = [name]
+        for result in results[i * len(budgets) : (i + 1) * len(budgets)]:
+            rate = result.hit_rate_decode
+            row.append("-" if rate is None else f"{100 * rate:.2f}")
+        rows.append(row)
+    slots = [str(result.slots) for result in results[: len(budgets)]]
+    columns = [f"{b} ({s})" if b != s else b for b, s in zip(budgets, slots, strict=True)]
+    print_table(
+        f"{trace.name}: decode hits in percent, by slots ({trace.total_experts} experts)",
+        ["policy", *columns],
+        rows,
+    )
+
+
+def _plot(path: Path, traces: list[Trace], results: list[list[SimulationResult]]) -> None:
+    from moeinf.report.figures import draw_hit_rates
+
+    for number, (trace, of_trace) in enumerate(zip(traces, results, strict=True)):
+        by_policy: dict[str, list[SimulationResult]] = {}
+        for result in of_trace:
+            by_policy.setdefault(result.policy, []).append(result)
+        figure = draw_hit_rates(by_policy, trace.total_experts)
+        # One file per trace: out.png, out-2.png, ...
+        target = path if number == 0 else path.with_stem(f"{path.stem}-{number + 1}")
+        figure.savefig(target, format="png")

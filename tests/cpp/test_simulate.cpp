@@ -1,0 +1,198 @@
+// The simulator against live use of the same classes, and the default policy's promises: what holds
+// however residency is driven, with prefetches, pins, removals and resizes in between.
+#include <random>
+#include <set>
+
+#include "base/error.h"
+#include "cache/policies/policies.h"
+#include "cache/residency.h"
+#include "check.h"
+#include "trace/belady.h"
+#include "trace/simulator.h"
+
+using namespace moeinf;
+
+namespace {
+
+struct Recorded {
+    PolicyShape shape;
+    int32_t k;
+    std::vector<int16_t> experts;
+    std::vector<int32_t> sequence;
+    std::vector<uint8_t> phase;
+
+    TraceView view() const {
+        TraceView trace;
+        trace.tokens = static_cast<int64_t>(sequence.size());
+        trace.layers = shape.num_layers;
+        trace.num_experts = shape.num_experts;
+        trace.k = k;
+        trace.experts = experts;
+        trace.sequence = sequence;
+        trace.phase = phase;
+        return trace;
+    }
+};
+
+Recorded random_trace(std::mt19937& random, PolicyShape shape, int32_t k, int tokens) {
+    Recorded trace{shape, k, {}, {}, {}};
+    std::vector<int16_t> ids(static_cast<size_t>(shape.num_experts));
+    for (int t = 0; t < tokens; ++t) {
+        trace.sequence.push_back(t / 40);
+        trace.phase.push_back(t % 40 >= 7);
+        for (int32_t layer = 0; layer < shape.num_layers; ++layer) {
+            for (size_t e = 0; e < ids.size(); ++e) ids[e] = static_cast<int16_t>(e);
+            // Skewed: an earlier id is likelier to be swapped to the front.
+            for (int32_t i = 0; i < k; ++i) {
+                const int32_t span = shape.num_experts - i;
+                const int32_t pick = i + std::min<int32_t>(random() % span, random() % span);
+                std::swap(ids[static_cast<size_t>(i)], ids[static_cast<size_t>(pick)]);
+                trace.experts.push_back(random() % 20 == 0 ? int16_t{-1}
+                                                           : ids[static_cast<size_t>(i)]);
+            }
+        }
+    }
+    return trace;
+}
+
+void simulation_counts_what_residency_did(std::mt19937& random) {
+    const Recorded trace = random_trace(random, {6, 13}, 3, 160);
+    for (const std::string& name : policy_names()) {
+        Residency residency({6, 13}, 19, make_policy(name, {6, 13}));
+        Plan plan;
+        int64_t hits = 0;
+        StepReader reader(trace.view());
+        for (Step step; reader.next(step);) {
+            residency.plan(step, plan);
+            hits += static_cast<int64_t>(plan.hits.size());
+        }
+        int64_t counted = 0;
+        for (const LayerCounts& layer :
+             simulate(trace.view(), 19, make_policy(name, {6, 13}), {})) {
+            counted += layer.decode_hits + layer.prefill_hits;
+        }
+        CHECK_EQ(hits, counted);
+    }
+}
+
+// No order of prefetches, pins, removals and resizes makes a policy name an absent or pinned
+// expert (residency throws if it does), and no expert sits in two slots.
+void policies_survive_whatever_an_owner_does(std::mt19937& random) {
+    const PolicyShape shape{5, 9};
+    const Recorded trace = random_trace(random, shape, 3, 120);
+    for (const std::string& name : policy_names()) {
+        Residency residency(shape, 12, make_policy(name, shape));
+        Plan plan;
+        std::vector<int32_t> pinned;
+        std::vector<float> priors(static_cast<size_t>(shape.total()), 0.5f);
+        StepReader reader(trace.view());
+        for (Step step; reader.next(step);) {
+            residency.plan(step, plan);
+            for (const int32_t expert : pinned) residency.unpin(expert);
+            pinned.clear();
+            const auto total = static_cast<uint32_t>(shape.total());
+            const auto any = static_cast<int32_t>(random() % total);
+            switch (random() % 6) {
+                case 0: {
+                    Placement placement;
+                    if (residency.slot_of(any) < 0) residency.place(any, placement);
+                    break;
+                }
+                case 1:
+                    if (residency.slot_of(any) >= 0) residency.remove(any);
+                    break;
+                case 2:
+                    for (const int32_t expert : residency.residents()) {
+                        if (expert >= 0 && random() % 3 == 0) {
+                            residency.pin(expert);
+                            pinned.push_back(expert);
+                        }
+                    }
+                    break;
+                case 3:
+                    residency.resize(1 + static_cast<int32_t>(random() % 20));
+                    break;
+                case 4:
+                    for (float& prior : priors) prior = static_cast<float>(random() % 101) / 100;
+                    residency.policy().set_priors(priors);
+                    break;
+                default:
+                    break;
+            }
+            std::set<int32_t> seen;
+            for (const int32_t expert : residency.residents()) {
+                if (expert >= 0) CHECK(seen.insert(expert).second);
+            }
+        }
+    }
+}
+
+// Whole batches and prompts route to every expert of a layer; estimates must stay numbers.
+void best_takes_steps_of_any_size() {
+    const PolicyShape shape{4, 200};
+    Residency residency(shape, 300, make_policy("best", shape));
+    std::mt19937 random(3);
+    Plan plan;
+    int64_t hits = 0;
+    for (int64_t index = 0; index < 4000; ++index) {
+        std::vector<int32_t> experts, counts;
+        const auto layer = static_cast<int32_t>(index % 4);
+        const uint32_t size = index % 9 == 0 ? 200 : random() % 40;
+        std::set<int32_t> distinct;
+        while (distinct.size() < size) distinct.insert(static_cast<int32_t>(random() % 200));
+        for (const int32_t e : distinct) {
+            experts.push_back(layer * 200 + e);
+            counts.push_back(1 + static_cast<int32_t>(random() % 4000));
+        }
+        Step step;
+        step.index = index;
+        step.layer = layer;
+        step.experts = experts;
+        step.counts = counts;
+        step.prefill = index % 3 == 0;
+        step.new_sequence = index % 40 == 0;
+        residency.plan(step, plan);
+        CHECK_EQ(plan.hits.size() + plan.placements.size() + plan.surplus.size(), experts.size());
+        hits += static_cast<int64_t>(plan.hits.size());
+    }
+    CHECK(hits > 0);
+}
+
+void a_bad_trace_is_refused() {
+    std::mt19937 random(1);
+    const Recorded good = random_trace(random, {2, 5}, 2, 50);
+    check_trace(good.view(), "good");
+    const auto refused = [](const Recorded& trace) {
+        try {
+            check_trace(trace.view(), "bad");
+        } catch (const Error& error) {
+            return error.code() == ErrorCode::kInvalid;
+        }
+        return false;
+    };
+    Recorded bad = good;
+    bad.experts[17] = 5;
+    CHECK(refused(bad));
+    bad = good;
+    bad.experts.pop_back();
+    CHECK(refused(bad));
+    bad = good;
+    bad.phase[3] = 7;
+    CHECK(refused(bad));
+    bad = good;
+    bad.sequence[49] = 0;
+    CHECK(refused(bad));
+}
+
+}  // namespace
+
+int main() {
+    const uint32_t seed = std::random_device{}();
+    std::cout << "seed: " << seed << "\n";
+    std::mt19937 random(seed);
+    simulation_counts_what_residency_did(random);
+    policies_survive_whatever_an_owner_does(random);
+    best_takes_steps_of_any_size();
+    a_bad_trace_is_refused();
+    return test_result();
+}

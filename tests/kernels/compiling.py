@@ -1,0 +1,259 @@
+"""Compiles kernels to machine code for GPUs that are not there, and reads what the assembler used.
+
+Called by test_kernels_compile.py; `python tests/kernels/compiling.py` prints the whole table. Needs
+Triton with its ptxas and cuobjdump, no GPU and no driver. Launches nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from moeinf.kernels import combine, decode_shared, decode_vector, prefill, tuning
+from moeinf.kernels.activations import ACTIVATIONS
+
+ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
+# Largest dynamic shared memory of one block, in bytes (CUDA programming guide, table of
+# technical specifications per compute capability: maximum per block, opt-in).
+SHARED_LIMIT = {75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+KERNELS = {
+    "gate_up_vector": decode_vector.gate_up_vector,
+    "down_vector": decode_vector.down_vector,
+    "gate_up_shared": decode_shared.gate_up_shared,
+    "down_shared": decode_shared.down_shared,
+    "gate_up_grouped": prefill.gate_up_grouped,
+    "down_grouped": prefill.down_grouped,
+    "combine": combine.combine,
+}
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+# Pointers to something else than weights.
+INTEGERS = {"plan", "rows", "order", "slot", "first", "end"}
+ADDRESSES = {"ids", "map", "source", "bias_source"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One specialisation: a kernel, a dtype of weights, a configuration and a form."""
+
+    kernel: str
+    dtype: str
+    config: tuple[tuple[str, int], ...]
+    order: str = "rows"  # the contiguous side of the weights
+    form: tuple[tuple[str, Any], ...] = ()
+
+    def label(self) -> str:
+        words = [f"{k}={v}" for k, v in self.config] + [f"{k}={v}" for k, v in self.form]
+        return f"{self.kernel} {SHORT[self.dtype]} {self.order} {' '.join(words)}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a compiled kernel needs: registers per thread, bytes on the stack, bytes of shared."""
+
+    registers: int
+    stack: int
+    shared: int
+    ptx: str = field(repr=False)
+
+
+def upcast(dtype: str, arch: int) -> bool:
+    return dtype == "float32" or arch < 80
+
+
+def constants(case: Case, arch: int) -> dict[str, Any]:
+    names = KERNELS[case.kernel].arg_names
+    values: dict[str, Any] = {
+        "HAS_MAP": False, "HAS_BIAS": False, "GATED": True, "INTERLEAVED": False,
+        "ACTIVATION": 0, "READ_THROUGH": False, "TOKENS": 16, "K_PAD": 8, "R_PAD": 128,
+        "UPCAST": upcast(case.dtype, arch), "BLOCK_H": 512, "ROWWISE": case.order == "rows",
+    }  # fmt: skip
+    values |= dict(case.form) | dict(case.config)
+    inner = ("stride_gh", "stride_di") if case.order == "rows" else ("stride_gn", "stride_dh")
+    values |= {name: 1 for name in inner}
+    return {name: value for name, value in values.items() if name in names}
+
+
+def argument_type(kernel: str, name: str, dtype: str) -> str:
+    if not name.endswith("_ptr"):
+        return "fp32" if name in ("alpha", "limit") else "i32"
+    stem = name.removesuffix("_ptr")
+    if stem in ADDRESSES:
+        return "*i64"
+    if stem in INTEGERS:
+        return "*i32"
+    decode = not kernel.endswith("grouped")
+    if stem == "weights" or (stem == "routes" and decode):
+        return "*fp32"
+    return "*" + SHORT[dtype]
+
+
+def compile_case(case: Case, arch: int) -> Machine:
+    kernel = KERNELS[case.kernel]
+    fixed = constants(case, arch)
+    signature = {
+        name: "constexpr" if name in fixed else argument_type(case.kernel, name, case.dtype)
+        for name in kernel.arg_names
+    }
+    # What a launch would find: aligned pointers, and sizes and strides that 16 divides.
+    plain = {"T", "top_k", "tiles", "alpha", "limit", "per_route", *fixed}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if name not in plain
+    }
+    options = {"enable_fp_fusion": True, "num_warps": 4}
+    options |= {k: v for k, v in case.config if k in ("num_warps", "num_stages")}
+    compiled = triton.compile(
+        ASTSource(kernel, signature, fixed, aligned),
+        target=GPUTarget("cuda", arch, 32),
+        options=options,
+    )
+    usage = resource_usage(compiled.asm["cubin"])
+    return Machine(
+        registers=usage["REG"],
+        stack=max(usage["STACK"], usage["LOCAL"]),
+        shared=compiled.metadata.shared,
+        ptx=compiled.asm["ptx"],
+    )
+
+
+def tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def resource_usage(cubin: bytes) -> dict[str, int]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool("cuobjdump"), "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", text)}
+    if not {"REG", "STACK", "LOCAL"} <= usage.keys():
+        raise RuntimeError(f"cuobjdump: expected REG, STACK and LOCAL, found {text!r}")
+    return usage
+
+
+def applies(row: dict[str, Any], arch: int) -> bool:
+    device = row.get("device", "*")
+    return device in ("*", f"sm_{arch}") or not device.startswith("sm_")
+
+
+def table_cases(arch: int) -> Iterator[Case]:
+    """Every row of the tuning table that a device of this architecture may use, per dtype."""
+    for row in tuning.rows():
+        if not applies(row, arch):
+            continue
+        for dtype, order in itertools.product(SHORT, ("rows", "columns")):
+            if row.get("dtype", "*") in ("*", dtype) and row.get("order", "*") in ("*", order):
+                chosen = effective(row, arch, dtype, order)
+                if chosen == row["config"]:
+                    yield Case(row["kernel"], dtype, tuple(chosen.items()), order)
+    for dtype in SHORT:
+        yield Case("combine", dtype, (("BLOCK_H", 512), ("num_warps", 4)))
+
+
+def effective(row: dict[str, Any], arch: int, dtype: str, order: str) -> dict[str, int]:
+    """What the lookup answers where this row could: another row may win."""
+    sizes = {name: row.get(name, "*") for name in ("hidden", "intermediate")}
+    device = row.get("device", "*")
+    names = (device, f"sm_{arch}", "*") if not device.startswith("sm_") else (f"sm_{arch}", "*")
+    return tuning.config(
+        row["kernel"],
+        names,
+        dtype=dtype,
+        order=order,
+        hidden=-1 if sizes["hidden"] == "*" else sizes["hidden"],
+        intermediate=-1 if sizes["intermediate"] == "*" else sizes["intermediate"],
+        rows_per_tile=-1 if row.get("rows", "*") == "*" else row["rows"],
+    )
+
+
+def default_cases(arch: int, rows: int = 64) -> list[Case]:
+    """One case per kernel: bfloat16 (float16 on Turing), weights by rows."""
+    dtype = "bfloat16" if arch >= 80 else "float16"
+    cases = []
+    for kernel in KERNELS:
+        if kernel == "combine":
+            config = {"BLOCK_H": 512, "num_warps": 4}
+        else:
+            config = tuning.config(
+                kernel, (f"sm_{arch}", "*"), dtype=dtype,
+                hidden=2048, intermediate=768,
+                rows_per_tile=rows if kernel.endswith("grouped") else 0,
+            )  # fmt: skip
+        cases.append(Case(kernel, dtype, tuple(config.items())))
+    return cases
+
+
+def with_form(cases: list[Case], **form: Any) -> list[Case]:
+    """The cases whose kernels take all of these, in that form."""
+    return [
+        Case(case.kernel, case.dtype, case.config, case.order, tuple(form.items()))
+        for case in cases
+        if form.keys() <= set(KERNELS[case.kernel].arg_names)
+    ]
+
+
+def form_cases(arch: int, activations: bool = True) -> list[Case]:
+    """Every form of a model on the default configurations, and on the largest prefill tiles."""
+    cases = default_cases(arch) + default_cases(arch, rows=128)[-3:-1]
+    bias = with_form(cases, HAS_BIAS=True)
+    gates = with_form(cases, GATED=True, INTERLEAVED=True)
+    gpt_oss = with_form(
+        cases, HAS_BIAS=True, INTERLEAVED=True, ACTIVATION=ACTIVATIONS.index("swiglu_clamped")
+    )
+    plain = with_form(cases, GATED=False, ACTIVATION=ACTIVATIONS.index("relu2"))
+    named = [
+        case for index in range(1, len(ACTIVATIONS)) for case in with_form(cases, ACTIVATION=index)
+    ]
+    mapped = with_form(cases, HAS_MAP=True)
+    through = with_form(cases, READ_THROUGH=True, HAS_BIAS=True)
+    return bias + gates + gpt_oss + plain + named + mapped + through
+
+
+def faults(machine: Machine, arch: int) -> list[str]:
+    found = []
+    if machine.stack:
+        found.append(f"spills: {machine.stack} bytes on the stack")
+    if machine.shared > SHARED_LIMIT[arch] * 1024:
+        found.append(f"shared memory: {machine.shared} of {SHARED_LIMIT[arch] * 1024} bytes")
+    return found
+
+
+def main() -> int:
+    """Prints every case as a row of a table; exit status 1 if any spills or asks too much.
+
+    Arguments: architectures (75 90 ...), all by default.
+    """
+    begin, count, bad = time.perf_counter(), 0, 0
+    print("| sm | kernel and configuration | registers | spills | shared | |")
+    print("|---|---|---|---|---|---|")
+    for arch in [int(word) for word in sys.argv[1:]] or ARCHITECTURES:
+        for case in dict.fromkeys([*table_cases(arch), *default_cases(arch), *form_cases(arch)]):
+            machine = compile_case(case, arch)
+            wrong = "; ".join(faults(machine, arch))
+            count, bad = count + 1, bad + bool(wrong)
+            print(
+                f"| {arch} | {case.label()} | {machine.registers} | {machine.stack} "
+                f"| {machine.shared} | {wrong} |",
+                flush=True,
+            )
+    print(f"\n{count} compiled, {bad} bad, {time.perf_counter() - begin:.0f} s")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

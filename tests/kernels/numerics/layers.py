@@ -1,0 +1,191 @@
+"""Random layers and the slow, obvious float64 answer, for the tests of this folder.
+
+Shares no code with the kernels. A layer's slots are strided views into one arena of bytes, as the
+cache's are, and whatever no test refers to is NaN.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# ||found - expected|| / ||expected||. The interpreter cuts bfloat16 off where a GPU rounds, at
+# each of three places: the activation, a route's output and the result.
+TOLERANCE = {
+    torch.float32: 2e-6,
+    torch.float16: 1e-3,
+    torch.bfloat16: 5e-3 if DEVICE == "cuda" else 1.2e-2,
+}
+
+
+def activate(name: str, x: float, alpha: float, limit: float) -> float:
+    """One value through the gate's function, by the textbook."""
+    if name == "silu":
+        return x / (1 + math.exp(-x))
+    if name == "gelu":
+        return x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
+    if name == "gelu_tanh":
+        return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if name == "relu":
+        return max(x, 0.0)
+    if name == "relu2":
+        return max(x, 0.0) ** 2
+    x = min(x, limit)
+    return x / (1 + math.exp(-alpha * x))
+
+
+@dataclass
+class Layer:
+    """Logical weights of E experts (gate, up [I, H], down [H, I]) and where each lies in slots."""
+
+    T: int
+    k: int
+    E: int
+    H: int
+    I: int  # noqa: E741
+    dtype: torch.dtype = torch.float32
+    seed: int = 0
+    activation: str = "silu"
+    gated: bool = True
+    interleaved: bool = False
+    transposed: bool = False
+    bias: bool = False
+    alpha: float = 1.702
+    limit: float = 7.0
+    scale: float = 1.0
+    ids: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        make = torch.Generator().manual_seed(self.seed)
+
+        def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
+            return (torch.randn(shape, generator=make) * size).to(self.dtype)
+
+        E, H, I = self.E, self.H, self.I  # noqa: E741
+        self.hidden = normal(self.T, H)
+        self.gate = normal(E, I, H, size=self.scale / math.sqrt(H))
+        self.up = normal(E, I, H, size=self.scale / math.sqrt(H))
+        self.down = normal(E, H, I, size=1 / math.sqrt(I))
+        self.gate_bias, self.up_bias, self.down_bias = normal(E, I), normal(E, I), normal(E, H)
+        self.weights = torch.rand((self.T, self.k), generator=make)
+        rows = [torch.randperm(E, generator=make)[: self.k] for _ in range(self.T)]
+        if self.k > E:
+            rows = [torch.randint(E, (self.k,), generator=make) for _ in range(self.T)]
+        self.ids = torch.stack(rows)
+
+    def stored(self, expert: int) -> dict[str, torch.Tensor]:
+        """One expert's segments in the order in which a checkpoint of this form has them."""
+        gate, up, down = self.gate[expert], self.up[expert], self.down[expert]
+        bias = [self.gate_bias[expert], self.up_bias[expert]]
+        if not self.gated:
+            gate_up, gate_up_bias = gate, bias[0]
+        elif self.interleaved:
+            gate_up = torch.empty(2 * self.I, self.H, dtype=self.dtype)
+            gate_up[0::2], gate_up[1::2] = gate, up
+            gate_up_bias = torch.empty(2 * self.I, dtype=self.dtype)
+            gate_up_bias[0::2], gate_up_bias[1::2] = bias
+        else:
+            gate_up, gate_up_bias = torch.cat([gate, up]), torch.cat(bias)
+        if self.transposed:
+            gate_up, down = gate_up.t(), down.t()
+        segments = {"gate_up": gate_up.contiguous(), "down": down.contiguous()}
+        if self.bias:
+            segments |= {"gate_up_bias": gate_up_bias, "down_bias": self.down_bias[expert]}
+        return segments
+
+    def expected(self, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, H] float64, one expert of one token at a time."""
+        ids = self.ids if ids is None else ids
+        out = torch.zeros(self.T, self.H, dtype=torch.float64)
+        for t in range(self.T):
+            x = self.hidden[t].double()
+            for j in range(self.k):
+                e = int(ids[t, j])
+                if e >= 0:
+                    out[t] += float(self.weights[t, j]) * self.expert(e, x)
+        return out
+
+    def expert(self, e: int, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate[e].double() @ x, self.up[e].double() @ x
+        if self.bias:
+            gate, up = gate + self.gate_bias[e].double(), up + self.up_bias[e].double()
+        act = torch.tensor(
+            [activate(self.activation, float(g), self.alpha, self.limit) for g in gate],
+            dtype=torch.float64,
+        )
+        if self.activation == "swiglu_clamped":
+            up = up.clamp(-self.limit, self.limit) + 1
+        y = self.down[e].double() @ (act * up if self.gated else act)
+        return y + self.down_bias[e].double() if self.bias else y
+
+    def options(self) -> dict[str, object]:
+        return {
+            "activation": self.activation,
+            "gated": self.gated,
+            "interleaved": self.interleaved,
+            "transposed": self.transposed,
+            "alpha": self.alpha,
+            "limit": self.limit,
+        }
+
+
+class Slots:
+    """An arena of `count` slots, all NaN, with every segment a strided view of it."""
+
+    def __init__(self, layer: Layer, count: int) -> None:
+        self.layer = layer
+        sizes = {name: part.shape for name, part in layer.stored(0).items()}
+        offset, places = 0, {}
+        for name, shape in sizes.items():
+            places[name] = (offset, shape)
+            offset += -(-shape.numel() // 16) * 16
+        # Longer than its segments, as a slot rounded up to a page is.
+        arena = torch.full((count, offset + 48), math.nan, dtype=layer.dtype)
+        self.arena = arena.to(DEVICE)
+        self.views = {
+            name: torch.as_strided(
+                self.arena,
+                (count, *shape),
+                (self.arena.stride(0), *torch.empty(shape).stride()),
+                place,
+            )
+            for name, (place, shape) in places.items()
+        }
+
+    def fill(self, slot: int, expert: int) -> None:
+        for name, part in self.layer.stored(expert).items():
+            self.views[name][slot] = part.to(DEVICE)
+
+    def empty(self, slot: int) -> None:
+        self.arena[slot] = math.nan
+
+    def arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+        views = dict(self.views)
+        return (views.pop("gate_up"), views.pop("down")), views
+
+
+def resident(layer: Layer, spare: int = 2, seed: int = 0) -> tuple[Slots, torch.Tensor]:
+    """Slots with every expert that `layer.ids` names, at random places, and the map [E] to them."""
+    named = sorted({int(e) for e in layer.ids.flatten() if e >= 0})
+    slots = Slots(layer, len(named) + spare)
+    places = random.Random(seed).sample(range(len(named) + spare), len(named))
+    where = torch.full((layer.E,), -1)
+    for expert, slot in zip(named, places, strict=True):
+        slots.fill(slot, expert)
+        where[expert] = slot
+    return slots, where.to(DEVICE)
+
+
+def slot_ids(ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
+    ids = ids.to(DEVICE)
+    return torch.where(ids < 0, -1, where[ids.clamp(min=0)])
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    if not torch.isfinite(found).all():
+        return math.inf
+    return float((found.cpu().double() - expected).norm() / expected.norm())
