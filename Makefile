@@ -27,7 +27,7 @@ sanitize: $(VENV)/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/sanitize.sh
 
 bench: $(VENV)/.test
-	for name in ffn_cpu transfer cache_overhead end_to_end; do \
+	for name in ffn_cpu transfer cache_overhead policies end_to_end; do \
 		$(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; \
 	done
 
