@@ -13,6 +13,8 @@ from moeinf import _core
 from moeinf.budget import slots_for
 from moeinf.errors import UnsupportedError
 from moeinf.ffn_cpu import CpuExperts
+from moeinf.hooks import LivePriors, PriorsHook
+from moeinf.passes import PassObserver
 from moeinf.recorder import Recorder
 from moeinf.store import ExpertStore
 
@@ -71,6 +73,8 @@ class ExpertCache:
             that pays: "off", "previous" (what the layer used for the tokens before), "transition"
             (what followed the experts of the layer before), "eam" (MoE-Infinity's prediction) or
             "external" (what `predict` is told).
+        priors: an object that sees routing once per token and says how likely each expert is to be
+            used soon; see `moeinf.hooks.PriorsHook`. `best` weighs what it says by how well it did.
         threads, chunk_bytes: of the copy engine; 0 takes the measured defaults.
         direct: read past the page cache where the file system allows it.
 
@@ -89,6 +93,7 @@ class ExpertCache:
         memory: str | int | None = None,
         policy: str = "best",
         prefetch: str = "off",
+        priors: PriorsHook | None = None,
         threads: int = 0,
         chunk_bytes: int = 0,
         direct: bool = True,
@@ -117,7 +122,10 @@ class ExpertCache:
         self._experts = CpuExperts(store, self.core)
         self._prefill = False
         self._new_sequence = False
-        self._recorder: Recorder | None = None
+        self._observers: list[PassObserver] = []
+        if priors is not None:
+            shape = (store.num_layers, store.num_experts)
+            self._observers.append(LivePriors(priors, self.core, shape))
 
     @property
     def slots(self) -> int:
@@ -161,8 +169,8 @@ class ExpertCache:
         """Says what the next forward pass is, for policies and traces. Optional."""
         self._prefill = prefill
         self._new_sequence = new_sequence
-        if self._recorder is not None:
-            self._recorder.begin_pass(prefill=prefill, new_sequence=new_sequence, batch=batch)
+        for observer in self._observers:
+            observer.begin_pass(prefill=prefill, new_sequence=new_sequence, batch=batch)
 
     def record(self) -> Recorder:
         """Keeps the routing of every step from now on; `trace()` of what it returns gives it back.
@@ -170,12 +178,14 @@ class ExpertCache:
         Only what goes through `fused_experts` is seen. Use it as a context manager, or end it with
         `stop_recording`.
         """
-        self._recorder = Recorder(self)
-        return self._recorder
+        self.stop_recording()
+        recorder = Recorder(self)
+        self._observers.append(recorder)
+        return recorder
 
     def stop_recording(self) -> None:
         """Ends `record`; what was recorded stays with the recorder."""
-        self._recorder = None
+        self._observers = [one for one in self._observers if not isinstance(one, Recorder)]
 
     def compute(
         self,
@@ -186,8 +196,8 @@ class ExpertCache:
     ) -> torch.Tensor:
         """`moeinf.fused_experts` without the operator around it."""
         new_sequence, self._new_sequence = self._new_sequence, False
-        if self._recorder is not None:
-            self._recorder.add(layer, topk_ids, topk_weights)
+        for observer in self._observers:
+            observer.add(layer, topk_ids, topk_weights)
         return self._experts.run(
             hidden,
             topk_ids,

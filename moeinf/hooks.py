@@ -7,12 +7,12 @@ warning, and the last good priors stay in force.
 from __future__ import annotations
 
 import warnings
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from moeinf import _core
+from moeinf.passes import Array, Pass, PassObserver
 
 
 class PriorsHook(Protocol):
@@ -57,3 +57,17 @@ class GuardedHook:
                 )
             return None
         return np.ascontiguousarray(np.clip(priors, 0.0, 1.0)).ravel()
+
+
+class LivePriors(PassObserver):
+    """Shows a hook every forward pass of a live cache, and gives its priors to the policy."""
+
+    def __init__(self, hook: PriorsHook, core: _core.ExpertCache, shape: tuple[int, int]) -> None:
+        super().__init__(shape[0])
+        self._hook = GuardedHook(hook, num_layers=shape[0], num_experts=shape[1])
+        self._core = core
+
+    def on_pass(self, one: Pass) -> None:
+        priors = self._hook(one.experts, one.new_sequence)
+        if priors is not None:
+            self._core.set_priors(priors)

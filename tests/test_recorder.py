@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoints import COMMON, write_checkpoint
@@ -29,6 +31,51 @@ def test_a_simulation_of_its_own_trace_counts_the_same(
     live = model.moeinf.stats()
     replayed = moeinf.simulate(recorder.trace(), policy=policy, slots=slots)
     assert (live["hits"], live["accesses"]) == (replayed.hits, replayed.accesses)
+
+
+class Heat:
+    """Priors of decayed use, and a few answers that are no priors."""
+
+    def __init__(self, nonsense: dict[int, Any] | None = None) -> None:
+        self.heat = np.zeros((3, 6))
+        self.nonsense = nonsense or {}
+        self.calls = 0
+
+    def observe(self, experts: Any, new_sequence: bool) -> Any:
+        self.heat *= 0.5 if new_sequence else 0.9
+        for layer, routed in enumerate(experts.transpose(1, 0, 2)):
+            self.heat[layer, routed] += 0.1
+        self.calls += 1
+        answer = self.nonsense.get(self.calls, self.heat)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def test_a_hook_sees_live_what_it_sees_in_a_simulation(qwen3_folder: Path, seed: int) -> None:
+    live_hook, hook = Heat(), Heat()
+    model = moeinf.load(qwen3_folder, slots=5, priors=live_hook)
+    with model.moeinf.cache.record() as recorder:
+        for turn in range(3):
+            model.generate(prompt(seed + turn, 1, 4), max_new_tokens=9, do_sample=False)
+    live = model.moeinf.stats()
+    replayed = moeinf.simulate(recorder.trace(), policy="best", slots=5, priors=hook)
+    assert (live["hits"], live["accesses"]) == (replayed.hits, replayed.accesses)
+    assert live_hook.calls == hook.calls - 1  # the last pass has no next one before which to ask
+
+
+@pytest.mark.parametrize(
+    "nonsense", [RuntimeError("oops"), np.full((3, 6), np.nan), np.zeros((2, 2)), "priors"]
+)
+def test_a_hook_that_fails_warns_once_and_the_run_goes_on(
+    qwen3_folder: Path, nonsense: Any, seed: int
+) -> None:
+    hook = Heat({2: nonsense, 4: nonsense})
+    model = moeinf.load(qwen3_folder, slots=5, priors=hook)
+    with pytest.warns(RuntimeWarning, match="the last good priors stay") as caught:
+        model.generate(prompt(seed, 1, 4), max_new_tokens=9, do_sample=False)
+    assert len([w for w in caught if w.category is RuntimeWarning]) == 1
+    assert hook.calls == 8
 
 
 def test_a_trace_holds_the_routing_of_every_token(qwen3_folder: Path, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 // The cache for Python. Ids go in as a sequence or an integer array, slots come out as row numbers
 // of the pool, which torch sees through DLPack. The GIL is released wherever a call may wait.
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
 #include <cstring>
@@ -279,6 +280,12 @@ void bind_cache(py::module_& module) {
                 return rows;
             },
             "One dict per layer.")
+        .def(
+            "set_priors",
+            [](ExpertCache& cache, const py::array_t<float, py::array::c_style>& priors) {
+                cache.set_priors({priors.data(), static_cast<size_t>(priors.size())});
+            },
+            py::arg("priors").noconvert(), "How likely each expert is to come, by flat id.")
         .def("reset_stats", &ExpertCache::reset_stats)
         .def("resident", &ExpertCache::resident, py::arg("layer"),
              "Ids within the layer whose bytes are in slots.")

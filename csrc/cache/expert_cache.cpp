@@ -224,6 +224,16 @@ void ExpertCache::resize(int32_t slots) {
     finish(slots);
 }
 
+void ExpertCache::set_priors(std::span<const float> priors) {
+    const auto total = static_cast<size_t>(state_->catalog->total_experts());
+    if (priors.size() != total) {
+        throw Error(ErrorCode::kInvalid, "expected " + std::to_string(total) + " priors, found " +
+                                             std::to_string(priors.size()));
+    }
+    const std::lock_guard guard(state_->mutex);
+    state_->residency.policy().set_priors(priors);
+}
+
 void ExpertCache::reset_stats() {
     state_->check_process();
     const std::lock_guard lock(state_->mutex);

@@ -132,6 +132,10 @@ public:
     // Error(kCapacity) if the memory cannot be had. Either way the cache then keeps its size.
     void resize(int32_t slots);
 
+    // What the policy is told of the experts to come, in [0, 1] by flat id; see Policy::set_priors.
+    // Throws Error(kInvalid) unless there is one for each expert.
+    void set_priors(std::span<const float> priors);
+
     void reset_stats();
     [[nodiscard]] std::vector<LayerStats> stats() const;  // one per layer
     [[nodiscard]] PredictionStats prediction_stats() const;
