@@ -1,9 +1,12 @@
 // The simulator against live use of the same classes, and the default policy's promises: what holds
 // however residency is driven, with prefetches, pins, removals and resizes in between.
+#include <cmath>
+#include <cstring>
 #include <random>
 #include <set>
 
 #include "base/error.h"
+#include "cache/policies/best_kernels.h"
 #include "cache/policies/policies.h"
 #include "cache/residency.h"
 #include "check.h"
@@ -158,6 +161,60 @@ void best_takes_steps_of_any_size() {
     CHECK(hits > 0);
 }
 
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+    return std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+// A simulation on one machine must match a live run on another.
+void every_instruction_set_gives_the_same_bits(std::mt19937& random) {
+    const best::Kernels& portable = best::kPortable;
+    const best::Kernels& fastest = best::fastest_kernels();
+    std::cout << "kernels: " << fastest.name << "\n";
+    std::uniform_real_distribution<float> wide(-12.0f, 12.0f), positive(0.0f, 30.0f);
+    for (const size_t n : {1, 3, 7, 8, 9, 32, 60, 127, 128, 385}) {
+        const auto drawn = [&](auto& distribution) {
+            std::vector<float> values(n);
+            for (float& value : values) value = distribution(random);
+            return values;
+        };
+        const auto counts = drawn(positive), uses = drawn(positive), slow = drawn(positive),
+                   sequence = drawn(positive), unused = drawn(positive), bias = drawn(wide),
+                   values = drawn(wide);
+        const best::History history{uses.data(),   slow.data(), sequence.data(),
+                                    unused.data(), bias.data(), 0.3f,
+                                    0.02f,         0.01f,       0.03f};
+        std::vector<float> results[2][4];
+        for (int which = 0; which < 2; ++which) {
+            const best::Kernels& kernels = which == 0 ? portable : fastest;
+            auto& [decayed, sums, errors, logistic] = results[which];
+            decayed = uses;
+            kernels.decay(decayed.data(), counts.data(), 0.8f, 1.7f, n);
+            sums.resize(n);
+            kernels.begin_sums(history, sums.data(), n);
+            kernels.add(sums.data(), values.data(), 0.37f, n);
+            errors.resize(n);
+            kernels.outcomes(counts.data(), sums.data(), values.data(), 0.6f, errors.data(), n);
+            logistic.resize(n);
+            kernels.logistic(sums.data(), logistic.data(), n);
+        }
+        for (int i = 0; i < 4; ++i) CHECK(same_bits(results[0][i], results[1][i]));
+        for (size_t e = 0; e < n; ++e) {
+            const auto odds = [](double rate) {
+                const double kept = std::min(std::max(rate, 0.002), 0.998);
+                return std::log(kept / (1 - kept));
+            };
+            const double slow_rate = (slow[e] + 0.3) * 0.01;
+            const double expected = -0.05 + bias[e] + 0.25 * odds((uses[e] + 0.3) * 0.02) +
+                                    0.1 * odds(slow_rate) +
+                                    0.3 * odds((sequence[e] + 4.0 * slow_rate) * 0.03) +
+                                    0.5 / (1.0 + unused[e]) + 0.37 * values[e];
+            CHECK(std::abs(results[0][1][e] - expected) < 1e-3);
+            const double chance = 1 / (1 + std::exp(-static_cast<double>(results[0][1][e])));
+            CHECK(std::abs(results[0][3][e] - chance) < 1e-3 * chance + 1e-7);
+        }
+    }
+}
+
 void a_bad_trace_is_refused() {
     std::mt19937 random(1);
     const Recorded good = random_trace(random, {2, 5}, 2, 50);
@@ -193,6 +250,7 @@ int main() {
     simulation_counts_what_residency_did(random);
     policies_survive_whatever_an_owner_does(random);
     best_takes_steps_of_any_size();
+    every_instruction_set_gives_the_same_bits(random);
     a_bad_trace_is_refused();
     return test_result();
 }

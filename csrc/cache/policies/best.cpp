@@ -19,27 +19,13 @@
 #include <cmath>
 #include <utility>
 
+#include "cache/policies/best_kernels.h"
 #include "cache/policies/decayed_frequency.h"
 #include "cache/policies/expert_heaps.h"
-#include "cache/policies/fast_math.h"
 #include "cache/policies/policies.h"
 
 namespace moeinf {
 namespace {
-
-// Per visit of a layer.
-constexpr float kFastDecay = 0.8f;
-constexpr float kSlowDecay = 0.98f;
-// Rates are shrunk towards a prior as if they had been seen for so many visits.
-constexpr float kPriorVisits = 6.0f;
-constexpr float kSequencePriorVisits = 4.0f;
-
-// Weights of the fixed part. Anything near these does as well.
-constexpr float kFastWeight = 0.25f;
-constexpr float kSlowWeight = 0.4f;
-constexpr float kSequenceWeight = 0.3f;
-constexpr float kRecencyWeight = 0.5f;
-constexpr float kConstant = -0.05f;
 
 constexpr float kBiasStep = 0.02f;
 constexpr float kContextStep = 0.05f;
@@ -49,14 +35,6 @@ constexpr size_t kLargestSet = 32;          // a larger set says little: it is l
 constexpr int32_t kContexts = 3;            // own layer, one below, two below
 constexpr int64_t kContextBytes = 128 << 20;
 constexpr float kPriorStep = 0.02f;
-
-constexpr float kLn2 = 0.69314718f;
-
-// Log odds of a rate kept within [0.002, 0.998].
-float log_odds(float rate) {
-    const float kept = std::min(std::max(rate, 0.002f), 0.998f);
-    return kLn2 * approximate_log2(kept / (1.0f - kept));
-}
 
 struct Order {
     struct Key {
@@ -161,7 +139,7 @@ public:
         used_prior_odds_.resize(priors.size());
         for (size_t i = 0; i < priors.size(); ++i) {
             const float kept = std::min(std::max(priors[i], 0.01f), 0.99f);
-            prior_odds_[i] = kLn2 * approximate_log2(kept / (1.0f - kept));
+            prior_odds_[i] = std::log(kept / (1.0f - kept));
         }
     }
 
@@ -227,16 +205,14 @@ private:
         const auto add = [&](Rates& rates, float keep, float gain) {
             float& visits = rates.visits[static_cast<size_t>(step.layer)];
             visits = keep * visits + gain;
-            float* uses = rates.uses.data() + from;
-            for (size_t e = 0; e < counts_.size(); ++e)
-                uses[e] = keep * uses[e] + gain * counts_[e];
+            kernels_.decay(rates.uses.data() + from, counts_.data(), keep, gain, counts_.size());
         };
         const auto add_decayed = [&](Rates& rates, float decay) {
             const float keep = tokens_ == 1.0f ? decay : std::pow(decay, tokens_);
             add(rates, keep, (1.0f - keep) / (1.0f - decay));
         };
-        add_decayed(fast_, kFastDecay);
-        add_decayed(slow_, kSlowDecay);
+        add_decayed(fast_, best::kFastDecay);
+        add_decayed(slow_, best::kSlowDecay);
         add(sequence_, 1.0f, tokens_);
         float* unused_for = unused_for_.data() + from;
         for (size_t e = 0; e < counts_.size(); ++e) {
@@ -269,6 +245,7 @@ private:
         for (const int32_t index : rows) {
             const float* weights = row(index);
             for (size_t e = 0; e < counts_.size(); e += 16) __builtin_prefetch(weights + e);
+            __builtin_prefetch(&context_uses_[static_cast<size_t>(index)]);
         }
     }
 
@@ -276,36 +253,24 @@ private:
     void estimate(int32_t l) {
         const size_t from = base(l);
         const auto layer = static_cast<size_t>(l);
-        // Rates are (uses + added) * scale.
-        const float added =
-            kPriorVisits * experts_per_step_ / static_cast<float>(shape_.num_experts);
-        const float fast_scale = 1.0f / (fast_.visits[layer] + kPriorVisits);
-        const float slow_scale = 1.0f / (slow_.visits[layer] + kPriorVisits);
-        const float sequence_scale = 1.0f / (sequence_.visits[layer] + kSequencePriorVisits);
-        const float* fast = fast_.uses.data() + from;
-        const float* slow = slow_.uses.data() + from;
-        const float* sequence = sequence_.uses.data() + from;
-        const float* unused_for = unused_for_.data() + from;
-        const float* bias = bias_.data() + from;
-        float* sums = sums_.data();
-        for (size_t e = 0; e < sums_.size(); ++e) {
-            const float slow_rate = (slow[e] + added) * slow_scale;
-            const float sequence_rate =
-                (sequence[e] + kSequencePriorVisits * slow_rate) * sequence_scale;
-            sums[e] = kConstant + bias[e] + kFastWeight * log_odds((fast[e] + added) * fast_scale) +
-                      (kSlowWeight - kSequenceWeight) * log_odds(slow_rate) +
-                      kSequenceWeight * log_odds(sequence_rate) +
-                      kRecencyWeight / (1.0f + unused_for[e]);
-        }
+        const float mean_rate = experts_per_step_ / static_cast<float>(shape_.num_experts);
+        kernels_.begin_sums(
+            {.fast = fast_.uses.data() + from,
+             .slow = slow_.uses.data() + from,
+             .sequence = sequence_.uses.data() + from,
+             .unused_for = unused_for_.data() + from,
+             .bias = bias_.data() + from,
+             .added = best::kPriorVisits * mean_rate,
+             .fast_scale = 1.0f / (fast_.visits[layer] + best::kPriorVisits),
+             .slow_scale = 1.0f / (slow_.visits[layer] + best::kPriorVisits),
+             .sequence_scale = 1.0f / (sequence_.visits[layer] + best::kSequencePriorVisits)},
+            sums_.data(), sums_.size());
         if (!prior_odds_.empty()) {
-            for (size_t e = 0; e < sums_.size(); ++e) {
-                sums_[e] += prior_weight_ * prior_odds_[from + e];
-            }
+            kernels_.add(sums_.data(), prior_odds_.data() + from, prior_weight_, sums_.size());
         }
 
         for (const int32_t index : context_) {
-            const float* weights = row(index);
-            for (size_t e = 0; e < sums_.size(); ++e) sums_[e] += weights[e];
+            kernels_.add(sums_.data(), row(index), 1.0f, sums_.size());
         }
     }
 
@@ -314,11 +279,8 @@ private:
     void learn(int32_t l) {
         const size_t from = base(l);
         Layer& layer = layers_[static_cast<size_t>(l)];
-        const float* values = order_.values.data() + from;
-        for (size_t e = 0; e < errors_.size(); ++e) {
-            const float later = discount_per_token_ * approximate_sigmoid(sums_[e]);
-            errors_[e] = (counts_[e] > 0.0f ? 1.0f : later) - values[e];
-        }
+        kernels_.outcomes(counts_.data(), sums_.data(), order_.values.data() + from,
+                          discount_per_token_, errors_.data(), errors_.size());
         const float share = static_cast<float>(kUsualContext) /
                             static_cast<float>(std::max(kUsualContext, layer.context.size()));
         float shared_step = kBiasStep;
@@ -326,17 +288,13 @@ private:
             float& uses = context_uses_[static_cast<size_t>(index)];
             uses += 1.0f;
             const float rate = share * kContextStep / std::sqrt(1.0f + kContextSlowdown * uses);
-            float* weights = row(index);
-            for (size_t e = 0; e < errors_.size(); ++e) weights[e] += rate * errors_[e];
+            kernels_.add(row(index), errors_.data(), rate, errors_.size());
             if (std::find(context_.begin(), context_.end(), index) != context_.end()) {
                 shared_step += rate;
             }
         }
-        float* bias = bias_.data() + from;
-        for (size_t e = 0; e < errors_.size(); ++e) {
-            bias[e] += kBiasStep * errors_[e];
-            sums_[e] += shared_step * errors_[e];
-        }
+        kernels_.add(bias_.data() + from, errors_.data(), kBiasStep, errors_.size());
+        kernels_.add(sums_.data(), errors_.data(), shared_step, errors_.size());
         if (!prior_odds_.empty()) {
             float gradient = 0.0f;
             for (size_t e = 0; e < errors_.size(); ++e) {
@@ -348,8 +306,7 @@ private:
 
     void finish(int32_t l) {
         const size_t from = base(l);
-        float* values = order_.values.data() + from;
-        for (size_t e = 0; e < sums_.size(); ++e) values[e] = approximate_sigmoid(sums_[e]);
+        kernels_.logistic(sums_.data(), order_.values.data() + from, sums_.size());
         if (!prior_odds_.empty()) {
             std::copy_n(prior_odds_.data() + from, sums_.size(), used_prior_odds_.data() + from);
         }
@@ -359,6 +316,7 @@ private:
         residents_.rebuild(l);
     }
 
+    const best::Kernels& kernels_ = best::fastest_kernels();
     PolicyShape shape_;
     Order order_;
     ExpertHeaps<Order> residents_;
