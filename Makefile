@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 .PHONY: demo test lint fmt sanitize bench clean
 
 demo: $(VENV)/.demo
-	$(BIN)/moeinf run --memory 25% --max-new-tokens 120 --verify
+	$(BIN)/moeinf run --memory 25% --max-new-tokens 120 --temperature 0.7 --verify
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest

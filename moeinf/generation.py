@@ -62,7 +62,7 @@ class Result:
 
 
 def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> Result:
-    """Loads the model, continues the prompt, and writes text to `stream` as it comes.
+    """Loads the model, continues the prompt, and writes both to `stream` as the text comes.
 
     Raises:
         ValueError: an empty prompt, or one too long for the model's context.
@@ -91,6 +91,8 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     clock = _Clock(tokenizer, stream)
     cache = model.moeinf.cache
     recorder = cache.record() if request.record else None
+    if stream is not None:
+        stream.write(request.prompt)
     start = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(

@@ -13,7 +13,7 @@ from moeinf.cli import quiet_interrupts
 from moeinf.cli.output import human_bytes, print_facts, print_json
 from moeinf.pocket import POCKET
 
-DEMO_PROMPT = "def read_lines(path):\n"
+DEMO_PROMPT = '"""Return the'
 
 
 def command(
