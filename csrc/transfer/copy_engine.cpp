@@ -32,7 +32,7 @@ struct TransferAccess {
 
 namespace {
 
-constexpr int32_t kDefaultThreads = 8;  // see benchmarks/NOTES.md
+constexpr int32_t kDefaultThreads = 12;  // see benchmarks/NOTES.md
 constexpr int32_t kMostThreads = 256;
 constexpr size_t kDefaultChunkBytes = size_t{1} << 20;
 constexpr size_t kLargestChunkBytes = size_t{1} << 30;
@@ -95,17 +95,17 @@ struct CopyEngine::Impl {
             files.emplace_back(file, options.direct);
             alignment = std::max(alignment, files.back().alignment());
         }
-        // A chunk widened to the alignment at both ends, in whole huge pages: a device takes
-        // memory in one piece per page, and few pieces per request.
-        const size_t bounce_bytes = round_up(options.chunk_bytes + 2 * alignment, kHugePage);
-        for (int32_t i = 0; i < options.threads; ++i) {
-            bounces.push_back(make_host_arena(bounce_bytes));
-            bounces.back()->commit(bounce_bytes);
-        }
+        // One buffer per worker for a chunk widened to the alignment at both ends. They share
+        // whole huge pages: a device takes memory in one piece per page, and few per request.
+        const size_t each = round_up(options.chunk_bytes + 2 * alignment, alignment);
+        const auto workers_wanted = static_cast<size_t>(options.threads);
+        bounces = make_host_arena(round_up(workers_wanted * each, kHugePage));
+        bounces->commit(bounces->reserved());
         try {
-            for (int32_t i = 0; i < options.threads; ++i) {
-                workers.emplace_back([this, &bounce = *bounces[static_cast<size_t>(i)]](
-                                         const std::stop_token& stop) { work(stop, bounce); });
+            for (size_t i = 0; i < workers_wanted; ++i) {
+                const std::span<std::byte> bounce{bounces->data() + i * each, each};
+                workers.emplace_back(
+                    [this, bounce](const std::stop_token& stop) { work(stop, bounce); });
             }
         } catch (const std::system_error& error) {
             throw Error(ErrorCode::kCapacity, "cannot start " + std::to_string(options.threads) +
@@ -127,8 +127,7 @@ struct CopyEngine::Impl {
         queue->erase(job->position);
     }
 
-    void work(const std::stop_token& stop, Arena& bounce) {
-        const std::span<std::byte> buffer{bounce.data(), bounce.committed()};
+    void work(const std::stop_token& stop, std::span<std::byte> buffer) {
         std::unique_lock lock(queues);
         const auto has_work = [this] { return !demands.empty() || !prefetches.empty(); };
         while (ready.wait(lock, stop, has_work)) {
@@ -196,7 +195,7 @@ struct CopyEngine::Impl {
     const CopyEngineOptions options;
     const pid_t owner = getpid();
     std::vector<SourceFile> files;
-    std::vector<std::unique_ptr<Arena>> bounces;  // one per worker
+    std::unique_ptr<Arena> bounces;  // one buffer per worker
 
     std::mutex queues;  // guards both queues and every unfinished job; never held in a callback
     std::condition_variable_any ready;

@@ -13,7 +13,7 @@ from moeinf.cli import quiet_interrupts
 from moeinf.cli.output import human_bytes, print_facts, print_json
 from moeinf.pocket import POCKET
 
-DEMO_PROMPT = '"""Return the'
+DEMO_PROMPT = "import os\nimport sys\n\n\ndef main"
 
 
 def command(
