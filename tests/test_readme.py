@@ -1,4 +1,4 @@
-"""The README's commands do what it says; those on `path/to/...` need a checkpoint and are left out."""
+"""The README's commands run; those on `path/to/...` need a checkpoint and are left out."""
 
 from __future__ import annotations
 
