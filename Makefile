@@ -34,16 +34,18 @@ bench: $(VENV)/.test
 clean:
 	rm -rf build $(VENV) *.egg-info moeinf/_core*.so
 
-# An editable install: pytest runs in the source tree, where the compiled core must lie too.
+# Editable installs: pytest runs in the source tree, where the compiled core must lie too. Each
+# install builds the core once; the one for tests has all that the demo needs.
 $(VENV)/.demo: pyproject.toml setup.py CMakeLists.txt
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[hf]'
 	touch $@
 
-$(VENV)/.test: $(VENV)/.demo
+$(VENV)/.test: pyproject.toml setup.py CMakeLists.txt
+	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) -e '.[hf,report,test]' cmake ninja
-	touch $@
+	touch $(VENV)/.demo $@
 
 $(VENV)/.lint: $(VENV)/.demo
-	$(INSTALL) -e '.[dev]'
+	$(INSTALL) ruff mypy clang-format
 	touch $@
