@@ -269,6 +269,7 @@ def test_threads_share_a_tiny_cache(world: World, seed: int) -> None:
     assert not errors
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_a_wait(world: World) -> None:
     cache = world.cache(2)
     holding, finished = threading.Event(), threading.Event()

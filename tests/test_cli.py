@@ -104,6 +104,7 @@ def test_doctor_measures_this_machine(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "the sample file is removed"
 
 
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("after", ["load", "generation"])
 def test_ctrl_c_ends_quickly_and_quietly(after: str) -> None:
     """A signal at the first sign of life, or once text is streaming."""
