@@ -169,6 +169,7 @@ def test_a_model_without_one_layer_of_experts(tmp_path: Path) -> None:
 
 
 def test_the_implementation_needs_a_loaded_model(qwen3_folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(qwen3_folder, experts_implementation="moeinf")
+    model = AutoModelForCausalLM.from_pretrained(qwen3_folder)
+    model.config._experts_implementation = "moeinf"
     with pytest.raises(UnsupportedError, match=r"moeinf\.load"):
         logits_of(model, random_prompt(0, 1, 3))

@@ -103,8 +103,10 @@ def load(
             if not is_expert_tensor(name)
         },
         dtype=_dtype(dtype, config, store),
-        experts_implementation=IMPLEMENTATION,
+        experts_implementation="eager",
     )
+    # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
+    model.config._experts_implementation = IMPLEMENTATION
     model.__class__ = base
     if (checkpoint.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
