@@ -13,6 +13,7 @@ from checkpoints import COMMON, FAMILIES, write_checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel, TextStreamer
 
 import moeinf
+import moeinf.integrations.transformers  # registers the implementation
 from moeinf.errors import CapacityError, CheckpointError, ReadError, UnsupportedError
 
 
