@@ -445,13 +445,14 @@ void exit_with_copies_in_flight() {
     static std::shared_ptr<Device> device;
     static std::unique_ptr<Arena> memory;
     static std::unique_ptr<Arena> host;
+    static Stream stream;
     device = open_cuda_device(0);
     fake_cuda_set_link(FAKE_CUDA_TO_DEVICE, 1e6, 0);
     memory = device->make_arena(kMiB);
     memory->commit(kMiB);
     host = device->make_pinned_arena(kMiB, 4096);
     host->commit(kMiB);
-    const Stream stream = device->create_stream(false);
+    stream = device->create_stream(false);
     for (int i = 0; i < 100; ++i) device->copy_in(memory->data(), host->data(), 16384, stream);
 }
 
