@@ -1,6 +1,7 @@
 #include "memory/timeline.h"
 
 #include <algorithm>
+#include <thread>
 #include <utility>
 
 namespace moeinf {
@@ -40,6 +41,15 @@ void Timeline::hold_back(Stream other, uint64_t point) {
     if (other == stream_) return;  // in order anyway
     const std::lock_guard lock(mutex_);
     if (!reached_locked(point)) device_->wait(other, event_of(point));
+}
+
+bool Timeline::reached_within(uint64_t point, std::chrono::milliseconds patience) {
+    const auto give_up = std::chrono::steady_clock::now() + patience;
+    while (!reached(point)) {
+        if (std::chrono::steady_clock::now() > give_up) return false;
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+    return true;
 }
 
 void Timeline::synchronize(uint64_t point) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <array>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -33,6 +34,8 @@ public:
     void hold_back(Stream other, uint64_t point);
 
     void synchronize(uint64_t point);  // the host waits
+    // The host waits, but not for ever. False: not reached by then.
+    [[nodiscard]] bool reached_within(uint64_t point, std::chrono::milliseconds patience);
 
 private:
     static constexpr uint64_t kEvents = 64;
