@@ -5,7 +5,7 @@
 A checkpoint (the built-in model without one) decodes the same prompts greedily at several budgets,
 recording its routing, and with every expert resident, in turn, so that other load falls on all
 alike. What the model is told is measured between them: the time of a layer by the resident model;
-the time of an expert by `fused_experts` on resident experts; latency and bandwidth by a run of the
+the time of an expert by the kernels on resident experts; latency and bandwidth by a run of the
 resident model in which every MoE layer also reads 0..k experts into slots of another cache (the
 line through what that adds). Each recorded trace is simulated, and the estimate for each prompt
 divided by what that prompt took live.
@@ -35,6 +35,7 @@ import moeinf
 from benchmarks.common import print_table, write_json
 from benchmarks.prefetch import prompts_for
 from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
+from moeinf.ffn_cpu import CpuExperts
 from moeinf.pocket import POCKET
 from moeinf.simulator import TimeEstimate, estimate_time
 
@@ -169,8 +170,9 @@ class Probes:
 
     def __init__(self, model: Any):
         self.model = model
-        self.resident = model.moeinf.cache
-        self.store = self.resident.store
+        self.store = model.moeinf.cache.store
+        # Past the cache itself, whose recorder is for the model's own steps.
+        self.experts = CpuExperts(self.store, model.moeinf.cache.core)
         self.top_k = int(model.config.num_experts_per_tok)
         self.other = moeinf.ExpertCache(self.store, slots=self.top_k, policy="lru")
         self.turn = [0] * self.store.num_layers  # which experts a layer's next read begins with
@@ -221,7 +223,7 @@ class Probes:
 
     def _compute(self, layer: int, count: int) -> None:
         ids, weights = torch.tensor([self._next_ids(layer, count)]), torch.ones(1, count)
-        moeinf.fused_experts(self.hidden, ids, weights, self.resident, layer)
+        self.experts.run(self.hidden, ids, weights, layer)
 
     def result(self) -> dict[str, float]:
         medians = [statistics.median(one) for one in self.tokens]
