@@ -6,6 +6,7 @@ A hit is acquire + release of 8 resident experts in a cache of 1,800 slots over 
 small experts: in C++ (begin, next, done for each, release), through the compiled module, and
 through `moeinf.ExpertCache`. A miss is the planning of a step of 8 absent experts with 1,800
 residents out of 48 layers of 128, per policy: score, choose 8 victims, update; no bytes move.
+Recording is what `ExpertCache.record` adds to a step of one token, its share of a pass included.
 
 The limits are the targets: 3 us in C++, 15 us from Python, 3 us for a decision. Beside them stands
 what no call can avoid, one attribute of the compiled module. Other load only ever slows a run down,
@@ -23,11 +24,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import moeinf
 from benchmarks.common import print_table, write_json
 from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
 from moeinf import _core
+from moeinf.recorder import Recorder
 
 LAYERS, EXPERTS, TOP_K, SLOTS = 15, 128, 8, 1800
 LAYERS_OF_MISSES = 48
@@ -91,6 +94,18 @@ def main() -> None:
         def package() -> None:
             package_cache.acquire(layer, ids).release()
 
+        recorder = Recorder(package_cache)
+        routed = torch.tensor([ids])
+        weights = torch.full((1, TOP_K), 1 / TOP_K, dtype=torch.bfloat16)
+
+        def record_pass() -> None:
+            recorder.begin_pass(prefill=False, new_sequence=False, batch=1)
+            for recorded in range(LAYERS):
+                recorder.add(recorded, routed, weights)
+
+        def recording() -> float:
+            return mean_seconds(record_pass) / LAYERS
+
         cases: list[tuple[str, float | None, Callable[[], float]]] = [
             (
                 "8 hits, C++",
@@ -105,6 +120,7 @@ def main() -> None:
             ),
             ("8 hits, module, next and done", PYTHON_TARGET, lambda: mean_seconds(waves)),
             ("8 hits, moeinf.ExpertCache", PYTHON_TARGET, lambda: mean_seconds(package)),
+            ("recording a step", None, recording),
             ("one call of the module", None, lambda: mean_seconds(lambda: cache.slot_bytes)),
         ]
         for policy in _core.policy_names():

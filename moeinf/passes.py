@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -34,7 +33,8 @@ class PassObserver:
 
     def __init__(self, num_layers: int):
         self._num_layers = num_layers
-        self._layers: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._seen = 0  # layers of the pass so far
+        self._make_room(torch.Size((0, 0)))
         self._batch = 1
         self._prefill = True
         self._new_sequence = True
@@ -49,16 +49,32 @@ class PassObserver:
 
     def add(self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """The routing of one MoE layer, both [T, k], layers in order."""
-        if layer != len(self._layers):  # a runtime that does not announce its passes
-            several = topk_ids.shape[0] > 1
+        shape = topk_ids.shape
+        # A runtime that does not announce its passes.
+        if layer != self._seen or (layer != 0 and shape != self._shape):
+            several = shape[0] > 1
             self.begin_pass(prefill=several, new_sequence=several, batch=1)
-        self._layers.append((topk_ids.to(torch.int16), topk_weights.float().clone()))
+            if layer != 0:  # the rest of a pass whose beginning was not seen
+                return
+        if shape != self._shape:
+            self._make_room(shape)
+        experts, weights = self._rows[layer]
+        experts.copy_(topk_ids)
+        weights.copy_(topk_weights)
+        self._seen = layer + 1
 
     def finish_pass(self) -> None:
         """The pass so far is over; one that an error cut short is dropped."""
-        layers, self._layers = self._layers, []
-        if len(layers) == self._num_layers:
+        seen, self._seen = self._seen, 0
+        if seen == self._num_layers:
             experts, weights = (
-                np.stack([layer[i].numpy() for layer in layers], axis=1) for i in range(2)
+                rows.numpy().swapaxes(0, 1).copy() for rows in (self._experts, self._weights)
             )
             self.on_pass(Pass(experts, weights, self._batch, self._prefill, self._new_sequence))
+
+    def _make_room(self, shape: torch.Size) -> None:
+        """Where passes of the shape [T, k] are collected: [layers, T, k], and views by layer."""
+        self._shape = shape
+        self._experts = torch.empty(self._num_layers, *shape, dtype=torch.int16)
+        self._weights = torch.empty(self._num_layers, *shape)
+        self._rows = list(zip(self._experts, self._weights, strict=True))

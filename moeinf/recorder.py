@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Recorder(PassObserver):
     """Keeps what the router said of every token; made by `ExpertCache.record`.
 
-    A context manager: recording ends with it. Costs one small copy per layer and pass.
+    A context manager: recording ends with it. Costs one small copy per layer and pass, about 2 us.
     """
 
     def __init__(self, cache: ExpertCache):

@@ -186,6 +186,8 @@ def estimate_time(
     expert_bytes: float,
     link_bandwidth: float,
     compute_seconds_per_layer: float,
+    compute_seconds_per_expert: float = 0.0,
+    latency_seconds: float = 0.0,
     disk_bandwidth: float | None = None,
     disk_share: float = 0.0,
     prefetch_window: int = 0,
@@ -194,25 +196,37 @@ def estimate_time(
 
     A miss takes c = expert_bytes / link_bandwidth seconds of the link, and the share `disk_share`
     of the misses, those that the tier below does not hold either, expert_bytes / disk_bandwidth
-    more. Copies run one after the other in order of need. Those of a step may start
-    `prefetch_window` layers before it, as if predicted without fault, and not before. With
-    R(s) = when the copies of step s are in, m(s) its misses and T(s) the start of its computation:
+    more. Copies run one after the other in order of need, and each arrives `latency_seconds` after
+    its last byte could: with small experts that is most of what a miss costs. Those of a step may
+    start `prefetch_window` layers before it, as if predicted without fault, and not before.
 
-        R(s) = max(R(s - 1), T(s - window)) + m(s) * c
-        T(s) = max(T(s - 1) + compute_seconds_per_layer, R(s) if m(s) > 0)
+    compute_seconds_per_layer is all of a layer, compute_seconds_per_expert the part of it that each
+    of a step's k experts takes (k: the mean of the decode steps). Experts are computed as they
+    arrive, those that are resident meanwhile. With m the misses of step s, T(s) when computation
+    reaches its experts, B(s) when its copies begin and W(s) what it waits:
 
-    where without a window T(s - 0) is when computation reaches s, the first term of T(s). What T
-    waits beyond that term is stall.
+        B(s) = max(B(s - 1) + m(s - 1) * c, T(s - window))
+        W(s) = max(0, B(s) + latency + c - T(s) - (k - m) * expert,      the first miss
+                      B(s) + latency + m * c - T(s) - (k - 1) * expert)  the last
+        T(s + 1) = T(s) + W(s) + compute_seconds_per_layer
+
+    W(s) = 0 without misses; the sum of W is stall. Latency and bandwidth are best measured while
+    the model computes, for reads and computing share cores: see `benchmarks/time_model.py`.
     Bandwidths in bytes per second. Raises ValueError without misses, or for values out of range.
     """
     if result.misses is None or result.decode_pass is None:
         raise ValueError("estimate_time needs a simulation with keep_misses=True")
-    if not 0 <= disk_share <= 1 or prefetch_window < 0 or compute_seconds_per_layer < 0:
-        raise ValueError(
-            "expected a disk_share within 0 and 1 and no negative prefetch_window or "
-            f"compute_seconds_per_layer, found {disk_share}, {prefetch_window}, "
-            f"{compute_seconds_per_layer}"
-        )
+    if not 0 <= disk_share <= 1:
+        raise ValueError(f"disk_share: expected 0 to 1, found {disk_share}")
+    not_negative = {
+        "compute_seconds_per_layer": compute_seconds_per_layer,
+        "compute_seconds_per_expert": compute_seconds_per_expert,
+        "latency_seconds": latency_seconds,
+        "prefetch_window": prefetch_window,
+    }
+    for name, value in not_negative.items():
+        if not value >= 0:
+            raise ValueError(f"{name}: expected 0 or more, found {value}")
     positive = {"expert_bytes": expert_bytes, "link_bandwidth": link_bandwidth}
     if disk_share > 0:
         positive["disk_bandwidth"] = disk_bandwidth or 0.0
@@ -226,18 +240,21 @@ def estimate_time(
     tokens = len(misses)
     if tokens == 0:
         return TimeEstimate(0.0, 0.0, 0.0)
-    starts = [0.0] * (prefetch_window + 1)  # T of the latest steps, newest last
-    link_free = arrived = stall = 0.0
+    experts = float(result.decode_accesses.sum()) / misses.size
+    expert = compute_seconds_per_expert
+    reached = [0.0] * (prefetch_window + 1)  # T of the latest steps, newest last
+    link_free = stall = 0.0
     for count in misses.ravel().tolist():
-        start = arrived
-        starts[-1] = start
+        now = reached[-1]
+        wait = 0.0
         if count:
-            link_free = max(link_free, starts[0]) + count * copy
-            start = max(start, link_free)
-            stall += start - arrived
-            starts[-1] = start
-        arrived = start + compute_seconds_per_layer
-        starts = [*starts[1:], arrived]
+            arrives = max(link_free, reached[0]) + latency_seconds
+            first = arrives + copy - max(experts - count, 0.0) * expert
+            last = arrives + count * copy - max(experts - 1, 0.0) * expert
+            wait = max(0.0, first - now, last - now)
+            link_free = arrives - latency_seconds + count * copy
+        stall += wait
+        reached = [*reached[1:], now + wait + compute_seconds_per_layer]
     compute = compute_seconds_per_layer * misses.shape[1]
     return TimeEstimate(stall / tokens + compute, stall / tokens, compute)
 

@@ -126,6 +126,16 @@ def test_a_runtime_that_does_not_announce_its_passes(qwen3_folder: Path) -> None
     assert trace.phase.tolist() == [PREFILL] * 5 + [DECODE] * 2 + [PREFILL] * 2
 
 
+def test_a_pass_cut_short_is_dropped(qwen3_folder: Path) -> None:
+    cache = moeinf.ExpertCache(moeinf.ExpertStore.open(qwen3_folder), slots=4)
+    steps = [(0, 2), (1, 2), (2, 1), (0, 1), (1, 1), (0, 1), (1, 1), (2, 1)]  # (layer, tokens)
+    with cache.record() as recorder:
+        for layer, tokens in steps:
+            ids = torch.tensor([[layer, 3]] * tokens)
+            moeinf.fused_experts(torch.randn(tokens, 40), ids, torch.ones(tokens, 2), cache, layer)
+    assert recorder.trace().experts.tolist() == [[[0, 3], [1, 3], [2, 3]]]
+
+
 def test_nothing_recorded(qwen3_folder: Path) -> None:
     cache = moeinf.ExpertCache(moeinf.ExpertStore.open(qwen3_folder), slots=4)
     with pytest.raises(ValueError, match="nothing was recorded"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -292,6 +293,22 @@ def test_the_disk_share_of_misses_costs_the_disk_too() -> None:
     assert estimate.stall_seconds_per_token == pytest.approx(4 * (0.1 + 0.25 * 0.2))
 
 
+def test_latency_is_paid_once_a_step_and_resident_experts_are_computed_meanwhile() -> None:
+    # Steps of 4 experts at 0.05 s each. 1 miss: it is there at 0.3 + 0.1, 3 others took 0.15.
+    # 4 misses: the last is there at 0.7, when 3 others took 0.15.
+    result = replace(hand_made([[0], [1], [4]]), decode_accesses=np.array([12]))
+    estimate = estimate_time(
+        result,
+        expert_bytes=10,
+        link_bandwidth=100,
+        latency_seconds=0.3,
+        compute_seconds_per_layer=0.5,
+        compute_seconds_per_expert=0.05,
+    )
+    assert estimate.stall_seconds_per_token == pytest.approx((0.25 + 0.55) / 3)
+    assert estimate.seconds_per_token == pytest.approx(0.8 / 3 + 0.5)
+
+
 def test_times_need_misses_and_sound_values(seed: int) -> None:
     kept = moeinf.simulate(random_trace(seed), slots=9, keep_misses=True)
     assert kept.misses is not None and kept.misses.sum() == kept.accesses - kept.hits
@@ -301,6 +318,6 @@ def test_times_need_misses_and_sound_values(seed: int) -> None:
     )
     with pytest.raises(ValueError, match="keep_misses"):
         estimate_time(moeinf.simulate(random_trace(seed), slots=9), **sound)
-    for bad in ({"link_bandwidth": 0.0}, {"disk_share": 2.0}, {"prefetch_window": -1}):
+    for bad in ({"link_bandwidth": 0.0}, {"disk_share": 2.0}, {"latency_seconds": -1.0}):
         with pytest.raises(ValueError, match=next(iter(bad))):
             estimate_time(kept, **(sound | bad))
