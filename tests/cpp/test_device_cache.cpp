@@ -1,10 +1,15 @@
 // A cache on a device, against the fake driver: streams truly run beside the host, with random
 // delays, and a task queued on the reader's stream looks at the bytes when the device gets there.
 //
-// Shown once, by taking each out: without before_read() in DeviceReader::next, without
-// before_fill() in DeviceTransport::copy_demands, without the readers' points in
-// RowFences::before_fill, and with the host tier's expert released at once instead of behind its
-// copy, this test finds wrong bytes.
+// Shown once, by taking each out in turn: this test finds wrong bytes, or the fake device a copy to
+// memory that has gone, without
+// - before_read() in DeviceReader::next (a reader waits for the fill),
+// - before_fill() in DeviceTransport::copy_demands (a fill waits for the row's past),
+// - the readers' points in RowFences::before_fill,
+// - the wait for a copy's point in DeviceTransport::release_passed (RAM is held for its copy),
+// - the wait for `demoted_at_` in copy_demands (a copy in waits for the copy out),
+// - before_read() in DeviceTransport::demote (a copy out waits for the fill),
+// - the wait for idle rows in ExpertCache::resize.
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -138,7 +143,7 @@ void test_bytes_under_delays(const CacheWorld& world, const std::shared_ptr<Devi
         int32_t slots, host_slots;
         bool exclusive, gather;
     } forms[] = {{1, 4, false, false}, {3, 80, false, true},  {8, 10, true, false},
-                 {8, 30, true, true},  {80, 80, false, false}};
+                 {2, 60, true, true},  {80, 80, false, false}};
     for (const auto& form : forms) {
         fake_cuda_reset(seed);
         fake_cuda_set_granularity(4096);
