@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 
@@ -48,7 +47,7 @@ class PassObserver:
         self._prefill, self._new_sequence, self._batch = prefill, new_sequence, batch
 
     def add(self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        """The routing of one MoE layer, both [T, k], layers in order."""
+        """The routing of one MoE layer, both [T, k], layers in order; the ids on the host."""
         if layer != len(self._layers):  # a runtime that does not announce its passes
             several = topk_ids.shape[0] > 1
             self.begin_pass(prefill=several, new_sequence=several, batch=1)
@@ -58,7 +57,8 @@ class PassObserver:
         """The pass so far is over; one that an error cut short is dropped."""
         layers, self._layers = self._layers, []
         if len(layers) == self._num_layers:
+            # Weights of a GPU come to the host once per pass, not once per layer.
             experts, weights = (
-                np.stack([layer[i].numpy() for layer in layers], axis=1) for i in range(2)
+                torch.stack([layer[i] for layer in layers], dim=1).cpu().numpy() for i in range(2)
             )
             self.on_pass(Pass(experts, weights, self._batch, self._prefill, self._new_sequence))
