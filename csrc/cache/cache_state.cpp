@@ -5,6 +5,7 @@
 #include <chrono>
 
 #include "base/error.h"
+#include "cache/file_transport.h"
 
 namespace moeinf {
 namespace {
@@ -15,7 +16,7 @@ PolicyShape shape_of(const Catalog& catalog) {
     return {catalog.num_layers(), catalog.num_experts()};
 }
 
-std::shared_ptr<SlotPool> make_pool(const Catalog& catalog, int32_t slots) {
+std::shared_ptr<SlotPool> make_pool(const Catalog& catalog, int32_t slots, Device* device) {
     const int32_t total = catalog.total_experts();
     if (slots < 1 || slots > total) {
         throw Error(ErrorCode::kInvalid, "a cache for " + std::to_string(total) +
@@ -24,7 +25,8 @@ std::shared_ptr<SlotPool> make_pool(const Catalog& catalog, int32_t slots) {
     }
     const int32_t capacity = total + ExpertCache::kTransitSlots;
     const uint64_t slot_bytes = catalog.slot_bytes();
-    return std::make_shared<SlotPool>(make_host_arena(static_cast<uint64_t>(capacity) * slot_bytes),
+    const uint64_t nbytes = static_cast<uint64_t>(capacity) * slot_bytes;
+    return std::make_shared<SlotPool>(device ? device->make_arena(nbytes) : make_host_arena(nbytes),
                                       slot_bytes, capacity, slots + ExpertCache::kTransitSlots);
 }
 
@@ -37,17 +39,25 @@ const Catalog& checked(const std::shared_ptr<const Catalog>& catalog) {
 
 CacheState::CacheState(std::shared_ptr<const Catalog> the_catalog, ExpertCacheOptions options)
     : catalog(std::move(the_catalog)),
-      pool(make_pool(checked(catalog), options.slots)),
+      pool(make_pool(checked(catalog), options.slots, options.device.get())),
       poll(std::move(options.poll)),
       residency(shape_of(*catalog), options.slots, make_policy(options.policy, shape_of(*catalog))),
       stats(static_cast<size_t>(catalog->num_layers())),
       loads(static_cast<size_t>(catalog->total_experts())),
       prefetched_unused(loads.size(), 0),
-      seen(loads.size()),
-      engine(catalog, options.copy) {
-    const auto delay = static_cast<size_t>(engine.options().threads) * engine.options().chunk_bytes;
+      seen(loads.size()) {
+    if (options.device) {
+        auto link = std::make_unique<DeviceTransport>(
+            catalog, options.device, pool,
+            HostTierOptions{options.host_slots, options.policy, options.exclusive, options.copy},
+            options.gather_below);
+        on_device = link.get();
+        transport = std::move(link);
+    } else {
+        transport = std::make_unique<FileTransport>(catalog, pool, options.copy);
+    }
     const Prefetcher::Costs costs{static_cast<int64_t>(catalog->expert_bytes()),
-                                  static_cast<int64_t>(delay)};
+                                  transport->delay_bytes()};
     prefetcher = make_prefetcher(options.prefetch, shape_of(*catalog), costs);
 }
 
@@ -59,6 +69,12 @@ void CacheState::check_process() const {
 }
 
 void CacheState::wait(std::unique_lock<std::mutex>& lock) {
+    if (transport->has_queued()) {  // what starts now may be all there is to wait for
+        lock.unlock();
+        flush();
+        lock.lock();
+        return;
+    }
     if (!poll) {
         changed.wait(lock);
         return;
@@ -91,8 +107,8 @@ std::shared_ptr<Load> CacheState::start_load(int32_t expert, int32_t transit_slo
     }
     try {
         // The callback cannot overtake this assignment: it needs the lock we hold.
-        load->transfer = engine.submit(
-            expert, pool->slot(row), priority,
+        load->transfer = transport->submit(
+            expert, row, priority,
             [this, load](const TransferPtr& transfer) { on_transfer_end(*load, *transfer); });
     } catch (const std::exception& error) {
         end_load(*load, Load::State::kFailed, error.what());
@@ -150,14 +166,20 @@ void CacheState::start_prefetches() {
     for (const int32_t expert : experts) {
         Placement placement{};
         if (!residency.place(expert, placement)) break;
-        if (placement.evicted >= 0) leaves(placement.evicted);
+        make_way(placement);
         start_load(expert, -1, Priority::kPrefetch);
         prefetcher->fetched(expert, placement.evicted);
     }
     for (const int32_t expert : expected) residency.unpin(expert);
 }
 
-void CacheState::leaves(int32_t expert) {
+void CacheState::make_way(const Placement& placement) {
+    if (placement.evicted < 0) return;
+    leaves(placement.evicted, placement.slot + ExpertCache::kTransitSlots);
+}
+
+void CacheState::leaves(int32_t expert, int32_t row) {
+    transport->left(expert, row);
     LayerStats& layer = stats_of(expert);
     ++layer.evictions;
     uint8_t& unused_yet = prefetched_unused[static_cast<size_t>(expert)];
@@ -176,7 +198,7 @@ void CacheState::unpin(int32_t expert) {
 }
 
 void CacheState::fetch(StepLease::Impl& lease, Member& member, const Placement& placement) {
-    if (placement.evicted >= 0) leaves(placement.evicted);
+    make_way(placement);
     const std::shared_ptr<Load> load = start_load(member.expert, -1, Priority::kDemand);
     if (load->state == Load::State::kReading) return join(lease, member);
     --lease.pending;
@@ -193,7 +215,7 @@ void CacheState::join(StepLease::Impl& lease, Member& member) {
         member.state = Member::State::kLoading;
         member.load = load;
         ++load->waiting;
-        if (load->prefetch && !load->wanted && load->transfer) engine.promote(load->transfer);
+        if (load->prefetch && !load->wanted && load->transfer) transport->promote(load->transfer);
         load->wanted = true;
         return;
     }

@@ -8,6 +8,7 @@
 #include <mutex>
 #include <thread>
 
+#include "cache/device_transport.h"
 #include "cache/expert_cache.h"
 #include "cache/prefetcher.h"
 #include "cache/process.h"
@@ -86,6 +87,9 @@ struct CacheState {
         return loads[static_cast<size_t>(expert)];
     }
 
+    // Starts what the transport has taken note of. Wants the lock not held; wait() does it, too.
+    void flush() const noexcept { transport->flush(); }
+
     // Releases the lock, waits for `changed` and takes it again; calls `poll` every 50 ms.
     void wait(std::unique_lock<std::mutex>& lock);
 
@@ -98,7 +102,8 @@ struct CacheState {
     void start_prefetches();  // what the prefetcher chooses
 
     // Residents.
-    void leaves(int32_t expert);
+    void leaves(int32_t expert, int32_t row = -1);  // the row that is filled anew; -1: it goes
+    void make_way(const Placement& placement);
     void unpin(int32_t expert);
 
     // Members of a step.
@@ -147,7 +152,8 @@ struct CacheState {
     std::vector<int32_t> flat_ids, ones;  // scratch
     Plan plan;                            // scratch
 
-    CopyEngine engine;  // last: its threads use what is above
+    std::unique_ptr<Transport> transport;  // last: its threads use what is above
+    DeviceTransport* on_device = nullptr;  // the same, where slots lie on a device
 };
 
 }  // namespace moeinf

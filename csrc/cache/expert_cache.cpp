@@ -57,7 +57,7 @@ StepLease ExpertCache::begin(const StepRequest& request) {
                  static_cast<size_t>(catalog.num_experts()));
 
     StepLease step(state_);  // before the lock, which its destructor takes
-    const std::lock_guard lock(cache.mutex);
+    std::unique_lock lock(cache.mutex);
     ++cache.requests;
     cache.flat_ids.clear();
     for (const int32_t expert : request.experts) {
@@ -112,6 +112,7 @@ StepLease ExpertCache::begin(const StepRequest& request) {
                     .prefill = request.prefill,
                     .new_sequence = request.new_sequence};
     if (cache.prefetcher) cache.prefetcher->judge(seen, seconds_now());
+    if (cache.on_device != nullptr) cache.on_device->host().observe(seen);
     cache.residency.plan(seen, cache.plan);
     const auto member_of = [&](int32_t expert) -> Member& {
         return lease.members[static_cast<size_t>(cache.seen[static_cast<size_t>(expert)].position)];
@@ -133,6 +134,8 @@ StepLease ExpertCache::begin(const StepRequest& request) {
         cache.prefetcher->look_ahead(seen, seconds_now());
         cache.start_prefetches();
     }
+    lock.unlock();
+    cache.flush();
     return step;
 }
 
@@ -142,17 +145,19 @@ int32_t ExpertCache::prefetch(int32_t layer, std::span<const int32_t> experts) {
     check_layer(*cache.catalog, layer);
     for (const int32_t expert : experts) (void)flat_id(*cache.catalog, layer, expert);
 
-    const std::lock_guard lock(cache.mutex);
+    std::unique_lock lock(cache.mutex);
     int32_t started = 0;
     for (const int32_t expert : experts) {
         const int32_t flat = flat_id(*cache.catalog, layer, expert);
         if (cache.residency.slot_of(flat) >= 0) continue;
         Placement placement{};
         if (!cache.residency.place(flat, placement)) break;
-        if (placement.evicted >= 0) cache.leaves(placement.evicted);
+        cache.make_way(placement);
         cache.start_load(flat, -1, Priority::kPrefetch);
         ++started;
     }
+    lock.unlock();
+    cache.flush();
     return started;
 }
 
@@ -163,10 +168,12 @@ void ExpertCache::predict(int32_t layer, std::span<const int32_t> experts, doubl
     std::vector<int32_t> flat;
     for (const int32_t expert : experts) flat.push_back(flat_id(*cache.catalog, layer, expert));
 
-    const std::lock_guard lock(cache.mutex);
+    std::unique_lock lock(cache.mutex);
     if (!cache.prefetcher) return;
     cache.prefetcher->hint(layer, flat, seconds);
     if (cache.prefetcher->is_next(layer)) cache.start_prefetches();
+    lock.unlock();
+    cache.flush();
 }
 
 bool ExpertCache::wants_predictions() const {
@@ -212,6 +219,13 @@ void ExpertCache::resize(int32_t slots) {
             cache.residency.resize(slots);
             const Waiting waiting(cache.waiting_for_room);
             while (cache.residency.occupied_closed_slots() > 0) cache.wait(lock);
+            while (!cache.transport->idle(slots + kTransitSlots)) {  // their memory goes
+                lock.unlock();
+                cache.flush();
+                if (cache.poll) cache.poll();
+                std::this_thread::sleep_for(std::chrono::microseconds(100));
+                lock.lock();
+            }
         }
         lock.unlock();
         cache.pool->resize(slots + kTransitSlots);
@@ -290,7 +304,11 @@ std::string ExpertCache::policy() const {
 }
 
 const CopyEngine& ExpertCache::engine() const noexcept {
-    return state_->engine;
+    return state_->transport->files();
+}
+
+DeviceTransport* ExpertCache::device_transport() const noexcept {
+    return state_->on_device;
 }
 
 }  // namespace moeinf

@@ -13,6 +13,7 @@
 
 #include "cache/prefetcher.h"
 #include "layout/catalog.h"
+#include "memory/device.h"
 #include "memory/slot_pool.h"
 #include "transfer/copy_engine.h"
 
@@ -47,6 +48,7 @@ struct ReadyExpert {
     int32_t slot;      // row of the pool
 };
 
+class DeviceTransport;
 class ExpertCache;
 struct CacheState;  // in cache_state.h
 
@@ -94,6 +96,13 @@ struct ExpertCacheOptions {
     std::string policy = "best";
     std::string prefetch = "off";  // one of prefetch_names()
     CopyEngineOptions copy;
+
+    // With a device the slots lie in its memory, filled from pinned RAM, filled from the files.
+    std::shared_ptr<Device> device;
+    int32_t host_slots = 0;   // of the pinned RAM
+    bool exclusive = false;   // see HostTierOptions
+    size_t gather_below = 0;  // see DeviceTransport
+
     // Called about every 50 ms by a thread that waits, with no lock held. An exception thrown here
     // ends the wait (so does Python's Ctrl-C) and leaves the cache as it should be.
     std::function<void()> poll;
@@ -149,6 +158,9 @@ public:
     [[nodiscard]] const Catalog& catalog() const noexcept;
     [[nodiscard]] std::string policy() const;
     [[nodiscard]] const CopyEngine& engine() const noexcept;
+
+    // Null where slots lie in RAM.
+    [[nodiscard]] DeviceTransport* device_transport() const noexcept;
 
 private:
     std::shared_ptr<CacheState> state_;

@@ -59,6 +59,8 @@ public:
     }  // by slot, -1: free; closed slots that are still occupied come last
     [[nodiscard]] int32_t slots() const noexcept { return slots_; }
 
+    [[nodiscard]] bool has_free_slot() const noexcept { return !free_slots_.empty(); }
+
     // How many experts could be placed now: free slots and residents that may be evicted.
     [[nodiscard]] int32_t room() const noexcept;
 

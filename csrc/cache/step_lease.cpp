@@ -132,6 +132,9 @@ bool StepLease::next(std::vector<ReadyExpert>& out) {
         cache.start_surplus(lease);
         if (any_ready(lease)) {
             cache.hand_out(lease, out);
+            lock.unlock();
+            cache.flush();
+            lock.lock();  // for the stall
             return true;
         }
         stall.start();
@@ -155,7 +158,7 @@ void StepLease::done(int32_t position) {
     CacheState& cache = *cache_;
     Impl& lease = *impl_;
     cache.check_process();
-    const std::lock_guard lock(cache.mutex);
+    std::unique_lock lock(cache.mutex);
     if (lease.released) throw Error(ErrorCode::kInvalid, "this step has been released");
     if (position < 0 || static_cast<size_t>(position) >= lease.members.size() ||
         lease.members[static_cast<size_t>(position)].state != Member::State::kHeld) {
@@ -167,6 +170,8 @@ void StepLease::done(int32_t position) {
     cache.let_go(member);
     member.state = Member::State::kDone;
     if (member.transit >= 0 && lease.failure.empty()) cache.start_surplus(lease);
+    lock.unlock();
+    cache.flush();
 }
 
 void StepLease::wait_all(std::vector<ReadyExpert>& out) {

@@ -19,17 +19,6 @@
 
 namespace moeinf {
 
-// The engine's way to the private parts of a transfer.
-struct TransferAccess {
-    static void begin(Transfer& transfer, int32_t expert) { transfer.expert_ = expert; }
-    static void set_state(Transfer& transfer, TransferState state) {
-        transfer.state_.store(state, std::memory_order_release);
-    }
-    static void set_error(Transfer& transfer, std::string error) {
-        transfer.error_ = std::move(error);
-    }
-};
-
 namespace {
 
 constexpr int32_t kDefaultThreads = 12;  // see benchmarks/NOTES.md

@@ -2,43 +2,14 @@
 // chunk. Knows files and addresses; never residency, leases or policies.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <functional>
 #include <memory>
-#include <string>
 
 #include "layout/catalog.h"
+#include "transfer/transfer.h"
 
 namespace moeinf {
-
-enum class Priority : uint8_t { kDemand = 0, kPrefetch = 1 };
-
-enum class TransferState : uint8_t { kQueued, kRunning, kDone, kFailed, kCancelled };
-
-// One expert on its way into one slot.
-class Transfer {
-public:
-    [[nodiscard]] int32_t expert() const noexcept { return expert_; }  // flat id
-    [[nodiscard]] TransferState state() const noexcept {
-        return state_.load(std::memory_order_acquire);
-    }
-    [[nodiscard]] const std::string& error() const noexcept { return error_; }  // once kFailed
-
-private:
-    friend class CopyEngine;
-    friend struct TransferAccess;
-    int32_t expert_ = -1;
-    std::atomic<TransferState> state_{TransferState::kQueued};
-    std::string error_;
-};
-
-using TransferPtr = std::shared_ptr<Transfer>;
-// Called exactly once per transfer, from a worker thread (or from cancel() and the destructor for a
-// transfer that never ran), with no lock of the engine held. It may call the engine, but must not
-// throw or destroy it.
-using TransferCallback = std::function<void(const TransferPtr&)>;
 
 struct CopyEngineOptions {
     int32_t threads = 0;     // 0: the measured default
@@ -57,8 +28,9 @@ public:
     CopyEngine(const CopyEngine&) = delete;
     CopyEngine& operator=(const CopyEngine&) = delete;
 
-    // Starts reading every extent of `flat_expert` into the slot that begins at `slot`. Throws
-    // Error(kUnsupported) in a forked child, where the engine has no threads.
+    // Starts reading every extent of `flat_expert` into the slot that begins at `slot`. `done` is
+    // called from a worker thread, or from cancel() and the destructor for a transfer that never
+    // ran. Throws Error(kUnsupported) in a forked child, where the engine has no threads.
     [[nodiscard]] TransferPtr submit(int32_t flat_expert, std::byte* slot, Priority priority,
                                      TransferCallback done);
 

@@ -1,0 +1,381 @@
+#include "cache/device_transport.h"
+
+#include <sys/prctl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <exception>
+#include <utility>
+
+#include "base/error.h"
+
+namespace moeinf {
+namespace {
+
+using namespace std::chrono_literals;
+
+constexpr size_t kGatherUnit = 16;  // bytes; slots are larger multiples of it
+constexpr auto kPollCopies = 20us;
+constexpr auto kLongestGoodbye = 10s;
+
+// From the start of the slot to the end of its last segment: one copy for all.
+size_t copied_bytes(const Catalog& catalog) {
+    size_t end = 0;
+    for (const Extent& extent : catalog.extents(0)) {
+        end = std::max<size_t>(end, extent.slot_offset + extent.nbytes);
+    }
+    return (end + kGatherUnit - 1) / kGatherUnit * kGatherUnit;
+}
+
+TimelinePtr own_timeline(const std::shared_ptr<Device>& device, bool urgent) {
+    return std::make_shared<Timeline>(device, device->create_stream(urgent), true);
+}
+
+}  // namespace
+
+struct DeviceTransport::Job : Transfer {
+    int32_t row = -1;
+    Priority priority = Priority::kDemand;  // guarded by issuing_, as is all that follows
+    TransferCallback done;
+    std::byte* source = nullptr;  // in the host tier, once it is there
+    size_t copied = 0;
+    uint64_t last_chunk = 0;  // point of prefetch_, once all is enqueued
+    bool ended = false;
+};
+
+DeviceTransport::DeviceTransport(std::shared_ptr<const Catalog> catalog,
+                                 std::shared_ptr<Device> device, std::shared_ptr<SlotPool> pool,
+                                 HostTierOptions host, size_t gather_below)
+    : catalog_(std::move(catalog)),
+      device_(std::move(device)),
+      pool_(std::move(pool)),
+      copy_bytes_(copied_bytes(*catalog_)),
+      gather_below_(device_->can_gather() ? gather_below : 0),
+      demand_(own_timeline(device_, true)),
+      prefetch_(own_timeline(device_, false)),
+      out_(own_timeline(device_, false)),
+      fences_(pool_->capacity()),
+      demoted_at_(static_cast<size_t>(catalog_->total_experts()), 0),
+      host_(std::make_unique<HostTier>(catalog_, *device_, std::move(host))),
+      worker_([this](const std::stop_token& stop) { work(stop); }) {}
+
+DeviceTransport::~DeviceTransport() {
+    worker_.request_stop();
+    worker_.join();
+    std::deque<JobPtr> left_over;
+    {
+        const std::lock_guard lock(issuing_);
+        ending_ = true;
+        left_over.swap(prefetches_);
+        const std::lock_guard queues(queues_);
+        for (Request& request : requests_) {
+            if (request.kind == Request::Kind::kFill) left_over.push_back(std::move(request.job));
+        }
+        requests_.clear();
+    }
+    for (const JobPtr& job : left_over) finish(job, TransferState::kCancelled);
+    // Memory under a copy must stay. Where the device never gets there, it is left to the process.
+    const auto give_up = std::chrono::steady_clock::now() + kLongestGoodbye;
+    const auto passed = [&] {
+        try {
+            const std::lock_guard lock(queues_);
+            return fences_.idle(0) && std::all_of(held_.begin(), held_.end(), [](const Held& one) {
+                       return one.timeline->reached(one.point);
+                   });
+        } catch (const std::exception&) {
+            return true;  // a device that only answers with errors copies nothing any more
+        }
+    };
+    while (!passed()) {
+        if (std::chrono::steady_clock::now() > give_up) {
+            (void)host_.release();
+            (void)new std::shared_ptr<SlotPool>(pool_);
+            return;
+        }
+        std::this_thread::sleep_for(100us);
+    }
+}
+
+TransferPtr DeviceTransport::submit(int32_t expert, int32_t row, Priority priority,
+                                    TransferCallback done) {
+    auto job = std::make_shared<Job>();
+    TransferAccess::begin(*job, expert);
+    job->row = row;
+    job->priority = priority;
+    job->done = std::move(done);
+    const std::lock_guard lock(queues_);
+    requests_.push_back({Request::Kind::kFill, job, expert, row});
+    queued_.store(true, std::memory_order_release);
+    return job;
+}
+
+void DeviceTransport::promote(const TransferPtr& transfer) {
+    const std::lock_guard lock(queues_);
+    requests_.push_back({Request::Kind::kPromote, std::static_pointer_cast<Job>(transfer),
+                         transfer->expert(), -1});
+    queued_.store(true, std::memory_order_release);
+}
+
+void DeviceTransport::left(int32_t expert, int32_t row) {
+    const std::lock_guard lock(queues_);
+    requests_.push_back({Request::Kind::kLeft, nullptr, expert, row});
+    queued_.store(true, std::memory_order_release);
+}
+
+void DeviceTransport::flush() noexcept {
+    if (!has_queued()) return;
+    const std::lock_guard lock(issuing_);
+    std::deque<Request> requests;
+    {
+        const std::lock_guard queues(queues_);
+        requests.swap(requests_);
+        queued_.store(false, std::memory_order_release);
+    }
+    std::vector<JobPtr> demands;
+    for (const Request& request : requests) carry_out(request, demands);
+    copy_demands(demands);
+}
+
+// In the order in which they were noted: a demotion is enqueued before the row is filled anew.
+void DeviceTransport::carry_out(const Request& request, std::vector<JobPtr>& demands) {
+    switch (request.kind) {
+        case Request::Kind::kLeft:
+            return demote(request.expert, request.row);
+        case Request::Kind::kFill:
+            return start(request.job, demands);
+        case Request::Kind::kPromote:
+            break;
+    }
+    const JobPtr& job = request.job;
+    if (job->ended || job->priority == Priority::kDemand) return;
+    job->priority = Priority::kDemand;
+    if (job->source == nullptr) return host_->promote(request.expert);
+    std::erase(prefetches_, job);
+    demands.push_back(job);
+}
+
+void DeviceTransport::start(const JobPtr& job, std::vector<JobPtr>& demands) {
+    std::byte* bytes = nullptr;
+    try {
+        bytes = host_->hold(job->expert(), job->priority,
+                            [this, job](std::byte* there, const std::string& error) {
+                                on_host_ready(job, there, error);
+                            });
+    } catch (const std::exception& error) {
+        return finish(job, TransferState::kFailed, error.what());
+    }
+    if (bytes == nullptr) return;
+    job->source = bytes;
+    if (job->priority == Priority::kDemand) {
+        demands.push_back(job);
+    } else {
+        prefetches_.push_back(job);
+        const std::lock_guard lock(queues_);
+        awake_ = true;
+        wake_.notify_all();
+    }
+}
+
+void DeviceTransport::on_host_ready(const JobPtr& job, std::byte* bytes, const std::string& error) {
+    const std::lock_guard lock(issuing_);
+    if (bytes == nullptr) return finish(job, TransferState::kFailed, error);
+    if (ending_) {
+        host_->release(job->expert());
+        return finish(job, TransferState::kCancelled);
+    }
+    job->source = bytes;
+    if (job->priority == Priority::kDemand) {
+        std::vector<JobPtr> demands{job};
+        return copy_demands(demands);
+    }
+    prefetches_.push_back(job);
+    const std::lock_guard queues(queues_);
+    awake_ = true;
+    wake_.notify_all();
+}
+
+// Enqueues the next `nbytes` of the expert.
+void DeviceTransport::enqueue(const JobPtr& job, size_t nbytes, Stream stream) {
+    device_->copy_in(pool_->slot(job->row) + job->copied, job->source + job->copied, nbytes,
+                     stream);
+    job->copied += nbytes;
+    const std::lock_guard lock(queues_);
+    ++stats_.copies;
+    stats_.copied_bytes += static_cast<int64_t>(nbytes);
+}
+
+// All of them, then one mark for all.
+void DeviceTransport::copy_demands(std::vector<JobPtr>& demands) noexcept {
+    const bool gather = demands.size() > 1 && copy_bytes_ <= gather_below_;
+    std::vector<GatherPart> parts;
+    std::vector<JobPtr> enqueued;
+    const auto fail = [&](const JobPtr& job, const char* why) {
+        // Whatever reached the queue before the failure is let through before the bytes may move.
+        try {
+            hold_until(job->expert(), demand_, demand_->mark());
+        } catch (const std::exception&) {
+            host_->release(job->expert());
+        }
+        finish(job, TransferState::kFailed, why);
+    };
+    for (const JobPtr& job : demands) {
+        try {
+            const Stream stream = demand_->stream();
+            out_->hold_back(stream, demoted_at_[static_cast<size_t>(job->expert())]);
+            if (job->copied > 0) prefetch_->hold_back(stream, prefetch_->mark());
+            if (job->copied == 0) fences_.before_fill(job->row, stream);
+            if (gather && job->copied == 0) {
+                parts.push_back({job->source, pool_->slot(job->row), copy_bytes_});
+            } else if (job->copied < copy_bytes_) {
+                enqueue(job, copy_bytes_ - job->copied, stream);
+            }
+            enqueued.push_back(job);
+        } catch (const std::exception& error) {
+            fail(job, error.what());
+        }
+    }
+    if (enqueued.empty()) return;
+    try {
+        for (size_t first = 0; first < parts.size(); first += Device::kMostGatherParts) {
+            const size_t count = std::min(Device::kMostGatherParts, parts.size() - first);
+            device_->gather(std::span(parts).subspan(first, count), demand_->stream());
+            const std::lock_guard lock(queues_);
+            ++stats_.gathers;
+            stats_.copied_bytes += static_cast<int64_t>(count * copy_bytes_);
+        }
+        const uint64_t point = demand_->mark();
+        for (const JobPtr& job : enqueued) {
+            fences_.filled(job->row, demand_, point);
+            hold_until(job->expert(), demand_, point);
+        }
+    } catch (const std::exception& error) {
+        for (const JobPtr& job : enqueued) fail(job, error.what());
+        return;
+    }
+    for (const JobPtr& job : enqueued) finish(job, TransferState::kDone);
+}
+
+void DeviceTransport::demote(int32_t expert, int32_t row) {
+    host_->set_on_device(expert, false);
+    if (row < 0) return;
+    std::byte* const target = host_->take_over(expert);
+    if (target == nullptr) return;
+    try {
+        fences_.before_read(row, out_->stream());
+        device_->copy_out(target, pool_->slot(row), copy_bytes_, out_->stream());
+        const uint64_t point = out_->mark();
+        fences_.read(row, out_, point);
+        demoted_at_[static_cast<size_t>(expert)] = point;
+        hold_until(expert, out_, point);
+        const std::lock_guard lock(queues_);
+        stats_.demoted_bytes += static_cast<int64_t>(copy_bytes_);
+    } catch (const std::exception&) {
+        host_->drop(expert);  // the files still have it
+    }
+}
+
+void DeviceTransport::finish(const JobPtr& job, TransferState state, std::string error) {
+    job->ended = true;
+    TransferCallback done = std::exchange(job->done, nullptr);
+    if (state == TransferState::kDone) host_->set_on_device(job->expert(), true);
+    TransferAccess::set_error(*job, std::move(error));
+    TransferAccess::set_state(*job, state);
+    if (done) done(job);
+}
+
+void DeviceTransport::hold_until(int32_t expert, const TimelinePtr& timeline, uint64_t point) {
+    const std::lock_guard lock(queues_);
+    held_.push_back({expert, timeline, point});
+    awake_ = true;
+    wake_.notify_all();
+}
+
+LinkStats DeviceTransport::link_stats() const {
+    const std::lock_guard lock(queues_);
+    return stats_;
+}
+
+// The worker: releases what copies have passed, and keeps the prefetch window full.
+void DeviceTransport::work(const std::stop_token& stop) {
+#ifdef __linux__
+    (void)prctl(PR_SET_TIMERSLACK, 1000UL);  // else 20 us of sleep are 70
+#endif
+    while (!stop.stop_requested()) {
+        const bool pumping = pump_prefetches();
+        const bool holding = release_passed();
+        std::unique_lock lock(queues_);
+        if (pumping || holding) {
+            lock.unlock();
+            std::this_thread::sleep_for(kPollCopies);
+        } else {
+            wake_.wait(lock, stop, [this] { return awake_; });
+            awake_ = false;
+        }
+    }
+}
+
+// True if something is still held.
+bool DeviceTransport::release_passed() {
+    std::vector<int32_t> passed;
+    bool holding = false;
+    {
+        const std::lock_guard lock(queues_);
+        std::erase_if(held_, [&](const Held& one) {
+            try {
+                if (!one.timeline->reached(one.point)) return false;
+            } catch (const std::exception&) {
+                return false;  // a device in this state moves nothing: better held for ever
+            }
+            passed.push_back(one.expert);
+            return true;
+        });
+        holding = !held_.empty();
+    }
+    for (const int32_t expert : passed) host_->release(expert);
+    return holding;
+}
+
+// True if prefetches are queued or under way.
+bool DeviceTransport::pump_prefetches() {
+    const std::lock_guard lock(issuing_);
+    while (!window_.empty()) {
+        try {
+            if (!window_.front().timeline->reached(window_.front().point)) break;
+        } catch (const std::exception&) {
+            break;
+        }
+        window_.pop_front();
+    }
+    while (!prefetches_.empty() && window_.size() * kChunkBytes < kWindowBytes) {
+        const JobPtr job = prefetches_.front();
+        try {
+            if (job->copied == copy_bytes_) {
+                if (!prefetch_->reached(job->last_chunk)) break;
+                prefetches_.pop_front();
+                host_->release(job->expert());
+                finish(job, TransferState::kDone);
+                continue;
+            }
+            const Stream stream = prefetch_->stream();
+            if (job->copied == 0) {
+                out_->hold_back(stream, demoted_at_[static_cast<size_t>(job->expert())]);
+                fences_.before_fill(job->row, stream);
+                TransferAccess::set_state(*job, TransferState::kRunning);
+            }
+            enqueue(job, std::min(kChunkBytes, copy_bytes_ - job->copied), stream);
+            const uint64_t point = prefetch_->mark();
+            window_.push_back({job->expert(), prefetch_, point});
+            if (job->copied == copy_bytes_) {
+                job->last_chunk = point;
+                fences_.filled(job->row, prefetch_, point);
+            }
+        } catch (const std::exception& error) {
+            prefetches_.pop_front();
+            host_->release(job->expert());
+            finish(job, TransferState::kFailed, error.what());
+        }
+    }
+    return !prefetches_.empty() || !window_.empty();
+}
+
+}  // namespace moeinf

@@ -1,0 +1,226 @@
+#include "cache/host_tier.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/error.h"
+
+namespace moeinf {
+namespace {
+
+PolicyShape shape_of(const Catalog& catalog) {
+    return {catalog.num_layers(), catalog.num_experts()};
+}
+
+std::unique_ptr<SlotPool> make_pool(const Catalog& catalog, Device& device, int32_t slots) {
+    const auto nbytes = static_cast<size_t>(slots) * catalog.slot_bytes();
+    return std::make_unique<SlotPool>(device.make_pinned_arena(nbytes, catalog.slot_bytes()),
+                                      catalog.slot_bytes(), slots, slots);
+}
+
+}  // namespace
+
+HostTier::HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostTierOptions options)
+    : catalog_(std::move(catalog)),
+      exclusive_(options.exclusive),
+      entries_(static_cast<size_t>(catalog_->total_experts())) {
+    const int32_t asked = std::max(options.slots, kLeastSlots);
+    int32_t slots = asked;
+    for (;;) {
+        try {
+            pool_ = make_pool(*catalog_, device, slots);
+            break;
+        } catch (const Error& error) {
+            if (error.code() != ErrorCode::kCapacity || slots == kLeastSlots) throw;
+        }
+        slots = std::max(kLeastSlots, slots - std::max(1, slots / 4));
+    }
+    stats_.slots = slots;
+    stats_.slots_refused = asked - slots;
+    const PolicyShape shape = shape_of(*catalog_);
+    residency_ = std::make_unique<Residency>(shape, slots, make_policy(options.policy, shape));
+    engine_ = std::make_unique<CopyEngine>(catalog_, options.copy);
+}
+
+HostTier::~HostTier() {
+    std::deque<Waiter> starved;
+    {
+        const std::lock_guard lock(mutex_);
+        ending_ = true;
+        starved.swap(starved_);
+    }
+    for (const Waiter& one : starved) one.ready(nullptr, "the cache is being closed");
+    engine_.reset();
+}
+
+std::byte* HostTier::address(int32_t expert) const {
+    return pool_->slot(residency_->slot_of(expert));
+}
+
+// True once the absent expert has a slot.
+bool HostTier::make_room(int32_t expert) {
+    while (exclusive_ && !residency_->has_free_slot() && !duplicates_.empty()) {
+        const int32_t other = duplicates_.front();
+        duplicates_.pop_front();
+        const bool there = residency_->slot_of(other) >= 0 && entry(other).on_device;
+        if (there && !residency_->pinned(other)) residency_->remove(other);
+    }
+    Placement placement{};
+    return residency_->place(expert, placement);
+}
+
+void HostTier::note_duplicate(int32_t expert) {
+    if (exclusive_ && entry(expert).on_device && residency_->slot_of(expert) >= 0 &&
+        !residency_->pinned(expert)) {
+        duplicates_.push_back(expert);
+    }
+}
+
+std::byte* HostTier::hold(int32_t expert, Priority priority, Ready ready) {
+    const std::lock_guard lock(mutex_);
+    Entry& one = entry(expert);
+    const bool present = residency_->slot_of(expert) >= 0;
+    if (present && one.reading == nullptr) {
+        ++stats_.hits;
+        residency_->pin(expert);
+        return address(expert);
+    }
+    ++stats_.misses;
+    if (present) {
+        residency_->pin(expert);
+        one.waiting.push_back(std::move(ready));
+        if (priority == Priority::kDemand) engine_->promote(one.reading);
+    } else if (make_room(expert)) {
+        residency_->pin(expert);
+        one.waiting.push_back(std::move(ready));
+        start_read(expert, priority);
+    } else {
+        // Demands wait before prefetches, each in their order.
+        const auto before = std::find_if(starved_.begin(), starved_.end(), [&](const Waiter& w) {
+            return w.priority > priority;
+        });
+        starved_.insert(before, {expert, priority, std::move(ready)});
+    }
+    return nullptr;
+}
+
+void HostTier::start_read(int32_t expert, Priority priority) {
+    // The callback cannot overtake this assignment: it needs the lock we hold.
+    entry(expert).reading =
+        engine_->submit(expert, address(expert), priority,
+                        [this, expert](const TransferPtr& transfer) { on_read(expert, *transfer); });
+}
+
+void HostTier::on_read(int32_t expert, const Transfer& transfer) {
+    std::vector<Ready> waiting;
+    std::byte* bytes = nullptr;
+    std::string error;
+    {
+        const std::lock_guard lock(mutex_);
+        Entry& one = entry(expert);
+        one.reading.reset();
+        waiting.swap(one.waiting);
+        if (transfer.state() == TransferState::kDone) {
+            bytes = address(expert);
+            stats_.read_bytes += static_cast<int64_t>(catalog_->expert_bytes());
+        } else {
+            error = transfer.state() == TransferState::kFailed ? transfer.error()
+                                                               : "the read was cancelled";
+            for (size_t i = 0; i < waiting.size(); ++i) residency_->unpin(expert);
+            residency_->remove(expert);
+        }
+    }
+    for (const Ready& ready : waiting) ready(bytes, error);
+    if (bytes == nullptr) serve_starved();
+}
+
+// Whatever was refused for want of a slot and can have one now.
+void HostTier::serve_starved() {
+    std::vector<std::pair<Ready, std::byte*>> served;
+    {
+        const std::lock_guard lock(mutex_);
+        while (!starved_.empty() && !ending_) {
+            Waiter& one = starved_.front();
+            const bool present = residency_->slot_of(one.expert) >= 0;
+            if (!present && !make_room(one.expert)) break;
+            residency_->pin(one.expert);
+            Entry& target = entry(one.expert);
+            if (present && target.reading == nullptr) {
+                served.emplace_back(std::move(one.ready), address(one.expert));
+            } else {
+                target.waiting.push_back(std::move(one.ready));
+                if (!present) start_read(one.expert, one.priority);
+            }
+            starved_.pop_front();
+        }
+    }
+    for (const auto& [ready, bytes] : served) ready(bytes, {});
+}
+
+void HostTier::promote(int32_t expert) {
+    const std::lock_guard lock(mutex_);
+    if (entry(expert).reading) return engine_->promote(entry(expert).reading);
+    const auto waiter = std::find_if(starved_.begin(), starved_.end(),
+                                     [&](const Waiter& one) { return one.expert == expert; });
+    if (waiter == starved_.end() || waiter->priority == Priority::kDemand) return;
+    Waiter one = std::move(*waiter);
+    one.priority = Priority::kDemand;
+    starved_.erase(waiter);
+    const auto before = std::find_if(starved_.begin(), starved_.end(), [](const Waiter& w) {
+        return w.priority == Priority::kPrefetch;
+    });
+    starved_.insert(before, std::move(one));
+}
+
+void HostTier::release(int32_t expert) {
+    {
+        const std::lock_guard lock(mutex_);
+        residency_->unpin(expert);
+        note_duplicate(expert);
+        if (starved_.empty()) return;
+    }
+    serve_starved();
+}
+
+std::byte* HostTier::take_over(int32_t expert) {
+    const std::lock_guard lock(mutex_);
+    if (!exclusive_ || residency_->slot_of(expert) >= 0 || !starved_.empty() ||
+        !make_room(expert)) {
+        return nullptr;
+    }
+    residency_->pin(expert);
+    ++stats_.demoted;
+    return address(expert);
+}
+
+void HostTier::drop(int32_t expert) {
+    {
+        const std::lock_guard lock(mutex_);
+        residency_->unpin(expert);
+        if (!residency_->pinned(expert)) residency_->remove(expert);
+    }
+    serve_starved();
+}
+
+void HostTier::set_on_device(int32_t expert, bool there) {
+    const std::lock_guard lock(mutex_);
+    entry(expert).on_device = there;
+    note_duplicate(expert);
+}
+
+void HostTier::observe(const Step& step) {
+    const std::lock_guard lock(mutex_);
+    residency_->policy().observe(step);
+}
+
+HostTierStats HostTier::stats() const {
+    const std::lock_guard lock(mutex_);
+    return stats_;
+}
+
+void HostTier::reset_stats() {
+    const std::lock_guard lock(mutex_);
+    stats_ = {.slots = stats_.slots, .slots_refused = stats_.slots_refused};
+}
+
+}  // namespace moeinf

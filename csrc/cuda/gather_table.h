@@ -1,0 +1,20 @@
+// The one argument of the kernel moeinf_gather, passed by value; read by host and device code.
+#pragma once
+
+#include <cstdint>
+
+namespace moeinf::cuda {
+
+struct GatherTable {
+    static constexpr int kMost = 64;
+
+    struct Part {
+        uint64_t source;  // addresses as the device sees them
+        uint64_t target;
+        uint64_t nbytes;  // a multiple of 16, as both addresses are
+    };
+    Part parts[kMost];
+};
+static_assert(sizeof(GatherTable) <= 4096, "more than a kernel's parameters may hold");
+
+}  // namespace moeinf::cuda

@@ -1,0 +1,50 @@
+// One expert on its way into one slot, and what moves it there.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+
+namespace moeinf {
+
+enum class Priority : uint8_t { kDemand = 0, kPrefetch = 1 };
+
+enum class TransferState : uint8_t { kQueued, kRunning, kDone, kFailed, kCancelled };
+
+class Transfer {
+public:
+    [[nodiscard]] int32_t expert() const noexcept { return expert_; }  // flat id
+    [[nodiscard]] TransferState state() const noexcept {
+        return state_.load(std::memory_order_acquire);
+    }
+    [[nodiscard]] const std::string& error() const noexcept { return error_; }  // once kFailed
+
+private:
+    friend struct TransferAccess;
+    int32_t expert_ = -1;
+    std::atomic<TransferState> state_{TransferState::kQueued};
+    std::string error_;
+};
+
+// For what moves transfers, and for nobody else.
+struct TransferAccess {
+    static void begin(Transfer& transfer, int32_t expert) { transfer.expert_ = expert; }
+    static void set_state(Transfer& transfer, TransferState state) {
+        transfer.state_.store(state, std::memory_order_release);
+    }
+    static void set_error(Transfer& transfer, std::string error) {
+        transfer.error_ = std::move(error);
+    }
+};
+
+using TransferPtr = std::shared_ptr<Transfer>;
+
+// Called exactly once per transfer, with no lock held that its owner may want. It may call what
+// moves the transfer, but must not throw or destroy it.
+using TransferCallback = std::function<void(const TransferPtr&)>;
+
+}  // namespace moeinf

@@ -1,0 +1,146 @@
+// What the files of the fake driver share. It knows nothing of moeinf; the declarations follow
+// NVIDIA's documentation. No lock is taken on the way into a call, so that ThreadSanitizer sees
+// races of the callers, which a lock here would hide.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "fake_cuda.h"
+
+#define FAKE_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace fake {
+
+using Clock = std::chrono::steady_clock;
+using Time = Clock::time_point;
+using Result = int;
+using Handle = void*;
+using DevicePointer = unsigned long long;
+
+constexpr Result kSuccess = 0;
+constexpr Result kInvalidValue = 1;
+constexpr Result kOutOfMemory = 2;
+constexpr Result kNotInitialized = 3;
+constexpr Result kNoDevice = 100;
+constexpr Result kInvalidDevice = 101;
+constexpr Result kInvalidContext = 201;
+constexpr Result kInvalidHandle = 400;
+constexpr Result kNotFound = 500;
+constexpr Result kNotReady = 600;
+constexpr Result kIllegalAddress = 700;
+constexpr Result kAlreadyRegistered = 712;
+constexpr Result kNotRegistered = 713;
+constexpr Result kMisalignedAddress = 716;
+
+// One exported function: its calls are counted, and one of them can be made to fail.
+class Call {
+public:
+    enum class Needs { kNothing, kInit, kContext };
+
+    Call(const char* name, Needs needs);
+    // Counts the call; anything but kSuccess is what it shall return at once.
+    Result enter();
+    void reset();
+    void fail(uint64_t nth, Result result);
+
+    const char* const name;
+    std::atomic<uint64_t> count{0};
+
+private:
+    Needs needs_;
+    std::atomic<uint64_t> until_failure_{0};  // 0: none is to fail
+    std::atomic<Result> failure_{kSuccess};
+};
+
+std::vector<Call*>& all_calls();
+
+// Defines an exported function whose body follows: FAKE_CALL(cuX, kContext, (int a)) { ... }
+#define FAKE_CALL(name, needs, parameters)                          \
+    static fake::Call call_##name(#name, fake::Call::Needs::needs); \
+    FAKE_EXPORT fake::Result name parameters
+#define FAKE_ENTER(name) \
+    if (const fake::Result entered = call_##name.enter(); entered != fake::kSuccess) return entered
+
+struct LinkSettings {
+    std::atomic<double> bytes_per_second{0};
+    std::atomic<uint64_t> latency_ns{0};
+};
+
+struct Settings {
+    std::atomic<uint64_t> seed{0};
+    std::atomic<uint64_t> memory{uint64_t{1} << 30};
+    std::atomic<uint64_t> granularity{uint64_t{2} << 20};
+    std::atomic<uint64_t> pinned_limit{UINT64_MAX};
+    std::atomic<uint64_t> max_delay_ns{0};
+    std::atomic<int> version{13000};
+    std::atomic<int> devices{1};
+    std::atomic<int> same_addresses{1};
+    LinkSettings links[2];
+};
+Settings& settings();
+
+// The context is broken from here on, as after a fault on a real device; says why on stderr.
+void break_context(Result result, const char* why);
+void mend_context();
+
+// memory.cpp. Copies while no piece can be unmapped or unregistered; false where the device or
+// the host memory is not (any more) what a copy may touch.
+struct Part {
+    uint64_t source, target, nbytes;
+};
+bool copyable(const Part& part, int direction);
+bool copy_bytes(const std::vector<Part>& parts, int direction);
+
+// link.cpp. One copy engine; moves the parts as one and returns when they are over.
+// `ready` is when the copy could start, on the stream's clock; the result is when it ended.
+Time cross_link(const std::vector<Part>& parts, int direction, int priority, Time enqueued,
+                Time ready, bool early);
+void reset_links();
+
+// stream.cpp. A stream has a clock of its own that says when its last task was over: the thread
+// behind it wakes a little late, the clock does not.
+class Stream {
+public:
+    struct Turn {
+        Time enqueued;
+        Time ready;
+        std::mt19937_64& random;
+        int priority;
+    };
+    using Work = std::function<Time(const Turn&)>;  // returns when it was over
+
+    explicit Stream(int stream_priority);
+    static std::shared_ptr<Stream> start(int priority);
+    void push(Work work);
+    void close();
+    bool idle();
+    void wait_idle();
+    const int priority;
+
+private:
+    void run();
+
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::deque<std::pair<Time, Work>> tasks_;
+    bool busy_ = false;
+    bool closing_ = false;
+    std::mt19937_64 random_;
+};
+Stream& stream_of(Handle stream);
+void release_hung_events();
+
+}  // namespace fake

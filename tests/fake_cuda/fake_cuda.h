@@ -1,0 +1,63 @@
+// How tests steer the fake CUDA driver and ask what happened. Plain C, so that Python reaches it
+// through ctypes. The library that exports this is the one that MOEINF_CUDA_DRIVER names.
+//
+// What it is true to: streams run truly beside each other and in order within themselves; events
+// have the driver's generations; one copy engine per direction serves all streams, urgent ones
+// first; device memory is accounted for in pieces; unmapped device memory cannot be copied to.
+// What it is stricter in: host memory must be registered and a copy lie within one registration
+// (CUDA copies pageable memory slowly), and only non-blocking streams can be made. What it is not:
+// the default stream waits for no other.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { FAKE_CUDA_TO_DEVICE = 0, FAKE_CUDA_TO_HOST = 1 };
+
+// Settings, faults and counters as at the start, and hung events complete. Streams, events and
+// memory stay. `seed` draws the delays of streams made from now on.
+void fake_cuda_reset(uint64_t seed);
+
+void fake_cuda_set_memory(uint64_t total_bytes);  // at the start 1 GiB
+void fake_cuda_set_granularity(uint64_t bytes);   // of device memory; at the start 2 MiB
+void fake_cuda_set_pinned_limit(uint64_t bytes);  // at the start none
+void fake_cuda_set_driver_version(int version);   // at the start 13000; 11010 is too old
+void fake_cuda_set_device_count(int count);       // at the start 1
+void fake_cuda_set_same_addresses(int same);      // at the start 1: see attribute 91
+// A copy takes latency + bytes / bandwidth; 0 bytes per second is a link without limit, as at the
+// start.
+void fake_cuda_set_link(int direction, double bytes_per_second, uint64_t latency_ns);
+// Before each task of a stream passes a random time: none for half of them, else up to this.
+void fake_cuda_set_max_delay(uint64_t ns);
+
+// The nth next call (1: the next one) of a function, by exported name ("cuMemcpyHtoDAsync_v2"),
+// does nothing and returns `result`. Returns 0, or -1 for an unknown name.
+int fake_cuda_fail(const char* function, uint64_t nth, int result);
+// The event recorded next never completes, nor does anything behind it in its stream, until reset.
+void fake_cuda_hang_next_event(void);
+
+// Since the last reset. `function` NULL: of all functions; an unknown name has 0 calls.
+uint64_t fake_cuda_calls(const char* function);
+uint64_t fake_cuda_bytes(int direction);    // moved, copies and gathers
+uint64_t fake_cuda_busy_ns(int direction);  // time the link was occupied
+// Right now.
+uint64_t fake_cuda_used_bytes(void);        // device memory created and not released
+uint64_t fake_cuda_registered_bytes(void);  // page-locked host memory
+uint64_t fake_cuda_live_streams(void);      // made and not destroyed
+uint64_t fake_cuda_live_events(void);
+
+struct fake_cuda_copy {
+    uint64_t source, target, nbytes;
+    int32_t direction, priority;             // of its stream; lower is more urgent
+    uint64_t enqueued_ns, start_ns, end_ns;  // of the steady clock; start and end on the link
+};
+// The newest copies (at most 65536 are kept; a gather is one of all its bytes, with its first
+// part's addresses), oldest first; returns how many were written.
+uint64_t fake_cuda_copies(struct fake_cuda_copy* copies, uint64_t most);
+
+#ifdef __cplusplus
+}
+#endif

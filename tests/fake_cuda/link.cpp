@@ -1,0 +1,130 @@
+// The link to the device: one engine each way, for which copies queue by urgency, then by age.
+// Its time is counted on a clock of its own, so that a thread that wakes late loses none of it.
+#include <algorithm>
+#include <thread>
+
+#include "fake.h"
+
+namespace fake {
+namespace {
+
+constexpr size_t kMostCopies = 65536;
+
+struct Link {
+    std::mutex mutex;  // guards all below
+    std::condition_variable changed;
+    std::set<std::pair<int, uint64_t>> waiting;  // priority, order of arrival
+    uint64_t arrivals = 0;
+    bool busy = false;
+    Time free_at{};
+    uint64_t bytes = 0;
+    uint64_t busy_ns = 0;
+};
+
+struct Log {
+    std::mutex mutex;
+    std::deque<fake_cuda_copy> copies;
+};
+
+Link& link_of(int direction) {
+    static Link* const links = new Link[2];
+    return links[direction];
+}
+
+Log& log() {
+    static Log* const all = new Log;
+    return *all;
+}
+
+uint64_t nanoseconds(Time time) {
+    return static_cast<uint64_t>(
+        std::chrono::duration_cast<std::chrono::nanoseconds>(time.time_since_epoch()).count());
+}
+
+uint64_t cost_ns(uint64_t nbytes, int direction) {
+    const LinkSettings& link = settings().links[direction];
+    const double rate = link.bytes_per_second;
+    return link.latency_ns +
+           (rate > 0 ? static_cast<uint64_t>(static_cast<double>(nbytes) / rate * 1e9) : 0);
+}
+
+void take(Link& link, int priority) {
+    std::unique_lock lock(link.mutex);
+    const std::pair<int, uint64_t> place{priority, ++link.arrivals};
+    link.waiting.insert(place);
+    link.changed.wait(lock, [&] { return !link.busy && *link.waiting.begin() == place; });
+    link.waiting.erase(place);
+    link.busy = true;
+}
+
+void move(const std::vector<Part>& parts, int direction) {
+    if (!copy_bytes(parts, direction)) {
+        break_context(kIllegalAddress,
+                      "memory of a copy under way was unmapped or no longer registered");
+    }
+}
+
+}  // namespace
+
+Time cross_link(const std::vector<Part>& parts, int direction, int priority, Time enqueued,
+                Time ready, bool early) {
+    uint64_t nbytes = 0;
+    for (const Part& part : parts) nbytes += part.nbytes;
+    Link& link = link_of(direction);
+    take(link, priority);
+    // No other thread touches free_at while the link is busy.
+    const Time start = std::max(ready, link.free_at);
+    const uint64_t cost = cost_ns(nbytes, direction);
+    const Time end = start + std::chrono::nanoseconds(cost);
+    // When within its time a copy's bytes appear is nobody's business: both ends are tried.
+    if (early) move(parts, direction);
+    if (Clock::now() < end) std::this_thread::sleep_until(end);
+    if (!early) move(parts, direction);
+    {
+        const std::lock_guard lock(log().mutex);
+        log().copies.push_back({parts[0].source, parts[0].target, nbytes, direction, priority,
+                                nanoseconds(enqueued), nanoseconds(start), nanoseconds(end)});
+        if (log().copies.size() > kMostCopies) log().copies.pop_front();
+    }
+    const std::lock_guard lock(link.mutex);
+    link.busy = false;
+    link.free_at = end;
+    link.bytes += nbytes;
+    link.busy_ns += cost;
+    link.changed.notify_all();
+    return end;
+}
+
+void reset_links() {
+    for (int direction = 0; direction < 2; ++direction) {
+        Link& link = link_of(direction);
+        const std::lock_guard lock(link.mutex);
+        link.bytes = 0;
+        link.busy_ns = 0;
+    }
+    const std::lock_guard lock(log().mutex);
+    log().copies.clear();
+}
+
+}  // namespace fake
+
+using namespace fake;
+
+FAKE_EXPORT uint64_t fake_cuda_bytes(int direction) {
+    Link& link = link_of(direction);
+    const std::lock_guard lock(link.mutex);
+    return link.bytes;
+}
+
+FAKE_EXPORT uint64_t fake_cuda_busy_ns(int direction) {
+    Link& link = link_of(direction);
+    const std::lock_guard lock(link.mutex);
+    return link.busy_ns;
+}
+
+FAKE_EXPORT uint64_t fake_cuda_copies(fake_cuda_copy* copies, uint64_t most) {
+    const std::lock_guard lock(log().mutex);
+    const uint64_t count = std::min<uint64_t>(most, log().copies.size());
+    std::copy(log().copies.end() - static_cast<std::ptrdiff_t>(count), log().copies.end(), copies);
+    return count;
+}

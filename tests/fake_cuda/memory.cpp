@@ -1,0 +1,258 @@
+// Device memory, which is RAM that cannot be touched until it is mapped, and page-locked RAM.
+#include <sys/mman.h>
+
+#include <cstring>
+#include <map>
+#include <shared_mutex>
+
+#include "fake.h"
+
+namespace fake {
+namespace {
+
+constexpr int kGarbage = 0xA5;  // what fresh device memory holds
+
+struct Allocation {
+    size_t nbytes;
+    int references;
+};
+
+struct Mapping {
+    size_t nbytes;
+    uint64_t allocation;
+    bool accessible;
+};
+
+struct Memory {
+    std::shared_mutex mutex;  // guards all below; shared while bytes are copied
+    std::map<uint64_t, Allocation> allocations;
+    std::map<uint64_t, Mapping> mappings;
+    std::map<uint64_t, size_t> reservations;
+    std::map<uint64_t, size_t> registrations;
+    uint64_t last_allocation = 0;
+    uint64_t used = 0;
+    uint64_t registered = 0;
+};
+
+Memory& memory() {
+    static Memory* const all = new Memory;
+    return *all;
+}
+
+template <typename Value>
+auto at_or_before(const std::map<uint64_t, Value>& map, uint64_t address) {
+    auto found = map.upper_bound(address);
+    return found == map.begin() ? map.end() : std::prev(found);
+}
+
+// The caller holds the mutex.
+bool is_mapped(uint64_t address, uint64_t nbytes) {
+    auto found = at_or_before(memory().mappings, address);
+    const uint64_t end = address + nbytes;
+    while (found != memory().mappings.end()) {
+        const uint64_t mapping_end = found->first + found->second.nbytes;
+        if (found->first > address || mapping_end <= address || !found->second.accessible) break;
+        if (mapping_end >= end) return true;
+        address = mapping_end;
+        ++found;
+    }
+    return false;
+}
+
+bool is_registered(uint64_t address, uint64_t nbytes) {
+    auto found = at_or_before(memory().registrations, address);
+    return found != memory().registrations.end() &&
+           address + nbytes <= found->first + found->second;
+}
+
+bool is_copyable(const Part& part, int direction) {
+    const bool in = direction == FAKE_CUDA_TO_DEVICE;
+    return part.nbytes == 0 || (is_mapped(in ? part.target : part.source, part.nbytes) &&
+                                is_registered(in ? part.source : part.target, part.nbytes));
+}
+
+void drop_reference(uint64_t handle) {
+    auto found = memory().allocations.find(handle);
+    if (--found->second.references > 0) return;
+    memory().used -= found->second.nbytes;
+    memory().allocations.erase(found);
+}
+
+bool in_granules(uint64_t nbytes) {
+    return nbytes > 0 && nbytes % settings().granularity == 0;
+}
+
+}  // namespace
+
+bool copyable(const Part& part, int direction) {
+    const std::shared_lock lock(memory().mutex);
+    return is_copyable(part, direction);
+}
+
+bool copy_bytes(const std::vector<Part>& parts, int direction) {
+    const std::shared_lock lock(memory().mutex);
+    for (const Part& part : parts) {
+        if (!is_copyable(part, direction)) return false;
+        std::memcpy(reinterpret_cast<void*>(part.target), reinterpret_cast<void*>(part.source),
+                    part.nbytes);
+    }
+    return true;
+}
+
+}  // namespace fake
+
+using namespace fake;
+
+FAKE_CALL(cuMemGetInfo_v2, kContext, (size_t* free, size_t* total)) {
+    FAKE_ENTER(cuMemGetInfo_v2);
+    const std::shared_lock lock(memory().mutex);
+    *total = settings().memory;
+    *free = *total > memory().used ? *total - memory().used : 0;
+    return kSuccess;
+}
+
+FAKE_CALL(cuMemGetAllocationGranularity, kContext, (size_t* granularity, const void*, int)) {
+    FAKE_ENTER(cuMemGetAllocationGranularity);
+    *granularity = settings().granularity;
+    return kSuccess;
+}
+
+FAKE_CALL(cuMemAddressReserve, kContext,
+          (DevicePointer * pointer, size_t nbytes, size_t, DevicePointer, unsigned long long)) {
+    FAKE_ENTER(cuMemAddressReserve);
+    if (!in_granules(nbytes)) return kInvalidValue;
+    void* range =
+        mmap(nullptr, nbytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (range == MAP_FAILED) return kOutOfMemory;
+    *pointer = reinterpret_cast<DevicePointer>(range);
+    const std::lock_guard lock(memory().mutex);
+    memory().reservations[*pointer] = nbytes;
+    return kSuccess;
+}
+
+FAKE_CALL(cuMemAddressFree, kContext, (DevicePointer pointer, size_t nbytes)) {
+    FAKE_ENTER(cuMemAddressFree);
+    const std::lock_guard lock(memory().mutex);
+    auto found = memory().reservations.find(pointer);
+    if (found == memory().reservations.end() || found->second != nbytes) return kInvalidValue;
+    auto mapping = memory().mappings.lower_bound(pointer);
+    if (mapping != memory().mappings.end() && mapping->first < pointer + nbytes) {
+        return kInvalidValue;
+    }
+    munmap(reinterpret_cast<void*>(pointer), nbytes);
+    memory().reservations.erase(found);
+    return kSuccess;
+}
+
+FAKE_CALL(cuMemCreate, kContext,
+          (unsigned long long* handle, size_t nbytes, const void*, unsigned long long)) {
+    FAKE_ENTER(cuMemCreate);
+    if (!in_granules(nbytes)) return kInvalidValue;
+    const std::lock_guard lock(memory().mutex);
+    if (memory().used + nbytes > settings().memory) return kOutOfMemory;
+    memory().used += nbytes;
+    *handle = ++memory().last_allocation;
+    memory().allocations[*handle] = {nbytes, 1};
+    return kSuccess;
+}
+
+FAKE_CALL(cuMemRelease, kContext, (unsigned long long handle)) {
+    FAKE_ENTER(cuMemRelease);
+    const std::lock_guard lock(memory().mutex);
+    if (memory().allocations.count(handle) == 0) return kInvalidValue;
+    drop_reference(handle);
+    return kSuccess;
+}
+
+FAKE_CALL(cuMemMap, kContext,
+          (DevicePointer pointer, size_t nbytes, size_t offset, unsigned long long handle,
+           unsigned long long)) {
+    FAKE_ENTER(cuMemMap);
+    const std::lock_guard lock(memory().mutex);
+    auto allocation = memory().allocations.find(handle);
+    auto range = at_or_before(memory().reservations, pointer);
+    auto next = memory().mappings.lower_bound(pointer);
+    auto before = at_or_before(memory().mappings, pointer);
+    if (allocation == memory().allocations.end() || allocation->second.nbytes != nbytes ||
+        offset != 0 || range == memory().reservations.end() ||
+        pointer + nbytes > range->first + range->second ||
+        (next != memory().mappings.end() && next->first < pointer + nbytes) ||
+        (before != memory().mappings.end() && before->first + before->second.nbytes > pointer)) {
+        return kInvalidValue;
+    }
+    ++allocation->second.references;
+    memory().mappings[pointer] = {nbytes, handle, false};
+    return kSuccess;
+}
+
+FAKE_CALL(cuMemSetAccess, kContext, (DevicePointer pointer, size_t nbytes, const void*, size_t)) {
+    FAKE_ENTER(cuMemSetAccess);
+    const std::lock_guard lock(memory().mutex);
+    auto found = memory().mappings.find(pointer);
+    if (found == memory().mappings.end() || found->second.nbytes != nbytes) return kInvalidValue;
+    void* range = reinterpret_cast<void*>(pointer);
+    if (mprotect(range, nbytes, PROT_READ | PROT_WRITE) != 0) return kOutOfMemory;
+    std::memset(range, kGarbage, nbytes);
+    found->second.accessible = true;
+    return kSuccess;
+}
+
+FAKE_CALL(cuMemUnmap, kContext, (DevicePointer pointer, size_t nbytes)) {
+    FAKE_ENTER(cuMemUnmap);
+    const std::lock_guard lock(memory().mutex);
+    auto found = memory().mappings.find(pointer);
+    if (found == memory().mappings.end() || found->second.nbytes != nbytes) return kInvalidValue;
+    madvise(reinterpret_cast<void*>(pointer), nbytes, MADV_DONTNEED);
+    mprotect(reinterpret_cast<void*>(pointer), nbytes, PROT_NONE);
+    const uint64_t allocation = found->second.allocation;
+    memory().mappings.erase(found);
+    drop_reference(allocation);
+    return kSuccess;
+}
+
+FAKE_CALL(cuMemHostRegister_v2, kContext, (void* host, size_t nbytes, unsigned)) {
+    FAKE_ENTER(cuMemHostRegister_v2);
+    const auto address = reinterpret_cast<uint64_t>(host);
+    const std::lock_guard lock(memory().mutex);
+    if (nbytes == 0) return kInvalidValue;
+    auto next = memory().registrations.lower_bound(address);
+    auto before = at_or_before(memory().registrations, address);
+    if ((next != memory().registrations.end() && next->first < address + nbytes) ||
+        (before != memory().registrations.end() && before->first + before->second > address)) {
+        return kAlreadyRegistered;
+    }
+    if (nbytes > settings().pinned_limit ||
+        memory().registered > settings().pinned_limit - nbytes) {
+        return kOutOfMemory;
+    }
+    memory().registrations[address] = nbytes;
+    memory().registered += nbytes;
+    return kSuccess;
+}
+
+FAKE_CALL(cuMemHostUnregister, kContext, (void* host)) {
+    FAKE_ENTER(cuMemHostUnregister);
+    const std::lock_guard lock(memory().mutex);
+    auto found = memory().registrations.find(reinterpret_cast<uint64_t>(host));
+    if (found == memory().registrations.end()) return kNotRegistered;
+    memory().registered -= found->second;
+    memory().registrations.erase(found);
+    return kSuccess;
+}
+
+FAKE_CALL(cuMemHostGetDevicePointer_v2, kContext, (DevicePointer * pointer, void* host, unsigned)) {
+    FAKE_ENTER(cuMemHostGetDevicePointer_v2);
+    const std::shared_lock lock(memory().mutex);
+    *pointer = reinterpret_cast<DevicePointer>(host);
+    return is_registered(*pointer, 1) ? kSuccess : kInvalidValue;
+}
+
+FAKE_EXPORT uint64_t fake_cuda_used_bytes(void) {
+    const std::shared_lock lock(memory().mutex);
+    return memory().used;
+}
+
+FAKE_EXPORT uint64_t fake_cuda_registered_bytes(void) {
+    const std::shared_lock lock(memory().mutex);
+    return memory().registered;
+}
