@@ -6,8 +6,8 @@ Replays decode routing over random weights with the geometry of published models
 every layer, one token at a time, nothing else of the model. Beside each time stand the roofline
 (the larger of the link's time for the bytes that were copied, at the pinned bandwidth measured in
 this run, and the all-resident time), the least that fetching every expert for every token could
-take, and the all-resident time. The row of 0% fetches on demand: one slot. `--tiny` runs the same on
-any driver in seconds, the one made for tests included; its numbers mean nothing.
+take, and the all-resident time. The row of 0% fetches on demand: one slot. `--tiny` runs the same
+on any driver in seconds, the one made for tests included; its numbers mean nothing.
 """
 
 from __future__ import annotations
