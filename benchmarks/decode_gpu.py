@@ -123,7 +123,7 @@ def measure(
                 "resident_ms": None if resident is None else resident * 1e3,
                 "pinned_gb_per_s": peak / 1e9,
                 "kernels": stats["host"]["kernels"],
-                "copies": stats["host"]["copies"],
+                "copy_path": stats["host"]["copy_path"],
             }
         )
         del cache

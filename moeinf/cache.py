@@ -307,7 +307,7 @@ class ExpertCache:
         hits / accesses; `layers` holds the same for each MoE layer. `prefetch` says how good
         predictions were (see `prediction_summary`), None with prefetch="off". `device` says where
         the slots lie. `host` counts what the RAM between GPU and files did, and says how bytes go
-        to the GPU (`copies`) and what computes there (`kernels`); None on the cpu.
+        to the GPU (`copy_path`) and what computes there (`kernels`); None on the cpu.
         """
         layers = [dict(layer) for layer in self.core.stats()]
         total = {name: sum(layer[name] for layer in layers) for name in COUNTERS}
@@ -340,7 +340,7 @@ class ExpertCache:
         gathers = self._opened.can_gather and self._gather_below > 0
         return {
             **self.core.host_stats(),
-            "copies": f"gather below {self._gather_below} bytes, dma" if gathers else "dma",
+            "copy_path": f"gather below {self._gather_below} bytes, dma" if gathers else "dma",
             "kernels": self._experts.kernels,
         }
 

@@ -111,7 +111,7 @@ def _print_report(report: dict[str, Any]) -> None:
             "device": report["device"],
             "experts in RAM": f"{host['slots']}, hit {host['hits']} of "
             f"{host['hits'] + host['misses']} times",
-            "copied to the GPU": f"{human_bytes(host['copied_bytes'])} by {host['copies']}",
+            "copied to the GPU": f"{human_bytes(host['copied_bytes'])} by {host['copy_path']}",
         }
     if "prefetch" in report:
         facts |= _prefetch_facts(report["prefetch"])
