@@ -8,7 +8,9 @@ namespace moeinf {
 void bind_errors(pybind11::module_& module);
 void bind_compute(pybind11::module_& module);
 void bind_transfer(pybind11::module_& module);
+void bind_device(pybind11::module_& module);
 void bind_cache(pybind11::module_& module);
+void bind_device_reader(pybind11::module_& module);
 void bind_cache_timing(pybind11::module_& module);
 void bind_fused_experts(pybind11::module_& module);
 void bind_trace(pybind11::module_& module);

@@ -14,6 +14,7 @@
 #include "base/error.h"
 #include "bindings/bindings.h"
 #include "bindings/dlpack.h"
+#include "cache/device_transport.h"
 #include "cache/expert_cache.h"
 #include "cache/policy.h"
 
@@ -83,13 +84,19 @@ void check_signals() {
 
 std::shared_ptr<ExpertCache> make_cache(std::shared_ptr<Catalog> catalog, int32_t slots,
                                         std::string policy, int32_t threads, size_t chunk_bytes,
-                                        bool direct, std::string prefetch) {
+                                        bool direct, std::string prefetch,
+                                        std::shared_ptr<Device> device, int32_t host_slots,
+                                        bool exclusive, size_t gather_below) {
     ExpertCacheOptions options;
     options.slots = slots;
     options.policy = std::move(policy);
     options.prefetch = std::move(prefetch);
     options.copy = {threads, chunk_bytes, direct};
     options.poll = check_signals;
+    options.device = std::move(device);
+    options.host_slots = host_slots;
+    options.exclusive = exclusive;
+    options.gather_below = gather_below;
     return std::make_shared<ExpertCache>(std::move(catalog), std::move(options));
 }
 
@@ -170,12 +177,37 @@ py::dict to_dict(const PredictionStats& stats) {
     return row;
 }
 
+const Device* device_of(const ExpertCache& cache) {
+    DeviceTransport* const transport = cache.device_transport();
+    return transport == nullptr ? nullptr : transport->device().get();
+}
+
+py::object host_stats(const ExpertCache& cache) {
+    DeviceTransport* const transport = cache.device_transport();
+    if (transport == nullptr) return py::none();
+    const HostTierStats host = transport->host().stats();
+    const LinkStats link = transport->link_stats();
+    py::dict row;
+    row["slots"] = host.slots;
+    row["slots_refused"] = host.slots_refused;
+    row["hits"] = host.hits;
+    row["misses"] = host.misses;
+    row["read_bytes"] = host.read_bytes;
+    row["demoted"] = host.demoted;
+    row["demoted_bytes"] = link.demoted_bytes;
+    row["copied_bytes"] = link.copied_bytes;
+    row["copies"] = link.copies;
+    row["gathers"] = link.gathers;
+    return row;
+}
+
 py::capsule export_pool(const ExpertCache& cache, py::handle dl_device, py::handle copy) {
-    const bool elsewhere = !dl_device.is_none() && !dl_device.equal(dlpack_host_device());
+    const bool elsewhere = !dl_device.is_none() && !dl_device.equal(dlpack_device(device_of(cache)));
     if (elsewhere || (!copy.is_none() && py::cast<bool>(copy))) {
         throw py::buffer_error("the pool is exported in place: no copy and no other device");
     }
-    return to_dlpack(cache.shared_pool(), cache.slots() + ExpertCache::kTransitSlots);
+    return to_dlpack(cache.shared_pool(), cache.slots() + ExpertCache::kTransitSlots,
+                     device_of(cache));
 }
 
 void bind_lease(py::module_& module) {
@@ -219,6 +251,8 @@ void bind_cache(py::module_& module) {
         .def(py::init(&make_cache), py::arg("catalog"), py::arg("slots"),
              py::arg("policy") = "best", py::kw_only(), py::arg("threads") = 0,
              py::arg("chunk_bytes") = 0, py::arg("direct") = true, py::arg("prefetch") = "off",
+             py::arg("device") = py::none(), py::arg("host_slots") = 0,
+             py::arg("exclusive") = false, py::arg("gather_below") = 0,
              py::call_guard<py::gil_scoped_release>())
         .def(
             "begin",
@@ -286,6 +320,8 @@ void bind_cache(py::module_& module) {
                 cache.set_priors({priors.data(), static_cast<size_t>(priors.size())});
             },
             py::arg("priors").noconvert(), "How likely each expert is to come, by flat id.")
+        .def("host_stats", &host_stats,
+             "Counts of the pinned RAM and of the link to the device; None where slots lie in RAM.")
         .def("reset_stats", &ExpertCache::reset_stats)
         .def("resident", &ExpertCache::resident, py::arg("layer"),
              "Ids within the layer whose bytes are in slots.")
@@ -322,7 +358,7 @@ void bind_cache(py::module_& module) {
             py::arg("dl_device") = py::none(), py::arg("copy") = py::none(),
             "uint8 [transit_slots + slots, slot_bytes], not copied; row numbers are those that "
             "leases give. Keeps the memory, not the cache, alive.")
-        .def("__dlpack_device__", [](const ExpertCache&) { return dlpack_host_device(); });
+        .def("__dlpack_device__", [](const ExpertCache& cache) { return dlpack_device(device_of(cache)); });
 }
 
 }  // namespace moeinf

@@ -32,8 +32,14 @@ struct DLManagedTensor {
 };
 
 constexpr int32_t kHostDevice = 1;
+constexpr int32_t kCudaDevice = 2;
 constexpr uint8_t kUnsignedInteger = 1;
 constexpr const char* kUnclaimed = "dltensor";  // the consumer renames what it takes over
+
+DLDevice device_of(const Device* device) {
+    if (device == nullptr || device->is_fake()) return {kHostDevice, 0};
+    return {kCudaDevice, device->index()};
+}
 
 struct Export {
     DLManagedTensor managed;
@@ -54,13 +60,14 @@ void end_unclaimed(PyObject* capsule) {
 
 }  // namespace
 
-pybind11::capsule to_dlpack(std::shared_ptr<const SlotPool> pool, int32_t rows) {
+pybind11::capsule to_dlpack(std::shared_ptr<const SlotPool> pool, int32_t rows,
+                            const Device* device) {
     auto exported = std::make_unique<Export>();
     const auto row_bytes = static_cast<int64_t>(pool->slot_bytes());
     exported->shape = {rows, row_bytes};
     exported->strides = {row_bytes, 1};
     exported->managed = {{pool->data(),
-                          {kHostDevice, 0},
+                          device_of(device),
                           2,
                           {kUnsignedInteger, 8, 1},
                           exported->shape.data(),
@@ -74,8 +81,9 @@ pybind11::capsule to_dlpack(std::shared_ptr<const SlotPool> pool, int32_t rows) 
     return capsule;
 }
 
-pybind11::tuple dlpack_host_device() {
-    return pybind11::make_tuple(kHostDevice, 0);
+pybind11::tuple dlpack_device(const Device* device) {
+    const DLDevice found = device_of(device);
+    return pybind11::make_tuple(found.device_type, found.device_id);
 }
 
 }  // namespace moeinf

@@ -6,15 +6,17 @@
 #include <cstdint>
 #include <memory>
 
+#include "memory/device.h"
 #include "memory/slot_pool.h"
 
 namespace moeinf {
 
 // A capsule named "dltensor" of uint8 [rows, slot_bytes] that keeps the pool alive. `rows` must not
-// exceed the pool's usable slots.
-pybind11::capsule to_dlpack(std::shared_ptr<const SlotPool> pool, int32_t rows);
+// exceed the pool's usable slots. `device`: where the pool lies; null: in RAM.
+pybind11::capsule to_dlpack(std::shared_ptr<const SlotPool> pool, int32_t rows,
+                            const Device* device);
 
-// DLPack's (device type, device index) of host memory.
-pybind11::tuple dlpack_host_device();
+// DLPack's (device type, device index); RAM for null and for a fake device.
+pybind11::tuple dlpack_device(const Device* device);
 
 }  // namespace moeinf

@@ -295,6 +295,12 @@ LinkStats DeviceTransport::link_stats() const {
     return stats_;
 }
 
+void DeviceTransport::reset_stats() {
+    host_->reset_stats();
+    const std::lock_guard lock(queues_);
+    stats_ = {};
+}
+
 // The worker: releases what copies have passed, and keeps the prefetch window full.
 void DeviceTransport::work(const std::stop_token& stop) {
 #ifdef __linux__

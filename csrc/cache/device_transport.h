@@ -57,6 +57,7 @@ public:
     [[nodiscard]] HostTier& host() noexcept { return *host_; }
     [[nodiscard]] const std::shared_ptr<Device>& device() const noexcept { return device_; }
     [[nodiscard]] LinkStats link_stats() const;
+    void reset_stats();
 
 private:
     struct Job;

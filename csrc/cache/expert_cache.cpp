@@ -253,6 +253,7 @@ void ExpertCache::reset_stats() {
     const std::lock_guard lock(state_->mutex);
     for (LayerStats& layer : state_->stats) layer = {};
     if (state_->prefetcher) state_->prefetcher->reset_stats();
+    if (state_->on_device != nullptr) state_->on_device->reset_stats();
 }
 
 std::vector<LayerStats> ExpertCache::stats() const {

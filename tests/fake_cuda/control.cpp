@@ -1,6 +1,4 @@
 // The control functions, the way into every call, and the state of the whole driver.
-#include <unistd.h>
-
 #include <cstdio>
 #include <cstring>
 
@@ -58,8 +56,8 @@ void Call::fail(uint64_t nth, Result result) {
 }
 
 void break_context(Result result, const char* why) {
-    std::fprintf(stderr, "fake CUDA: %s\n", why);
-    broken.store(result, std::memory_order_relaxed);
+    Result whole = kSuccess;  // the first fault is the one to look at
+    if (broken.compare_exchange_strong(whole, result)) std::fprintf(stderr, "fake CUDA: %s\n", why);
 }
 
 void mend_context() {
