@@ -16,8 +16,10 @@ gpu=$(python3 -c 'import torch; print(torch.cuda.get_device_name(0).lower().repl
 cmake --version | head -1
 python3 -m pip install --quiet --no-build-isolation --no-deps -e .
 status=0
-timeout 200 python3 -m pytest -q tests/kernels >"$out/tests-$gpu.txt" 2>&1 || status=$?
-timeout 60 python3 -m benchmarks.roofline_gpu || status=$?
-timeout 200 python3 -m benchmarks.ffn_gpu --json "$out/ffn_gpu-$gpu.json" || status=$?
+timeout 160 python3 -m pytest -q tests/kernels >"$out/tests-$gpu.txt" 2>&1 || status=$?
+timeout 30 python3 -m benchmarks.roofline_gpu || status=$?
+timeout 60 python3 -m benchmarks.copy_gpu --json "$out/copy_gpu-$gpu.json" || status=$?
+timeout 150 python3 -m benchmarks.decode_gpu --json "$out/decode_gpu-$gpu.json" || status=$?
+timeout 100 python3 -m benchmarks.ffn_gpu --json "$out/ffn_gpu-$gpu.json" || status=$?
 tail -3 "$out/tests-$gpu.txt"
 exit "$status"

@@ -1,4 +1,4 @@
-"""How much fast memory experts may take, said in bytes or as a share of all experts."""
+"""How much memory experts may take, said in bytes, as a share of all experts, or "auto"."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ UNITS = {
 # Slots beyond the cached ones, through which experts stream that a step needs and no slot can keep.
 TRANSIT_SLOTS = 2
 
+# What "auto" leaves free of each memory: room for activations and a longer context on a GPU, for
+# everything else in RAM. Where that is more than half of what is free, half of it.
+GPU_RESERVE = 2**30
+RAM_RESERVE = 2 * 2**30
+
 
 def parse_bytes(text: str | int) -> int:
     """`"2GiB"`, `"512 MB"` or a number of bytes.
@@ -51,11 +56,13 @@ def slots_for(
     slots: int | None,
     slot_bytes: int,
     total_experts: int,
+    free: int | None = None,
 ) -> int:
     """The number of cached slots that a budget gives.
 
     A share such as `"25%"` is of all experts, rounded to the nearest count; bytes pay for the
-    slots and for the two that experts stream through. Without either, everything is resident.
+    slots and for the two that experts stream through, and so does "auto", which is `free` bytes.
+    Without either, everything is resident.
 
     Raises:
         ValueError: both are given, or one makes no sense.
@@ -69,9 +76,14 @@ def slots_for(
         return min(slots, total_experts)
     if memory is None:
         return total_experts
-    if isinstance(memory, str) and memory.strip().endswith("%"):
+    if memory == "auto":
+        if free is None:
+            raise ValueError("memory='auto': it is not known what is free")
+        budget = free
+    elif isinstance(memory, str) and memory.strip().endswith("%"):
         return _share(memory, total_experts)
-    budget = parse_bytes(memory)
+    else:
+        budget = parse_bytes(memory)
     if budget < slot_bytes:
         raise CapacityError(
             f"memory={memory!r} is {budget:,} bytes, below one slot of {slot_bytes:,} bytes"
@@ -82,7 +94,45 @@ def slots_for(
     return max(1, count - TRANSIT_SLOTS)
 
 
-def _share(text: str, total_experts: int) -> int:
+def less_reserve(free: int, reserve: int, taken: int = 0) -> int:
+    """What "auto" may use of `free` bytes of which others will soon take `taken`."""
+    left = max(free - taken, 0)
+    return max(left - reserve, left // 2)
+
+
+def host_slots_for(
+    *,
+    host_memory: str | int | None,
+    slots: int,
+    slot_bytes: int,
+    total_experts: int,
+    available: int,
+    exclusive: bool,
+) -> int:
+    """The number of slots of the RAM tier below `slots` slots of GPU memory.
+
+    `host_memory` is bytes or a share of all experts. Without it, every expert that the tier can be
+    asked for, or as many as fit in `available` bytes: an exclusive tier is not asked for what
+    already sits above it.
+
+    Raises:
+        ValueError: it makes no sense.
+        CapacityError: it is below one slot.
+    """
+    useful = max(1, total_experts - slots) if exclusive else total_experts
+    if host_memory is None:
+        count = available // slot_bytes
+    elif isinstance(host_memory, str) and host_memory.strip().endswith("%"):
+        count = _share(host_memory, total_experts, "host_memory")
+    else:
+        count = parse_bytes(host_memory) // slot_bytes
+    if count < 1:
+        budget = f"{available:,} bytes of RAM" if host_memory is None else repr(host_memory)
+        raise CapacityError(f"host_memory: {budget} is below one slot of {slot_bytes:,} bytes")
+    return min(count, useful)
+
+
+def _share(text: str, total_experts: int, name: str = "memory") -> int:
     try:
         share = float(text.strip()[:-1]) / 100
     except ValueError:
@@ -91,5 +141,5 @@ def _share(text: str, total_experts: int) -> int:
         raise ValueError(f"{text!r} is not a share between 0% and 100%")
     count = int(share * total_experts + 0.5)
     if count < 1:
-        raise CapacityError(f"memory={text!r} of {total_experts} experts is below one slot")
+        raise CapacityError(f"{name}={text!r} of {total_experts} experts is below one slot")
     return count

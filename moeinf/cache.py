@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from moeinf import _core
-from moeinf.budget import slots_for
-from moeinf.errors import UnsupportedError
+from moeinf.budget import GPU_RESERVE, RAM_RESERVE, host_slots_for, less_reserve, slots_for
+from moeinf.devices import open_device, torch_device
 from moeinf.ffn_cpu import CpuExperts
+from moeinf.ffn_cuda import CudaExperts
 from moeinf.hooks import LivePriors, PriorsHook
 from moeinf.passes import PassObserver
 from moeinf.recorder import Recorder
@@ -65,9 +66,17 @@ class ExpertCache:
 
     Args:
         store: where all experts can be read from.
-        device: where the slots lie; "cpu".
+        device: where the slots lie; "cpu", "cuda" or "cuda:N".
         slots: how many experts are kept, or
-        memory: bytes (`"2GiB"`, an int) or a share of all experts (`"25%"`). Without either, all.
+        memory: bytes (`"2GiB"`, an int), a share of all experts (`"25%"`), or "auto": what is free
+            there, less 2 GiB of RAM or 1 GiB of GPU memory (never more than half of it). Without
+            either, all; on a GPU "auto".
+        host_memory: what the RAM between a GPU and the files may take, in bytes or as a share of
+            all experts. Without it, all experts, or what is available less 2 GiB.
+        exclusive: an expert on the GPU need not sit in that RAM too: an evicted one goes back
+            there, so that both together hold more.
+        gather_below: experts of fewer bytes are copied to the GPU by a kernel, several at once,
+            where this build has it; 0 leaves every copy to the copy engines.
         policy: who leaves when a slot is needed; one of `moeinf.policies()`.
         prefetch: what guesses which experts come next, to read them while the link is idle, where
             that pays: "off", "previous" (what the layer used for the tokens before), "transition"
@@ -77,10 +86,12 @@ class ExpertCache:
             used soon; see `moeinf.hooks.PriorsHook`. `best` weighs what it says by how well it did.
         threads, chunk_bytes: of the copy engine; 0 takes the measured defaults.
         direct: read past the page cache where the file system allows it.
+        dense_bytes: of a memory's free bytes, what "auto" leaves for weights loaded later.
 
     Raises:
         CapacityError: the budget is below one slot, or the memory cannot be had.
         ReadError: a file of the store cannot be opened.
+        UnsupportedError: the device cannot be used here; the message says why.
         ValueError: an unknown policy, prefetch or device, or a budget that makes no sense.
     """
 
@@ -97,29 +108,66 @@ class ExpertCache:
         threads: int = 0,
         chunk_bytes: int = 0,
         direct: bool = True,
+        host_memory: str | int | None = None,
+        exclusive: bool = False,
+        gather_below: int = 0,
+        dense_bytes: int = 0,
     ):
-        if torch.device(device).type != "cpu":
-            raise UnsupportedError(f"device={str(device)!r}: this version keeps slots on the cpu")
+        opened = open_device(device)
+        if opened is None and (host_memory is not None or exclusive or gather_below):
+            raise ValueError(
+                "host_memory, exclusive and gather_below say how experts reach a GPU: give device"
+            )
+        self.device = torch_device(opened)
         self.store = store
         self.layout = store.layout
         self.policy = policy
         self.prefetch_kind = prefetch
+        total = store.num_layers * store.num_experts
+        if opened is not None and memory is None and slots is None:
+            memory = "auto"
+        in_ram = dense_bytes if self.device.type == "cpu" else 0
+        ram = less_reserve(_core.available_memory(), RAM_RESERVE, in_ram)
         count = slots_for(
             memory=memory,
             slots=slots,
             slot_bytes=store.slot_bytes,
-            total_experts=store.num_layers * store.num_experts,
+            total_experts=total,
+            free=ram
+            if opened is None
+            else less_reserve(opened.free_bytes, GPU_RESERVE, dense_bytes),
         )
-        self.core = _core.ExpertCache(
-            store.catalog,
-            count,
-            policy,
-            threads=threads,
-            chunk_bytes=chunk_bytes,
-            direct=direct,
-            prefetch=prefetch,
-        )
-        self._experts = CpuExperts(store, self.core)
+        options = {
+            "threads": threads,
+            "chunk_bytes": chunk_bytes,
+            "direct": direct,
+            "prefetch": prefetch,
+        }
+        self._experts: CpuExperts | CudaExperts
+        if opened is None:
+            self.core = _core.ExpertCache(store.catalog, count, policy, **options)
+            self._experts = CpuExperts(store, self.core)
+        else:
+            self.core = _core.ExpertCache(
+                store.catalog,
+                count,
+                policy,
+                **options,
+                device=opened,
+                host_slots=host_slots_for(
+                    host_memory=host_memory,
+                    slots=count,
+                    slot_bytes=store.slot_bytes,
+                    total_experts=total,
+                    available=ram,
+                    exclusive=exclusive,
+                ),
+                exclusive=exclusive,
+                gather_below=gather_below,
+            )
+            self._experts = CudaExperts(store, self.core, opened)
+        self._opened = opened
+        self._gather_below = gather_below
         self._prefill = False
         self._new_sequence = False
         self._observers: list[PassObserver] = []
@@ -196,16 +244,23 @@ class ExpertCache:
     ) -> torch.Tensor:
         """`moeinf.fused_experts` without the operator around it."""
         new_sequence, self._new_sequence = self._new_sequence, False
-        for observer in self._observers:
-            observer.add(layer, topk_ids, topk_weights)
-        return self._experts.run(
-            hidden,
-            topk_ids,
-            topk_weights,
-            layer,
-            prefill=self._prefill,
-            new_sequence=new_sequence,
-        )
+        options = {"prefill": self._prefill, "new_sequence": new_sequence}
+
+        def observe(ids: torch.Tensor) -> None:
+            for observer in self._observers:
+                observer.add(layer, ids, topk_weights)
+
+        if isinstance(self._experts, CudaExperts):
+            return self._experts.run(
+                hidden,
+                topk_ids,
+                topk_weights,
+                layer,
+                **options,
+                on_ids=observe if self._observers else None,
+            )
+        observe(topk_ids)
+        return self._experts.run(hidden, topk_ids, topk_weights, layer, **options)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> int:
         """Starts reading absent experts, best first, ahead of need. Returns how many it started.
@@ -250,7 +305,9 @@ class ExpertCache:
         accesses, hits, misses (distinct experts per step), evictions, demand_bytes,
         prefetch_bytes, prefetch_useful_bytes, prefetch_wasted_bytes, stall_seconds; hit_rate is
         hits / accesses; `layers` holds the same for each MoE layer. `prefetch` says how good
-        predictions were (see `prediction_summary`), None with prefetch="off".
+        predictions were (see `prediction_summary`), None with prefetch="off". `device` says where
+        the slots lie. `host` counts what the RAM between GPU and files did, and says how bytes go
+        to the GPU (`copy_path`) and what computes there (`kernels`); None on the cpu.
         """
         layers = [dict(layer) for layer in self.core.stats()]
         total = {name: sum(layer[name] for layer in layers) for name in COUNTERS}
@@ -264,8 +321,27 @@ class ExpertCache:
             **total,
             "slots": self.slots,
             "policy": self.policy,
+            "device": self.device_name,
+            "host": self._host_stats(),
             "prefetch": prefetch,
             "layers": layers,
+        }
+
+    @property
+    def device_name(self) -> str:
+        """Where the slots lie: "cpu", or "cuda:N" and what is there."""
+        if self._opened is None:
+            return "cpu"
+        return f"cuda:{self._opened.index} ({self._opened.name})"
+
+    def _host_stats(self) -> dict[str, Any] | None:
+        if not isinstance(self._experts, CudaExperts) or self._opened is None:
+            return None
+        gathers = self._opened.can_gather and self._gather_below > 0
+        return {
+            **self.core.host_stats(),
+            "copy_path": f"gather below {self._gather_below} bytes, dma" if gathers else "dma",
+            "kernels": self._experts.kernels,
         }
 
     def reset_stats(self) -> None:

@@ -33,7 +33,7 @@ def fused_experts(
     """Routes each token through its experts, reading their weights out of `cache`.
 
     Args:
-        hidden: [T, H], float32, bfloat16 or float16.
+        hidden: [T, H], float32, bfloat16 or float16, where the cache is: on the cpu or its GPU.
         topk_ids: [T, k], int64 or int32, experts of this layer; -1 adds nothing.
         topk_weights: [T, k], floating point.
         cache: where the experts are.
@@ -43,14 +43,15 @@ def fused_experts(
         [T, H] in the dtype of `hidden`.
 
     Raises:
-        ValueError: shapes, dtypes, ids or a weight (NaN, infinite) that make no sense.
+        ValueError: shapes, dtypes, ids or a weight (NaN, infinite) that make no sense. On a GPU
+            weights are not looked at, for that would wait for the device.
         ReadError: an expert could not be read; the cache stays usable.
     """
     _caches[id(cache)] = cache
     return torch.ops.moeinf.fused_experts(hidden, topk_ids, topk_weights, id(cache), layer)
 
 
-def _fused_experts_cpu(
+def _fused_experts(
     hidden: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
@@ -73,5 +74,6 @@ def _fused_experts_fake(
     return torch.empty_like(hidden)
 
 
-_library.impl("fused_experts", _fused_experts_cpu, "CPU")
+_library.impl("fused_experts", _fused_experts, "CPU")
+_library.impl("fused_experts", _fused_experts, "CUDA")
 torch.library.register_fake("moeinf::fused_experts", _fused_experts_fake, lib=_library)

@@ -54,7 +54,7 @@ class CpuExperts:
         new_sequence: bool = False,
     ) -> torch.Tensor:
         """See `moeinf.fused_experts`; `prefill` and `new_sequence` are for policies and traces."""
-        _check(hidden, topk_ids, topk_weights, self.hidden)
+        check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=torch.device("cpu"))
         hidden = hidden.contiguous()
         topk_ids = topk_ids.contiguous()
         topk_weights = topk_weights.contiguous()
@@ -83,10 +83,15 @@ class CpuExperts:
         return out
 
 
-def _check(
-    hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, width: int
+def check_tensors(
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    width: int,
+    *,
+    device: torch.device,
 ) -> None:
-    """What the addresses below must point to."""
+    """What the addresses that go to the core must point to."""
     for name, tensor, dtypes in (
         ("hidden", hidden, tuple(DTYPES)),
         ("topk_ids", topk_ids, (torch.int64, torch.int32)),
@@ -97,8 +102,10 @@ def _check(
         if tensor.dtype not in dtypes:
             expected = ", ".join(str(dtype)[6:] for dtype in dtypes)
             raise ValueError(f"{name}: expected {expected}, found {str(tensor.dtype)[6:]}")
-        if tensor.device.type != "cpu":
-            raise ValueError(f"{name}: expected a tensor on the cpu, found {tensor.device}")
+        if tensor.device != device:
+            raise ValueError(
+                f"{name}: expected a tensor on {device}, where the cache is, found {tensor.device}"
+            )
     if hidden.shape[1] != width:
         raise ValueError(f"hidden: expected [T, {width}], found {list(hidden.shape)}")
     expected_shape = (hidden.shape[0], topk_ids.shape[1])

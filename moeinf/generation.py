@@ -26,6 +26,7 @@ class Request:
     temperature: float = 0.0
     seed: int = 0
     device: str = "auto"
+    host_memory: str | None = None
     policy: str = "best"
     prefetch: str = "off"
     keep_logits: bool = False
@@ -36,6 +37,7 @@ class Request:
 class Metrics:
     """Measurements of one generation; hit rate, bytes and stalls count prompt and decode."""
 
+    device: str
     policy: str
     slots: int
     total_experts: int
@@ -48,6 +50,7 @@ class Metrics:
     bytes_read_per_token: float
     stall_share: float  # of the time from prompt to last token
     peak_memory_bytes: int  # of the process
+    host: dict[str, Any] | None  # of the RAM below a GPU; None on the cpu
     prefetch: dict[str, Any] | None  # what came of predictions; None with prefetch off
 
 
@@ -84,6 +87,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         checkpoint,
         device=request.device,
         memory=memory,
+        host_memory=request.host_memory,
         policy=request.policy,
         prefetch=request.prefetch,
     )
@@ -96,7 +100,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     start = time.perf_counter()
     with torch.inference_mode():
         output = model.generate(
-            **prompt,
+            **prompt.to(cache.device),
             max_new_tokens=request.max_new_tokens,
             do_sample=request.temperature > 0,
             temperature=request.temperature or None,
@@ -119,6 +123,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         tokens=tokens,
         logits=torch.cat(output.logits or (torch.empty(0),)),
         metrics=Metrics(
+            device=stats["device"],
             policy=request.policy,
             slots=cache.slots,
             total_experts=cache.store.num_layers * cache.store.num_experts,
@@ -131,6 +136,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             bytes_read_per_token=read / (count + len(tokens)),
             stall_share=stats["stall_seconds"] / (end - start),
             peak_memory_bytes=peak_memory(),
+            host=stats["host"],
             prefetch=_prefetch_metrics(stats),
         ),
     )

@@ -12,6 +12,7 @@ from typing import Any
 
 from moeinf import _core
 from moeinf.bandwidth import memory_read_bandwidth
+from moeinf.errors import CapacityError, UnsupportedError
 
 DISK_SAMPLE_BYTES = 512 * 2**20
 IO_URING_SETUP = 425  # the system call's number on every Linux architecture
@@ -47,10 +48,13 @@ def missing(facts: dict[str, Any]) -> list[str]:
         )
     if facts["cpu_kernel_used"] == "portable":
         notes.append("the processor has neither AVX2 nor AVX-512: CPU kernels run portable code")
-    if facts["cuda"]["driver"] is None:
-        notes.append("no CUDA driver (libcuda.so.1): everything runs on the CPU")
-    elif not facts["cuda"]["devices"]:
-        notes.append("a CUDA driver but no CUDA device")
+    devices = facts["cuda"]["devices"]
+    if not devices:
+        notes.append(f"no GPU, everything runs on the CPU: {facts['cuda']['reason']}")
+    if any(not device["gather_kernel"] for device in devices):
+        notes.append(
+            "the core was built without its gather kernel: small experts are copied one by one"
+        )
     if facts["versions"]["transformers"] is None:
         notes.append("transformers is not installed: pip install 'moeinf[hf]' to load models")
     if facts["versions"]["triton"] is None:
@@ -93,18 +97,25 @@ def _io_uring() -> bool:
 
 
 def _cuda() -> dict[str, Any]:
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return {"driver": None, "devices": 0}
-    version, count = ctypes.c_int(0), ctypes.c_int(0)
-    driver.cuDriverGetVersion(ctypes.byref(version))
-    if driver.cuInit(0) == 0:
-        driver.cuDeviceGetCount(ctypes.byref(count))
-    return {
-        "driver": f"{version.value // 1000}.{version.value % 1000 // 10}",
-        "devices": count.value,
-    }
+    """Every GPU that the core can open, and why the first that it cannot is none."""
+    devices: list[dict[str, Any]] = []
+    reason = None
+    while reason is None:
+        try:
+            device = _core.CudaDevice(len(devices))
+        except (UnsupportedError, CapacityError, ValueError) as error:
+            reason = str(error)
+        else:
+            devices.append(
+                {
+                    "name": device.name,
+                    "free_bytes": device.free_bytes,
+                    "total_bytes": device.total_bytes,
+                    "gather_kernel": device.can_gather,
+                    "fake": device.is_fake,
+                }
+            )
+    return {"devices": devices, "reason": None if devices else reason}
 
 
 def _version(name: str) -> str | None:

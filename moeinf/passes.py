@@ -48,7 +48,7 @@ class PassObserver:
         self._prefill, self._new_sequence, self._batch = prefill, new_sequence, batch
 
     def add(self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        """The routing of one MoE layer, both [T, k], layers in order."""
+        """The routing of one MoE layer, both [T, k], layers in order; the ids on the host."""
         shape = topk_ids.shape
         # A runtime that does not announce its passes.
         if layer != self._seen or (layer != 0 and shape != self._shape):
@@ -57,7 +57,7 @@ class PassObserver:
             if layer != 0:  # the rest of a pass whose beginning was not seen
                 return
         if shape != self._shape:
-            self._make_room(shape)
+            self._make_room(shape, topk_weights.device)
         experts, weights = self._rows[layer]
         experts.copy_(topk_ids)
         weights.copy_(topk_weights)
@@ -68,13 +68,16 @@ class PassObserver:
         seen, self._seen = self._seen, 0
         if seen == self._num_layers:
             experts, weights = (
-                rows.numpy().swapaxes(0, 1).copy() for rows in (self._experts, self._weights)
+                rows.cpu().numpy().swapaxes(0, 1).copy() for rows in (self._experts, self._weights)
             )
             self.on_pass(Pass(experts, weights, self._batch, self._prefill, self._new_sequence))
 
-    def _make_room(self, shape: torch.Size) -> None:
-        """Where passes of the shape [T, k] are collected: [layers, T, k], and views by layer."""
+    def _make_room(self, shape: torch.Size, device: torch.device) -> None:
+        """Where passes of the shape [T, k] are collected: [layers, T, k], and views by layer.
+
+        Weights stay on their device until the pass is over: one copy, not one per layer.
+        """
         self._shape = shape
         self._experts = torch.empty(self._num_layers, *shape, dtype=torch.int16)
-        self._weights = torch.empty(self._num_layers, *shape)
+        self._weights = torch.empty(self._num_layers, *shape, device=device)
         self._rows = list(zip(self._experts, self._weights, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moeinf.budget import parse_bytes, slots_for
+from moeinf.budget import GPU_RESERVE, host_slots_for, less_reserve, parse_bytes, slots_for
 from moeinf.errors import CapacityError
 
 
@@ -60,3 +60,61 @@ def test_counts_that_make_no_sense(slots: int) -> None:
 def test_one_budget_at_a_time() -> None:
     with pytest.raises(ValueError, match="not both"):
         slots_for(memory="1GiB", slots=3, slot_bytes=4096, total_experts=100)
+
+
+@pytest.mark.parametrize("free, expected", [(4096 * 12, 10), (4096, 1), (4096 * 200, 100)])
+def test_what_is_free_is_a_budget(free: int, expected: int) -> None:
+    count = slots_for(memory="auto", slots=None, slot_bytes=4096, total_experts=100, free=free)
+    assert count == expected
+
+
+@pytest.mark.parametrize("free", [0, 4095])
+def test_too_little_is_free(free: int) -> None:
+    with pytest.raises(CapacityError, match="below one slot"):
+        slots_for(memory="auto", slots=None, slot_bytes=4096, total_experts=100, free=free)
+
+
+def test_a_reserve_is_left_free_but_never_more_than_half() -> None:
+    assert less_reserve(10 * GPU_RESERVE, GPU_RESERVE) == 9 * GPU_RESERVE
+    assert less_reserve(10 * GPU_RESERVE, GPU_RESERVE, taken=4 * GPU_RESERVE) == 5 * GPU_RESERVE
+    assert less_reserve(GPU_RESERVE, GPU_RESERVE) == GPU_RESERVE // 2
+    assert less_reserve(1, GPU_RESERVE, taken=5) == 0
+
+
+@pytest.mark.parametrize(
+    "host_memory, exclusive, expected",
+    [
+        (None, False, 60),  # what is available
+        (None, True, 60),
+        ("25%", False, 25),
+        ("100%", False, 100),
+        ("100%", True, 70),  # the other 30 sit above
+        (4096 * 5, False, 5),
+        ("1GiB", True, 70),
+    ],
+)
+def test_slots_of_the_ram_tier(
+    host_memory: str | int | None, exclusive: bool, expected: int
+) -> None:
+    count = host_slots_for(
+        host_memory=host_memory,
+        slots=30,
+        slot_bytes=4096,
+        total_experts=100,
+        available=60 * 4096,
+        exclusive=exclusive,
+    )
+    assert count == expected
+
+
+@pytest.mark.parametrize("host_memory, available", [(4095, 10**9), ("0.1%", 10**9), (None, 4095)])
+def test_a_ram_tier_below_one_slot(host_memory: str | int | None, available: int) -> None:
+    with pytest.raises(CapacityError, match=r"host_memory.*below one slot"):
+        host_slots_for(
+            host_memory=host_memory,
+            slots=30,
+            slot_bytes=4096,
+            total_experts=100,
+            available=available,
+            exclusive=False,
+        )

@@ -1,5 +1,6 @@
 // The compiled half of the package, imported as moeinf._core.
 #include "bindings/bindings.h"
+#include "memory/available.h"
 
 PYBIND11_MODULE(_core, module) {
     module.doc() = "Slots, transfers, residency and CPU kernels of moeinf.";
@@ -12,4 +13,6 @@ PYBIND11_MODULE(_core, module) {
     moeinf::bind_cache_timing(module);
     moeinf::bind_fused_experts(module);
     moeinf::bind_trace(module);
+    module.def("available_memory", &moeinf::available_memory,
+               "Bytes that could still be taken: RAM and free swap, or less in a control group.");
 }

@@ -42,9 +42,13 @@ def command(
             "io_uring": "available (not used: see benchmarks/NOTES.md)"
             if facts["io_uring"]
             else "not available (not needed)",
-            "CUDA driver": f"{cuda['driver']}, {cuda['devices']} devices"
-            if cuda["driver"]
-            else "none",
+            **({} if cuda["devices"] else {"GPU": f"none: {cuda['reason']}"}),
+            **{
+                f"GPU {index}": f"{gpu['name']}, {human_bytes(gpu['free_bytes'])} of "
+                f"{human_bytes(gpu['total_bytes'])} free, gather kernel "
+                + ("built in" if gpu["gather_kernel"] else "not built in")
+                for index, gpu in enumerate(cuda["devices"])
+            },
             **{name: version or "not installed" for name, version in facts["versions"].items()},
         },
     )

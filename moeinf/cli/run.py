@@ -23,7 +23,8 @@ def command(
     prompt: Annotated[str, typer.Option(help="The text to continue.")] = DEMO_PROMPT,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
     memory: Annotated[
-        str, typer.Option(help="What experts may take: 2GiB, or a share of all experts.")
+        str,
+        typer.Option(help="What experts may take: 2GiB, a share of all experts, or auto."),
     ] = "25%",
     policy: Annotated[str, typer.Option(help="Who leaves when a slot is needed.")] = "best",
     prefetch: Annotated[
@@ -32,7 +33,13 @@ def command(
             help="What guesses the experts to come: off, previous, transition, eam or gate."
         ),
     ] = "off",
-    device: Annotated[str, typer.Option(help="auto or cpu.")] = "auto",
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N: where the slots lie.")
+    ] = "auto",
+    host_memory: Annotated[
+        str | None,
+        typer.Option(help="What experts may take of the RAM below a GPU; all of them without it."),
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling, when the temperature is above 0.")] = 0,
     record: Annotated[
@@ -54,6 +61,7 @@ def command(
         temperature=temperature,
         seed=seed,
         device=device,
+        host_memory=host_memory,
         policy=policy,
         prefetch=prefetch,
         keep_logits=verify,
@@ -61,8 +69,9 @@ def command(
     )
     result = generate(request, memory=memory, stream=None if json else sys.stdout)
     report: dict[str, Any] = asdict(result.metrics)
-    if report["prefetch"] is None:
-        del report["prefetch"]
+    for part in ("host", "prefetch"):
+        if report[part] is None:
+            del report[part]
     if verify:
         report["verified"] = _verify(request, result, quiet=json)
     if json:
@@ -96,6 +105,14 @@ def _print_report(report: dict[str, Any]) -> None:
         "waiting for reads": f"{report['stall_share']:.1%} of the time",
         "peak memory": human_bytes(report["peak_memory_bytes"]),
     }
+    if "host" in report:
+        host = report["host"]
+        facts |= {
+            "device": report["device"],
+            "experts in RAM": f"{host['slots']}, hit {host['hits']} of "
+            f"{host['hits'] + host['misses']} times",
+            "copied to the GPU": f"{human_bytes(host['copied_bytes'])} by {host['copy_path']}",
+        }
     if "prefetch" in report:
         facts |= _prefetch_facts(report["prefetch"])
     if "verified" in report:

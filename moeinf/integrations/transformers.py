@@ -13,9 +13,9 @@ from typing import Any
 import torch
 
 from moeinf import _core
-from moeinf.budget import slots_for
 from moeinf.cache import ExpertCache
 from moeinf.checkpoint import Checkpoint, read_tensor
+from moeinf.devices import pick_device
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.experts import fused_experts
 from moeinf.integrations.lookahead import GateLookahead
@@ -53,15 +53,17 @@ def load(
 
     Args:
         path: a Hugging Face checkpoint folder (safetensors), or one already opened.
-        device: where the model computes; "auto" or "cpu".
-        memory: what the slots may take: bytes (`"2GiB"`) or a share of all experts (`"25%"`), or
-        slots: their count. Without either, every expert is kept once read.
+        device: where the model computes and the slots lie: "cpu", "cuda", "cuda:N", or "auto", a
+            GPU where torch and the core can both use one. `stats()["device"]` says which it was.
+        memory: what the slots may take: bytes (`"2GiB"`), a share of all experts (`"25%"`), or
+            "auto", what the rest of the model leaves free, less a reserve; or
+        slots: their count. Without either, every expert is kept once read; on a GPU "auto".
         policy: who leaves when a slot is needed.
         prefetch: what guesses which experts come next: "off", "gate" (the next layer's router, run
             early) or what `ExpertCache` takes.
         dtype: of activations and of all weights but the experts', which stay as they are stored;
             "auto" takes the checkpoint's own.
-        cache_options: passed to `ExpertCache`.
+        cache_options: passed to `ExpertCache`, `host_memory` and `exclusive` among them.
 
     Returns:
         The model in evaluation mode. `model.moeinf` has `stats()`, `reset_stats()` and `cache`.
@@ -69,7 +71,8 @@ def load(
     Raises:
         CheckpointError: the checkpoint is damaged, or its experts do not fit the model.
         CapacityError: the budget is below one slot, or the memory cannot be had.
-        UnsupportedError: experts of a form the kernels do not have.
+        UnsupportedError: experts of a form the kernels do not have, or a device that cannot be
+            used here.
     """
     known = [*_core.prefetch_names(), GATE]
     if prefetch not in known:
@@ -77,37 +80,32 @@ def load(
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     store = ExpertStore.open(checkpoint)
     config = _config(checkpoint)
-    # Says at once that a budget cannot work, before anything large is read.
-    slots_for(
-        memory=memory,
-        slots=slots,
-        slot_bytes=store.slot_bytes,
-        total_experts=store.num_layers * store.num_experts,
-    )
+    dense = {
+        name: entry for name, entry in checkpoint.tensors.items() if not is_expert_tensor(name)
+    }
+    # Before the model, so that a budget that cannot work says so before anything large is read.
     cache = ExpertCache(
         store,
-        device="cpu" if str(device) == "auto" else device,
+        device=pick_device(device),
         memory=memory,
         slots=slots,
         policy=policy,
         prefetch="external" if prefetch == GATE else prefetch,
+        dense_bytes=sum(entry.nbytes for entry in dense.values()),
         **cache_options,
     )
     base = _model_class(config, checkpoint)
     model: Any = _without_experts(base).from_pretrained(
         None,
         config=config,
-        state_dict={
-            name: _OnDemand(entry)
-            for name, entry in checkpoint.tensors.items()
-            if not is_expert_tensor(name)
-        },
+        state_dict={name: _OnDemand(entry) for name, entry in dense.items()},
         dtype=_dtype(dtype, config, store),
         experts_implementation="eager",
     )
     # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
     model.config._experts_implementation = IMPLEMENTATION
     model.__class__ = base
+    model.to(cache.device)
     if (checkpoint.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     model.config.name_or_path = str(checkpoint.path)

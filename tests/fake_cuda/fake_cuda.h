@@ -3,7 +3,7 @@
 //
 // What it is true to: streams run truly beside each other and in order within themselves; events
 // have the driver's generations; one copy engine per direction serves all streams, urgent ones
-// first; device memory is accounted for in pieces; unmapped device memory cannot be copied to.
+// first; device memory is accounted for in pieces; reserved memory without it cannot be copied to.
 // What it is stricter in: host memory must be registered and a copy lie within one registration
 // (CUDA copies pageable memory slowly), and only non-blocking streams can be made. What it is not:
 // the default stream waits for no other.

@@ -65,10 +65,21 @@ bool is_registered(uint64_t address, uint64_t nbytes) {
            address + nbytes <= found->first + found->second;
 }
 
+// Outside of every reservation lies device memory of other libraries: tensors of torch, whose
+// device here is the CPU.
+bool is_foreign(uint64_t address, uint64_t nbytes) {
+    const auto found = at_or_before(memory().reservations, address + nbytes - 1);
+    const bool reserved =
+        found != memory().reservations.end() && found->first + found->second > address;
+    return !reserved && !is_registered(address, 1);
+}
+
 bool is_copyable(const Part& part, int direction) {
+    if (part.nbytes == 0) return true;
     const bool in = direction == FAKE_CUDA_TO_DEVICE;
-    return part.nbytes == 0 || (is_mapped(in ? part.target : part.source, part.nbytes) &&
-                                is_registered(in ? part.source : part.target, part.nbytes));
+    const uint64_t device = in ? part.target : part.source;
+    return (is_mapped(device, part.nbytes) || is_foreign(device, part.nbytes)) &&
+           is_registered(in ? part.source : part.target, part.nbytes);
 }
 
 void drop_reference(uint64_t handle) {

@@ -1,0 +1,201 @@
+"""Slots in GPU memory, as Python sees them, on a driver made for tests.
+
+What is promised: the same bits for every budget, whatever the RAM tier holds; a resize in the
+middle; errors that say what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import COMMON, write_checkpoint
+from fake_cuda_library import fake_cuda_library
+from transformers import PreTrainedModel
+
+import moeinf
+from moeinf.errors import CapacityError, UnsupportedError
+
+ROOT = Path(__file__).parent.parent
+TOTAL = 18  # experts of the checkpoint: 3 layers of 6
+
+
+@pytest.fixture(autouse=True, scope="module")
+def driver() -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MOEINF_CUDA_DRIVER", str(fake_cuda_library()))
+    yield
+    patch.undo()
+
+
+def random_prompt(seed: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, COMMON["vocab_size"], shape, generator=generator)
+
+
+def logits_of(model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(prompt).logits
+
+
+@pytest.fixture
+def store(qwen3_folder: Path) -> moeinf.ExpertStore:
+    return moeinf.ExpertStore.open(qwen3_folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_output_is_identical_to_the_bit_for_every_budget(
+    dtype: torch.dtype, tmp_path: Path, seed: int
+) -> None:
+    write_checkpoint(tmp_path, seed=seed, dtype=dtype)
+    prompts = [random_prompt(seed, 2, 11), random_prompt(seed, 3, 1)]
+    whole = moeinf.load(tmp_path, device="cuda", slots=TOTAL)
+    expected = [logits_of(whole, prompt) for prompt in prompts]
+    for slots in (1, 2, 3, 5, 11):
+        served = moeinf.load(tmp_path, device="cuda", slots=slots)
+        for _ in range(2):
+            for prompt, logits in zip(prompts, expected, strict=True):
+                assert torch.equal(logits_of(served, prompt), logits), slots
+        stats = served.moeinf.stats()
+        assert stats["device"].startswith("cuda:0")
+        assert stats["host"]["copied_bytes"] > 0
+    if dtype == torch.float32:
+        on_cpu = logits_of(moeinf.load(tmp_path, device="cpu"), prompts[0])
+        torch.testing.assert_close(expected[0], on_cpu, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="this is what it starts")
+def test_the_triton_kernels_compute_there_too() -> None:
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "budget"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and " passed" in run.stdout, run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+@pytest.mark.parametrize("host_memory", ["6%", "30%", "100%"])
+def test_a_bounded_ram_tier_changes_no_bit(
+    qwen3_folder: Path, host_memory: str, exclusive: bool, seed: int
+) -> None:
+    prompt = random_prompt(seed, 2, 7)
+    expected = logits_of(moeinf.load(qwen3_folder, device="cuda", slots=TOTAL), prompt)
+    served = moeinf.load(
+        qwen3_folder, device="cuda", slots=4, host_memory=host_memory, exclusive=exclusive
+    )
+    for _ in range(3):
+        assert torch.equal(logits_of(served, prompt), expected)
+    host = served.moeinf.stats()["host"]
+    assert host["slots"] <= TOTAL
+    assert host["read_bytes"] > 0
+    if exclusive and host_memory == "30%":
+        assert host["demoted"] > 0
+
+
+def test_a_resize_in_the_middle(qwen3_folder: Path, seed: int) -> None:
+    prompt = random_prompt(seed, 2, 7)
+    expected = logits_of(moeinf.load(qwen3_folder, device="cuda", slots=TOTAL), prompt)
+    served = moeinf.load(qwen3_folder, device="cuda", slots=3)
+    for slots in (3, 12, 1, TOTAL, 2):
+        served.moeinf.cache.resize(slots)
+        assert served.moeinf.cache.slots == slots
+        assert torch.equal(logits_of(served, prompt), expected)
+
+
+def test_generation_gives_the_same_tokens(qwen3_folder: Path, seed: int) -> None:
+    prompt = random_prompt(seed, 2, 5)
+    arguments: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    whole = moeinf.load(qwen3_folder, device="cuda")  # "auto": all of so few fit
+    assert whole.moeinf.cache.slots == TOTAL
+    served = moeinf.load(qwen3_folder, device="cuda", memory="25%")
+    assert torch.equal(served.generate(prompt, **arguments), whole.generate(prompt, **arguments))
+
+
+def test_a_recorder_gets_its_ids_from_the_step(qwen3_folder: Path, seed: int) -> None:
+    traces = []
+    for device in ("cpu", "cuda"):
+        model = moeinf.load(qwen3_folder, device=device, slots=4)
+        with model.moeinf.cache.record() as recorder:
+            logits_of(model, random_prompt(seed, 1, 6))
+        traces.append(recorder.trace())
+    assert (traces[0].experts == traces[1].experts).all()
+
+
+def test_ids_that_no_expert_has_and_tokens_without_any(store: moeinf.ExpertStore) -> None:
+    cache = moeinf.ExpertCache(store, device="cuda", slots=2)
+    hidden, weights = torch.ones(2, 40), torch.ones(2, 1)
+    none = moeinf.fused_experts(hidden, torch.full((2, 1), -1), weights, cache, 0)
+    assert torch.equal(none, torch.zeros(2, 40))
+    assert moeinf.fused_experts(
+        hidden[:0], torch.zeros(0, 1, dtype=torch.int64), weights[:0], cache, 0
+    ).shape == (0, 40)
+    with pytest.raises(ValueError, match="6"):
+        moeinf.fused_experts(hidden, torch.full((2, 1), 6), weights, cache, 0)
+    good = moeinf.fused_experts(hidden, torch.full((2, 1), 5), weights, cache, 0)
+    assert torch.isfinite(good).all()
+
+
+def test_tensors_elsewhere(store: moeinf.ExpertStore) -> None:
+    cache = moeinf.ExpertCache(store, device="cuda", slots=2)
+    ids, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)
+    with pytest.raises(ValueError, match=r"hidden: expected a tensor on cpu.*found meta"):
+        cache.compute(torch.ones(1, 40, device="meta"), ids, weights, 0)
+
+
+def test_a_device_that_is_not_there(store: moeinf.ExpertStore) -> None:
+    with pytest.raises(ValueError, match="99"):
+        moeinf.ExpertCache(store, device="cuda:99", slots=2)
+    with pytest.raises(ValueError, match="expected cpu, cuda"):
+        moeinf.ExpertCache(store, device="toaster", slots=2)
+    with pytest.raises(UnsupportedError, match="cpu or a cuda device"):
+        moeinf.ExpertCache(store, device="meta", slots=2)
+
+
+def test_budgets_that_cannot_work(store: moeinf.ExpertStore) -> None:
+    with pytest.raises(CapacityError, match="below one slot"):
+        moeinf.ExpertCache(store, device="cuda", memory=1000)
+    with pytest.raises(CapacityError, match=r"host_memory.*below one slot"):
+        moeinf.ExpertCache(store, device="cuda", slots=2, host_memory=1000)
+    with pytest.raises(ValueError, match="how experts reach a GPU"):
+        moeinf.ExpertCache(store, slots=2, host_memory="1GiB")
+
+
+def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | environment,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_no_driver(qwen3_folder: Path, tmp_path: Path) -> None:
+    script = f"import moeinf; moeinf.load({str(qwen3_folder)!r}, device='cuda')"
+    run = python(script, MOEINF_CUDA_DRIVER=str(tmp_path / "libnone.so"))
+    assert run.returncode != 0
+    assert "UnsupportedError" in run.stderr and "libnone.so" in run.stderr
+
+
+@pytest.mark.parametrize("benchmark", ["decode_gpu", "copy_gpu"])
+def test_the_benchmarks_run_to_their_end(benchmark: str, tmp_path: Path) -> None:
+    tokens = ["--tokens", "4"] if benchmark == "decode_gpu" else ["--steps", "5"]
+    output = tmp_path / "result.json"
+    run = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{benchmark}", "--tiny", "--json", output, *tokens],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+    assert '"rows"' in output.read_text()
