@@ -34,7 +34,7 @@ class PassObserver:
     def __init__(self, num_layers: int):
         self._num_layers = num_layers
         self._seen = 0  # layers of the pass so far
-        self._make_room(torch.Size((0, 0)))
+        self._make_room(torch.Size((0, 0)), torch.device("cpu"))
         self._batch = 1
         self._prefill = True
         self._new_sequence = True

@@ -202,7 +202,8 @@ py::object host_stats(const ExpertCache& cache) {
 }
 
 py::capsule export_pool(const ExpertCache& cache, py::handle dl_device, py::handle copy) {
-    const bool elsewhere = !dl_device.is_none() && !dl_device.equal(dlpack_device(device_of(cache)));
+    const bool elsewhere =
+        !dl_device.is_none() && !dl_device.equal(dlpack_device(device_of(cache)));
     if (elsewhere || (!copy.is_none() && py::cast<bool>(copy))) {
         throw py::buffer_error("the pool is exported in place: no copy and no other device");
     }
@@ -358,7 +359,8 @@ void bind_cache(py::module_& module) {
             py::arg("dl_device") = py::none(), py::arg("copy") = py::none(),
             "uint8 [transit_slots + slots, slot_bytes], not copied; row numbers are those that "
             "leases give. Keeps the memory, not the cache, alive.")
-        .def("__dlpack_device__", [](const ExpertCache& cache) { return dlpack_device(device_of(cache)); });
+        .def("__dlpack_device__",
+             [](const ExpertCache& cache) { return dlpack_device(device_of(cache)); });
 }
 
 }  // namespace moeinf

@@ -1,4 +1,6 @@
 // A CUDA device, and the steps of one of its streams.
+#include "memory/device.h"
+
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
@@ -9,7 +11,6 @@
 #include "bindings/bindings.h"
 #include "cache/device_reader.h"
 #include "cuda/cuda.h"
-#include "memory/device.h"
 
 namespace py = pybind11;
 

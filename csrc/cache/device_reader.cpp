@@ -83,10 +83,9 @@ void DeviceReader::read_ids() {
         if (id < 0) continue;
         if (id >= num_experts) {
             for (const int32_t expert : experts_) position_of_[static_cast<size_t>(expert)] = -1;
-            throw Error(ErrorCode::kInvalid, "expected experts in 0.." +
-                                                 std::to_string(num_experts - 1) + " of layer " +
-                                                 std::to_string(step_.layer) + ", found " +
-                                                 std::to_string(id));
+            throw Error(ErrorCode::kInvalid,
+                        "expected experts in 0.." + std::to_string(num_experts - 1) + " of layer " +
+                            std::to_string(step_.layer) + ", found " + std::to_string(id));
         }
         int32_t& position = position_of_[static_cast<size_t>(id)];
         if (position < 0) {

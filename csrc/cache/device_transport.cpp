@@ -111,8 +111,8 @@ TransferPtr DeviceTransport::submit(int32_t expert, int32_t row, Priority priori
 
 void DeviceTransport::promote(const TransferPtr& transfer) {
     const std::lock_guard lock(queues_);
-    requests_.push_back({Request::Kind::kPromote, std::static_pointer_cast<Job>(transfer),
-                         transfer->expert(), -1});
+    requests_.push_back(
+        {Request::Kind::kPromote, std::static_pointer_cast<Job>(transfer), transfer->expert(), -1});
     queued_.store(true, std::memory_order_release);
 }
 

@@ -96,9 +96,8 @@ std::byte* HostTier::hold(int32_t expert, Priority priority, Ready ready) {
         start_read(expert, priority);
     } else {
         // Demands wait before prefetches, each in their order.
-        const auto before = std::find_if(starved_.begin(), starved_.end(), [&](const Waiter& w) {
-            return w.priority > priority;
-        });
+        const auto before = std::find_if(starved_.begin(), starved_.end(),
+                                         [&](const Waiter& w) { return w.priority > priority; });
         starved_.insert(before, {expert, priority, std::move(ready)});
     }
     return nullptr;
@@ -106,9 +105,9 @@ std::byte* HostTier::hold(int32_t expert, Priority priority, Ready ready) {
 
 void HostTier::start_read(int32_t expert, Priority priority) {
     // The callback cannot overtake this assignment: it needs the lock we hold.
-    entry(expert).reading =
-        engine_->submit(expert, address(expert), priority,
-                        [this, expert](const TransferPtr& transfer) { on_read(expert, *transfer); });
+    entry(expert).reading = engine_->submit(
+        expert, address(expert), priority,
+        [this, expert](const TransferPtr& transfer) { on_read(expert, *transfer); });
 }
 
 void HostTier::on_read(int32_t expert, const Transfer& transfer) {

@@ -20,7 +20,7 @@
 namespace moeinf {
 
 struct HostTierOptions {
-    int32_t slots = 0;          // at least kLeastSlots are taken
+    int32_t slots = 0;  // at least kLeastSlots are taken
     std::string policy = "best";
     // What also sits on the device goes first, and what leaves the device comes here.
     bool exclusive = false;
@@ -32,8 +32,8 @@ struct HostTierStats {
     int32_t slots_refused = 0;  // asked for, but not to be had as pinned memory
     int64_t hits = 0;           // experts asked for that were here
     int64_t misses = 0;
-    int64_t read_bytes = 0;     // from files
-    int64_t demoted = 0;        // experts taken over from the device
+    int64_t read_bytes = 0;  // from files
+    int64_t demoted = 0;     // experts taken over from the device
 };
 
 class HostTier {
@@ -75,8 +75,8 @@ private:
         Ready ready;
     };
     struct Entry {
-        TransferPtr reading;          // null: the bytes are here, or it has no slot
-        std::vector<Ready> waiting;   // for that read; each holds the expert
+        TransferPtr reading;         // null: the bytes are here, or it has no slot
+        std::vector<Ready> waiting;  // for that read; each holds the expert
         bool on_device = false;
     };
 

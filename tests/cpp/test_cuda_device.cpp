@@ -297,11 +297,13 @@ void a_refused_copy_is_an_error_and_the_next_one_works() {
                 [&] { world.device->copy_in(device->data(), host->data(), kMiB, world.stream); });
     world.device->copy_in(device->data(), host->data(), kMiB, world.stream);
     std::vector<std::byte> pageable(4096);
+    auto reserved = world.device->make_arena(32 * kMiB);
+    reserved->commit(kMiB);
     check_fails(ErrorCode::kUnsupported, "CUDA_ERROR_INVALID_VALUE", [&] {
         world.device->copy_in(device->data(), pageable.data(), 4096, world.stream);
     });
     check_fails(ErrorCode::kUnsupported, "CUDA_ERROR_INVALID_VALUE", [&] {
-        world.device->copy_out(host->data(), device->data() + 4 * kMiB, 4096, world.stream);
+        world.device->copy_out(host->data(), reserved->data() + 16 * kMiB, 4096, world.stream);
     });
     world.finish(world.stream);
 }

@@ -91,13 +91,13 @@ public:
     }
 
     // Returns how many experts the device should come to see.
-    int64_t step(size_t most) {
+    int64_t step(size_t most, int32_t the_layer = -1) {
         std::vector<int32_t> all(kExperts);
         for (int32_t i = 0; i < kExperts; ++i) all[static_cast<size_t>(i)] = i;
         std::shuffle(all.begin(), all.end(), random_);
         const size_t count = 1 + random_() % most;
         std::copy_n(all.begin(), count, shared_.ids());
-        const auto layer = static_cast<int32_t>(random_() % kLayers);
+        const auto layer = the_layer >= 0 ? the_layer : static_cast<int32_t>(random_() % kLayers);
         DeviceStep step;
         step.layer = layer;
         step.ids = reinterpret_cast<const std::byte*>(shared_.ids());
@@ -142,15 +142,18 @@ void test_bytes_under_delays(const CacheWorld& world, const std::shared_ptr<Devi
     const struct {
         int32_t slots, host_slots;
         bool exclusive, gather;
-    } forms[] = {{1, 4, false, false}, {3, 80, false, true},  {8, 10, true, false},
-                 {2, 60, true, true},  {80, 80, false, false}};
+    } forms[] = {{1, 4, false, false},
+                 {3, 80, false, true},
+                 {8, 10, true, false},
+                 {2, 60, true, true},
+                 {80, 80, false, false}};
     for (const auto& form : forms) {
         fake_cuda_reset(seed);
         fake_cuda_set_granularity(4096);
         fake_cuda_set_max_delay(30'000);
         auto cache = std::make_shared<ExpertCache>(
-            world.catalog, options(world, device, form.slots, form.host_slots, form.exclusive,
-                                   form.gather));
+            world.catalog,
+            options(world, device, form.slots, form.host_slots, form.exclusive, form.gather));
         Counts counts;
         std::atomic<int64_t> asked = 0;
         {
@@ -160,8 +163,8 @@ void test_bytes_under_delays(const CacheWorld& world, const std::shared_ptr<Devi
                     std::vector<int32_t> some{static_cast<int32_t>(noise() % kExperts)};
                     (void)cache->prefetch(static_cast<int32_t>(noise() % kLayers), some);
                     if (form.slots > 1 && noise() % 4 == 0) {
-                        cache->resize(1 + static_cast<int32_t>(
-                                              noise() % static_cast<uint64_t>(form.slots)));
+                        cache->resize(
+                            1 + static_cast<int32_t>(noise() % static_cast<uint64_t>(form.slots)));
                     }
                     std::this_thread::sleep_for(200us);
                 }
@@ -186,8 +189,8 @@ void test_a_failed_copy_fails_one_step(const CacheWorld& world,
                                        const std::shared_ptr<Device>& device) {
     fake_cuda_reset(1);
     Counts counts;
-    auto cache = std::make_shared<ExpertCache>(world.catalog,
-                                               options(world, device, 4, 80, false, false));
+    auto cache =
+        std::make_shared<ExpertCache>(world.catalog, options(world, device, 4, 80, false, false));
     Reader reader(world, cache, device, counts, 5);
     int64_t asked = reader.step(3);
     const int64_t before = asked;
@@ -210,8 +213,8 @@ void test_a_failed_copy_fails_one_step(const CacheWorld& world,
 void test_pinned_memory_refused(const CacheWorld& world, const std::shared_ptr<Device>& device) {
     fake_cuda_reset(1);
     fake_cuda_set_pinned_limit(40 * CacheWorld::kSlotBytes);
-    auto cache = std::make_shared<ExpertCache>(world.catalog,
-                                               options(world, device, 4, 80, false, false));
+    auto cache =
+        std::make_shared<ExpertCache>(world.catalog, options(world, device, 4, 80, false, false));
     const HostTierStats stats = cache->device_transport()->host().stats();
     CHECK(stats.slots >= HostTier::kLeastSlots && stats.slots <= 40);
     CHECK_EQ(stats.slots + stats.slots_refused, 80);
@@ -222,8 +225,8 @@ void test_resize_without_memory_keeps_the_size(const CacheWorld& world,
                                                const std::shared_ptr<Device>& device) {
     fake_cuda_reset(1);
     fake_cuda_set_granularity(4096);
-    auto cache = std::make_shared<ExpertCache>(world.catalog,
-                                               options(world, device, 4, 80, false, false));
+    auto cache =
+        std::make_shared<ExpertCache>(world.catalog, options(world, device, 4, 80, false, false));
     Counts counts;
     Reader reader(world, cache, device, counts, 9);
     fake_cuda_set_memory(fake_cuda_used_bytes() + 5 * CacheWorld::kSlotBytes);
@@ -247,8 +250,8 @@ void test_resize_without_memory_keeps_the_size(const CacheWorld& world,
 // What leaves the device is found again in RAM: once all experts have been read, the files rest.
 void test_exclusive_tiers_add_up(const CacheWorld& world, const std::shared_ptr<Device>& device) {
     fake_cuda_reset(1);
-    auto cache = std::make_shared<ExpertCache>(world.catalog,
-                                               options(world, device, 40, 60, true, false));
+    auto cache =
+        std::make_shared<ExpertCache>(world.catalog, options(world, device, 40, 60, true, false));
     Counts counts;
     Reader reader(world, cache, device, counts, 11);
     for (int i = 0; i < 200; ++i) reader.step(8);
@@ -260,10 +263,40 @@ void test_exclusive_tiers_add_up(const CacheWorld& world, const std::shared_ptr<
     CHECK_EQ(counts.wrong.load(), 0);
 }
 
+// A queue full of prefetches on a slow link: of what was not yet on its way when the demand was
+// enqueued, nothing goes first.
+void test_a_demand_overtakes(const CacheWorld& world, const std::shared_ptr<Device>& device) {
+    fake_cuda_reset(1);
+    auto cache =
+        std::make_shared<ExpertCache>(world.catalog, options(world, device, 80, 80, false, false));
+    Counts counts;
+    Reader reader(world, cache, device, counts, 3);
+    fake_cuda_set_link(FAKE_CUDA_TO_DEVICE, 5e6, 0);  // 2 ms each
+    std::vector<int32_t> others;
+    for (int32_t i = 0; i < kExperts; ++i) others.push_back(i);
+    (void)cache->prefetch(0, others);
+    std::this_thread::sleep_for(20ms);
+    (void)reader.step(1, 1);  // of the other layer
+    reader.reader().synchronize();
+    std::vector<fake_cuda_copy> copies(256);
+    copies.resize(fake_cuda_copies(copies.data(), copies.size()));
+    const auto urgent =
+        std::min_element(copies.begin(), copies.end(),
+                         [](const auto& a, const auto& b) { return a.priority < b.priority; });
+    CHECK(urgent != copies.end());
+    const auto overtook = std::count_if(copies.begin(), copies.end(), [&](const auto& copy) {
+        return copy.direction == FAKE_CUDA_TO_DEVICE && copy.start_ns > urgent->enqueued_ns &&
+               copy.start_ns < urgent->start_ns;
+    });
+    CHECK(overtook <= 1);
+    CHECK_EQ(counts.wrong.load(), 0);
+    fake_cuda_reset(1);
+}
+
 void test_a_copy_that_never_ends(const CacheWorld& world, const std::shared_ptr<Device>& device) {
     fake_cuda_reset(1);
-    auto cache = std::make_shared<ExpertCache>(world.catalog,
-                                               options(world, device, 4, 80, false, false));
+    auto cache =
+        std::make_shared<ExpertCache>(world.catalog, options(world, device, 4, 80, false, false));
     fake_cuda_hang_next_event();
     const std::vector<int32_t> some{1, 2};
     (void)cache->prefetch(0, some);
@@ -289,6 +322,7 @@ int main(int argc, char** argv) {
     test_pinned_memory_refused(world, device);
     test_resize_without_memory_keeps_the_size(world, device);
     test_exclusive_tiers_add_up(world, device);
+    test_a_demand_overtakes(world, device);
     test_a_copy_that_never_ends(world, device);
     return test_result();
 }
