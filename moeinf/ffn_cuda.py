@@ -62,6 +62,7 @@ class CudaExperts:
             return torch.empty_like(hidden)
         rows, ids = hidden.to(self.dtype).contiguous(), topk_ids.contiguous()
         weights = topk_weights.contiguous()
+        converted = hidden.dtype != self.dtype
         lane = self._lane()
         with lane.lock:
             reader = lane.reader
@@ -81,6 +82,8 @@ class CudaExperts:
                 while reader.next():
                     if self.is_fake:  # the host computes, so it waits for map and bytes itself
                         reader.synchronize()
+                    if self._triton is not None and reader.wave_is_whole and not converted:
+                        return self._whole(rows, ids, weights, lane.map)
                     routes = self._wave(rows, ids, lane.map, routes)
                     reader.done()
             finally:
@@ -89,6 +92,28 @@ class CudaExperts:
             return torch.zeros_like(hidden)
         combine: Any = ffn_torch.combine if self._triton is None else self._triton.combine
         out: torch.Tensor = combine(routes, ids, weights, dtype=hidden.dtype)
+        return out
+
+    def _whole(
+        self,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        expert_map: torch.Tensor,
+    ) -> torch.Tensor:
+        """A step in one wave: two launches instead of three, for the same bits."""
+        views = self._current_views()
+        out: torch.Tensor = self._triton.experts(
+            hidden,
+            ids,
+            weights,
+            views["gate_up"],
+            views["down"],
+            expert_map=expert_map,
+            activation=self.store.activation,
+            num_experts=self.store.num_experts,
+            check_ids=False,  # the core checked them on the host
+        )
         return out
 
     def _wave(

@@ -199,3 +199,15 @@ def test_the_benchmarks_run_to_their_end(benchmark: str, tmp_path: Path) -> None
     )
     assert run.returncode == 0, run.stderr
     assert '"rows"' in output.read_text()
+
+
+def test_an_interpreter_that_exits_with_copies_in_flight(qwen3_folder: Path) -> None:
+    program = """
+import ctypes, os, sys
+import moeinf
+cache = moeinf.ExpertCache(moeinf.ExpertStore.open(sys.argv[1]), device="cuda", slots=18)
+fake = ctypes.CDLL(os.environ["MOEINF_CUDA_DRIVER"])
+fake.fake_cuda_set_link(0, ctypes.c_double(1e5), ctypes.c_uint64(0))
+assert cache.prefetch(0, range(6)) == 6
+"""
+    subprocess.run([sys.executable, "-c", program, str(qwen3_folder)], check=True, timeout=60)

@@ -77,6 +77,8 @@ void bind_device_reader(py::module_& module) {
         .def("next", &DeviceReader::next, released,
              "False: the step is over. Else int32 [num_experts] at map_address will hold the rows "
              "of this wave, -1 elsewhere, and the stream waits for their bytes.")
+        .def_property_readonly("wave_is_whole", &DeviceReader::wave_is_whole,
+                               "Does the wave hold every expert of the step?")
         .def("done", &DeviceReader::done, released,
              "Rows of the wave may be reused behind what the stream has been given so far.")
         .def("release", &DeviceReader::release, released)
