@@ -190,9 +190,13 @@ class ExpertCache:
 
         Waits for reads in flight. Raises CapacityError if they do not fit in the slots together
         (then use `waves`), ReadError if one cannot be read, ValueError for a bad id.
+
+        On a GPU the host waits for the bytes, and at release for the current stream, so that any
+        stream may read meanwhile. `fused_experts` needs neither wait.
         """
         step, slots = self.core.acquire(layer, experts)
-        return Lease(experts, slots, step.release)
+        self.core.wait_for_rows(slots)
+        return Lease(experts, slots, partial(self._let_go, step.release))
 
     def waves(self, layer: int, experts: Sequence[int]) -> Iterator[Lease]:
         """Like `acquire`, in as many leases as it takes: each holds what is ready by then.
@@ -204,14 +208,21 @@ class ExpertCache:
         try:
             while (ready := step.next()) is not None:
                 positions = [position for position, _ in ready]
+                self.core.wait_for_rows([slot for _, slot in ready])
                 with Lease(
                     [experts[position] for position in positions],
                     [slot for _, slot in ready],
-                    partial(_finish, step, positions),
+                    partial(self._let_go, partial(_finish, step, positions)),
                 ) as lease:
                     yield lease
         finally:
             step.release()
+
+    def _let_go(self, release: Callable[[], None]) -> None:
+        """Releases a lease once what reads its slots has run."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+        release()
 
     def begin_pass(self, *, prefill: bool, new_sequence: bool, batch: int = 1) -> None:
         """Says what the next forward pass is, for policies and traces. Optional."""

@@ -6,6 +6,7 @@ middle; errors that say what is missing.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -211,3 +212,20 @@ fake.fake_cuda_set_link(0, ctypes.c_double(1e5), ctypes.c_uint64(0))
 assert cache.prefetch(0, range(6)) == 6
 """
     subprocess.run([sys.executable, "-c", program, str(qwen3_folder)], check=True, timeout=60)
+
+
+def test_a_lease_holds_the_bytes_when_it_is_given(store: moeinf.ExpertStore) -> None:
+    cache = moeinf.ExpertCache(store, device="cuda", slots=3)
+    fake = ctypes.CDLL(str(fake_cuda_library()))
+    fake.fake_cuda_set_link(0, ctypes.c_double(1e6), ctypes.c_uint64(0))  # tens of milliseconds
+    try:
+        for layer in range(3):
+            wanted = store.read(layer, 4)["down"]
+            with cache.acquire(layer, [4, 1]) as lease:
+                assert torch.equal(cache.views()["down"][lease.slots[0]], wanted)
+            for wave in cache.waves(layer, range(6)):
+                for expert, slot in zip(wave.experts, wave.slots, strict=True):
+                    found = cache.views()["down"][slot]
+                    assert torch.equal(found, store.read(layer, expert)["down"])
+    finally:
+        fake.fake_cuda_reset(ctypes.c_uint64(1))

@@ -3,11 +3,13 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <chrono>
 #include <cstring>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -321,6 +323,23 @@ void bind_cache(py::module_& module) {
                 cache.set_priors({priors.data(), static_cast<size_t>(priors.size())});
             },
             py::arg("priors").noconvert(), "How likely each expert is to come, by flat id.")
+        .def(
+            "wait_for_rows",
+            [](ExpertCache& cache, py::handle rows) {
+                DeviceTransport* const transport = cache.device_transport();
+                if (transport == nullptr) return;
+                const Ids ids = read_ids(rows);
+                const py::gil_scoped_release released;
+                for (const int32_t row : ids) {
+                    while (!transport->fences().arrived(row)) {
+                        std::this_thread::sleep_for(std::chrono::microseconds(20));
+                        check_signals();
+                    }
+                }
+            },
+            py::arg("rows"),
+            "The host waits until the bytes of leased rows are there; at once where slots lie in "
+            "RAM.")
         .def("host_stats", &host_stats,
              "Counts of the pinned RAM and of the link to the device; None where slots lie in RAM.")
         .def("reset_stats", &ExpertCache::reset_stats)
