@@ -43,9 +43,7 @@ public:
     bool next();
 
     // Does the wave hold every expert of the step?
-    [[nodiscard]] bool wave_is_whole() const noexcept {
-        return wave_.size() == experts_.size();
-    }
+    [[nodiscard]] bool wave_is_whole() const noexcept { return wave_.size() == experts_.size(); }
 
     // What reads the wave's rows has been enqueued: they may be reused behind it.
     void done();
