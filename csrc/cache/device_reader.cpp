@@ -1,7 +1,6 @@
 #include "cache/device_reader.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
 #include <string>
 
@@ -12,7 +11,6 @@ namespace moeinf {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr std::chrono::seconds kLongestGoodbye{10};
 
 size_t pages(size_t nbytes) {
     return std::max<size_t>(1, (nbytes + kPage - 1) / kPage) * kPage;
@@ -47,7 +45,7 @@ DeviceReader::~DeviceReader() {
     release();
     bool passed = false;
     try {
-        passed = timeline_->reached_within(timeline_->mark(), kLongestGoodbye);
+        passed = timeline_->reached_within(timeline_->mark(), Timeline::kLongestGoodbye);
     } catch (const std::exception&) {
         passed = true;  // a device that only answers with errors copies nothing any more
     }

@@ -16,7 +16,6 @@ using namespace std::chrono_literals;
 
 constexpr size_t kGatherUnit = 16;  // bytes; slots are larger multiples of it
 constexpr auto kPollCopies = 20us;
-constexpr auto kLongestGoodbye = 10s;
 
 // From the start of the slot to the end of its last segment: one copy for all.
 size_t copied_bytes(const Catalog& catalog) {
@@ -75,25 +74,28 @@ DeviceTransport::~DeviceTransport() {
     }
     for (const JobPtr& job : left_over) finish(job, TransferState::kCancelled);
     // Memory under a copy must stay. Where the device never gets there, it is left to the process.
-    const auto give_up = std::chrono::steady_clock::now() + kLongestGoodbye;
-    const auto passed = [&] {
-        try {
-            const std::lock_guard lock(queues_);
-            return fences_.idle(0) && std::all_of(held_.begin(), held_.end(), [](const Held& one) {
-                       return one.timeline->reached(one.point);
-                   });
-        } catch (const std::exception&) {
-            return true;  // a device that only answers with errors copies nothing any more
-        }
-    };
-    while (!passed()) {
-        if (std::chrono::steady_clock::now() > give_up) {
-            (void)host_.release();
-            (void)new std::shared_ptr<SlotPool>(pool_);
-            return;
-        }
-        std::this_thread::sleep_for(100us);
+    if (!device_rests()) {
+        (void)host_.release();
+        (void)new std::shared_ptr<SlotPool>(pool_);
     }
+}
+
+// Waits, but not for ever, until the device has done all that it was given.
+bool DeviceTransport::device_rests() {
+    try {
+        for (const TimelinePtr& timeline : {demand_, prefetch_, out_}) {
+            if (!timeline->reached_within(timeline->mark(), Timeline::kLongestGoodbye))
+                return false;
+        }
+        const auto give_up = std::chrono::steady_clock::now() + Timeline::kLongestGoodbye;
+        while (!fences_.idle(0)) {  // streams of readers
+            if (std::chrono::steady_clock::now() > give_up) return false;
+            std::this_thread::sleep_for(100us);
+        }
+    } catch (const std::exception&) {
+        // A device that only answers with errors copies nothing any more.
+    }
+    return true;
 }
 
 TransferPtr DeviceTransport::submit(int32_t expert, int32_t row, Priority priority,
@@ -185,8 +187,7 @@ void DeviceTransport::on_host_ready(const JobPtr& job, std::byte* bytes, const s
     }
     job->source = bytes;
     if (job->priority == Priority::kDemand) {
-        std::vector<JobPtr> demands{job};
-        return copy_demands(demands);
+        return copy_demands({job});
     }
     prefetches_.push_back(job);
     const std::lock_guard queues(queues_);
@@ -205,19 +206,10 @@ void DeviceTransport::enqueue(const JobPtr& job, size_t nbytes, Stream stream) {
 }
 
 // All of them, then one mark for all.
-void DeviceTransport::copy_demands(std::vector<JobPtr>& demands) noexcept {
+void DeviceTransport::copy_demands(const std::vector<JobPtr>& demands) noexcept {
     const bool gather = demands.size() > 1 && copy_bytes_ <= gather_below_;
     std::vector<GatherPart> parts;
     std::vector<JobPtr> enqueued;
-    const auto fail = [&](const JobPtr& job, const char* why) {
-        // Whatever reached the queue before the failure is let through before the bytes may move.
-        try {
-            hold_until(job->expert(), demand_, demand_->mark());
-        } catch (const std::exception&) {
-            host_->release(job->expert());
-        }
-        finish(job, TransferState::kFailed, why);
-    };
     for (const JobPtr& job : demands) {
         try {
             const Stream stream = demand_->stream();
@@ -231,7 +223,7 @@ void DeviceTransport::copy_demands(std::vector<JobPtr>& demands) noexcept {
             }
             enqueued.push_back(job);
         } catch (const std::exception& error) {
-            fail(job, error.what());
+            abandon(job, demand_, error.what());
         }
     }
     if (enqueued.empty()) return;
@@ -249,7 +241,7 @@ void DeviceTransport::copy_demands(std::vector<JobPtr>& demands) noexcept {
             hold_until(job->expert(), demand_, point);
         }
     } catch (const std::exception& error) {
-        for (const JobPtr& job : enqueued) fail(job, error.what());
+        for (const JobPtr& job : enqueued) abandon(job, demand_, error.what());
         return;
     }
     for (const JobPtr& job : enqueued) finish(job, TransferState::kDone);
@@ -281,6 +273,19 @@ void DeviceTransport::finish(const JobPtr& job, TransferState state, std::string
     TransferAccess::set_error(*job, std::move(error));
     TransferAccess::set_state(*job, state);
     if (done) done(job);
+}
+
+// Part of it may be under way on `timeline`: neither its bytes nor its row are free before that.
+void DeviceTransport::abandon(const JobPtr& job, const TimelinePtr& timeline,
+                              const char* why) noexcept {
+    try {
+        const uint64_t point = timeline->mark();
+        fences_.filled(job->row, timeline, point);
+        hold_until(job->expert(), timeline, point);
+    } catch (const std::exception&) {
+        host_->release(job->expert());  // where nothing can be enqueued, nothing is under way
+    }
+    finish(job, TransferState::kFailed, why);
 }
 
 void DeviceTransport::hold_until(int32_t expert, const TimelinePtr& timeline, uint64_t point) {
@@ -346,7 +351,7 @@ bool DeviceTransport::pump_prefetches() {
     const std::lock_guard lock(issuing_);
     while (!window_.empty()) {
         try {
-            if (!window_.front().timeline->reached(window_.front().point)) break;
+            if (!prefetch_->reached(window_.front())) break;
         } catch (const std::exception&) {
             break;
         }
@@ -370,15 +375,14 @@ bool DeviceTransport::pump_prefetches() {
             }
             enqueue(job, std::min(kChunkBytes, copy_bytes_ - job->copied), stream);
             const uint64_t point = prefetch_->mark();
-            window_.push_back({job->expert(), prefetch_, point});
+            window_.push_back(point);
             if (job->copied == copy_bytes_) {
                 job->last_chunk = point;
                 fences_.filled(job->row, prefetch_, point);
             }
         } catch (const std::exception& error) {
             prefetches_.pop_front();
-            host_->release(job->expert());
-            finish(job, TransferState::kFailed, error.what());
+            abandon(job, prefetch_, error.what());
         }
     }
     return !prefetches_.empty() || !window_.empty();

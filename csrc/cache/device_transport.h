@@ -77,11 +77,14 @@ private:
     void carry_out(const Request& request, std::vector<JobPtr>& demands);
     void start(const JobPtr& job, std::vector<JobPtr>& demands);
     void on_host_ready(const JobPtr& job, std::byte* bytes, const std::string& error);
-    void copy_demands(std::vector<JobPtr>& demands) noexcept;
+    void copy_demands(const std::vector<JobPtr>& demands) noexcept;
     void demote(int32_t expert, int32_t row);
     void finish(const JobPtr& job, TransferState state, std::string error = {});
+    void abandon(const JobPtr& job, const TimelinePtr& timeline, const char* why) noexcept;
     void hold_until(int32_t expert, const TimelinePtr& timeline, uint64_t point);
     void enqueue(const JobPtr& job, size_t nbytes, Stream stream);
+
+    [[nodiscard]] bool device_rests();
 
     void work(const std::stop_token& stop);
     bool release_passed();
@@ -105,7 +108,7 @@ private:
     // one its room, and that one is enqueued on the spot.
     std::recursive_mutex issuing_;
     std::deque<JobPtr> prefetches_;  // their bytes are in the host tier; the first may be under way
-    std::deque<Held> window_;        // chunks under way; of experts nobody releases here
+    std::deque<uint64_t> window_;    // points of prefetch_ behind the chunks under way
     std::vector<uint64_t> demoted_at_;  // by flat expert: the point of `out_` behind its demotion
     bool ending_ = false;
 

@@ -16,6 +16,9 @@ namespace moeinf {
 
 class Timeline {
 public:
+    // What a destructor waits for a device before it leaves memory in use to the process.
+    static constexpr std::chrono::seconds kLongestGoodbye{10};
+
     // `own` streams are destroyed with the timeline.
     Timeline(std::shared_ptr<Device> device, Stream stream, bool own);
     ~Timeline();
