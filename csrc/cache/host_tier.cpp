@@ -8,10 +8,6 @@
 namespace moeinf {
 namespace {
 
-PolicyShape shape_of(const Catalog& catalog) {
-    return {catalog.num_layers(), catalog.num_experts()};
-}
-
 std::unique_ptr<SlotPool> make_pool(const Catalog& catalog, Device& device, int32_t slots) {
     const auto nbytes = static_cast<size_t>(slots) * catalog.slot_bytes();
     return std::make_unique<SlotPool>(device.make_pinned_arena(nbytes, catalog.slot_bytes()),
@@ -37,7 +33,8 @@ HostTier::HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostT
     }
     stats_.slots = slots;
     stats_.slots_refused = asked - slots;
-    const PolicyShape shape = shape_of(*catalog_);
+    full_house_ = slots >= catalog_->total_experts();
+    const PolicyShape shape{catalog_->num_layers(), catalog_->num_experts()};
     residency_ = std::make_unique<Residency>(shape, slots, make_policy(options.policy, shape));
     engine_ = std::make_unique<CopyEngine>(catalog_, options.copy);
 }
@@ -208,6 +205,7 @@ void HostTier::set_on_device(int32_t expert, bool there) {
 }
 
 void HostTier::observe(const Step& step) {
+    if (full_house_) return;
     const std::lock_guard lock(mutex_);
     residency_->policy().observe(step);
 }

@@ -90,6 +90,7 @@ private:
 
     const std::shared_ptr<const Catalog> catalog_;
     const bool exclusive_;
+    bool full_house_ = false;  // a slot for each expert: nobody ever leaves, no policy need look on
     mutable std::mutex mutex_;  // guards all below; after the cache's lock, before the engine's
     std::unique_ptr<SlotPool> pool_;
     std::unique_ptr<Residency> residency_;
