@@ -131,7 +131,7 @@ bool DeviceReader::next() {
     wave_.assign(ready_.begin(), end);
     ready_.erase(ready_.begin(), end);
 
-    const size_t index = maps_used_++ % kMaps;
+    const size_t index = ++maps_used_ % kMaps;
     timeline_->synchronize(map_points_[index]);  // long passed, but for a step of many waves
     auto* const map = reinterpret_cast<int32_t*>(maps_->data()) + index * position_of_.size();
     std::fill_n(map, position_of_.size(), -1);
@@ -141,15 +141,20 @@ bool DeviceReader::next() {
     }
     device_->copy_in(step_.map, reinterpret_cast<const std::byte*>(map),
                      position_of_.size() * sizeof(int32_t), timeline_->stream());
-    map_points_[index] = timeline_->mark();
     return true;
 }
 
 void DeviceReader::done() {
     if (wave_.empty()) return;
     const uint64_t point = timeline_->mark();
+    map_points_[maps_used_ % kMaps] = point;
     for (const ReadyExpert& one : wave_) transport_.fences().read(one.slot, timeline_, point);
-    for (const ReadyExpert& one : wave_) lease_->done(one.position);
+    if (wave_is_whole()) {  // as most are: one lock for all
+        lease_->release();
+        more_ = false;
+    } else {
+        for (const ReadyExpert& one : wave_) lease_->done(one.position);
+    }
     wave_.clear();
 }
 
