@@ -5,6 +5,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "base/round.h"
 #include "cache/device_transport.h"
 
 namespace moeinf {
@@ -13,7 +14,7 @@ namespace {
 constexpr size_t kPage = 4096;
 
 size_t pages(size_t nbytes) {
-    return std::max<size_t>(1, (nbytes + kPage - 1) / kPage) * kPage;
+    return round_up(std::max<size_t>(nbytes, 1), kPage);
 }
 
 std::unique_ptr<Arena> pinned(Device& device, size_t nbytes) {

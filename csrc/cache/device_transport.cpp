@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/round.h"
 
 namespace moeinf {
 namespace {
@@ -23,7 +24,7 @@ size_t copied_bytes(const Catalog& catalog) {
     for (const Extent& extent : catalog.extents(0)) {
         end = std::max<size_t>(end, extent.slot_offset + extent.nbytes);
     }
-    return (end + kGatherUnit - 1) / kGatherUnit * kGatherUnit;
+    return round_up(end, kGatherUnit);
 }
 
 TimelinePtr own_timeline(const std::shared_ptr<Device>& device, bool urgent) {

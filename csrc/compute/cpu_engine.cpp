@@ -6,15 +6,13 @@
 #include <new>
 #include <utility>
 
+#include "base/round.h"
+
 namespace moeinf {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kCacheLine = 64;
-
-size_t round_up(size_t value, size_t unit) {
-    return (value + unit - 1) / unit * unit;
-}
 
 }  // namespace
 

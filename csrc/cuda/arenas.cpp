@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/round.h"
 
 namespace moeinf::cuda {
 namespace {
@@ -16,10 +17,6 @@ constexpr size_t kPage = 4096;
 constexpr size_t kMostDevicePiece = size_t{64} << 20;
 constexpr size_t kMostPinnedPiece = size_t{256} << 20;
 constexpr size_t kPiecesWanted = 32;  // a shrink keeps at most the rest of one piece: 1/32
-
-size_t round_up(size_t value, size_t unit) {
-    return (value + unit - 1) / unit * unit;
-}
 
 // A whole number of units, at least one, such that an arena has about kPiecesWanted pieces.
 size_t piece_bytes(size_t reserved, size_t unit, size_t most) {
@@ -32,14 +29,6 @@ void check_reserve(size_t nbytes, size_t unit) {
         throw Error(ErrorCode::kInvalid,
                     "expected an arena of at least 1 byte and within the address space, found " +
                         std::to_string(nbytes) + " bytes");
-    }
-}
-
-void check_fits(size_t nbytes, size_t reserved) {
-    if (nbytes > reserved) {
-        throw Error(ErrorCode::kCapacity, "an arena of " + std::to_string(reserved) +
-                                              " reserved bytes cannot hold " +
-                                              std::to_string(nbytes));
     }
 }
 

@@ -20,6 +20,9 @@ public:
     virtual void commit(size_t nbytes) = 0;
 };
 
+// Throws Error(kCapacity) unless `nbytes` fit into an arena of that reserve.
+void check_fits(size_t nbytes, size_t reserved);
+
 // RAM, in huge pages where the system allows them.
 std::unique_ptr<Arena> make_host_arena(size_t reserve_bytes);
 

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "base/round.h"
 #include "memory/arena.h"
 #include "memory/available.h"
 
@@ -16,10 +17,6 @@ namespace {
 
 constexpr size_t kPage = 4096;
 constexpr size_t kHugePage = size_t{2} << 20;
-
-size_t round_up(size_t value, size_t unit) {
-    return (value + unit - 1) / unit * unit;
-}
 
 [[noreturn]] void out_of_memory(const std::string& what, size_t nbytes) {
     throw Error(ErrorCode::kCapacity,
@@ -56,11 +53,7 @@ public:
     size_t committed() const noexcept override { return committed_; }
 
     void commit(size_t nbytes) override {
-        if (nbytes > reserved_) {
-            throw Error(ErrorCode::kCapacity, "an arena of " + std::to_string(reserved_) +
-                                                  " reserved bytes cannot hold " +
-                                                  std::to_string(nbytes));
-        }
+        check_fits(nbytes, reserved_);
         const size_t wanted = round_up(nbytes, kPage);
         const size_t present = round_up(committed_, kPage);
         if (wanted > present) grow(present, wanted);
@@ -98,6 +91,14 @@ private:
 };
 
 }  // namespace
+
+void check_fits(size_t nbytes, size_t reserved) {
+    if (nbytes > reserved) {
+        throw Error(ErrorCode::kCapacity, "an arena of " + std::to_string(reserved) +
+                                              " reserved bytes cannot hold " +
+                                              std::to_string(nbytes));
+    }
+}
 
 std::unique_ptr<Arena> make_host_arena(size_t reserve_bytes) {
     return std::make_unique<HostArena>(reserve_bytes);

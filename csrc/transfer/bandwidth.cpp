@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/round.h"
 #include "memory/arena.h"
 #include "transfer/source_file.h"
 
@@ -62,7 +63,7 @@ double measure(const SourceFile& file, const std::string& path, const ReadWay& w
     std::exception_ptr failure;
 
     // Whole huge pages: requests of many small ones are split on their way to the device.
-    const size_t buffer_bytes = (request_bytes + kHugePage - 1) / kHugePage * kHugePage;
+    const size_t buffer_bytes = round_up(request_bytes, kHugePage);
     std::vector<std::unique_ptr<Arena>> buffers;
     for (int32_t i = 0; i < way.in_flight; ++i) {
         buffers.push_back(make_host_arena(buffer_bytes));

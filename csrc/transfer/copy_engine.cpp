@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/round.h"
 #include "memory/arena.h"
 #include "transfer/read_plan.h"
 #include "transfer/source_file.h"
@@ -26,10 +27,6 @@ constexpr int32_t kMostThreads = 256;
 constexpr size_t kDefaultChunkBytes = size_t{1} << 20;
 constexpr size_t kLargestChunkBytes = size_t{1} << 30;
 constexpr size_t kHugePage = size_t{2} << 20;
-
-size_t round_up(size_t value, size_t unit) {
-    return (value + unit - 1) / unit * unit;
-}
 
 struct Job;
 using Queue = std::list<std::shared_ptr<Job>>;

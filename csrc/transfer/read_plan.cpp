@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "base/round.h"
+
 namespace moeinf {
 namespace {
 
@@ -33,7 +35,7 @@ void cut(std::span<const Extent> extents, uint64_t end, uint64_t chunk_bytes, Re
     const uint64_t base = begin / kChunkAlignment * kChunkAlignment;
     const uint64_t count = (end - base + chunk_bytes - 1) / chunk_bytes;
     const uint64_t each = (end - base + count - 1) / count;
-    const uint64_t step = (each + kChunkAlignment - 1) / kChunkAlignment * kChunkAlignment;
+    const uint64_t step = round_up(each, kChunkAlignment);
     for (uint64_t from = base; from < end; from += step) {
         add_chunk(extents, std::max(from, begin), std::min(from + step, end), plan);
     }

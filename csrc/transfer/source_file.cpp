@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "base/error.h"
+#include "base/round.h"
 #include "transfer/direct_io.h"
 
 namespace moeinf {
@@ -38,10 +39,6 @@ struct stat status_of(int descriptor, const std::string& path) {
 uint64_t round_down(uint64_t value, uint64_t unit) {
     return value / unit * unit;
 }
-uint64_t round_up(uint64_t value, uint64_t unit) {
-    return round_down(value + unit - 1, unit);
-}
-
 }  // namespace
 
 Descriptor::~Descriptor() {
