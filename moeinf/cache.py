@@ -280,13 +280,13 @@ class ExpertCache:
         """
         return self.core.prefetch(layer, experts)
 
-    def predict(self, layer: int, experts: Sequence[int], *, seconds: float = 0.0) -> None:
+    def predict(self, layer: int, experts: Sequence[int]) -> None:
         """Says what the next step of `layer` will likely use, best first; for prefetch="external".
 
-        What is absent is read ahead within the budget, and only where that pays: `seconds` is what
-        the prediction took to make. Elsewhere it does nothing.
+        What is absent is read ahead within the budget, and only where that pays: what making the
+        prediction takes counts too. Elsewhere it does nothing.
         """
-        self.core.predict(layer, experts, seconds)
+        self.core.predict(layer, experts)
 
     @property
     def wants_predictions(self) -> bool:
@@ -365,9 +365,11 @@ def prediction_summary(counts: dict[str, Any]) -> dict[str, Any]:
 
     recall: share of the experts used that had been predicted; precision: share of those predicted
     that were used; precision_among_misses: the same for those that were not resident when they were
-    predicted, which are all that a prefetch can win; active_share: of the predicted steps, those
-    that came while prefetching was switched on. None where nothing was counted. `late` prefetches
-    were still being read when their step came, and took `late_seconds` more.
+    predicted, which are all that a prefetch can win; active_share: of the predicted steps, those in
+    passes that did read ahead. None where nothing was counted. `late` prefetches were still being
+    read when their step came, and took `late_seconds` more. `gain` is the share of a pass's time
+    that reading ahead saves, from passes with and without it in turn, give or take `gain_error`;
+    prefetching is switched on (`active`) where it is clearly above zero.
     """
 
     def ratio(part: str, whole: str) -> float | None:

@@ -67,8 +67,7 @@ class Listener:
     def __init__(self) -> None:
         self.latest: dict[int, list[int]] = {}
 
-    def predict(self, layer: int, experts: list[int], *, seconds: float) -> None:
-        assert seconds > 0
+    def predict(self, layer: int, experts: list[int]) -> None:
         self.latest[layer] = experts
 
 

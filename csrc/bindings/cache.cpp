@@ -165,6 +165,8 @@ py::dict to_dict(const PredictionStats& stats) {
     py::dict row;
     row["predictor"] = stats.predictor;
     row["active"] = stats.active;
+    row["gain"] = stats.gain;
+    row["gain_error"] = stats.gain_error;
     row["switches"] = stats.switches;
     row["steps"] = stats.steps;
     row["active_steps"] = stats.active_steps;
@@ -291,14 +293,14 @@ void bind_cache(py::module_& module) {
             "Starts reading what is absent, best first. Returns the number of reads started.")
         .def(
             "predict",
-            [](ExpertCache& cache, int32_t layer, py::handle experts, double seconds) {
+            [](ExpertCache& cache, int32_t layer, py::handle experts) {
                 const Ids ids = read_ids(experts);
                 const py::gil_scoped_release released;
-                cache.predict(layer, ids, seconds);
+                cache.predict(layer, ids);
             },
-            py::arg("layer"), py::arg("experts"), py::arg("seconds") = 0.0,
-            "What the next step of that layer is expected to use, best first, and how long it took "
-            "to find out. Read ahead within the budget, where that pays.")
+            py::arg("layer"), py::arg("experts"),
+            "What the next step of that layer is expected to use, best first. Read ahead within "
+            "the budget, where that pays.")
         .def_property_readonly("wants_predictions", &ExpertCache::wants_predictions,
                                "Is a call of predict() worth making now?")
         .def(

@@ -161,7 +161,7 @@ int32_t ExpertCache::prefetch(int32_t layer, std::span<const int32_t> experts) {
     return started;
 }
 
-void ExpertCache::predict(int32_t layer, std::span<const int32_t> experts, double seconds) {
+void ExpertCache::predict(int32_t layer, std::span<const int32_t> experts) {
     CacheState& cache = *state_;
     cache.check_process();
     check_layer(*cache.catalog, layer);
@@ -170,7 +170,7 @@ void ExpertCache::predict(int32_t layer, std::span<const int32_t> experts, doubl
 
     std::unique_lock lock(cache.mutex);
     if (!cache.prefetcher) return;
-    cache.prefetcher->hint(layer, flat, seconds);
+    cache.prefetcher->hint(layer, flat);
     if (cache.prefetcher->is_next(layer)) cache.start_prefetches();
     lock.unlock();
     cache.flush();

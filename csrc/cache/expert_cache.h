@@ -129,10 +129,10 @@ public:
     // reads it started. Never waits.
     int32_t prefetch(int32_t layer, std::span<const int32_t> experts);
 
-    // A prediction of what the next step of `layer` will use, best first, which took `seconds` to
-    // make. The prefetcher decides what becomes of it, and when: never before the step of the layer
+    // A prediction of what the next step of `layer` will use, best first. The prefetcher decides
+    // what becomes of it, and when: never before the step of the layer
     // before has its reads. Ignored where prefetch is "off".
-    void predict(int32_t layer, std::span<const int32_t> experts, double seconds);
+    void predict(int32_t layer, std::span<const int32_t> experts);
     // Is one worth making now? Only "external" ever wants them, and only while decoding.
     [[nodiscard]] bool wants_predictions() const;
 

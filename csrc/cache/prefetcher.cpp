@@ -37,7 +37,8 @@ Prefetcher::Prefetcher(PolicyShape shape, std::unique_ptr<Predictor> predictor, 
 
 void Prefetcher::judge(const Step& step, double now) {
     measure_idle(step, now);
-    if (step.new_sequence || step.layer <= layer_) start_pass();
+    if (step.new_sequence || step.layer <= layer_) start_pass(step, now);
+    decoding_ = !step.prefill;
     layer_ = step.layer;
     ++step_;
     for (const int32_t expert : step.experts) used_at_[static_cast<size_t>(expert)] = step_;
@@ -80,12 +81,15 @@ void Prefetcher::judge(const Step& step, double now) {
     }
     predicted.guesses.clear();
     predicted.fresh = false;
-    decide();
 }
 
-void Prefetcher::start_pass() {
+// The pass before is over; its time counts if it was a decode pass with another right behind it.
+void Prefetcher::start_pass(const Step& step, double now) {
+    if (decoding_ && !step.prefill && !step.new_sequence) trial_.end_pass(now - pass_started_);
     ++pass_;
-    if (active_) return;
+    pass_started_ = now;
+    fetching_ = !step.prefill && trial_.begin_pass(promising());
+    if (trial_.state() != PrefetchTrial::State::kOff) return;
     // What was learned when it last fetched may not hold any more.
     saved_.forget(kForgetWhileOff);
     wasted_.forget(kForgetWhileOff);
@@ -98,7 +102,6 @@ void Prefetcher::measure_idle(const Step& step, double now) {
         double& usual = target(layer_).idle_seconds;
         usual = usual < 0 ? idle : usual + kIdleRate * (idle - usual);
     }
-    decoding_ = !step.prefill;
 }
 
 void Prefetcher::missed(int32_t expert) {
@@ -146,8 +149,7 @@ void Prefetcher::predict(int32_t layer) {
     }
 }
 
-void Prefetcher::hint(int32_t layer, std::span<const int32_t> experts, double seconds) {
-    hint_seconds_.add(seconds);
+void Prefetcher::hint(int32_t layer, std::span<const int32_t> experts) {
     Target& predicted = start_prediction(layer);
     for (const int32_t expert : experts) add_guess(predicted, expert, 1.0f);
 }
@@ -158,7 +160,7 @@ Prefetcher::Target& Prefetcher::start_prediction(int32_t layer) {
     std::erase_if(predicted.guesses, [](const Guess& guess) { return !guess.fetched; });
     for (Guess& guess : predicted.guesses) guess.latest = false;
     predicted.fresh = true;
-    predicted.active = active_;
+    predicted.active = fetching_;
     return predicted;
 }
 
@@ -195,7 +197,7 @@ std::span<const int32_t> Prefetcher::choose(const Residency& residency) {
         if (budget_ - under_way < bytes || room-- <= 0) break;
         budget_ -= bytes;
         chance.second->candidate = true;
-        if (fetching()) wanted_.push_back(chance.second->expert);
+        if (fetching_) wanted_.push_back(chance.second->expert);
     }
     return wanted_;
 }
@@ -250,13 +252,9 @@ float Prefetcher::least_score() const noexcept {
     return std::clamp(static_cast<float>(pays), kLeastScore, kGreatestScore);
 }
 
-bool Prefetcher::fetching() const noexcept {
-    return active_ || pass_ % kProbePeriod == 0;
-}
-
 bool Prefetcher::wants_hints() const noexcept {
     return predictor_ == nullptr && decoding_ &&
-           (active_ || judged_ < kEnoughPredictions || pass_ % kHintPeriod == 0);
+           (fetching_ || judged_ < kEnoughPredictions || pass_ % kHintPeriod == 0);
 }
 
 bool Prefetcher::is_next(int32_t layer) const noexcept {
@@ -264,24 +262,24 @@ bool Prefetcher::is_next(int32_t layer) const noexcept {
 }
 
 // Compares what predictions gain with what they cost, both in reads.
-void Prefetcher::decide() {
-    if (judged_ < kEnoughPredictions) return;
-    const double reads_per_second = bandwidth() / static_cast<double>(costs_.expert_bytes);
-    const double making = hint_seconds_.count > 0 ? hint_seconds_.value() * reads_per_second : 0.0;
-    const double cost = useless_ * wasted_.value() + judged_ * making;
-    const bool pays = useful_ * saved_.value() > cost * (active_ ? 1.0 : kSwitchOnMargin);
-    stats_.switches += pays != active_;
-    active_ = pays;
+bool Prefetcher::promising() const noexcept {
+    if (judged_ < kEnoughPredictions) return false;
+    const bool off = trial_.state() == PrefetchTrial::State::kOff;
+    return useful_ * saved_.value() > useless_ * wasted_.value() * (off ? kSwitchOnMargin : 1.0);
 }
 
 PredictionStats Prefetcher::stats() const {
     PredictionStats stats = stats_;
-    stats.active = active_;
+    stats.active = trial_.state() == PrefetchTrial::State::kOn;
+    stats.gain = trial_.gain();
+    stats.gain_error = trial_.error();
+    stats.switches = trial_.switches() - switches_before_;
     return stats;
 }
 
 void Prefetcher::reset_stats() {
     stats_ = {.predictor = std::move(stats_.predictor)};
+    switches_before_ = trial_.switches();
 }
 
 std::vector<std::string> prefetch_names() {

@@ -8,11 +8,9 @@
 //
 // Does it pay? With r the useful share of what is fetched, s the share of a read that a useful
 // prefetch saves (less than 1 if it came late) and w what a useless one costs in reads (the link
-// where it was not idle, experts it drove out that were missed soon after), it pays where r * s is
-// above (1 - r) * w, by more than the prediction itself costs. s and w are measured; so is r, also
-// while nothing is fetched, from what would have been. It starts switched off, fetches once that
-// pays, and stops when it does not; while off, one pass in kProbePeriod fetches, so that s and w
-// are learned anew.
+// where it was not idle, experts it drove out that were missed soon after), it may pay where r * s
+// is above (1 - r) * w. s and w are measured; so is r, also while nothing is fetched, from what
+// would have been. Where that promises something the clock has the last word: PrefetchTrial.
 #pragma once
 
 #include <cstdint>
@@ -23,6 +21,7 @@
 #include <vector>
 
 #include "cache/predictor.h"
+#include "cache/prefetch_trial.h"
 #include "cache/residency.h"
 
 namespace moeinf {
@@ -30,10 +29,12 @@ namespace moeinf {
 // Counted when the predicted step comes. Prefill steps are not predicted.
 struct PredictionStats {
     std::string predictor = "off";
-    bool active = false;           // it fetches, as of now
+    bool active = false;           // switched on, as of now
+    double gain = 0;               // share of a pass's time that fetching saves, as last measured
+    double gain_error = 0;         // its standard error; both 0 before it was measured
     int64_t switches = 0;          // times it was switched on or off
     int64_t steps = 0;             // that had been predicted
-    int64_t active_steps = 0;      // of these, predicted while it was switched on
+    int64_t active_steps = 0;      // of these, predicted in passes that fetched
     int64_t used = 0;              // experts of these steps
     int64_t predicted = 0;         // experts that had been predicted for them
     int64_t correct = 0;           // of these, used by the step
@@ -46,8 +47,6 @@ struct PredictionStats {
 
 class Prefetcher {
 public:
-    static constexpr int64_t kProbePeriod = 64;  // passes
-
     struct Costs {
         int64_t expert_bytes;
         int64_t delay_bytes;  // that a demand may have to wait for, having overtaken a prefetch
@@ -62,8 +61,8 @@ public:
     void missed(int32_t expert);
     void look_ahead(const Step& step, double now);
 
-    // A prediction from outside, best first, which took `seconds` to make.
-    void hint(int32_t layer, std::span<const int32_t> experts, double seconds);
+    // A prediction from outside, best first.
+    void hint(int32_t layer, std::span<const int32_t> experts);
     // Is a prediction from outside for this pass worth making? Now and then also while off.
     [[nodiscard]] bool wants_hints() const noexcept;
     // True if the step just before this layer has begun, so that nothing stands before a hint.
@@ -98,7 +97,7 @@ private:
     struct Target {  // by layer
         std::vector<Guess> guesses;
         bool fresh = false;        // not yet chosen from
-        bool active = false;       // predicted while switched on
+        bool active = false;       // predicted in a pass that fetches
         size_t usual_experts = 0;  // of the latest decode step
         double idle_seconds = -1;  // of the link after a step of this layer; below 0: not known
     };
@@ -124,13 +123,12 @@ private:
     };
 
     Target& target(int32_t layer) { return targets_[static_cast<size_t>(layer)]; }
-    void start_pass();
+    void start_pass(const Step& step, double now);
     void measure_idle(const Step& step, double now);
     void predict(int32_t layer);
     Target& start_prediction(int32_t layer);
     static void add_guess(Target& target, int32_t expert, float score);
-    void decide();
-    [[nodiscard]] bool fetching() const noexcept;
+    [[nodiscard]] bool promising() const noexcept;
     [[nodiscard]] double bandwidth() const noexcept;
 
     PolicyShape shape_;
@@ -155,11 +153,13 @@ private:
     double budget_ = 0;
 
     // What pays.
-    bool active_ = false;
+    PrefetchTrial trial_;
+    int64_t switches_before_ = 0;  // of the trial, at the latest reset
+    bool fetching_ = false;        // in this pass
+    double pass_started_ = 0;
     double judged_ = 0, useful_ = 0, useless_ = 0;  // predictions, and candidates among them
     Mean saved_{1.0, 4, 0.97};
     Mean wasted_{0.25, 8, 0.97};
-    Mean hint_seconds_{0.0, 0, 0.95};
     std::vector<Late> late_;
 
     std::vector<float> scores_;                      // scratch

@@ -127,7 +127,8 @@ def _prefetch_facts(prefetch: dict[str, Any]) -> dict[str, str]:
 
     return {
         f"prefetch, {prefetch['predictor']}": f"switched {'on' if prefetch['active'] else 'off'}, "
-        f"on for {percent('active_share')} of the steps",
+        f"read ahead in {percent('active_share')} of the steps, "
+        f"gain {prefetch['gain']:+.1%} ± {prefetch['gain_error']:.1%}",
         "predictions": f"recall {percent('recall')}, precision {percent('precision')}, "
         f"among misses {percent('precision_among_misses')}",
         "prefetched": f"{human_bytes(prefetch['prefetch_bytes'])}, "

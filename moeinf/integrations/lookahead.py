@@ -11,7 +11,6 @@ for models that run the shared expert last, after them.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,13 +78,11 @@ class GateLookahead:
         """hidden, shared: [..., H], input of the block before `layer`, and its shared part."""
         if hidden.numel() > MOST_TOKENS * hidden.shape[-1] or not self.cache.wants_predictions:
             return
-        start = time.perf_counter()
         if shared is not None:
             # forward() rather than a call: hooks of others are for what the model computes.
             scale = torch.sigmoid(shared_gate.forward(hidden)) if shared_gate else 1.0
             hidden = hidden + scale * shared
-        experts = route(self.blocks[layer], self.forms[layer], hidden)
-        self.cache.predict(layer, experts, seconds=time.perf_counter() - start)
+        self.cache.predict(layer, route(self.blocks[layer], self.forms[layer], hidden))
 
 
 def route(block: Any, form: BlockForm, hidden: torch.Tensor) -> list[int]:
