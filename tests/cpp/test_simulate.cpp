@@ -171,22 +171,25 @@ void every_instruction_set_gives_the_same_bits(std::mt19937& random) {
     const best::Kernels& fastest = best::fastest_kernels();
     std::cout << "kernels: " << fastest.name << "\n";
     std::uniform_real_distribution<float> wide(-12.0f, 12.0f), positive(0.0f, 30.0f);
-    for (const size_t n : {1, 3, 7, 8, 9, 32, 60, 127, 128, 385}) {
+    for (const size_t n : {1, 3, 7, 8, 9, 31, 32, 33, 60, 127, 128, 385}) {
         const auto drawn = [&](auto& distribution) {
             std::vector<float> values(n);
             for (float& value : values) value = distribution(random);
             return values;
         };
-        const auto counts = drawn(positive), uses = drawn(positive), slow = drawn(positive),
-                   sequence = drawn(positive), unused = drawn(positive), bias = drawn(wide),
-                   values = drawn(wide);
+        auto counts = drawn(positive);
+        for (float& count : counts) count = random() % 2 == 0 ? count : 0.0f;
+        const auto uses = drawn(positive), slow = drawn(positive), sequence = drawn(positive),
+                   unused = drawn(positive), bias = drawn(wide), values = drawn(wide);
         const best::History history{uses.data(),   slow.data(), sequence.data(),
                                     unused.data(), bias.data(), 0.3f,
                                     0.02f,         0.01f,       0.03f};
-        std::vector<float> results[2][4];
+        // Of three rows, one starts off any boundary.
+        const auto first = drawn(wide), second = drawn(wide), third = drawn(wide);
+        std::vector<float> results[2][8];
         for (int which = 0; which < 2; ++which) {
             const best::Kernels& kernels = which == 0 ? portable : fastest;
-            auto& [decayed, sums, errors, logistic] = results[which];
+            auto& [decayed, sums, errors, logistic, since, added, row, shifted] = results[which];
             decayed = uses;
             kernels.decay(decayed.data(), counts.data(), 0.8f, 1.7f, n);
             sums.resize(n);
@@ -196,8 +199,28 @@ void every_instruction_set_gives_the_same_bits(std::mt19937& random) {
             kernels.outcomes(counts.data(), sums.data(), values.data(), 0.6f, errors.data(), n);
             logistic.resize(n);
             kernels.logistic(sums.data(), logistic.data(), n);
+            since = unused;
+            kernels.count_visits(since.data(), bias.data(), n);
+            added = values;
+            const float* const rows[] = {first.data(), second.data(), third.data()};
+            kernels.add_rows(added.data(), rows, 3, n);
+            row = first;
+            shifted = second;
+            shifted.insert(shifted.begin(), 0.0f);
+            float* const learning[] = {row.data(), shifted.data() + 1};
+            const float rates[] = {0.7f, -0.01f};
+            kernels.learn_rows(learning, rates, 2, errors.data(), n);
         }
-        for (int i = 0; i < 4; ++i) CHECK(same_bits(results[0][i], results[1][i]));
+        for (int i = 0; i < 8; ++i) CHECK(same_bits(results[0][i], results[1][i]));
+        for (size_t e = 0; e < n; ++e) {
+            const auto& [decayed, sums, errors, logistic, since, added, row, shifted] = results[1];
+            CHECK_EQ(since[e], bias[e] > 0 ? 0.0f : unused[e] + 1);
+            CHECK_EQ(added[e], ((values[e] + first[e]) + second[e]) + third[e]);
+            CHECK_EQ(row[e], first[e] + errors[e] * 0.7f);
+            CHECK_EQ(shifted[e + 1], second[e] + errors[e] * -0.01f);
+            const float later = 0.6f / (1 + std::exp(-sums[e]));
+            CHECK(std::abs(errors[e] - ((counts[e] > 0 ? 1.0f : later) - values[e])) < 1e-3f);
+        }
         for (size_t e = 0; e < n; ++e) {
             const auto odds = [](double rate) {
                 const double kept = std::min(std::max(rate, 0.002), 0.998);

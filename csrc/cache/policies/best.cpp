@@ -43,15 +43,15 @@ struct Order {
         float value;
         int32_t expert;
         bool operator<(const Key& other) const {
-            if (score != other.score) return score < other.score;
+            if (score < other.score) return true;
+            if (score > other.score) return false;
             if (layer != other.layer) return layer < other.layer;
             if (value != other.value) return value < other.value;
             return expert < other.expert;
         }
     };
 
-    Key key(int32_t expert) const {
-        const int32_t layer = expert / num_experts;
+    Key key(int32_t layer, int32_t expert) const {
         const float value = values[static_cast<size_t>(expert)];
         return {value * discount[static_cast<size_t>(layer)], layer, value, expert};
     }
@@ -61,7 +61,6 @@ struct Order {
         return value_a < value_b || (value_a == value_b && a < b);
     }
 
-    int32_t num_experts;
     std::vector<float> values;    // by flat expert
     std::vector<float> discount;  // by layer, seen from that of the latest step
 };
@@ -79,7 +78,7 @@ class Best final : public Policy {
 public:
     explicit Best(PolicyShape shape)
         : shape_(shape),
-          order_{shape.num_experts, std::vector<float>(static_cast<size_t>(shape.total())),
+          order_{std::vector<float>(static_cast<size_t>(shape.total())),
                  std::vector<float>(static_cast<size_t>(shape.num_layers), 1.0f)},
           residents_(shape.num_layers, shape.num_experts, order_),
           slots_(shape.total()),
@@ -98,7 +97,7 @@ public:
             std::min<int64_t>(kContexts, kContextBytes / std::max<int64_t>(1, bytes_per_context)));
         const auto rows = static_cast<size_t>(contexts_) * bias_.size();
         context_weights_.resize(rows * counts_.size());
-        context_uses_.resize(rows);
+        context_rows_.resize(rows);
     }
 
     std::string_view name() const noexcept override { return "best"; }
@@ -144,6 +143,10 @@ public:
     }
 
 private:
+    struct ContextRow {
+        float uses = 0.0f;   // learned from so often
+        uint32_t visit = 0;  // the latest of which it was context
+    };
     struct Layer {
         bool visited = false;
         int64_t pass = -1;             // of the latest visit
@@ -183,10 +186,11 @@ private:
                 by_distance_[d] = by_distance_[d - 1] * per_layer;
             }
         }
-        for (int32_t l = 0; l < shape_.num_layers; ++l) {
-            order_.discount[static_cast<size_t>(l)] = by_distance_[static_cast<size_t>(
-                decayed_frequency::layers_until_next_visit(l, layer, shape_.num_layers))];
-        }
+        // The layers above come at distances from 1, then the others, this one last.
+        const auto below = order_.discount.begin() + layer + 1;
+        const auto next =
+            std::copy_n(by_distance_.begin() + 1, order_.discount.end() - below, below);
+        std::copy_n(by_distance_.begin() + 1 + (next - below), layer + 1, order_.discount.begin());
     }
 
     // A prefill step of n tokens stands for n visits. Steps do not say how many tokens they had;
@@ -214,10 +218,7 @@ private:
         add_decayed(fast_, best::kFastDecay);
         add_decayed(slow_, best::kSlowDecay);
         add(sequence_, 1.0f, tokens_);
-        float* unused_for = unused_for_.data() + from;
-        for (size_t e = 0; e < counts_.size(); ++e) {
-            unused_for[e] = counts_[e] > 0.0f ? 0.0f : unused_for[e] + 1.0f;
-        }
+        kernels_.count_visits(unused_for_.data() + from, counts_.data(), counts_.size());
     }
 
     void remember_set(const Step& step) {
@@ -231,12 +232,16 @@ private:
 
     // Fills context_ with the rows of the experts just active here and in the layers below.
     void gather_context(int32_t l) {
+        ++visit_;
         context_.clear();
         for (int32_t below = 0; below < std::min(contexts_, l + 1); ++below) {
             const Layer& source = layers_[static_cast<size_t>(l - below)];
             if (source.pass != pass_) break;
             const int32_t first = below * shape_.total() + (l - below) * shape_.num_experts;
-            for (const int32_t expert : source.set) context_.push_back(first + expert);
+            for (const int32_t expert : source.set) {
+                context_.push_back(first + expert);
+                context_rows_[static_cast<size_t>(first + expert)].visit = visit_;
+            }
         }
     }
 
@@ -245,7 +250,7 @@ private:
         for (const int32_t index : rows) {
             const float* weights = row(index);
             for (size_t e = 0; e < counts_.size(); e += 16) __builtin_prefetch(weights + e);
-            __builtin_prefetch(&context_uses_[static_cast<size_t>(index)]);
+            __builtin_prefetch(&context_rows_[static_cast<size_t>(index)]);
         }
     }
 
@@ -268,10 +273,9 @@ private:
         if (!prior_odds_.empty()) {
             kernels_.add(sums_.data(), prior_odds_.data() + from, prior_weight_, sums_.size());
         }
-
-        for (const int32_t index : context_) {
-            kernels_.add(sums_.data(), row(index), 1.0f, sums_.size());
-        }
+        rows_.clear();
+        for (const int32_t index : context_) rows_.push_back(row(index));
+        kernels_.add_rows(sums_.data(), rows_.data(), rows_.size(), sums_.size());
     }
 
     // One gradient step on the estimates of the previous visit. The new estimates, in sums_, move
@@ -284,15 +288,19 @@ private:
         const float share = static_cast<float>(kUsualContext) /
                             static_cast<float>(std::max(kUsualContext, layer.context.size()));
         float shared_step = kBiasStep;
+        rows_.clear();
+        rates_.clear();
         for (const int32_t index : layer.context) {
-            float& uses = context_uses_[static_cast<size_t>(index)];
-            uses += 1.0f;
-            const float rate = share * kContextStep / std::sqrt(1.0f + kContextSlowdown * uses);
-            kernels_.add(row(index), errors_.data(), rate, errors_.size());
-            if (std::find(context_.begin(), context_.end(), index) != context_.end()) {
-                shared_step += rate;
-            }
+            ContextRow& source = context_rows_[static_cast<size_t>(index)];
+            source.uses += 1.0f;
+            const float rate =
+                share * kContextStep / std::sqrt(1.0f + kContextSlowdown * source.uses);
+            rows_.push_back(row(index));
+            rates_.push_back(rate);
+            if (source.visit == visit_) shared_step += rate;
         }
+        kernels_.learn_rows(rows_.data(), rates_.data(), rows_.size(), errors_.data(),
+                            errors_.size());
         kernels_.add(bias_.data() + from, errors_.data(), kBiasStep, errors_.size());
         kernels_.add(sums_.data(), errors_.data(), shared_step, errors_.size());
         if (!prior_odds_.empty()) {
@@ -324,6 +332,7 @@ private:
 
     int32_t layer_ = -1;  // of the latest step
     int64_t pass_ = 0;
+    uint32_t visit_ = 0;   // steps seen; may wrap
     float tokens_ = 1.0f;  // of the pass, at least
     float experts_per_step_;
     size_t decode_steps_in_pass_ = 0, decode_experts_in_pass_ = 0;
@@ -337,13 +346,15 @@ private:
     std::vector<float> bias_;        // by flat expert
     int32_t contexts_ = 0;
     std::vector<float> context_weights_;  // [contexts, experts, num_experts of the target's layer]
-    std::vector<float> context_uses_;     // [contexts, experts]
+    std::vector<ContextRow> context_rows_;  // [contexts, experts]
     std::vector<Layer> layers_;
     float prior_weight_ = 0.3f;
     std::vector<float> prior_odds_, used_prior_odds_;  // by flat expert; empty without priors
 
     std::vector<float> counts_, sums_, errors_;  // of the step, by in-layer expert
     std::vector<int32_t> context_;               // of the step
+    std::vector<float*> rows_;                   // scratch
+    std::vector<float> rates_;                   // scratch, of these rows
 };
 
 }  // namespace

@@ -38,6 +38,13 @@ struct Kernels {
     void (*decay)(float* uses, const float* counts, float keep, float gain, size_t n);
     // sums = the fixed part and the bias
     void (*begin_sums)(const History& history, float* sums, size_t n);
+    // unused_for = 0 where counts > 0, else one more
+    void (*count_visits)(float* unused_for, const float* counts, size_t n);
+    // sums += each of the rows, in order
+    void (*add_rows)(float* sums, const float* const* rows, size_t num_rows, size_t n);
+    // each row += errors * its rate; rows differ from each other
+    void (*learn_rows)(float* const* rows, const float* rates, size_t num_rows, const float* errors,
+                       size_t n);
     // to += from * factor
     void (*add)(float* to, const float* from, float factor, size_t n);
     // errors = (1 where counts > 0, else discount * logistic(sums)) - values

@@ -59,6 +59,67 @@ void begin_sums(const History& history, float* __restrict sums, size_t n) {
     }
 }
 
+void count_visits(float* __restrict unused_for, const float* __restrict counts, size_t n) {
+    for (size_t e = 0; e < n; ++e) unused_for[e] = counts[e] > 0.0f ? 0.0f : unused_for[e] + 1.0f;
+}
+
+// Four vectors at a time, so that sums and errors stay in registers while the rows go by.
+using Vector = float __attribute__((vector_size(32)));
+constexpr size_t kBlock = 32;  // floats
+
+inline void load(const float* from, Vector& a, Vector& b, Vector& c, Vector& d) {
+    __builtin_memcpy(&a, from, sizeof a);
+    __builtin_memcpy(&b, from + 8, sizeof b);
+    __builtin_memcpy(&c, from + 16, sizeof c);
+    __builtin_memcpy(&d, from + 24, sizeof d);
+}
+
+inline void store(float* to, const Vector& a, const Vector& b, const Vector& c, const Vector& d) {
+    __builtin_memcpy(to, &a, sizeof a);
+    __builtin_memcpy(to + 8, &b, sizeof b);
+    __builtin_memcpy(to + 16, &c, sizeof c);
+    __builtin_memcpy(to + 24, &d, sizeof d);
+}
+
+void add_rows(float* sums, const float* const* rows, size_t num_rows, size_t n) {
+    size_t from = 0;
+    for (; from + kBlock <= n; from += kBlock) {
+        Vector a, b, c, d;
+        load(sums + from, a, b, c, d);
+        for (size_t r = 0; r < num_rows; ++r) {
+            Vector row_a, row_b, row_c, row_d;
+            load(rows[r] + from, row_a, row_b, row_c, row_d);
+            a += row_a;
+            b += row_b;
+            c += row_c;
+            d += row_d;
+        }
+        store(sums + from, a, b, c, d);
+    }
+    for (size_t r = 0; r < num_rows; ++r) {
+        for (size_t e = from; e < n; ++e) sums[e] += rows[r][e];
+    }
+}
+
+void learn_rows(float* const* rows, const float* rates, size_t num_rows, const float* errors,
+                size_t n) {
+    size_t from = 0;
+    for (; from + kBlock <= n; from += kBlock) {
+        Vector a, b, c, d;
+        load(errors + from, a, b, c, d);
+        for (size_t r = 0; r < num_rows; ++r) {
+            Vector row_a, row_b, row_c, row_d;
+            load(rows[r] + from, row_a, row_b, row_c, row_d);
+            const float rate = rates[r];
+            store(rows[r] + from, row_a + a * rate, row_b + b * rate, row_c + c * rate,
+                  row_d + d * rate);
+        }
+    }
+    for (size_t r = 0; r < num_rows; ++r) {
+        for (size_t e = from; e < n; ++e) rows[r][e] += errors[e] * rates[r];
+    }
+}
+
 void add(float* __restrict to, const float* __restrict from, float factor, size_t n) {
     for (size_t e = 0; e < n; ++e) to[e] += factor * from[e];
 }
@@ -66,8 +127,10 @@ void add(float* __restrict to, const float* __restrict from, float factor, size_
 void outcomes(const float* __restrict counts, const float* __restrict sums,
               const float* __restrict values, float discount, float* __restrict errors, size_t n) {
     for (size_t e = 0; e < n; ++e) {
+        // Without a choice between two values this loop vectorises, and no bit is different.
+        const float used = counts[e] > 0.0f ? 1.0f : 0.0f;
         const float later = discount * approximate_logistic(sums[e]);
-        errors[e] = (counts[e] > 0.0f ? 1.0f : later) - values[e];
+        errors[e] = (used + (1.0f - used) * later) - values[e];
     }
 }
 
@@ -76,7 +139,7 @@ void logistic(const float* __restrict sums, float* __restrict values, size_t n) 
 }
 
 constexpr Kernels make_kernels(const char* name) {
-    return {name, decay, begin_sums, add, outcomes, logistic};
+    return {name, decay, begin_sums, count_visits, add_rows, learn_rows, add, outcomes, logistic};
 }
 
 }  // namespace

@@ -21,11 +21,11 @@ struct Order {
         auto operator<=>(const Key&) const = default;
     };
 
-    Key key(int32_t expert) const {
+    Key key(int32_t /*group*/, int32_t expert) const {
         const Uses& of = uses[static_cast<size_t>(expert)];
         return {of.count, of.last, expert};
     }
-    bool before(int32_t a, int32_t b) const { return key(a) < key(b); }
+    bool before(int32_t a, int32_t b) const { return key(0, a) < key(0, b); }
 
     std::vector<Uses> uses;  // by flat expert
 };

@@ -19,7 +19,8 @@ struct Order {
         double weight;
         int32_t expert;
         bool operator<(const Key& other) const {
-            if (score != other.score) return score < other.score;
+            if (score < other.score) return true;
+            if (score > other.score) return false;
             if (layer != other.layer) return layer < other.layer;
             if (weight != other.weight) return weight < other.weight;
             return expert < other.expert;
@@ -31,8 +32,7 @@ struct Order {
           weights(static_cast<size_t>(of.total())),
           nearness(static_cast<size_t>(of.num_layers)) {}
 
-    Key key(int32_t expert) const {
-        const int32_t layer = expert / shape.num_experts;
+    Key key(int32_t layer, int32_t expert) const {
         const double weight = weights[static_cast<size_t>(expert)];
         return {decayed_frequency::score(weight, nearness[static_cast<size_t>(layer)]), layer,
                 weight, expert};
