@@ -120,6 +120,7 @@ class _RouterRows:
     def __init__(self, num_layers: int):
         self.given: tuple[int, torch.Tensor] | None = None  # for the layer that comes next
         self._rows = torch.empty(num_layers, 0, 0, dtype=torch.float16)
+        self._by_layer = list(self._rows)
         self._next = 0  # layers before it have theirs
 
     def take(self, layer: int, tokens: int) -> None:
@@ -133,10 +134,13 @@ class _RouterRows:
                 f"router probabilities of layer {layer}: expected {tokens} rows, found "
                 f"{probabilities.shape[0]}"
             )
-        if self._rows.shape[1:] != probabilities.shape or self._rows.device != probabilities.device:
+        row = self._by_layer[layer]
+        if row.shape != probabilities.shape or row.device != probabilities.device:
             shape = (len(self._rows), *probabilities.shape)
             self._rows = torch.empty(shape, dtype=torch.float16, device=probabilities.device)
-        self._rows[layer].copy_(probabilities)
+            self._by_layer = list(self._rows)
+            row = self._by_layer[layer]
+        row.copy_(probabilities)
         self._next = layer + 1 if layer in (0, self._next) else 0
 
     def of_pass(self, tokens: int) -> Array | None:

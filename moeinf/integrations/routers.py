@@ -48,15 +48,15 @@ class _Listener:
         self.sink = sink
         self.score: Callable[[torch.Tensor], torch.Tensor] | None = None
 
-    @torch.no_grad()
     def __call__(self, router: torch.nn.Module, _: Any, output: Any) -> None:
         several = not isinstance(output, torch.Tensor)
-        logits = output[0] if several else output
-        logits = logits.reshape(-1, logits.shape[-1])
+        logits = (output[0] if several else output).detach()
+        if logits.ndim != 2:
+            logits = logits.reshape(-1, logits.shape[-1])
         if self.score is None:
             self.score = _score_of(self.block, router, logits)
             if several:
-                _check(type(router).__name__, self.score(logits), *output[1:])
+                _check(type(router).__name__, self.score(logits), *(x.detach() for x in output[1:]))
         self.sink(self.layer, self.score(logits))
 
 
