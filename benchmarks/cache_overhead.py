@@ -6,7 +6,8 @@ A hit is acquire + release of 8 resident experts in a cache of 1,800 slots over 
 small experts: in C++ (begin, next, done for each, release), through the compiled module, and
 through `moeinf.ExpertCache`. A miss is the planning of a step of 8 absent experts with 1,800
 residents out of 48 layers of 128, per policy: score, choose 8 victims, update; no bytes move.
-Recording is what `ExpertCache.record` adds to a step of one token, its share of a pass included.
+Recording is what `ExpertCache.record` adds to a step of one token, its share of a pass included;
+with the router's probabilities, also the hook on the router and their softmax.
 
 The limits are the targets: 3 us in C++, 15 us from Python, 3 us for a decision. Beside them stands
 what no call can avoid, one attribute of the compiled module. Other load only ever slows a run down,
@@ -30,6 +31,7 @@ import moeinf
 from benchmarks.common import print_table, write_json
 from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
 from moeinf import _core
+from moeinf.integrations.routers import listen
 from moeinf.recorder import Recorder
 
 LAYERS, EXPERTS, TOP_K, SLOTS = 15, 128, 8, 1800
@@ -43,6 +45,14 @@ COLUMNS = {
     "target_us": ("target us", ".0f"),
     "share_of_target": ("best / target", ".3f"),
 }
+
+
+class Block(torch.nn.Module):
+    """A MoE block whose router returns what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = torch.nn.Identity()
 
 
 def mean_seconds(call: Callable[[], object]) -> float:
@@ -106,6 +116,17 @@ def main() -> None:
         def recording() -> float:
             return mean_seconds(record_pass) / LAYERS
 
+        with_router = Recorder(package_cache, router=True)
+        blocks = [Block() for _ in range(LAYERS)]
+        listen(blocks, with_router.add_router)
+        logits = torch.randn(1, EXPERTS, dtype=torch.bfloat16)
+
+        def record_router_pass() -> None:
+            with_router.begin_pass(prefill=False, new_sequence=False, batch=1)
+            for recorded, block in enumerate(blocks):
+                block.gate(logits)
+                with_router.add(recorded, routed, weights)
+
         cases: list[tuple[str, float | None, Callable[[], float]]] = [
             (
                 "8 hits, C++",
@@ -121,6 +142,11 @@ def main() -> None:
             ("8 hits, module, next and done", PYTHON_TARGET, lambda: mean_seconds(waves)),
             ("8 hits, moeinf.ExpertCache", PYTHON_TARGET, lambda: mean_seconds(package)),
             ("recording a step", None, recording),
+            (
+                "recording a step, router too",
+                None,
+                lambda: mean_seconds(record_router_pass) / LAYERS,
+            ),
             ("one call of the module", None, lambda: mean_seconds(lambda: cache.slot_bytes)),
         ]
         for policy in _core.policy_names():

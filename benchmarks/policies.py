@@ -1,9 +1,11 @@
 """Policies: hit rates on traces and what is left to Belady, decisions per second, EAM queries.
 
-Prints, for every trace given, the decode hit rate of each policy by budget and the share it closes
-of the distance from the better of lru and lfu to Belady, the limit measured in the same run. Then
-the simulator's speed on a synthetic 48 x 128 model with 10% of the experts in slots, in CPU time of
-one core, best of several interleaved runs; and the time of an EAM query over 1,000 entries.
+Prints, for every trace given and for those that it records from the built-in model, the decode hit
+rate of each policy by budget and the share it closes of the distance from the better of lru and lfu
+to Belady, the limit measured in the same run; and the lead of the default policy, in points, over
+the best of the others. Then the simulator's speed on a synthetic 48 x 128 model with 10% of the
+experts in slots, in CPU time of one core, best of several interleaved runs; and the time of an EAM
+query over 1,000 entries.
 
     python -m benchmarks.policies [TRACE...] [--long] [--json FILE]
 """
@@ -21,6 +23,7 @@ import numpy as np
 
 import moeinf
 from benchmarks.common import print_table, write_json
+from benchmarks.recorded_traces import record_traces
 from moeinf import _core
 from moeinf.simulator import policy_names
 from moeinf.trace import Trace
@@ -59,6 +62,25 @@ def hit_rates(trace: Trace) -> list[dict[str, Any]]:
         row["closed"] = round(float(np.mean(closed[1:])), 3)  # mean over 10, 20 and 30%
         rows.append(row)
     return rows
+
+
+def leads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Points by which `best` is ahead of the best of the others but Belady, by trace and budget."""
+    by_trace: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        by_trace.setdefault(row["trace"], {})[row["policy"]] = row
+    return [
+        {"trace": trace}
+        | {
+            share: round(
+                of["best"][share]
+                - max(row[share] for name, row in of.items() if name not in ("best", "belady")),
+                2,
+            )
+            for share in SHARES
+        }
+        for trace, of in by_trace.items()
+    ]
 
 
 def speeds() -> list[dict[str, Any]]:
@@ -121,19 +143,21 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
-    results: dict[str, Any] = {"hit_rates": []}
+    traces = []
     for path in arguments.traces:
         trace = Trace.load(path)
-        parts = [trace]
         if trace.num_tokens > 10_000:
             first = trace.tokens(0, 2500)
-            parts.insert(0, replace(first, name=f"{trace.name}, first 2,500 tokens"))
-        for part in parts:
-            results["hit_rates"] += hit_rates(part)
-    if results["hit_rates"]:
-        columns = {"trace": ("trace", ""), "policy": ("policy", "")}
-        columns |= {share: (share, ".2f") for share in SHARES}
-        print_table(results["hit_rates"], columns | {"closed": ("closed 10-30%", ".3f")})
+            traces.append(replace(first, name=f"{trace.name}, first 2,500 tokens"))
+        traces.append(trace)
+    results: dict[str, Any] = {"hit_rates": []}
+    for trace in traces + record_traces():
+        results["hit_rates"] += hit_rates(trace)
+    results["leads"] = leads(results["hit_rates"])
+    budgets = {share: (share, ".2f") for share in SHARES}
+    columns = {"trace": ("trace", ""), "policy": ("policy", "")} | budgets
+    print_table(results["hit_rates"], columns | {"closed": ("closed 10-30%", ".3f")})
+    print_table(results["leads"], {"trace": ("best is ahead by", "")} | budgets)
     results["speed"] = speeds()
     print_table(
         results["speed"],

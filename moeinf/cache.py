@@ -12,6 +12,7 @@ import torch
 from moeinf import _core
 from moeinf.budget import GPU_RESERVE, RAM_RESERVE, host_slots_for, less_reserve, slots_for
 from moeinf.devices import open_device, torch_device
+from moeinf.eam import EAMC
 from moeinf.ffn_cpu import CpuExperts
 from moeinf.ffn_cuda import CudaExperts
 from moeinf.hooks import LivePriors, PriorsHook
@@ -30,6 +31,10 @@ COUNTERS = (
     "prefetch_wasted_bytes",
     "stall_seconds",
 )
+
+# Calls the function given with (layer, probabilities [T, num_experts]) before that layer's experts
+# are asked for; returns what ends it.
+RouterSource = Callable[[Callable[[int, torch.Tensor], None]], Callable[[], None]]
 
 
 class Lease:
@@ -82,6 +87,8 @@ class ExpertCache:
             that pays: "off", "previous" (what the layer used for the tokens before), "transition"
             (what followed the experts of the layer before), "eam" (MoE-Infinity's prediction) or
             "external" (what `predict` is told).
+        eamc: the collection that "eam", as policy or prefetch, starts from, else an empty one.
+            The cache works on a copy: `eamc()` gives it back, grown.
         priors: an object that sees routing once per token and says how likely each expert is to be
             used soon; see `moeinf.hooks.PriorsHook`. `best` weighs what it says by how well it did.
         threads, chunk_bytes: of the copy engine; 0 takes the measured defaults.
@@ -92,7 +99,8 @@ class ExpertCache:
         CapacityError: the budget is below one slot, or the memory cannot be had.
         ReadError: a file of the store cannot be opened.
         UnsupportedError: the device cannot be used here; the message says why.
-        ValueError: an unknown policy, prefetch or device, or a budget that makes no sense.
+        ValueError: an unknown policy, prefetch or device, a budget that makes no sense, or a
+            collection of another shape than the store or that nothing would use.
     """
 
     def __init__(
@@ -104,6 +112,7 @@ class ExpertCache:
         memory: str | int | None = None,
         policy: str = "best",
         prefetch: str = "off",
+        eamc: EAMC | None = None,
         priors: PriorsHook | None = None,
         threads: int = 0,
         chunk_bytes: int = 0,
@@ -142,6 +151,7 @@ class ExpertCache:
             "chunk_bytes": chunk_bytes,
             "direct": direct,
             "prefetch": prefetch,
+            "eamc": None if eamc is None else eamc.to_core(),
         }
         self._experts: CpuExperts | CudaExperts
         if opened is None:
@@ -171,6 +181,9 @@ class ExpertCache:
         self._prefill = False
         self._new_sequence = False
         self._observers: list[PassObserver] = []
+        self.routers: RouterSource | None = None
+        """Set by an integration that can listen to the routers of the model it serves."""
+        self._stop_listening: Callable[[], None] | None = None
         if priors is not None:
             shape = (store.num_layers, store.num_experts)
             self._observers.append(LivePriors(priors, self.core, shape))
@@ -231,20 +244,35 @@ class ExpertCache:
         for observer in self._observers:
             observer.begin_pass(prefill=prefill, new_sequence=new_sequence, batch=batch)
 
-    def record(self) -> Recorder:
+    def record(self, *, router: bool = False) -> Recorder:
         """Keeps the routing of every step from now on; `trace()` of what it returns gives it back.
 
         Only what goes through `fused_experts` is seen. Use it as a context manager, or end it with
-        `stop_recording`.
+        `stop_recording`. With `router` the router's probabilities of all experts are kept too:
+        those of a model that `moeinf.load` loaded are taken from it (UnsupportedError where it is
+        not known how); any other runtime hands them to `Recorder.add_router`.
         """
         self.stop_recording()
-        recorder = Recorder(self)
+        recorder = Recorder(self, router=router)
+        if router and self.routers is not None:
+            self._stop_listening = self.routers(recorder.add_router)
         self._observers.append(recorder)
         return recorder
 
     def stop_recording(self) -> None:
         """Ends `record`; what was recorded stays with the recorder."""
         self._observers = [one for one in self._observers if not isinstance(one, Recorder)]
+        if self._stop_listening is not None:
+            self._stop_listening()
+            self._stop_listening = None
+
+    def eamc(self) -> EAMC:
+        """A copy of the collection that "eam" keeps, with the request in progress as it is so far.
+
+        To be saved and started from again: heat that survives a restart. The cache goes on as if
+        it had not been asked. Raises ValueError where neither policy nor prefetch is "eam".
+        """
+        return EAMC.from_core(self.core.eamc())
 
     def compute(
         self,

@@ -2,11 +2,13 @@
 
 A request's matrix (rEAM, section 4.1) counts, per layer and expert, the tokens routed there;
 prefill and decode are traced apart. The collection keeps a fixed number of them and can be saved
-with the model. The policy `eam` matches running requests against it and adds those that finish.
+with the model. The policy and the predictor `eam` match running requests against it and add those
+that finish; `ExpertCache.eamc` gives the grown collection back.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -49,6 +51,20 @@ class EAMC:
         self.decode = _core.EamCollection(num_layers, num_experts, capacity)
 
     @classmethod
+    def from_core(cls, core: _core.Eamc) -> EAMC:
+        """Of what a live cache has collected."""
+        num_layers, num_experts = core.decode.shape
+        collection = cls(
+            num_layers=num_layers, num_experts=num_experts, capacity=core.decode.capacity
+        )
+        collection.prefill, collection.decode = core.prefill, core.decode
+        return collection
+
+    def to_core(self) -> _core.Eamc:
+        """A copy, for a cache or a simulation to start from."""
+        return _core.Eamc(self.prefill, self.decode)
+
+    @classmethod
     def from_traces(cls, traces: Iterable[Trace], *, capacity: int = PAPER_CAPACITY) -> EAMC:
         """One matrix per sequence and phase of every trace, in order."""
         collection: EAMC | None = None
@@ -77,11 +93,18 @@ class EAMC:
                     collection.add(matrix)
 
     def save(self, path: str | Path) -> None:
-        save_file(
-            {"prefill": self.prefill.entries(), "decode": self.decode.entries()},
-            path,
-            metadata={"format": FORMAT, "capacity": str(self.capacity)},
-        )
+        """Writes the collection; an older file at `path` is replaced whole or not at all."""
+        path = Path(path)
+        written = path.with_name(f"{path.name}.{os.getpid()}.part")
+        try:
+            save_file(
+                {"prefill": self.prefill.entries(), "decode": self.decode.entries()},
+                written,
+                metadata={"format": FORMAT, "capacity": str(self.capacity)},
+            )
+            written.replace(path)
+        finally:
+            written.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> EAMC:

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from moeinf.checkpoint import Checkpoint
+from moeinf.eam import EAMC
 from moeinf.integrations.transformers import load
 
 
@@ -31,6 +32,8 @@ class Request:
     prefetch: str = "off"
     keep_logits: bool = False
     record: Path | None = None  # where to save the routing as a trace
+    router: bool = False  # with the router's probabilities of all experts
+    eamc: Path | None = None  # a collection to start from, where it exists, and to save at the end
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     """Loads the model, continues the prompt, and writes both to `stream` as the text comes.
 
     Raises:
-        ValueError: an empty prompt, or one too long for the model's context.
+        ValueError: an empty prompt, one too long for the model's context, or a collection that
+            does not fit the model or that nothing would use.
         CheckpointError, CapacityError, ReadError: see `moeinf.load`.
     """
     checkpoint = Checkpoint.open(request.path)
@@ -90,11 +94,14 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         host_memory=request.host_memory,
         policy=request.policy,
         prefetch=request.prefetch,
+        eamc=EAMC.load(request.eamc) if request.eamc and request.eamc.exists() else None,
     )
+    if request.eamc:
+        model.moeinf.cache.eamc()  # where there is none, that is better said before the run
     torch.manual_seed(request.seed)
     clock = _Clock(tokenizer, stream)
     cache = model.moeinf.cache
-    recorder = cache.record() if request.record else None
+    recorder = cache.record(router=request.router) if request.record else None
     if stream is not None:
         stream.write(request.prompt)
     start = time.perf_counter()
@@ -113,6 +120,8 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     end = time.perf_counter()
     if recorder is not None:
         recorder.trace(model=str(request.path), source="moeinf run").save(request.record)
+    if request.eamc:
+        cache.eamc().save(request.eamc)
     tokens = output.sequences[0, count:].tolist()
     stats = model.moeinf.stats()
     first = clock.times[0] - start

@@ -139,13 +139,16 @@ def simulate(
     progress     called now and then with (tokens done, tokens in all)
     keep_misses  also return the misses of every step, which estimate_time() needs
 
-    Raises ValueError for an unknown policy or fewer than one slot, TraceError for a bad trace.
+    Raises ValueError for an unknown policy, fewer than one slot, or a collection of another shape
+    or for another policy; TraceError for a bad trace.
     """
     if not isinstance(trace, Trace):
         trace = Trace.load(trace)
     count = parse_slots(slots, trace.total_experts)
     if isinstance(policy, str) and policy not in policy_names():
         raise ValueError(f"no policy is named {policy!r}; there are: {', '.join(policy_names())}")
+    if eamc is not None and policy != "eam":
+        raise ValueError(f"a collection is for the policy 'eam', found policy={policy!r}")
     counts = _core.simulate(
         trace.experts,
         trace.sequence,
@@ -154,8 +157,7 @@ def simulate(
         trace.num_experts,
         policy,
         count,
-        None if eamc is None else eamc.prefill,
-        None if eamc is None else eamc.decode,
+        None if eamc is None else eamc.to_core(),
         None if priors is None else _ask(trace, priors),
         None if progress is None else lambda done: progress(done, trace.num_tokens),
         keep_misses,

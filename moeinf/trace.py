@@ -103,7 +103,16 @@ class Trace:
         for field in _OPTIONAL:
             array = getattr(self, field)
             if array is not None and not np.isfinite(array).all():
-                raise TraceError(f"{self.name}: tensor '{field}': expected finite values")
+                raise TraceError(
+                    f"{self.name}: tensor '{field}': expected finite values, found NaN or infinity"
+                )
+        if self.router is not None and self.router.size:
+            low, high = self.router.min(), self.router.max()
+            if low < 0 or high > 1:
+                raise TraceError(
+                    f"{self.name}: tensor 'router': expected probabilities from 0 to 1, "
+                    f"found {low} to {high}"
+                )
         try:
             _core.check_trace(self.experts, self.sequence, self.phase, self.num_experts, self.name)
         except ValueError as error:

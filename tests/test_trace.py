@@ -103,13 +103,14 @@ def write(path: Path, trace: Trace, metadata: dict[str, str] | None = None, **te
     return path
 
 
-def changed(array: Any, index: Any, value: int) -> Any:
+def changed(array: Any, index: Any, value: float) -> Any:
     array = array.copy()
     array[index] = value
     return array
 
 
 BASE = random_trace(3)
+ROUTER = np.full((*BASE.experts.shape[:2], 11), 0.25, np.float16)
 BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "an id above": (
         {"experts": changed(BASE.experts, (2, 1, 0), 11)},
@@ -139,6 +140,30 @@ BAD_TENSORS: dict[str, tuple[dict[str, Any], str]] = {
     "weights that are not numbers": (
         {"weights": np.full(BASE.experts.shape, np.nan, np.float32)},
         "'weights': expected finite",
+    ),
+    "weights that are infinite": (
+        {"weights": np.full(BASE.experts.shape, np.inf, np.float16)},
+        "'weights': expected finite",
+    ),
+    "a router with NaN": (
+        {"router": changed(ROUTER, (1, 2, 3), np.nan)},
+        "'router': expected finite values, found NaN",
+    ),
+    "a router with infinity": (
+        {"router": changed(ROUTER, (1, 2, 3), np.inf)},
+        "'router': expected finite values",
+    ),
+    "a router below 0": (
+        {"router": changed(ROUTER, (1, 2, 3), -0.5)},
+        "'router': expected probabilities from 0 to 1, found -0.5 to 0.25",
+    ),
+    "a router above 1": (
+        {"router": changed(ROUTER, (1, 2, 3), 1.5)},
+        "'router': expected probabilities from 0 to 1, found 0.25 to 1.5",
+    ),
+    "a router of another dtype": (
+        {"router": ROUTER.astype(np.float32)},
+        "'router': expected float16, found float32",
     ),
     "a router of another width": (
         {"router": np.ones((*BASE.experts.shape[:2], 10), np.float16)},

@@ -88,7 +88,8 @@ std::shared_ptr<ExpertCache> make_cache(std::shared_ptr<Catalog> catalog, int32_
                                         std::string policy, int32_t threads, size_t chunk_bytes,
                                         bool direct, std::string prefetch,
                                         std::shared_ptr<Device> device, int32_t host_slots,
-                                        bool exclusive, size_t gather_below) {
+                                        bool exclusive, size_t gather_below,
+                                        std::optional<Eamc> eamc) {
     ExpertCacheOptions options;
     options.slots = slots;
     options.policy = std::move(policy);
@@ -99,6 +100,7 @@ std::shared_ptr<ExpertCache> make_cache(std::shared_ptr<Catalog> catalog, int32_
     options.host_slots = host_slots;
     options.exclusive = exclusive;
     options.gather_below = gather_below;
+    if (eamc) options.eamc = std::make_shared<const Eamc>(*std::move(eamc));
     return std::make_shared<ExpertCache>(std::move(catalog), std::move(options));
 }
 
@@ -258,7 +260,7 @@ void bind_cache(py::module_& module) {
              py::arg("chunk_bytes") = 0, py::arg("direct") = true, py::arg("prefetch") = "off",
              py::arg("device") = py::none(), py::arg("host_slots") = 0,
              py::arg("exclusive") = false, py::arg("gather_below") = 0,
-             py::call_guard<py::gil_scoped_release>())
+             py::arg("eamc") = py::none(), py::call_guard<py::gil_scoped_release>())
         .def(
             "begin",
             [](ExpertCache& cache, int32_t layer, py::handle experts, py::handle counts,
@@ -325,6 +327,8 @@ void bind_cache(py::module_& module) {
                 cache.set_priors({priors.data(), static_cast<size_t>(priors.size())});
             },
             py::arg("priors").noconvert(), "How likely each expert is to come, by flat id.")
+        .def("eamc", &ExpertCache::eamc, py::call_guard<py::gil_scoped_release>(),
+             "A copy of what 'eam' has collected, the request in progress as it is included.")
         .def(
             "wait_for_rows",
             [](ExpertCache& cache, py::handle rows) {

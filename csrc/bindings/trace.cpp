@@ -120,32 +120,14 @@ private:
     std::vector<int32_t> candidates_;
 };
 
-struct Collections {
-    const EamCollection* prefill = nullptr;
-    const EamCollection* decode = nullptr;
-};
-
 std::unique_ptr<Policy> policy_for(const TraceView& trace, const py::object& policy,
-                                   const Collections& eamc) {
+                                   const std::optional<Eamc>& eamc) {
     if (!py::isinstance<py::str>(policy)) return std::make_unique<PythonPolicy>(policy);
     const auto name = policy.cast<std::string>();
-    if (eamc.decode != nullptr && eamc.prefill != nullptr) {
-        for (const EamCollection* one : {eamc.prefill, eamc.decode}) {
-            if (one->shape().num_layers != trace.layers ||
-                one->shape().num_experts != trace.num_experts) {
-                throw Error(ErrorCode::kInvalid,
-                            "collection: expected " + std::to_string(trace.layers) + " layers of " +
-                                std::to_string(trace.num_experts) +
-                                " experts as in the trace, found " +
-                                std::to_string(one->shape().num_layers) + " of " +
-                                std::to_string(one->shape().num_experts));
-            }
-        }
-        if (name == "eam") return make_eam(*eamc.prefill, *eamc.decode);
-    }
+    if (eamc) check_shape(*eamc, trace.shape(), "the trace");
     py::gil_scoped_release release;
     if (name == "belady") return make_belady(trace);
-    return make_policy(name, trace.shape());
+    return make_policy(name, trace.shape(), eamc ? &*eamc : nullptr);
 }
 
 // Calls `priors(first_token, end_token)` after every pass: float32 [all experts] or None.
@@ -168,8 +150,8 @@ std::function<void(int64_t, int64_t, Policy&)> priors_hook(const py::object& pri
 py::dict simulate_arrays(const Array<int16_t>& experts, const Array<int32_t>& sequence,
                          const Array<uint8_t>& phase, const std::optional<Array<uint16_t>>& router,
                          int32_t num_experts, const py::object& policy, int32_t slots,
-                         const EamCollection* eamc_prefill, const EamCollection* eamc_decode,
-                         const py::object& priors, const py::object& progress, bool step_misses) {
+                         const std::optional<Eamc>& eamc, const py::object& priors,
+                         const py::object& progress, bool step_misses) {
     const TraceView trace = view(experts, sequence, phase, router, num_experts);
     SimulationHooks hooks;
     hooks.after_pass = priors_hook(priors, trace.shape());
@@ -182,7 +164,7 @@ py::dict simulate_arrays(const Array<int16_t>& experts, const Array<int32_t>& se
     std::vector<uint16_t> misses;
     if (step_misses) hooks.step_misses = &misses;
 
-    std::unique_ptr<Policy> chosen = policy_for(trace, policy, {eamc_prefill, eamc_decode});
+    std::unique_ptr<Policy> chosen = policy_for(trace, policy, eamc);
     std::vector<LayerCounts> layers;
     {
         py::gil_scoped_release release;
@@ -215,6 +197,12 @@ void bind_eam(py::module_& module) {
              [](EamCollection& self, const Array<float>& matrix) { self.add(values(matrix)); })
         .def("__len__", &EamCollection::size)
         .def_property_readonly("capacity", &EamCollection::capacity)
+        .def_property_readonly(
+            "shape",
+            [](const EamCollection& self) {
+                return std::make_pair(self.shape().num_layers, self.shape().num_experts);
+            },
+            "Layers, and experts per layer.")
         .def("entries",
              [](const EamCollection& self) {
                  const PolicyShape shape = self.shape();
@@ -236,6 +224,10 @@ void bind_eam(py::module_& module) {
                                 {out.mutable_data(), static_cast<size_t>(out.size())});
             return out;
         });
+    py::class_<Eamc>(module, "Eamc", "Two collections: of prompts, and of decoding.")
+        .def(py::init<EamCollection, EamCollection>(), "prefill"_a, "decode"_a)
+        .def_readonly("prefill", &Eamc::prefill)
+        .def_readonly("decode", &Eamc::decode);
     py::class_<EamMatch>(module, "EamMatch", "A growing matrix against a collection.")
         .def(py::init<const EamCollection&>(), py::keep_alive<1, 2>())
         .def("restart", &EamMatch::restart)
@@ -272,9 +264,8 @@ void bind_trace(py::module_& module) {
                });
     module.def("policy_names", &policy_names, "The policies of the live cache.");
     module.def("simulate", &simulate_arrays, "experts"_a, "sequence"_a, "phase"_a, "router"_a,
-               "num_experts"_a, "policy"_a, "slots"_a, "eamc_prefill"_a = nullptr,
-               "eamc_decode"_a = nullptr, "priors"_a = py::none(), "progress"_a = py::none(),
-               "step_misses"_a = false);
+               "num_experts"_a, "policy"_a, "slots"_a, "eamc"_a = py::none(),
+               "priors"_a = py::none(), "progress"_a = py::none(), "step_misses"_a = false);
 }
 
 }  // namespace moeinf

@@ -30,6 +30,16 @@ std::shared_ptr<SlotPool> make_pool(const Catalog& catalog, int32_t slots, Devic
                                       slot_bytes, capacity, slots + ExpertCache::kTransitSlots);
 }
 
+const Eamc* checked_eamc(const ExpertCacheOptions& options, PolicyShape shape) {
+    if (options.eamc == nullptr) return nullptr;
+    if (options.policy != "eam" && options.prefetch != "eam") {
+        throw Error(ErrorCode::kInvalid, "a collection is for 'eam': policy is '" + options.policy +
+                                             "' and prefetch is '" + options.prefetch + "'");
+    }
+    check_shape(*options.eamc, shape, "the checkpoint");
+    return options.eamc.get();
+}
+
 const Catalog& checked(const std::shared_ptr<const Catalog>& catalog) {
     if (catalog == nullptr) throw Error(ErrorCode::kInvalid, "a cache needs a catalog");
     return *catalog;
@@ -41,7 +51,9 @@ CacheState::CacheState(std::shared_ptr<const Catalog> the_catalog, ExpertCacheOp
     : catalog(std::move(the_catalog)),
       pool(make_pool(checked(catalog), options.slots, options.device.get())),
       poll(std::move(options.poll)),
-      residency(shape_of(*catalog), options.slots, make_policy(options.policy, shape_of(*catalog))),
+      residency(shape_of(*catalog), options.slots,
+                make_policy(options.policy, shape_of(*catalog),
+                            checked_eamc(options, shape_of(*catalog)))),
       stats(static_cast<size_t>(catalog->num_layers())),
       loads(static_cast<size_t>(catalog->total_experts())),
       prefetched_unused(loads.size(), 0),
@@ -49,7 +61,8 @@ CacheState::CacheState(std::shared_ptr<const Catalog> the_catalog, ExpertCacheOp
     if (options.device) {
         auto link = std::make_unique<DeviceTransport>(
             catalog, options.device, pool,
-            HostTierOptions{options.host_slots, options.policy, options.exclusive, options.copy},
+            HostTierOptions{options.host_slots, options.policy, options.exclusive, options.copy,
+                            options.eamc},
             options.gather_below);
         on_device = link.get();
         transport = std::move(link);
@@ -58,7 +71,7 @@ CacheState::CacheState(std::shared_ptr<const Catalog> the_catalog, ExpertCacheOp
     }
     const Prefetcher::Costs costs{static_cast<int64_t>(catalog->expert_bytes()),
                                   transport->delay_bytes()};
-    prefetcher = make_prefetcher(options.prefetch, shape_of(*catalog), costs);
+    prefetcher = make_prefetcher(options.prefetch, shape_of(*catalog), costs, options.eamc.get());
 }
 
 void CacheState::check_process() const {

@@ -87,6 +87,20 @@ void EamCollection::add(std::span<const float> matrix) {
     }
 }
 
+void check_shape(const Eamc& eamc, PolicyShape expected, std::string_view owner) {
+    for (const EamCollection* one : {&eamc.prefill, &eamc.decode}) {
+        const PolicyShape found = one->shape();
+        if (found.num_layers == expected.num_layers && found.num_experts == expected.num_experts) {
+            continue;
+        }
+        throw Error(ErrorCode::kInvalid,
+                    "collection: expected " + std::to_string(expected.num_layers) + " layers of " +
+                        std::to_string(expected.num_experts) + " experts as in " +
+                        std::string(owner) + ", found " + std::to_string(found.num_layers) +
+                        " of " + std::to_string(found.num_experts));
+    }
+}
+
 EamMatch::EamMatch(const EamCollection& collection) : collection_(collection) {}
 
 void EamMatch::restart() {

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <span>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -40,6 +41,22 @@ private:
     std::vector<float> columns_;  // the same transposed: a match reads by column
     std::vector<float> squares_;  // [layers, capacity]
 };
+
+// What finished requests activated, prefill and decode apart: a whole EAMC.
+struct Eamc {
+    EamCollection prefill, decode;
+
+    // Empty, with room for as many entries as the paper found to be of use.
+    static constexpr int32_t kPaperCapacity = 120;
+    explicit Eamc(PolicyShape shape)
+        : prefill(shape, kPaperCapacity), decode(shape, kPaperCapacity) {}
+    Eamc(EamCollection of_prefill, EamCollection of_decode)
+        : prefill(std::move(of_prefill)), decode(std::move(of_decode)) {}
+};
+
+// Throws Error(kInvalid), naming both, unless both collections are of this shape. `owner` is what
+// has the shape.
+void check_shape(const Eamc& eamc, PolicyShape expected, std::string_view owner);
 
 // Matches a matrix that grows by one row at a time against a collection. The scalar products are
 // kept up to date, so that a row of k experts costs k additions per entry.

@@ -12,8 +12,8 @@ EamFollower::Phase::Phase(EamCollection from)
 
 EamFollower::Phase::Phase(Phase&& other) noexcept : Phase(std::move(other.collection)) {}
 
-EamFollower::EamFollower(EamCollection prefill, EamCollection decode)
-    : phases_{Phase(std::move(prefill)), Phase(std::move(decode))} {}
+EamFollower::EamFollower(Eamc from)
+    : phases_{Phase(std::move(from.prefill)), Phase(std::move(from.decode))} {}
 
 void EamFollower::observe(const Step& step) {
     if (step.new_sequence) {
@@ -37,6 +37,13 @@ void EamFollower::finish_request(Phase& phase) {
     std::fill(phase.request.begin(), phase.request.end(), 0.0f);
     phase.active = false;
     phase.match.restart();
+}
+
+Eamc EamFollower::collections() const {
+    Eamc all(phases_[0].collection, phases_[1].collection);
+    if (phases_[0].active) all.prefill.add(phases_[0].request);
+    if (phases_[1].active) all.decode.add(phases_[1].request);
+    return all;
 }
 
 bool EamFollower::predict(int32_t layer, std::span<float> shares) const {

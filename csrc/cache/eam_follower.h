@@ -29,13 +29,16 @@ public:
         bool active = false;
     };
 
-    EamFollower(EamCollection prefill, EamCollection decode);
+    explicit EamFollower(Eamc from);
 
     // A new sequence ends the request before it, which joins the collections.
     void observe(const Step& step);
 
     // The phase of the latest step; decode before any.
     [[nodiscard]] const Phase& current() const noexcept { return phases_[phase_]; }
+
+    // The collections as they would be if the request in progress ended now; it goes on.
+    [[nodiscard]] Eamc collections() const;
 
     // Each expert's share of what `layer` is predicted to use. False before the first step.
     bool predict(int32_t layer, std::span<float> shares) const;

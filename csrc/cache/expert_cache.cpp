@@ -2,6 +2,7 @@
 
 #include "base/error.h"
 #include "cache/cache_state.h"
+#include "cache/eam_follower.h"
 
 namespace moeinf {
 namespace {
@@ -246,6 +247,20 @@ void ExpertCache::set_priors(std::span<const float> priors) {
     }
     const std::lock_guard guard(state_->mutex);
     state_->residency.policy().set_priors(priors);
+}
+
+Eamc ExpertCache::eamc() const {
+    state_->check_process();
+    const std::lock_guard lock(state_->mutex);
+    const EamFollower* follower = state_->residency.policy().follower();
+    if (follower == nullptr && state_->prefetcher && state_->prefetcher->predictor() != nullptr) {
+        follower = state_->prefetcher->predictor()->follower();
+    }
+    if (follower == nullptr) {
+        throw Error(ErrorCode::kInvalid,
+                    "this cache keeps no collection: neither its policy nor its prefetch is 'eam'");
+    }
+    return follower->collections();
 }
 
 void ExpertCache::reset_stats() {

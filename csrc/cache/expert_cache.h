@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "cache/eam.h"
 #include "cache/prefetcher.h"
 #include "layout/catalog.h"
 #include "memory/device.h"
@@ -96,6 +97,8 @@ struct ExpertCacheOptions {
     std::string policy = "best";
     std::string prefetch = "off";  // one of prefetch_names()
     CopyEngineOptions copy;
+    // What "eam", as policy or prefetch, starts from; null: nothing. Not kept.
+    std::shared_ptr<const Eamc> eamc;
 
     // With a device the slots lie in its memory, filled from pinned RAM, filled from the files.
     std::shared_ptr<Device> device;
@@ -113,7 +116,8 @@ public:
     // Rows of the pool before the slots: where surplus experts pass through.
     static constexpr int32_t kTransitSlots = 2;
 
-    // Throws Error(kInvalid) unless 1 <= slots <= experts in the catalog.
+    // Throws Error(kInvalid) unless 1 <= slots <= experts in the catalog, and for a collection of
+    // another shape or that nothing would use.
     ExpertCache(std::shared_ptr<const Catalog> catalog, ExpertCacheOptions options);
 
     // Leases may outlive the cache.
@@ -144,6 +148,10 @@ public:
     // What the policy is told of the experts to come, in [0, 1] by flat id; see Policy::set_priors.
     // Throws Error(kInvalid) unless there is one for each expert.
     void set_priors(std::span<const float> priors);
+
+    // What "eam" has collected, as if the request in progress ended now; a copy, made under the
+    // lock. Throws Error(kInvalid) where neither policy nor prefetch is "eam".
+    [[nodiscard]] Eamc eamc() const;
 
     void reset_stats();
     [[nodiscard]] std::vector<LayerStats> stats() const;  // one per layer

@@ -35,7 +35,8 @@ HostTier::HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostT
     stats_.slots_refused = asked - slots;
     full_house_ = slots >= catalog_->total_experts();
     const PolicyShape shape{catalog_->num_layers(), catalog_->num_experts()};
-    residency_ = std::make_unique<Residency>(shape, slots, make_policy(options.policy, shape));
+    residency_ = std::make_unique<Residency>(
+        shape, slots, make_policy(options.policy, shape, options.eamc.get()));
     engine_ = std::make_unique<CopyEngine>(catalog_, options.copy);
 }
 

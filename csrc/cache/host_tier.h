@@ -25,6 +25,7 @@ struct HostTierOptions {
     // What also sits on the device goes first, and what leaves the device comes here.
     bool exclusive = false;
     CopyEngineOptions copy;
+    std::shared_ptr<const Eamc> eamc;  // see ExpertCacheOptions
 };
 
 struct HostTierStats {

@@ -30,12 +30,13 @@ std::vector<std::string> policy_names() {
     return names;
 }
 
-std::unique_ptr<Policy> make_policy(std::string_view name, PolicyShape shape) {
+std::unique_ptr<Policy> make_policy(std::string_view name, PolicyShape shape, const Eamc* eamc) {
     if (shape.num_layers < 1 || shape.num_experts < 1) {
         throw Error(ErrorCode::kInvalid, "a policy needs at least one layer and one expert, not " +
                                              std::to_string(shape.num_layers) + " layers of " +
                                              std::to_string(shape.num_experts) + " experts");
     }
+    if (eamc != nullptr && name == "eam") return make_eam(*eamc);
     std::string known;
     for (const Row& row : kPolicies) {
         if (row.name == name) return row.make(shape);

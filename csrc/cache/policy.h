@@ -12,6 +12,9 @@
 
 namespace moeinf {
 
+struct Eamc;        // in eam.h
+class EamFollower;  // in eam_follower.h
+
 // One (forward pass, layer): the distinct experts it routes to.
 struct Step {
     int64_t index = 0;                 // steps seen so far
@@ -53,12 +56,17 @@ public:
 
     // Host-side priors per flat expert in [0, 1], written at most once per token; most ignore them.
     virtual void set_priors(std::span<const float> /*priors*/) {}
+
+    // Where a policy keeps a collection of activation matrices; null: it keeps none.
+    [[nodiscard]] virtual const EamFollower* follower() const noexcept { return nullptr; }
 };
 
 // The names make_policy accepts, in the order they are shown.
 std::vector<std::string> policy_names();
 
+// `eamc` is what the policies with a collection start from, of this shape; null: from nothing.
 // Throws Error(kInvalid), naming what exists, for an unknown name.
-std::unique_ptr<Policy> make_policy(std::string_view name, PolicyShape shape);
+std::unique_ptr<Policy> make_policy(std::string_view name, PolicyShape shape,
+                                    const Eamc* eamc = nullptr);
 
 }  // namespace moeinf

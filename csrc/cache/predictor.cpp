@@ -25,10 +25,12 @@ std::vector<std::string> predictor_names() {
     return names;
 }
 
-std::unique_ptr<Predictor> make_predictor(std::string_view name, PolicyShape shape) {
+std::unique_ptr<Predictor> make_predictor(std::string_view name, PolicyShape shape,
+                                          const Eamc* eamc) {
     if (shape.num_layers < 1 || shape.num_experts < 1) {
         throw Error(ErrorCode::kInvalid, "a predictor needs at least one layer and one expert");
     }
+    if (eamc != nullptr && name == "eam") return make_eam_predictor(*eamc);
     std::string known;
     for (const Row& row : kPredictors) {
         if (row.name == name) return row.make(shape);

@@ -28,12 +28,16 @@ public:
     // Writes how likely each expert of `layer` is to be used when the layer comes next, in [0, 1].
     // Layer 0 comes after the last. False, and nothing is written, where nothing is known.
     virtual bool predict(int32_t layer, std::span<float> scores) = 0;
+
+    // Where it keeps a collection of activation matrices; null: it keeps none.
+    [[nodiscard]] virtual const EamFollower* follower() const noexcept { return nullptr; }
 };
 
 // The names make_predictor accepts, in the order they are shown.
 std::vector<std::string> predictor_names();
 
-// Throws Error(kInvalid), naming what exists, for an unknown name.
-std::unique_ptr<Predictor> make_predictor(std::string_view name, PolicyShape shape);
+// As make_policy().
+std::unique_ptr<Predictor> make_predictor(std::string_view name, PolicyShape shape,
+                                          const Eamc* eamc = nullptr);
 
 }  // namespace moeinf

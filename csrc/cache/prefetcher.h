@@ -80,6 +80,9 @@ public:
     [[nodiscard]] PredictionStats stats() const;
     void reset_stats();
 
+    // Null: only what hint() is told.
+    [[nodiscard]] const Predictor* predictor() const noexcept { return predictor_.get(); }
+
     // For tests and stats: bytes the next steps may fetch, and the least score that is fetched.
     [[nodiscard]] double budget_bytes() const noexcept { return budget_; }
     [[nodiscard]] float least_score() const noexcept;
@@ -173,6 +176,6 @@ std::vector<std::string> prefetch_names();
 
 // Null for "off". Throws Error(kInvalid), naming what exists, for an unknown name.
 std::unique_ptr<Prefetcher> make_prefetcher(std::string_view name, PolicyShape shape,
-                                            Prefetcher::Costs costs);
+                                            Prefetcher::Costs costs, const Eamc* eamc = nullptr);
 
 }  // namespace moeinf

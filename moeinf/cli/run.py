@@ -45,6 +45,16 @@ def command(
     record: Annotated[
         Path | None, typer.Option(help="Save the routing as a trace for moeinf simulate.")
     ] = None,
+    router: Annotated[
+        bool, typer.Option("--router", help="Record the router's probabilities of all experts too.")
+    ] = False,
+    eamc: Annotated[
+        Path | None,
+        typer.Option(
+            help="The collection of --policy or --prefetch eam: read if it is there, saved again "
+            "at the end."
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare with every expert resident, to the bit.")
@@ -54,6 +64,8 @@ def command(
     with quiet_interrupts():
         from moeinf.generation import Request, generate
 
+    if router and record is None:
+        raise ValueError("--router says what --record keeps: give --record FILE")
     request = Request(
         path=checkpoint,
         prompt=prompt,
@@ -66,6 +78,8 @@ def command(
         prefetch=prefetch,
         keep_logits=verify,
         record=record,
+        router=router,
+        eamc=eamc,
     )
     result = generate(request, memory=memory, stream=None if json else sys.stdout)
     report: dict[str, Any] = asdict(result.metrics)
@@ -90,7 +104,7 @@ def _verify(request: Any, result: Any, *, quiet: bool) -> bool:
 
     if not quiet:
         print("\nVerifying against a run with every expert resident", file=sys.stderr)
-    resident = generate(replace(request, record=None), memory="100%", stream=None)
+    resident = generate(replace(request, record=None, eamc=None), memory="100%", stream=None)
     return result.tokens == resident.tokens and torch.equal(result.logits, resident.logits)
 
 

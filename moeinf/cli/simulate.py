@@ -37,6 +37,8 @@ def command(
         if name not in policy_names():
             raise ValueError(f"no policy is named {name!r}; there are: {', '.join(policy_names())}")
     budgets = _listed("slots", slots)
+    if eamc is not None and "eam" not in policies:
+        raise ValueError(f"--eamc: a collection is for the policy 'eam', found --policy {policy}")
     collection = EAMC.load(eamc) if eamc is not None else None
     loaded = [Trace.load(path) for path in traces]
     for trace in loaded:

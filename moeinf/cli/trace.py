@@ -28,6 +28,9 @@ def command(
     memory: Annotated[str, typer.Option(help="What experts may take.")] = "25%",
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    router: Annotated[
+        bool, typer.Option("--router", help="Record the router's probabilities of all experts too.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Generates from every prompt and saves which experts each token used."""
@@ -45,7 +48,7 @@ def command(
     torch.manual_seed(seed)
     with (
         Progress(console=Console(stderr=True)) as progress,
-        model.moeinf.cache.record() as recorder,
+        model.moeinf.cache.record(router=router) as recorder,
     ):
         for line in progress.track(lines, description="Prompts"):
             model.generate(

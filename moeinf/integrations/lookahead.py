@@ -51,7 +51,7 @@ class GateLookahead:
     def __init__(self, blocks: Sequence[Any], cache: ExpertCache):
         self.cache = cache
         self.blocks = list(blocks)
-        self.forms = [_form_of(block) for block in blocks]
+        self.forms = [form_of(block) for block in blocks]
         for layer in range(len(self.blocks) - 1):
             self._watch(layer)
 
@@ -94,10 +94,12 @@ def route(block: Any, form: BlockForm, hidden: torch.Tensor) -> list[int]:
     return list(dict.fromkeys(choices.T.flatten().tolist()))
 
 
-def _form_of(block: Any) -> BlockForm:
+def form_of(block: Any) -> BlockForm:
+    """Raises UnsupportedError for a block of none of the forms."""
     for form in FORMS:
         if form.fits(block):
             return form
     raise UnsupportedError(
-        f"{type(block).__name__}: prefetch='gate' does not know where its router is"
+        f"{type(block).__name__}: it is not known where its router is, which prefetch='gate' and "
+        "recording its probabilities need"
     )

@@ -8,6 +8,7 @@ parameters left out, the library loads everything else, and the registered exper
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from moeinf.devices import pick_device
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.experts import fused_experts
 from moeinf.integrations.lookahead import GateLookahead
+from moeinf.integrations.routers import listen
 from moeinf.naming import is_expert_tensor
 from moeinf.safetensors_header import TensorEntry
 from moeinf.store import ExpertStore
@@ -63,7 +65,7 @@ def load(
             early) or what `ExpertCache` takes.
         dtype: of activations and of all weights but the experts', which stay as they are stored;
             "auto" takes the checkpoint's own.
-        cache_options: passed to `ExpertCache`, `host_memory` and `exclusive` among them.
+        cache_options: passed to `ExpertCache`, `eamc`, `host_memory` and `exclusive` among them.
 
     Returns:
         The model in evaluation mode. `model.moeinf` has `stats()`, `reset_stats()` and `cache`.
@@ -123,10 +125,9 @@ class ServedExperts:
             _check_form(name, module, cache.store)
             module.moeinf_layer = layer
             module.moeinf_cache = cache
-        self.lookahead = None
-        if gate_lookahead:
-            blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in modules]
-            self.lookahead = GateLookahead(blocks, cache)
+        blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in modules]
+        cache.routers = partial(listen, blocks)
+        self.lookahead = GateLookahead(blocks, cache) if gate_lookahead else None
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def stats(self) -> dict[str, Any]:

@@ -16,9 +16,9 @@ constexpr float kEpsilon = 1e-6f;
 
 class Eam final : public Policy {
 public:
-    Eam(EamCollection prefill, EamCollection decode)
-        : shape_(decode.shape()),
-          follower_(std::move(prefill), std::move(decode)),
+    explicit Eam(Eamc from)
+        : shape_(from.decode.shape()),
+          follower_(std::move(from)),
           predicted_(static_cast<size_t>(shape_.total())),
           scores_(predicted_.size()) {}
 
@@ -45,6 +45,8 @@ public:
         for (size_t i = 0; i < found; ++i) victims[i] = candidates_[i].second;
         return found;
     }
+
+    const EamFollower* follower() const noexcept override { return &follower_; }
 
 private:
     void score() {
@@ -78,12 +80,11 @@ private:
 }  // namespace
 
 std::unique_ptr<Policy> make_eam(PolicyShape shape) {
-    constexpr int32_t kPaperCapacity = 120;
-    return make_eam(EamCollection(shape, kPaperCapacity), EamCollection(shape, kPaperCapacity));
+    return make_eam(Eamc(shape));
 }
 
-std::unique_ptr<Policy> make_eam(EamCollection prefill, EamCollection decode) {
-    return std::make_unique<Eam>(std::move(prefill), std::move(decode));
+std::unique_ptr<Policy> make_eam(Eamc from) {
+    return std::make_unique<Eam>(std::move(from));
 }
 
 }  // namespace moeinf

@@ -14,7 +14,7 @@ std::unique_ptr<Policy> make_lfu(PolicyShape shape);
 std::unique_ptr<Policy> make_lrfu(PolicyShape shape);
 std::unique_ptr<Policy> make_classlru(PolicyShape shape);
 std::unique_ptr<Policy> make_eam(PolicyShape shape);  // starts with empty collections
-std::unique_ptr<Policy> make_eam(EamCollection prefill, EamCollection decode);
+std::unique_ptr<Policy> make_eam(Eamc from);
 std::unique_ptr<Policy> make_best(PolicyShape shape);
 
 }  // namespace moeinf

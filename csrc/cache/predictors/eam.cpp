@@ -7,6 +7,7 @@
 // paper orders all later layers; here a step is asked for the next kReach, since idle link time
 // carries a few experts at most.
 #include <algorithm>
+#include <utility>
 
 #include "cache/eam_follower.h"
 #include "cache/predictors/predictors.h"
@@ -15,13 +16,10 @@ namespace moeinf {
 namespace {
 
 constexpr int32_t kReach = 4;
-constexpr int32_t kPaperCapacity = 120;
 
 class EamPredictor final : public Predictor {
 public:
-    explicit EamPredictor(PolicyShape shape)
-        : shape_(shape),
-          follower_(EamCollection(shape, kPaperCapacity), EamCollection(shape, kPaperCapacity)) {}
+    explicit EamPredictor(Eamc from) : shape_(from.decode.shape()), follower_(std::move(from)) {}
 
     std::string_view name() const noexcept override { return "eam"; }
 
@@ -41,6 +39,8 @@ public:
         return true;
     }
 
+    const EamFollower* follower() const noexcept override { return &follower_; }
+
 private:
     PolicyShape shape_;
     EamFollower follower_;
@@ -51,7 +51,11 @@ private:
 }  // namespace
 
 std::unique_ptr<Predictor> make_eam_predictor(PolicyShape shape) {
-    return std::make_unique<EamPredictor>(shape);
+    return make_eam_predictor(Eamc(shape));
+}
+
+std::unique_ptr<Predictor> make_eam_predictor(Eamc from) {
+    return std::make_unique<EamPredictor>(std::move(from));
 }
 
 }  // namespace moeinf

@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "cache/eam.h"
 #include "cache/predictor.h"
 
 namespace moeinf {
@@ -11,5 +12,6 @@ namespace moeinf {
 std::unique_ptr<Predictor> make_previous_predictor(PolicyShape shape);
 std::unique_ptr<Predictor> make_transition_predictor(PolicyShape shape);
 std::unique_ptr<Predictor> make_eam_predictor(PolicyShape shape);  // with empty collections
+std::unique_ptr<Predictor> make_eam_predictor(Eamc from);
 
 }  // namespace moeinf
