@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 
 from moeinf.checkpoint import Checkpoint
 from moeinf.integrations.transformers import load
+from moeinf.pocket import model_name
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         )
     end = time.perf_counter()
     if recorder is not None:
-        recorder.trace(model=str(request.path), source="moeinf run").save(request.record)
+        recorder.trace(model=model_name(request.path), source="moeinf run").save(request.record)
     tokens = output.sequences[0, count:].tolist()
     stats = model.moeinf.stats()
     first = clock.times[0] - start
