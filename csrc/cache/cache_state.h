@@ -125,8 +125,8 @@ struct CacheState {
     };
     struct Transit {
         const StepLease::Impl* owner = nullptr;
-        bool loading = false;
-        [[nodiscard]] bool free() const noexcept { return owner == nullptr && !loading; }
+        std::shared_ptr<Load> load;  // while it is filled
+        [[nodiscard]] bool free() const noexcept { return owner == nullptr && load == nullptr; }
     };
 
     const std::shared_ptr<const Catalog> catalog;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <ranges>
 #include <utility>
 
 #include "base/error.h"
@@ -56,7 +57,11 @@ DeviceTransport::DeviceTransport(std::shared_ptr<const Catalog> catalog,
       out_(own_timeline(device_, false)),
       fences_(pool_->capacity()),
       demoted_at_(static_cast<size_t>(catalog_->total_experts()), 0),
-      host_(std::make_unique<HostTier>(catalog_, *device_, std::move(host))),
+      host_(std::make_unique<HostTier>(
+          catalog_, *device_, std::move(host),
+          [this](const TransferPtr& who, std::byte* bytes, const std::string& error) {
+              on_host_ready(std::static_pointer_cast<Job>(who), bytes, error);
+          })),
       worker_([this](const std::stop_token& stop) { work(stop); }) {}
 
 DeviceTransport::~DeviceTransport() {
@@ -128,15 +133,15 @@ void DeviceTransport::left(int32_t expert, int32_t row) {
 void DeviceTransport::flush() noexcept {
     if (!has_queued()) return;
     const std::lock_guard lock(issuing_);
-    std::deque<Request> requests;
     {
         const std::lock_guard queues(queues_);
-        requests.swap(requests_);
+        flushed_.swap(requests_);
         queued_.store(false, std::memory_order_release);
     }
-    std::vector<JobPtr> demands;
-    for (const Request& request : requests) carry_out(request, demands);
-    copy_demands(demands);
+    for (const Request& request : flushed_) carry_out(request, demands_);
+    copy_demands(demands_);
+    flushed_.clear();
+    demands_.clear();
 }
 
 // In the order in which they were noted: a demotion is enqueued before the row is filled anew.
@@ -160,10 +165,7 @@ void DeviceTransport::carry_out(const Request& request, std::vector<JobPtr>& dem
 void DeviceTransport::start(const JobPtr& job, std::vector<JobPtr>& demands) {
     std::byte* bytes = nullptr;
     try {
-        bytes = host_->hold(job->expert(), job->priority,
-                            [this, job](std::byte* there, const std::string& error) {
-                                on_host_ready(job, there, error);
-                            });
+        bytes = host_->hold(job, job->priority);
     } catch (const std::exception& error) {
         return finish(job, TransferState::kFailed, error.what());
     }
@@ -188,7 +190,7 @@ void DeviceTransport::on_host_ready(const JobPtr& job, std::byte* bytes, const s
     }
     job->source = bytes;
     if (job->priority == Priority::kDemand) {
-        return copy_demands({job});
+        return copy_demands({&job, 1});
     }
     prefetches_.push_back(job);
     const std::lock_guard queues(queues_);
@@ -207,10 +209,9 @@ void DeviceTransport::enqueue(const JobPtr& job, size_t nbytes, Stream stream) {
 }
 
 // All of them, then one mark for all.
-void DeviceTransport::copy_demands(const std::vector<JobPtr>& demands) noexcept {
+void DeviceTransport::copy_demands(std::span<const JobPtr> demands) noexcept {
     const bool gather = demands.size() > 1 && copy_bytes_ <= gather_below_;
     std::vector<GatherPart> parts;
-    std::vector<JobPtr> enqueued;
     for (const JobPtr& job : demands) {
         try {
             const Stream stream = demand_->stream();
@@ -222,12 +223,12 @@ void DeviceTransport::copy_demands(const std::vector<JobPtr>& demands) noexcept 
             } else if (job->copied < copy_bytes_) {
                 enqueue(job, copy_bytes_ - job->copied, stream);
             }
-            enqueued.push_back(job);
         } catch (const std::exception& error) {
             abandon(job, demand_, error.what());
         }
     }
-    if (enqueued.empty()) return;
+    const auto enqueued = [](const JobPtr& job) { return !job->ended; };
+    if (std::none_of(demands.begin(), demands.end(), enqueued)) return;
     try {
         for (size_t first = 0; first < parts.size(); first += Device::kMostGatherParts) {
             const size_t count = std::min(Device::kMostGatherParts, parts.size() - first);
@@ -237,15 +238,19 @@ void DeviceTransport::copy_demands(const std::vector<JobPtr>& demands) noexcept 
             stats_.copied_bytes += static_cast<int64_t>(count * copy_bytes_);
         }
         const uint64_t point = demand_->mark();
-        for (const JobPtr& job : enqueued) {
+        for (const JobPtr& job : demands | std::views::filter(enqueued)) {
             fences_.filled(job->row, demand_, point);
             hold_until(job->expert(), demand_, point);
         }
     } catch (const std::exception& error) {
-        for (const JobPtr& job : enqueued) abandon(job, demand_, error.what());
+        for (const JobPtr& job : demands | std::views::filter(enqueued)) {
+            abandon(job, demand_, error.what());
+        }
         return;
     }
-    for (const JobPtr& job : enqueued) finish(job, TransferState::kDone);
+    for (const JobPtr& job : demands | std::views::filter(enqueued)) {
+        finish(job, TransferState::kDone);
+    }
 }
 
 void DeviceTransport::demote(int32_t expert, int32_t row) {

@@ -13,6 +13,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <stop_token>
 #include <thread>
 #include <vector>
@@ -77,7 +78,7 @@ private:
     void carry_out(const Request& request, std::vector<JobPtr>& demands);
     void start(const JobPtr& job, std::vector<JobPtr>& demands);
     void on_host_ready(const JobPtr& job, std::byte* bytes, const std::string& error);
-    void copy_demands(const std::vector<JobPtr>& demands) noexcept;
+    void copy_demands(std::span<const JobPtr> demands) noexcept;
     void demote(int32_t expert, int32_t row);
     void finish(const JobPtr& job, TransferState state, std::string error = {});
     void abandon(const JobPtr& job, const TimelinePtr& timeline, const char* why) noexcept;
@@ -99,14 +100,16 @@ private:
     RowFences fences_;
 
     mutable std::mutex queues_;  // guards the next three
-    std::deque<Request> requests_;
+    std::vector<Request> requests_;
     std::vector<Held> held_;
     LinkStats stats_;
     std::atomic<bool> queued_{false};
 
-    // Guards the next four, and every enqueuing. Recursive: releasing an expert may bring the next
+    // Guards the next six, and every enqueuing. Recursive: releasing an expert may bring the next
     // one its room, and that one is enqueued on the spot.
     std::recursive_mutex issuing_;
+    std::vector<Request> flushed_;   // by the flush() in progress
+    std::vector<JobPtr> demands_;    // of that one
     std::deque<JobPtr> prefetches_;  // their bytes are in the host tier; the first may be under way
     std::deque<uint64_t> window_;    // points of prefetch_ behind the chunks under way
     std::vector<uint64_t> demoted_at_;  // by flat expert: the point of `out_` behind its demotion
