@@ -50,7 +50,9 @@ CacheState::CacheState(std::shared_ptr<const Catalog> the_catalog, ExpertCacheOp
         auto link = std::make_unique<DeviceTransport>(
             catalog, options.device, pool,
             HostTierOptions{options.host_slots, options.policy, options.exclusive, options.copy},
-            options.gather_below);
+            options.gather_below,
+            options.prefetch == "off" ? DeviceTransport::Arrived()
+                                      : [this](auto... which) { on_arrival(which...); });
         on_device = link.get();
         transport = std::move(link);
     } else {
@@ -130,6 +132,11 @@ void CacheState::on_transfer_end(Load& load, const Transfer& transfer) {
     }
 }
 
+void CacheState::on_arrival(int32_t expert, Priority submitted) {
+    const std::lock_guard lock(mutex);
+    prefetcher->read_ended(expert, submitted == Priority::kDemand, true, seconds_now());
+}
+
 void CacheState::end_load(Load& load, Load::State state, std::string error) {
     const std::shared_ptr<Load> keep = std::move(
         load.transit >= 0 ? transit[static_cast<size_t>(load.transit)].load : load_of(load.expert));
@@ -137,7 +144,9 @@ void CacheState::end_load(Load& load, Load::State state, std::string error) {
     load.error = std::move(error);
     load.transfer.reset();
     const bool complete = state == Load::State::kComplete;
-    if (prefetcher) prefetcher->read_ended(load.expert, !load.prefetch, complete, seconds_now());
+    if (prefetcher && !(complete && on_device != nullptr)) {  // else see on_arrival()
+        prefetcher->read_ended(load.expert, !load.prefetch, complete, seconds_now());
+    }
     if (complete) {
         LayerStats& layer = stats_of(load.expert);
         const auto nbytes = static_cast<int64_t>(catalog->expert_bytes());
