@@ -268,7 +268,8 @@ void DeviceTransport::demote(int32_t expert, int32_t row) {
     std::byte* const target = host_->take_over(expert);
     if (target == nullptr) return;
     try {
-        fences_.before_read(row, out_->stream());
+        // No wait for the row's fill: while that was under way the host tier held the expert, and
+        // would not have taken over what it holds.
         device_->copy_out(target, pool_->slot(row), copy_bytes_, out_->stream());
         const uint64_t point = out_->mark();
         fences_.read(row, out_, point);

@@ -8,7 +8,6 @@
 // - the readers' points in RowFences::before_fill,
 // - the wait for a copy's point in DeviceTransport::release_passed (RAM is held for its copy),
 // - the wait for `demoted_at_` in copy_demands (a copy in waits for the copy out),
-// - before_read() in DeviceTransport::demote (a copy out waits for the fill),
 // - the wait for idle rows in ExpertCache::resize.
 #include <atomic>
 #include <chrono>
