@@ -63,7 +63,9 @@ CacheState::CacheState(std::shared_ptr<const Catalog> the_catalog, ExpertCacheOp
             catalog, options.device, pool,
             HostTierOptions{options.host_slots, options.policy, options.exclusive, options.copy,
                             options.eamc},
-            options.gather_below);
+            options.gather_below,
+            options.prefetch == "off" ? DeviceTransport::Arrived()
+                                      : [this](auto... which) { on_arrival(which...); });
         on_device = link.get();
         transport = std::move(link);
     } else {
@@ -112,17 +114,19 @@ std::shared_ptr<Load> CacheState::start_load(int32_t expert, int32_t transit_slo
     int32_t row = transit_slot;
     if (prefetcher) prefetcher->read_started(expert, !load->prefetch, seconds_now());
     if (transit_slot >= 0) {
-        transit[static_cast<size_t>(transit_slot)].loading = true;
+        transit[static_cast<size_t>(transit_slot)].load = load;
     } else {
         row = residency.slot_of(expert) + ExpertCache::kTransitSlots;
         residency.pin(expert);
         load_of(expert) = load;
     }
     try {
-        // The callback cannot overtake this assignment: it needs the lock we hold.
-        load->transfer = transport->submit(
-            expert, row, priority,
-            [this, load](const TransferPtr& transfer) { on_transfer_end(*load, *transfer); });
+        // The callback cannot overtake this assignment: it needs the lock we hold. The load lives
+        // until then: its slot's owner, above, holds it. A small callback needs no memory.
+        load->transfer = transport->submit(expert, row, priority,
+                                           [this, load = load.get()](const TransferPtr& transfer) {
+                                               on_transfer_end(*load, *transfer);
+                                           });
     } catch (const std::exception& error) {
         end_load(*load, Load::State::kFailed, error.what());
     }
@@ -141,12 +145,21 @@ void CacheState::on_transfer_end(Load& load, const Transfer& transfer) {
     }
 }
 
+void CacheState::on_arrival(int32_t expert, Priority submitted) {
+    const std::lock_guard lock(mutex);
+    prefetcher->read_ended(expert, submitted == Priority::kDemand, true, seconds_now());
+}
+
 void CacheState::end_load(Load& load, Load::State state, std::string error) {
+    const std::shared_ptr<Load> keep = std::move(
+        load.transit >= 0 ? transit[static_cast<size_t>(load.transit)].load : load_of(load.expert));
     load.state = state;
     load.error = std::move(error);
     load.transfer.reset();
     const bool complete = state == Load::State::kComplete;
-    if (prefetcher) prefetcher->read_ended(load.expert, !load.prefetch, complete, seconds_now());
+    if (prefetcher && !(complete && on_device != nullptr)) {  // else see on_arrival()
+        prefetcher->read_ended(load.expert, !load.prefetch, complete, seconds_now());
+    }
     if (complete) {
         LayerStats& layer = stats_of(load.expert);
         const auto nbytes = static_cast<int64_t>(catalog->expert_bytes());
@@ -154,19 +167,14 @@ void CacheState::end_load(Load& load, Load::State state, std::string error) {
         if (load.prefetch && load.wanted) layer.prefetch_useful_bytes += nbytes;
     }
     if (load.transit >= 0) {
-        Transit& slot = transit[static_cast<size_t>(load.transit)];
-        slot.loading = false;
-        if (!complete) slot.owner = nullptr;
+        if (!complete) transit[static_cast<size_t>(load.transit)].owner = nullptr;
+    } else if (complete) {
+        prefetched_unused[static_cast<size_t>(load.expert)] = load.prefetch && !load.wanted;
+        unpin(load.expert);
     } else {
-        const std::shared_ptr<Load> keep = std::move(load_of(load.expert));
-        if (complete) {
-            prefetched_unused[static_cast<size_t>(load.expert)] = load.prefetch && !load.wanted;
-            unpin(load.expert);
-        } else {
-            // Those who wait for it learn of the failure from the load; their pins end here.
-            for (uint32_t pins = load.waiting + 1; pins > 0; --pins) residency.unpin(load.expert);
-            residency.remove(load.expert);
-        }
+        // Those who wait for it learn of the failure from the load; their pins end here.
+        for (uint32_t pins = load.waiting + 1; pins > 0; --pins) residency.unpin(load.expert);
+        residency.remove(load.expert);
     }
     changed.notify_all();
 }

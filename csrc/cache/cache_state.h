@@ -93,11 +93,12 @@ struct CacheState {
     // Releases the lock, waits for `changed` and takes it again; calls `poll` every 50 ms.
     void wait(std::unique_lock<std::mutex>& lock);
 
-    // Reads. The first also for a transit slot; the last is the copy engine's callback and takes
-    // the lock itself.
+    // Reads. The first also for a transit slot; the last two are callbacks of the transport and
+    // take the lock themselves.
     std::shared_ptr<Load> start_load(int32_t expert, int32_t transit, Priority priority);
     void end_load(Load& load, Load::State state, std::string error);
     void on_transfer_end(Load& load, const Transfer& transfer);
+    void on_arrival(int32_t expert, Priority submitted);  // on a device
 
     void start_prefetches();  // what the prefetcher chooses
 
@@ -125,8 +126,8 @@ struct CacheState {
     };
     struct Transit {
         const StepLease::Impl* owner = nullptr;
-        bool loading = false;
-        [[nodiscard]] bool free() const noexcept { return owner == nullptr && !loading; }
+        std::shared_ptr<Load> load;  // while it is filled
+        [[nodiscard]] bool free() const noexcept { return owner == nullptr && load == nullptr; }
     };
 
     const std::shared_ptr<const Catalog> catalog;

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <ranges>
 #include <utility>
 
 #include "base/error.h"
@@ -35,6 +36,7 @@ TimelinePtr own_timeline(const std::shared_ptr<Device>& device, bool urgent) {
 
 struct DeviceTransport::Job : Transfer {
     int32_t row = -1;
+    Priority submitted = Priority::kDemand;
     Priority priority = Priority::kDemand;  // guarded by issuing_, as is all that follows
     TransferCallback done;
     std::byte* source = nullptr;  // in the host tier, once it is there
@@ -45,18 +47,23 @@ struct DeviceTransport::Job : Transfer {
 
 DeviceTransport::DeviceTransport(std::shared_ptr<const Catalog> catalog,
                                  std::shared_ptr<Device> device, std::shared_ptr<SlotPool> pool,
-                                 HostTierOptions host, size_t gather_below)
+                                 HostTierOptions host, size_t gather_below, Arrived arrived)
     : catalog_(std::move(catalog)),
       device_(std::move(device)),
       pool_(std::move(pool)),
       copy_bytes_(copied_bytes(*catalog_)),
       gather_below_(device_->can_gather() ? gather_below : 0),
+      arrived_(std::move(arrived)),
       demand_(own_timeline(device_, true)),
       prefetch_(own_timeline(device_, false)),
       out_(own_timeline(device_, false)),
       fences_(pool_->capacity()),
       demoted_at_(static_cast<size_t>(catalog_->total_experts()), 0),
-      host_(std::make_unique<HostTier>(catalog_, *device_, std::move(host))),
+      host_(std::make_unique<HostTier>(
+          catalog_, *device_, std::move(host),
+          [this](const TransferPtr& who, std::byte* bytes, const std::string& error) {
+              on_host_ready(std::static_pointer_cast<Job>(who), bytes, error);
+          })),
       worker_([this](const std::stop_token& stop) { work(stop); }) {}
 
 DeviceTransport::~DeviceTransport() {
@@ -67,6 +74,8 @@ DeviceTransport::~DeviceTransport() {
         const std::lock_guard lock(issuing_);
         ending_ = true;
         left_over.swap(prefetches_);
+        left_over.insert(left_over.end(), arriving_.begin(), arriving_.end());
+        arriving_.clear();
         const std::lock_guard queues(queues_);
         for (Request& request : requests_) {
             if (request.kind == Request::Kind::kFill) left_over.push_back(std::move(request.job));
@@ -104,7 +113,7 @@ TransferPtr DeviceTransport::submit(int32_t expert, int32_t row, Priority priori
     auto job = std::make_shared<Job>();
     TransferAccess::begin(*job, expert);
     job->row = row;
-    job->priority = priority;
+    job->submitted = job->priority = priority;
     job->done = std::move(done);
     const std::lock_guard lock(queues_);
     requests_.push_back({Request::Kind::kFill, job, expert, row});
@@ -128,15 +137,15 @@ void DeviceTransport::left(int32_t expert, int32_t row) {
 void DeviceTransport::flush() noexcept {
     if (!has_queued()) return;
     const std::lock_guard lock(issuing_);
-    std::deque<Request> requests;
     {
         const std::lock_guard queues(queues_);
-        requests.swap(requests_);
+        flushed_.swap(requests_);
         queued_.store(false, std::memory_order_release);
     }
-    std::vector<JobPtr> demands;
-    for (const Request& request : requests) carry_out(request, demands);
-    copy_demands(demands);
+    for (const Request& request : flushed_) carry_out(request, demands_);
+    copy_demands(demands_);
+    flushed_.clear();
+    demands_.clear();
 }
 
 // In the order in which they were noted: a demotion is enqueued before the row is filled anew.
@@ -153,17 +162,19 @@ void DeviceTransport::carry_out(const Request& request, std::vector<JobPtr>& dem
     if (job->ended || job->priority == Priority::kDemand) return;
     job->priority = Priority::kDemand;
     if (job->source == nullptr) return host_->promote(request.expert);
-    std::erase(prefetches_, job);
-    demands.push_back(job);
+    if (job->copied < copy_bytes_) {
+        std::erase(prefetches_, job);
+        return demands.push_back(job);
+    }
+    std::erase(arriving_, job);
+    hold_until(job->expert(), prefetch_, job->last_chunk, job->submitted);
+    finish(job, TransferState::kDone);
 }
 
 void DeviceTransport::start(const JobPtr& job, std::vector<JobPtr>& demands) {
     std::byte* bytes = nullptr;
     try {
-        bytes = host_->hold(job->expert(), job->priority,
-                            [this, job](std::byte* there, const std::string& error) {
-                                on_host_ready(job, there, error);
-                            });
+        bytes = host_->hold(job, job->priority);
     } catch (const std::exception& error) {
         return finish(job, TransferState::kFailed, error.what());
     }
@@ -188,7 +199,7 @@ void DeviceTransport::on_host_ready(const JobPtr& job, std::byte* bytes, const s
     }
     job->source = bytes;
     if (job->priority == Priority::kDemand) {
-        return copy_demands({job});
+        return copy_demands({&job, 1});
     }
     prefetches_.push_back(job);
     const std::lock_guard queues(queues_);
@@ -207,10 +218,9 @@ void DeviceTransport::enqueue(const JobPtr& job, size_t nbytes, Stream stream) {
 }
 
 // All of them, then one mark for all.
-void DeviceTransport::copy_demands(const std::vector<JobPtr>& demands) noexcept {
+void DeviceTransport::copy_demands(std::span<const JobPtr> demands) noexcept {
     const bool gather = demands.size() > 1 && copy_bytes_ <= gather_below_;
     std::vector<GatherPart> parts;
-    std::vector<JobPtr> enqueued;
     for (const JobPtr& job : demands) {
         try {
             const Stream stream = demand_->stream();
@@ -219,15 +229,15 @@ void DeviceTransport::copy_demands(const std::vector<JobPtr>& demands) noexcept 
             if (job->copied == 0) fences_.before_fill(job->row, stream);
             if (gather && job->copied == 0) {
                 parts.push_back({job->source, pool_->slot(job->row), copy_bytes_});
-            } else if (job->copied < copy_bytes_) {
+            } else {
                 enqueue(job, copy_bytes_ - job->copied, stream);
             }
-            enqueued.push_back(job);
         } catch (const std::exception& error) {
             abandon(job, demand_, error.what());
         }
     }
-    if (enqueued.empty()) return;
+    const auto enqueued = [](const JobPtr& job) { return !job->ended; };
+    if (std::none_of(demands.begin(), demands.end(), enqueued)) return;
     try {
         for (size_t first = 0; first < parts.size(); first += Device::kMostGatherParts) {
             const size_t count = std::min(Device::kMostGatherParts, parts.size() - first);
@@ -237,15 +247,19 @@ void DeviceTransport::copy_demands(const std::vector<JobPtr>& demands) noexcept 
             stats_.copied_bytes += static_cast<int64_t>(count * copy_bytes_);
         }
         const uint64_t point = demand_->mark();
-        for (const JobPtr& job : enqueued) {
+        for (const JobPtr& job : demands | std::views::filter(enqueued)) {
             fences_.filled(job->row, demand_, point);
-            hold_until(job->expert(), demand_, point);
+            hold_until(job->expert(), demand_, point, job->submitted);
         }
     } catch (const std::exception& error) {
-        for (const JobPtr& job : enqueued) abandon(job, demand_, error.what());
+        for (const JobPtr& job : demands | std::views::filter(enqueued)) {
+            abandon(job, demand_, error.what());
+        }
         return;
     }
-    for (const JobPtr& job : enqueued) finish(job, TransferState::kDone);
+    for (const JobPtr& job : demands | std::views::filter(enqueued)) {
+        finish(job, TransferState::kDone);
+    }
 }
 
 void DeviceTransport::demote(int32_t expert, int32_t row) {
@@ -254,7 +268,8 @@ void DeviceTransport::demote(int32_t expert, int32_t row) {
     std::byte* const target = host_->take_over(expert);
     if (target == nullptr) return;
     try {
-        fences_.before_read(row, out_->stream());
+        // No wait for the row's fill: while that was under way the host tier held the expert, and
+        // would not have taken over what it holds.
         device_->copy_out(target, pool_->slot(row), copy_bytes_, out_->stream());
         const uint64_t point = out_->mark();
         fences_.read(row, out_, point);
@@ -289,9 +304,10 @@ void DeviceTransport::abandon(const JobPtr& job, const TimelinePtr& timeline,
     finish(job, TransferState::kFailed, why);
 }
 
-void DeviceTransport::hold_until(int32_t expert, const TimelinePtr& timeline, uint64_t point) {
+void DeviceTransport::hold_until(int32_t expert, const TimelinePtr& timeline, uint64_t point,
+                                 std::optional<Priority> arrives) {
     const std::lock_guard lock(queues_);
-    held_.push_back({expert, timeline, point});
+    held_.push_back({expert, timeline, point, arrives});
     awake_ = true;
     wake_.notify_all();
 }
@@ -328,7 +344,7 @@ void DeviceTransport::work(const std::stop_token& stop) {
 
 // True if something is still held.
 bool DeviceTransport::release_passed() {
-    std::vector<int32_t> passed;
+    std::vector<Held> passed;
     bool holding = false;
     {
         const std::lock_guard lock(queues_);
@@ -338,55 +354,74 @@ bool DeviceTransport::release_passed() {
             } catch (const std::exception&) {
                 return false;  // a device in this state moves nothing: better held for ever
             }
-            passed.push_back(one.expert);
+            passed.push_back(one);
             return true;
         });
         holding = !held_.empty();
     }
-    for (const int32_t expert : passed) host_->release(expert);
+    for (const Held& one : passed) {
+        if (arrived_ && one.arrives) arrived_(one.expert, *one.arrives);
+        host_->release(one.expert);
+    }
     return holding;
 }
 
 // True if prefetches are queued or under way.
 bool DeviceTransport::pump_prefetches() {
     const std::lock_guard lock(issuing_);
-    while (!window_.empty()) {
-        try {
-            if (!prefetch_->reached(window_.front())) break;
-        } catch (const std::exception&) {
-            break;
-        }
-        window_.pop_front();
-    }
-    while (!prefetches_.empty() && window_.size() * kChunkBytes < kWindowBytes) {
+    end_prefetches();
+    while (!prefetches_.empty() && window_bytes_ < kWindowBytes && window_.size() < kMostChunks) {
         const JobPtr job = prefetches_.front();
         try {
-            if (job->copied == copy_bytes_) {
-                if (!prefetch_->reached(job->last_chunk)) break;
-                prefetches_.pop_front();
-                host_->release(job->expert());
-                finish(job, TransferState::kDone);
-                continue;
-            }
-            const Stream stream = prefetch_->stream();
-            if (job->copied == 0) {
-                out_->hold_back(stream, demoted_at_[static_cast<size_t>(job->expert())]);
-                fences_.before_fill(job->row, stream);
-                TransferAccess::set_state(*job, TransferState::kRunning);
-            }
-            enqueue(job, std::min(kChunkBytes, copy_bytes_ - job->copied), stream);
-            const uint64_t point = prefetch_->mark();
-            window_.push_back(point);
-            if (job->copied == copy_bytes_) {
-                job->last_chunk = point;
-                fences_.filled(job->row, prefetch_, point);
-            }
+            start_chunk(job);
         } catch (const std::exception& error) {
             prefetches_.pop_front();
             abandon(job, prefetch_, error.what());
+            continue;
         }
+        if (job->copied < copy_bytes_) continue;
+        prefetches_.pop_front();
+        arriving_.push_back(job);
     }
     return !prefetches_.empty() || !window_.empty();
+}
+
+void DeviceTransport::start_chunk(const JobPtr& job) {
+    const Stream stream = prefetch_->stream();
+    if (job->copied == 0) {
+        out_->hold_back(stream, demoted_at_[static_cast<size_t>(job->expert())]);
+        fences_.before_fill(job->row, stream);
+        TransferAccess::set_state(*job, TransferState::kRunning);
+    }
+    const size_t nbytes = std::min(kChunkBytes, copy_bytes_ - job->copied);
+    enqueue(job, nbytes, stream);
+    job->last_chunk = prefetch_->mark();
+    window_.push_back({job->last_chunk, nbytes});
+    window_bytes_ += nbytes;
+    if (job->copied == copy_bytes_) fences_.filled(job->row, prefetch_, job->last_chunk);
+}
+
+// Whose last chunk has arrived.
+void DeviceTransport::end_prefetches() {
+    while (!window_.empty() && reached_by_prefetches(window_.front().point)) {
+        window_bytes_ -= window_.front().nbytes;
+        window_.pop_front();
+    }
+    while (!arriving_.empty() && reached_by_prefetches(arriving_.front()->last_chunk)) {
+        const JobPtr job = arriving_.front();
+        arriving_.pop_front();
+        if (arrived_) arrived_(job->expert(), job->submitted);
+        host_->release(job->expert());
+        finish(job, TransferState::kDone);
+    }
+}
+
+bool DeviceTransport::reached_by_prefetches(uint64_t point) noexcept {
+    try {
+        return prefetch_->reached(point);
+    } catch (const std::exception&) {
+        return false;
+    }
 }
 
 }  // namespace moeinf

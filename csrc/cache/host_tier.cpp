@@ -16,9 +16,11 @@ std::unique_ptr<SlotPool> make_pool(const Catalog& catalog, Device& device, int3
 
 }  // namespace
 
-HostTier::HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostTierOptions options)
+HostTier::HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostTierOptions options,
+                   Ready ready)
     : catalog_(std::move(catalog)),
       exclusive_(options.exclusive),
+      ready_(std::move(ready)),
       entries_(static_cast<size_t>(catalog_->total_experts())) {
     const int32_t asked = std::max(options.slots, kLeastSlots);
     int32_t slots = asked;
@@ -47,7 +49,7 @@ HostTier::~HostTier() {
         ending_ = true;
         starved.swap(starved_);
     }
-    for (const Waiter& one : starved) one.ready(nullptr, "the cache is being closed");
+    for (const Waiter& one : starved) ready_(one.who, nullptr, "the cache is being closed");
     engine_.reset();
 }
 
@@ -74,8 +76,9 @@ void HostTier::note_duplicate(int32_t expert) {
     }
 }
 
-std::byte* HostTier::hold(int32_t expert, Priority priority, Ready ready) {
+std::byte* HostTier::hold(const TransferPtr& who, Priority priority) {
     const std::lock_guard lock(mutex_);
+    const int32_t expert = who->expert();
     Entry& one = entry(expert);
     const bool present = residency_->slot_of(expert) >= 0;
     if (present && one.reading == nullptr) {
@@ -86,17 +89,17 @@ std::byte* HostTier::hold(int32_t expert, Priority priority, Ready ready) {
     ++stats_.misses;
     if (present) {
         residency_->pin(expert);
-        one.waiting.push_back(std::move(ready));
+        one.waiting.push_back(who);
         if (priority == Priority::kDemand) engine_->promote(one.reading);
     } else if (make_room(expert)) {
         residency_->pin(expert);
-        one.waiting.push_back(std::move(ready));
+        one.waiting.push_back(who);
         start_read(expert, priority);
     } else {
         // Demands wait before prefetches, each in their order.
         const auto before = std::find_if(starved_.begin(), starved_.end(),
                                          [&](const Waiter& w) { return w.priority > priority; });
-        starved_.insert(before, {expert, priority, std::move(ready)});
+        starved_.insert(before, {who, priority});
     }
     return nullptr;
 }
@@ -109,7 +112,7 @@ void HostTier::start_read(int32_t expert, Priority priority) {
 }
 
 void HostTier::on_read(int32_t expert, const Transfer& transfer) {
-    std::vector<Ready> waiting;
+    std::vector<TransferPtr> waiting;
     std::byte* bytes = nullptr;
     std::string error;
     {
@@ -127,38 +130,40 @@ void HostTier::on_read(int32_t expert, const Transfer& transfer) {
             residency_->remove(expert);
         }
     }
-    for (const Ready& ready : waiting) ready(bytes, error);
+    for (const TransferPtr& who : waiting) ready_(who, bytes, error);
     if (bytes == nullptr) serve_starved();
 }
 
 // Whatever was refused for want of a slot and can have one now.
 void HostTier::serve_starved() {
-    std::vector<std::pair<Ready, std::byte*>> served;
+    std::vector<std::pair<TransferPtr, std::byte*>> served;
     {
         const std::lock_guard lock(mutex_);
         while (!starved_.empty() && !ending_) {
             Waiter& one = starved_.front();
-            const bool present = residency_->slot_of(one.expert) >= 0;
-            if (!present && !make_room(one.expert)) break;
-            residency_->pin(one.expert);
-            Entry& target = entry(one.expert);
+            const int32_t expert = one.who->expert();
+            const bool present = residency_->slot_of(expert) >= 0;
+            if (!present && !make_room(expert)) break;
+            residency_->pin(expert);
+            Entry& target = entry(expert);
             if (present && target.reading == nullptr) {
-                served.emplace_back(std::move(one.ready), address(one.expert));
+                served.emplace_back(std::move(one.who), address(expert));
             } else {
-                target.waiting.push_back(std::move(one.ready));
-                if (!present) start_read(one.expert, one.priority);
+                target.waiting.push_back(std::move(one.who));
+                if (!present) start_read(expert, one.priority);
             }
             starved_.pop_front();
         }
     }
-    for (const auto& [ready, bytes] : served) ready(bytes, {});
+    for (const auto& [who, bytes] : served) ready_(who, bytes, {});
 }
 
 void HostTier::promote(int32_t expert) {
     const std::lock_guard lock(mutex_);
     if (entry(expert).reading) return engine_->promote(entry(expert).reading);
-    const auto waiter = std::find_if(starved_.begin(), starved_.end(),
-                                     [&](const Waiter& one) { return one.expert == expert; });
+    const auto waiter = std::find_if(starved_.begin(), starved_.end(), [&](const Waiter& one) {
+        return one.who->expert() == expert;
+    });
     if (waiter == starved_.end() || waiter->priority == Priority::kDemand) return;
     Waiter one = std::move(*waiter);
     one.priority = Priority::kDemand;

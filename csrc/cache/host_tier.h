@@ -41,19 +41,21 @@ class HostTier {
 public:
     static constexpr int32_t kLeastSlots = 4;  // staging: reads and copies overlap
 
+    // What a transfer waited for: the bytes, or what went wrong. Never both.
+    using Ready =
+        std::function<void(const TransferPtr& who, std::byte* bytes, const std::string& error)>;
+
     // Takes fewer slots where pinned memory is refused. Throws Error(kCapacity) if not even
     // kLeastSlots can be had.
-    HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostTierOptions options);
+    HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostTierOptions options,
+             Ready ready);
     ~HostTier();
     HostTier(const HostTier&) = delete;
     HostTier& operator=(const HostTier&) = delete;
 
-    // The bytes, or what went wrong. Never both.
-    using Ready = std::function<void(std::byte* bytes, const std::string& error)>;
-
-    // Holds an expert until release(). Returns its bytes if they are here; else null, and `ready`
-    // is called from another thread, once, when they are. A failed one is not held.
-    [[nodiscard]] std::byte* hold(int32_t expert, Priority priority, Ready ready);
+    // Holds `who`'s expert until release(). Returns its bytes if they are here; else null, and
+    // Ready is called from another thread, once, when they are. A failed one is not held.
+    [[nodiscard]] std::byte* hold(const TransferPtr& who, Priority priority);
     void promote(int32_t expert);  // someone waits for it now
     void release(int32_t expert);
 
@@ -71,13 +73,12 @@ public:
 
 private:
     struct Waiter {
-        int32_t expert;
+        TransferPtr who;
         Priority priority;
-        Ready ready;
     };
     struct Entry {
-        TransferPtr reading;         // null: the bytes are here, or it has no slot
-        std::vector<Ready> waiting;  // for that read; each holds the expert
+        TransferPtr reading;               // null: the bytes are here, or it has no slot
+        std::vector<TransferPtr> waiting;  // for that read; each holds the expert
         bool on_device = false;
     };
 
@@ -91,6 +92,7 @@ private:
 
     const std::shared_ptr<const Catalog> catalog_;
     const bool exclusive_;
+    const Ready ready_;
     bool full_house_ = false;  // a slot for each expert: nobody ever leaves, no policy need look on
     mutable std::mutex mutex_;  // guards all below; after the cache's lock, before the engine's
     std::unique_ptr<SlotPool> pool_;

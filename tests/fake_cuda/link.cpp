@@ -9,6 +9,7 @@ namespace fake {
 namespace {
 
 constexpr size_t kMostCopies = 65536;
+constexpr uint64_t kLastBytes = 4096;
 
 struct Link {
     std::mutex mutex;  // guards all below
@@ -48,6 +49,10 @@ uint64_t cost_ns(uint64_t nbytes, int direction) {
            (rate > 0 ? static_cast<uint64_t>(static_cast<double>(nbytes) / rate * 1e9) : 0);
 }
 
+void sleep_until(Time time) {
+    if (Clock::now() < time) std::this_thread::sleep_until(time);
+}
+
 void take(Link& link, int priority) {
     std::unique_lock lock(link.mutex);
     const std::pair<int, uint64_t> place{priority, ++link.arrivals};
@@ -55,6 +60,14 @@ void take(Link& link, int priority) {
     link.changed.wait(lock, [&] { return !link.busy && *link.waiting.begin() == place; });
     link.waiting.erase(place);
     link.busy = true;
+}
+
+// Takes the last bytes off the parts.
+Part cut_off_the_end(std::vector<Part>& parts) {
+    Part& last = parts.back();
+    const uint64_t nbytes = std::min(last.nbytes, kLastBytes);
+    last.nbytes -= nbytes;
+    return {last.source + last.nbytes, last.target + last.nbytes, nbytes};
 }
 
 void move(const std::vector<Part>& parts, int direction) {
@@ -76,10 +89,15 @@ Time cross_link(const std::vector<Part>& parts, int direction, int priority, Tim
     const Time start = std::max(ready, link.free_at);
     const uint64_t cost = cost_ns(nbytes, direction);
     const Time end = start + std::chrono::nanoseconds(cost);
-    // When within its time a copy's bytes appear is nobody's business: both ends are tried.
-    if (early) move(parts, direction);
-    if (Clock::now() < end) std::this_thread::sleep_until(end);
-    if (!early) move(parts, direction);
+    // When within its time a copy's bytes appear is nobody's business: all are there at its start,
+    // or the last ones only at its end. The others move before that, so that this machine's memory
+    // does not add to the link's time.
+    std::vector<Part> rest = parts;
+    const Part last = early ? Part{} : cut_off_the_end(rest);
+    if (!early) sleep_until(start + std::chrono::nanoseconds(cost / 2));
+    move(rest, direction);
+    sleep_until(end);
+    if (!early) move({last}, direction);
     {
         const std::lock_guard lock(log().mutex);
         log().copies.push_back({parts[0].source, parts[0].target, nbytes, direction, priority,

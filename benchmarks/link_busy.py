@@ -1,0 +1,278 @@
+"""Is the link to a device kept busy? On the fake driver of tests/fake_cuda: no GPU is measured.
+
+    python -m benchmarks.link_busy [--trace FILE] [--json FILE]
+
+Decode routing is replayed, step after step, by one `DeviceReader` over a cache that holds a quarter
+of the experts; RAM holds all of them. The fake link has a set bandwidth, low enough for this
+machine to move the bytes in time, and a set latency per copy; its clock is its own, so a thread
+that wakes late costs it nothing while work is queued. `busy` is the share of the run in which the
+link was occupied, `payload` the bytes moved over what the bandwidth could have moved. The rest of
+the run is idle, and of two kinds: `unasked`, nothing had been enqueued (the step's ids were on
+their way, the host was deciding, or there was nothing to fetch), and `held`, a copy was enqueued
+and waited for the device's own order and threads. The target is 0.95 where nothing is computed.
+Rows with `compute` let the reader's stream work that long in every step, which only prefetching can
+hide; "perfect" is told what the next step will use. The run is cut in rounds: a row is the best of
+them, for other load only ever takes away from it, and the median of `busy` stands beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import moeinf
+from benchmarks.common import ROOT, print_table, write_json
+from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
+from benchmarks.routing_replay import decode_routing
+from moeinf import _core
+
+TARGET = 0.95
+SHARE = "25%"
+LATENCY_NS = 5_000
+ROUNDS = 8
+# Of 9.4 MB, Qwen3-30B-A3B's, and of 1 MB.
+SIZES = {
+    "9.4 MB": Geometry(experts=32, top_k=8, layers=2, vocabulary=64),
+    "1.0 MB": Geometry(
+        hidden=512, intermediate=341, experts=64, top_k=8, layers=4,
+        heads=4, kv_heads=2, head_dim=32, vocabulary=64,
+    ),
+}  # fmt: skip
+TINY = {
+    "tiny": Geometry(
+        hidden=64, intermediate=32, experts=16, top_k=2, layers=2,
+        heads=2, kv_heads=1, head_dim=32, vocabulary=64,
+    )
+}  # fmt: skip
+# prefetch, and what the reader's stream computes in a step as a share of copying one expert
+CASES = (
+    ("off", 0.0),
+    ("transition", 0.0),
+    ("perfect", 0.0),
+    ("off", 0.5),
+    ("transition", 0.5),
+    ("perfect", 0.5),
+)
+
+
+class Copy(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_uint64) for name in ("source", "target", "nbytes")),
+        *((name, ctypes.c_int32) for name in ("direction", "priority")),
+        *((name, ctypes.c_uint64) for name in ("enqueued_ns", "start_ns", "end_ns")),
+    )
+
+
+class FakeDriver:
+    """What steers the fake driver, and a stream of it on which "kernels" can be made to run."""
+
+    TO_DEVICE = 0
+    MOST_COPIES = 65536
+
+    def __init__(self) -> None:
+        self.library = ctypes.CDLL(os.environ["MOEINF_CUDA_DRIVER"])
+        self.library.fake_cuda_busy_ns.restype = ctypes.c_uint64
+        self.library.fake_cuda_bytes.restype = ctypes.c_uint64
+        self.library.fake_cuda_copies.restype = ctypes.c_uint64
+        self.sleep = ctypes.cast(ctypes.CDLL(None).usleep, ctypes.c_void_p)
+        self.stream = ctypes.c_void_p()
+        assert self.library.cuInit(0) == 0
+        context = ctypes.c_void_p()
+        assert self.library.cuDevicePrimaryCtxRetain(ctypes.byref(context), 0) == 0
+        assert self.library.cuCtxPushCurrent_v2(context) == 0
+        assert self.library.cuStreamCreateWithPriority(ctypes.byref(self.stream), 1, 0) == 0
+
+    def compute(self, microseconds: int) -> None:
+        """The stream is busy for that long, once it gets there."""
+        failed = self.library.cuLaunchHostFunc(
+            self.stream, self.sleep, ctypes.c_void_p(microseconds)
+        )
+        assert failed == 0
+
+    def reset(self) -> None:
+        self.library.fake_cuda_reset(ctypes.c_uint64(1))
+        self.library.fake_cuda_set_memory(ctypes.c_uint64(1 << 40))
+
+    def set_link(self, bytes_per_second: float) -> None:
+        self.library.fake_cuda_set_link(
+            self.TO_DEVICE, ctypes.c_double(bytes_per_second), ctypes.c_uint64(LATENCY_NS)
+        )
+
+    def copies(self) -> list[Copy]:
+        copies = (Copy * self.MOST_COPIES)()
+        count = self.library.fake_cuda_copies(copies, ctypes.c_uint64(self.MOST_COPIES))
+        return sorted(
+            (copy for copy in copies[:count] if copy.direction == self.TO_DEVICE),
+            key=lambda copy: copy.start_ns,
+        )
+
+
+def gaps(copies: list[Copy]) -> dict[str, float]:
+    """Seconds in which the link was idle between copies: nothing enqueued, or one that waited."""
+    unasked = held = 0
+    for before, after in zip(copies, copies[1:], strict=False):
+        asked = min(max(after.enqueued_ns, before.end_ns), after.start_ns)
+        unasked += asked - before.end_ns
+        held += after.start_ns - asked
+    return {"unasked": unasked / 1e9, "held": held / 1e9}
+
+
+class Replay:
+    """Decode steps of recorded routing, on one reader of a cache."""
+
+    def __init__(
+        self, cache: moeinf.ExpertCache, routing: Any, driver: FakeDriver, perfect: bool
+    ) -> None:
+        self.cache = cache
+        self.perfect = perfect
+        self.ids = torch.from_numpy(routing)  # int64 [tokens, layers, k]
+        self.map = torch.empty(cache.store.num_experts, dtype=torch.int32)
+        self.driver = driver
+        self.reader = _core.DeviceReader(cache.core, driver.stream.value)
+
+    def run(self, first: int, end: int, compute_us: int) -> None:
+        reader = self.reader
+        for token in range(first, end):
+            for layer, ids in enumerate(self.ids[token]):
+                reader.begin(layer, ids.data_ptr(), True, 1, len(ids), self.map.data_ptr())
+                if self.perfect and self.cache.wants_predictions:
+                    self._predict(token, layer + 1)
+                while reader.next():
+                    if compute_us:
+                        self.driver.compute(compute_us)
+                    reader.done()
+                reader.release()
+        reader.synchronize()
+
+    def _predict(self, token: int, layer: int) -> None:
+        token, layer = token + layer // self.ids.shape[1], layer % self.ids.shape[1]
+        if token < len(self.ids):
+            self.cache.predict(layer, self.ids[token, layer].numpy())
+
+
+def measure(
+    name: str, geometry: Geometry, store: moeinf.ExpertStore, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    routing = decode_routing(
+        options.trace,
+        tokens=2 * options.tokens,
+        layers=geometry.layers,
+        experts=geometry.experts,
+        top_k=geometry.top_k,
+    )
+    driver = FakeDriver()
+    rows = []
+    for prefetch, share in CASES:
+        driver.reset()
+        perfect = prefetch == "perfect"
+        cache = moeinf.ExpertCache(
+            store, device="cuda", memory=SHARE, prefetch="external" if perfect else prefetch
+        )
+        for layer in range(store.num_layers):  # from the files into RAM
+            for lease in cache.waves(layer, range(store.num_experts)):
+                lease.release()
+        compute_us = round(share * store.layout.nbytes / options.bandwidth * 1e6)
+        replay = Replay(cache, routing, driver, perfect)
+        driver.set_link(options.bandwidth)
+        replay.run(0, options.tokens, compute_us)  # fills slots; predictors learn
+        cache.reset_stats()
+        rounds = []
+        each = options.tokens // ROUNDS
+        for first in range(options.tokens, options.tokens + ROUNDS * each, each):
+            driver.reset()
+            driver.set_link(options.bandwidth)
+            start = time.perf_counter()
+            replay.run(first, first + each, compute_us)
+            seconds = time.perf_counter() - start
+            moved = driver.library.fake_cuda_bytes(driver.TO_DEVICE)
+            idle = gaps(driver.copies())
+            rounds.append(
+                {
+                    "us_per_step": seconds / (each * geometry.layers) * 1e6,
+                    "busy": driver.library.fake_cuda_busy_ns(driver.TO_DEVICE) / 1e9 / seconds,
+                    "payload": moved / options.bandwidth / seconds,
+                    **{kind: value / seconds for kind, value in idle.items()},
+                }
+            )
+        stats = cache.stats()
+        best = max(rounds, key=lambda one: one["busy"])
+        rows.append(
+            {
+                "expert": name,
+                "prefetch": prefetch,
+                "compute_us": compute_us,
+                "hit_rate": stats["hit_rate"],
+                "misses": stats["misses"] / (ROUNDS * each * geometry.layers),
+                "fetched_ahead": stats["prefetch"] and stats["prefetch"]["fetched"],
+                **best,
+                "median_busy": statistics.median(one["busy"] for one in rounds),
+            }
+        )
+        del replay, cache
+    return rows
+
+
+COLUMNS = {
+    "expert": ("expert", ""),
+    "prefetch": ("prefetch", ""),
+    "compute_us": ("compute us", "d"),
+    "hit_rate": ("hit rate", ".3f"),
+    "misses": ("misses/step", ".2f"),
+    "fetched_ahead": ("fetched ahead", "d"),
+    "us_per_step": ("us/step", ".0f"),
+    "busy": ("busy", ".3f"),
+    "median_busy": ("median", ".3f"),
+    "payload": ("payload", ".3f"),
+    "unasked": ("idle, unasked", ".3f"),
+    "held": ("idle, held", ".3f"),
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", help="where the results go")
+    parser.add_argument("--trace", type=Path, help="a trace; the built-in model's without it")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--bandwidth", type=float, default=1e9, help="of the fake link, bytes/s")
+    parser.add_argument("--folder", type=Path, help="where the random checkpoints are kept")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes; numbers mean nothing")
+    options = parser.parse_args(arguments)
+    if options.tokens < ROUNDS:
+        parser.error(f"--tokens: expected at least {ROUNDS}")
+    if "MOEINF_CUDA_DRIVER" not in os.environ:
+        sys.path.insert(0, str(ROOT / "tests"))
+        from fake_cuda_library import fake_cuda_library
+
+        os.environ["MOEINF_CUDA_DRIVER"] = str(fake_cuda_library())
+    rows: list[dict[str, Any]] = []
+    for name, geometry in (TINY if options.tiny else SIZES).items():
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            write_random_checkpoint(Path(folder), geometry)
+            rows += measure(name, geometry, moeinf.ExpertStore.open(folder), options)
+    print_table(rows, COLUMNS)
+    if options.json:
+        write_json(
+            options.json,
+            "link_busy",
+            device="fake driver (tests/fake_cuda): no GPU was measured",
+            bandwidth=options.bandwidth,
+            latency_us=LATENCY_NS / 1e3,
+            resident=SHARE,
+            target=TARGET,
+            tiny=options.tiny,
+            rows=rows,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

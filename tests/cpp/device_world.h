@@ -1,0 +1,129 @@
+// A cache on the fake device, and readers of it: streams truly run beside the host, with random
+// delays, and a task queued on a reader's stream looks at the bytes when the device gets there.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <random>
+#include <utility>
+#include <vector>
+
+#include "cache/device_reader.h"
+#include "cache_world.h"
+#include "check.h"
+#include "cuda/cuda.h"
+#include "fake_cuda.h"
+
+extern "C" {
+int cuLaunchHostFunc(void* stream, void (*function)(void*), void* data);
+int cuDevicePrimaryCtxRetain(void** context, int device);
+int cuCtxPushCurrent_v2(void* context);
+}
+
+constexpr int32_t kDeviceLayers = 2;
+constexpr int32_t kDeviceExperts = 40;  // of each layer
+
+// Memory that the fake device and the host both see.
+struct Shared {
+    explicit Shared(moeinf::Device& device) : arena(device.make_arena(1 << 16)) {
+        arena->commit(1 << 16);
+    }
+    [[nodiscard]] int32_t* ids() const { return reinterpret_cast<int32_t*>(arena->data()); }
+    [[nodiscard]] int32_t* map() const { return ids() + 4096; }
+    std::unique_ptr<moeinf::Arena> arena;
+};
+
+struct Counts {
+    std::atomic<int64_t> seen = 0, wrong = 0;
+};
+
+// Runs on the reader's stream, where a kernel would.
+struct Look {
+    const CacheWorld& world;
+    const moeinf::ExpertCache& cache;
+    Counts& counts;
+    const int32_t* map;
+    int32_t layer;
+
+    static void run(void* data) {
+        const std::unique_ptr<Look> look(static_cast<Look*>(data));
+        for (int32_t expert = 0; expert < kDeviceExperts; ++expert) {
+            const int32_t row = look->map[expert];
+            if (row < 0) continue;
+            ++look->counts.seen;
+            if (!look->world.holds(look->cache, row, look->layer, expert)) ++look->counts.wrong;
+        }
+    }
+};
+
+class Reader {
+public:
+    Reader(const CacheWorld& world, std::shared_ptr<moeinf::ExpertCache> cache,
+           const std::shared_ptr<moeinf::Device>& device, Counts& counts, uint64_t seed)
+        : world_(world),
+          cache_(std::move(cache)),
+          device_(device),
+          counts_(counts),
+          random_(seed),
+          stream_(device->create_stream(false)),
+          shared_(*device),
+          reader_(std::make_unique<moeinf::DeviceReader>(cache_, stream_)) {
+        void* context = nullptr;  // for cuLaunchHostFunc on this thread
+        CHECK_EQ(cuDevicePrimaryCtxRetain(&context, 0), 0);
+        CHECK_EQ(cuCtxPushCurrent_v2(context), 0);
+    }
+    ~Reader() {
+        reader_->synchronize();
+        reader_.reset();
+        device_->destroy_stream(stream_);
+    }
+
+    // Returns how many experts the device should come to see.
+    int64_t step(size_t most, int32_t the_layer = -1) {
+        std::vector<int32_t> all(kDeviceExperts);
+        for (int32_t i = 0; i < kDeviceExperts; ++i) all[static_cast<size_t>(i)] = i;
+        std::shuffle(all.begin(), all.end(), random_);
+        const size_t count = 1 + random_() % most;
+        std::copy_n(all.begin(), count, shared_.ids());
+        const auto layer =
+            the_layer >= 0 ? the_layer : static_cast<int32_t>(random_() % kDeviceLayers);
+        moeinf::DeviceStep step;
+        step.layer = layer;
+        step.ids = reinterpret_cast<const std::byte*>(shared_.ids());
+        step.tokens = 1;
+        step.top_k = static_cast<int32_t>(count);
+        step.map = reinterpret_cast<std::byte*>(shared_.map());
+        reader_->begin(step);
+        while (reader_->next()) {
+            auto look =
+                std::make_unique<Look>(Look{world_, *cache_, counts_, shared_.map(), layer});
+            CHECK_EQ(cuLaunchHostFunc(stream_, Look::run, look.release()), 0);
+            reader_->done();
+        }
+        return static_cast<int64_t>(count);
+    }
+    moeinf::DeviceReader& reader() { return *reader_; }
+
+private:
+    const CacheWorld& world_;
+    const std::shared_ptr<moeinf::ExpertCache> cache_;
+    const std::shared_ptr<moeinf::Device> device_;
+    Counts& counts_;
+    std::mt19937_64 random_;
+    const moeinf::Stream stream_;
+    const Shared shared_;
+    std::unique_ptr<moeinf::DeviceReader> reader_;
+};
+
+inline moeinf::ExpertCacheOptions device_options(const CacheWorld& world,
+                                                 const std::shared_ptr<moeinf::Device>& device,
+                                                 int32_t slots, int32_t host_slots, bool exclusive,
+                                                 bool gather) {
+    moeinf::ExpertCacheOptions options = world.options(slots, "lru");
+    options.device = device;
+    options.host_slots = host_slots;
+    options.exclusive = exclusive;
+    options.gather_below = gather ? 1 << 20 : 0;
+    return options;
+}
