@@ -8,6 +8,11 @@ import os
 
 import torch
 
-collect_ignore_glob = (
-    [] if torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
-)
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+collect_ignore_glob = [] if torch.cuda.is_available() or INTERPRETED else ["test_*.py"]
+
+if INTERPRETED:
+    import rounding
+
+    rounding.install()
