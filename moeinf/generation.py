@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
 from moeinf.checkpoint import Checkpoint
 from moeinf.eam import EAMC
 from moeinf.integrations.transformers import load
+from moeinf.pocket import model_name
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         )
     end = time.perf_counter()
     if recorder is not None:
-        recorder.trace(model=str(request.path), source="moeinf run").save(request.record)
+        recorder.trace(model=model_name(request.path), source="moeinf run").save(request.record)
     if request.eamc:
         cache.eamc().save(request.eamc)
     tokens = output.sequences[0, count:].tolist()

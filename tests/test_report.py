@@ -15,7 +15,13 @@ from random_traces import random_trace
 
 import moeinf
 from moeinf.cli import main
-from moeinf.report.analysis import adjacent_overlap, predictor_quality, reuse_distances
+from moeinf.report import findings
+from moeinf.report.analysis import (
+    adjacent_overlap,
+    analyse,
+    predictor_quality,
+    reuse_distances,
+)
 from moeinf.trace import Trace
 
 
@@ -81,8 +87,8 @@ def test_a_report_is_one_file_that_needs_nothing_else(
     text = page.read_text()
     assert "a &lt;b&gt; &amp; c.safetensors" in text and "<b>" not in text
     assert 'name="viewport"' in text and "<script" not in text
-    sources = re.findall(r'(?:src|href)="([^"]*)"', text)
-    assert len(sources) == 7
+    sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', text)
+    assert len(sources) == 14, "seven pictures, for light and for dark pages"
     for source in sources:
         assert source.startswith("data:image/svg+xml;base64,")
         assert b"<svg" in base64.b64decode(source.partition(",")[2])
@@ -113,5 +119,25 @@ def test_reuse_overlap_and_prediction_are_what_they_say() -> None:
     assert sorted(reuse_distances(trace).tolist()) == [1, 1, 2]
     # Token 1 shares one of two with token 0, token 2 none of its one; token 3 starts anew.
     np.testing.assert_allclose(adjacent_overlap(trace), [1 / 3])
-    recall, precision = predictor_quality(trace)["token before"]
+    recall, precision = predictor_quality(trace)["previous"]
     assert recall == pytest.approx(2 / 7) and precision == pytest.approx(2 / 5)
+
+
+def test_every_picture_says_what_it_shows() -> None:
+    analysis = analyse(hand_made(), policies=("lru", "best", "belady"), shares=(50,))
+    belady, best = (
+        f"{analysis.results[name][0].hit_rate_decode:.0%}" for name in ("belady", "best")
+    )
+    said = findings.hit_rates(analysis)
+    assert said.startswith(f"With 50% of the experts in slots best finds {best} there, lru ")
+    assert said.endswith(f"Belady's optimum {belady}")
+    # Of seven routes three go to expert 0, and every expert has one.
+    assert "expert 0 of layer 0: 43%" in findings.heat_map(analysis)
+    assert "every expert is used" in findings.heat_map(analysis)
+    assert findings.sorted_heat_map(analysis).startswith("2 of 4 experts")
+    assert findings.reuse_distance(analysis) == (
+        "67% of the reuses come with the next token, 100% within 8"
+    )
+    assert "33%" in findings.overlap(analysis)
+    assert findings.layer_rates(analysis).startswith("best finds least in layer 0")
+    assert "names most" in findings.predictors(analysis)

@@ -23,14 +23,14 @@ def command(
     """Writes one self-contained page: hit rates by policy and budget, and what routing is like."""
     from moeinf.report import write_pngs, write_report
     from moeinf.report.analysis import analyse
-    from moeinf.report.figures import FIGURES  # fails at once where matplotlib is missing
+    from moeinf.report.figures import PICTURES  # fails at once where matplotlib is missing
 
     console = Console(stderr=True)
     with console.status("reading") as status:
         analyses = [
             analyse(Trace.load(path), progress=lambda done: status.update(done)) for path in traces
         ]
-        status.update(f"drawing {len(FIGURES)} pictures of each")
+        status.update(f"drawing {len(PICTURES)} pictures of each")
         write_report(output, analyses)
         if png is not None:
             write_pngs(png, analyses)

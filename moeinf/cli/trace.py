@@ -11,7 +11,7 @@ from rich.progress import Progress
 
 from moeinf.cli import quiet_interrupts
 from moeinf.cli.output import print_facts, print_json
-from moeinf.pocket import POCKET
+from moeinf.pocket import POCKET, model_name
 
 
 def command(
@@ -57,7 +57,7 @@ def command(
                 do_sample=temperature > 0,
                 temperature=temperature or None,
             )
-    trace = recorder.trace(model=str(checkpoint), source="moeinf trace")
+    trace = recorder.trace(model=model_name(checkpoint), source="moeinf trace")
     trace.save(output)
     facts = {"file": str(output), **trace.info()}
     if json:

@@ -86,15 +86,15 @@ def adjacent_overlap(trace: Trace) -> Array:
 def predictor_quality(trace: Trace) -> dict[str, tuple[float, float]]:
     """Recall and precision of simple predictions of a token's experts, layer by layer.
 
-    Each predicts k experts from what came before: the token before at the same layer, the most
-    used so far, or the experts that followed most often on those of the layer below. Measured over
-    the first decode tokens.
+    Each predicts k experts from what came before: those of the previous token at the same layer,
+    the most used so far, or by transition, those that followed most often on the layer below.
+    Measured over the first decode tokens.
     """
     decode = trace.experts[trace.phase == DECODE][:_PREDICTED_TOKENS]
     layers, width = trace.num_layers, trace.num_experts
     counts = np.zeros((layers, width))
     follows = np.zeros((layers, width, width))  # [layer, expert below, expert]
-    found = {"token before": [0, 0], "most used": [0, 0], "layer below": [0, 0]}
+    found = {"previous": [0, 0], "most used": [0, 0], "transition": [0, 0]}
     actual_total = 0
     previous: list[Array] = []
     for token in decode:
@@ -103,9 +103,9 @@ def predictor_quality(trace: Trace) -> dict[str, tuple[float, float]]:
             k = len(actual)
             actual_total += k
             guesses = {
-                "token before": previous[layer] if previous else actual[:0],
+                "previous": previous[layer] if previous else actual[:0],
                 "most used": np.argsort(-counts[layer], kind="stable")[:k],
-                "layer below": np.argsort(-follows[layer, routed[layer - 1]].sum(0), kind="stable")[
+                "transition": np.argsort(-follows[layer, routed[layer - 1]].sum(0), kind="stable")[
                     :k
                 ]
                 if layer

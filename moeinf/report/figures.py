@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import io
+import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from moeinf.errors import UnsupportedError
-from moeinf.report.analysis import LAYER_SHARE, Analysis
+from moeinf.report import findings
+from moeinf.report.analysis import Analysis
+from moeinf.report.findings import rate_of
 from moeinf.simulator import SimulationResult
 
 try:
+    from matplotlib import rc_context, rcParams
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 except ImportError as error:
     raise UnsupportedError("pictures need matplotlib: pip install 'moeinf[report]'") from error
 
-# Okabe and Ito's colours, told apart by nearly everyone; belady is the line above all.
+# For pages with a dark background; the other one is matplotlib's own.
+DARK: dict[Any, Any] = {
+    "figure.facecolor": "#16181c", "axes.facecolor": "#16181c", "savefig.facecolor": "#16181c",
+    "text.color": "#e6e6e6", "axes.labelcolor": "#e6e6e6", "axes.edgecolor": "#b0b0b0",
+    "xtick.color": "#e6e6e6", "ytick.color": "#e6e6e6", "grid.color": "#b0b0b0",
+}  # fmt: skip
+# Okabe and Ito's colours, told apart by nearly everyone; belady, in the colour of the text, is the
+# line above all.
 STYLES: dict[str, dict[str, Any]] = {
     "lru": {"color": "#56B4E9", "marker": "o"},
     "lfu": {"color": "#009E73", "marker": "s"},
@@ -26,37 +39,38 @@ STYLES: dict[str, dict[str, Any]] = {
     "classlru": {"color": "#CC79A7", "marker": "v"},
     "eam": {"color": "#0072B2", "marker": "*", "markersize": 11, "linewidth": 2},
     "best": {"color": "#D55E00", "marker": "D", "linewidth": 2.5},
-    "belady": {"color": "black", "linestyle": "--", "linewidth": 2},
+    "belady": {"linestyle": "--", "linewidth": 2},
 }
 LABELS = {"eam": "eam (MoE-Infinity)", "belady": "belady (needs the future)"}
 
 
-def new_figure(height: float = 3.9) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(5.2, height), dpi=160, layout="constrained")
+def style_of(policy: str) -> dict[str, Any]:
+    return {"color": rcParams["text.color"], **STYLES.get(policy, {})}
+
+
+def new_figure(height: float = 3.3) -> tuple[Figure, Axes]:
+    """Of a width at which 10 points come out as about 12 pixels on a phone."""
+    figure = Figure(figsize=(4.2, height), dpi=200, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(True, alpha=0.25)
     return figure, axes
 
 
-def rate_of(result: SimulationResult) -> float:
-    rate = result.hit_rate_decode
-    return float(rate if rate is not None else result.hit_rate_all or 0.0)
-
-
 def draw_hit_rates(results: dict[str, list[SimulationResult]], total_experts: int) -> Figure:
     """Hit rate against budget, one line per policy."""
-    figure, axes = new_figure(4.6)
+    figure, axes = new_figure(4.0)
     for policy, of_policy in results.items():
         points = sorted((r.slots / total_experts, rate_of(r)) for r in of_policy)
-        style = {"markersize": 5, **STYLES.get(policy, {})}
+        style = {"markersize": 5, **style_of(policy)}
         axes.plot(*zip(*points, strict=True), label=LABELS.get(policy, policy), **style)
     axes.set_xlabel("slots, share of all experts")
     axes.set_ylabel("hit rate")
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(0, 1.02)
-    figure.legend(loc="outside upper center", ncols=3, fontsize=9, frameon=False)
+    # Two columns: the long names would not fit three.
+    figure.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     return figure
 
 
@@ -106,7 +120,7 @@ def reuse_distance(analysis: Analysis) -> Figure:
 
 
 def overlap(analysis: Analysis) -> Figure:
-    figure, axes = new_figure(3.4)
+    figure, axes = new_figure(3.0)
     layers = np.arange(len(analysis.overlap))
     axes.bar(layers, analysis.overlap, color="#0072B2")
     axes.set_ylim(0, 1)
@@ -117,24 +131,21 @@ def overlap(analysis: Analysis) -> Figure:
 
 
 def layer_rates(analysis: Analysis) -> Figure:
-    figure, axes = new_figure(4.2)
-    at = min(range(len(analysis.shares)), key=lambda i: abs(analysis.shares[i] - LAYER_SHARE))
+    figure, axes = new_figure(4.0)
+    at = findings.near_layer_share(analysis)
     for policy, results in analysis.results.items():
-        result = results[at]
-        hits = result.decode_hits + result.prefill_hits
-        accesses = result.decode_accesses + result.prefill_accesses
-        style = {k: v for k, v in STYLES.get(policy, {}).items() if not k.startswith("marker")}
-        axes.plot(hits / np.maximum(accesses, 1), label=policy, **style)
+        style = {k: v for k, v in style_of(policy).items() if not k.startswith("marker")}
+        axes.plot(findings.layer_rate(results[at]), label=policy, **style)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_xlabel("layer")
-    axes.set_ylabel(f"hit rate with {analysis.shares[at]}% of experts in slots")
+    axes.set_ylabel(f"hit rate, {analysis.shares[at]}% of experts in slots")
     figure.legend(loc="outside upper center", ncols=4, fontsize=9, frameon=False)
     return figure
 
 
 def predictors(analysis: Analysis) -> Figure:
-    figure, axes = new_figure(3.0)
+    figure, axes = new_figure(2.7)
     names = list(analysis.predictors)
     rows = np.arange(len(names))
     recalls, precisions = zip(*analysis.predictors.values(), strict=True)
@@ -148,45 +159,76 @@ def predictors(analysis: Analysis) -> Figure:
     return figure
 
 
-# Title, what to see, and how to draw it, in the order of the page.
-FIGURES: list[tuple[str, str, Callable[[Analysis], Figure]]] = [
-    (
+@dataclass(frozen=True)
+class Picture:
+    """Subject, how to read it, what it says of a trace, and how to draw it."""
+
+    title: str
+    caption: str
+    finding: Callable[[Analysis], str]
+    draw: Callable[[Analysis], Figure]
+
+    def render(self, analysis: Analysis, kind: str, *, dark: bool = False) -> bytes:
+        """The picture as a file of that kind, svg or png; a PNG, which stands alone, says what."""
+        buffer = io.BytesIO()
+        with rc_context(DARK if dark else None):
+            figure = self.draw(analysis)
+            if kind == "png":
+                title = textwrap.fill(f"{analysis.trace.name}: {self.finding(analysis)}", 64)
+                figure.supxlabel(title, fontsize=9)  # the top may hold a legend
+            # Without a date the same trace gives the same file.
+            metadata = {"Date": None} if kind == "svg" else None
+            figure.savefig(buffer, format=kind, metadata=metadata)
+        return buffer.getvalue()
+
+
+# In the order of the page.
+PICTURES = (
+    Picture(
         "Hit rate against budget",
         "Share of decode accesses found in slots. Between a policy's line and Belady's lies what a "
         "better policy could still win; eam is the policy of the MoE-Infinity paper, starting with "
         "an empty collection.",
+        findings.hit_rates,
         hit_rates,
     ),
-    (
+    Picture(
         "Hit rate by layer",
         "Where in the model the misses are, prompts included.",
+        findings.layer_rates,
         layer_rates,
     ),
-    (
+    Picture(
         "Activation by expert",
         "How much of each layer's routing goes to each expert.",
+        findings.heat_map,
         heat_map_by_id,
     ),
-    (
+    Picture(
         "Activation, experts in order of use",
         "The same with every layer sorted: the steeper, the more a small cache can hold.",
+        findings.sorted_heat_map,
         heat_map,
     ),
-    (
+    Picture(
         "Reuse distance",
         "How soon an expert is used again. The curve's height at n tokens is what a cache that "
         "holds everything for n tokens would hit among reuses.",
+        findings.reuse_distance,
         reuse_distance,
     ),
-    (
+    Picture(
         "Overlap of adjacent tokens",
         "Of a token's experts, the share that the token before it used at the same layer.",
+        findings.overlap,
         overlap,
     ),
-    (
-        "Prediction",
+    Picture(
+        "Prefetching by prediction",
         "How well simple predictors name a token's experts before its layer is reached: recall is "
-        "the share of experts named, precision the share of names that were right.",
+        "the share of experts named, precision the share of names that were right. previous names "
+        "those of the token before, transition those that mostly followed on the layer below.",
+        findings.predictors,
         predictors,
     ),
-]
+)
