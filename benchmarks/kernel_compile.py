@@ -1,7 +1,7 @@
 """Compiles kernels to machine code for GPUs that are not there, and reads what the assembler used.
 
-Called by test_kernels_compile.py; `python tests/kernels/compiling.py` prints the whole table. Needs
-Triton with its ptxas and cuobjdump, no GPU and no driver. Launches nothing.
+Called by the tests and by kernel_evidence; `python -m benchmarks.kernel_compile` prints a table.
+Needs Triton with its ptxas and cuobjdump, no GPU and no driver. Launches nothing.
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ class Machine:
     stack: int
     shared: int
     ptx: str = field(repr=False)
+    loads: dict[str, dict[int, int]] = field(repr=False, default_factory=dict)  # see load_widths
 
 
 def upcast(dtype: str, arch: int) -> bool:
@@ -126,7 +127,48 @@ def compile_case(case: Case, arch: int) -> Machine:
         stack=max(usage["STACK"], usage["LOCAL"]),
         shared=compiled.metadata.shared,
         ptx=compiled.asm["ptx"],
+        loads=load_widths(compiled.asm["ptx"], [n for n in kernel.arg_names if n not in fixed]),
     )
+
+
+def load_widths(ptx: str, arguments: list[str]) -> dict[str, dict[int, int]]:
+    """Per argument that is read: bytes that one lane's load takes -> number of such instructions.
+
+    An address is followed back through the registers it was computed from to the pointers that the
+    kernel was given; what was itself loaded (a slot's id) is not followed.
+    """
+    made_of: dict[str, set[str]] = {}
+    reads: list[tuple[str, int]] = []
+    for line in ptx.splitlines():
+        line = re.sub(r"^\s*(@!?%\w+\s+)?|//.*$", "", line).strip()
+        word = line.split(None, 1)[0] if line else ""
+        if param := re.match(r"ld\.param\S*\s+(%\w+), \[\w+_param_(\d+)", line):
+            made_of.setdefault(param[1], set()).add(f"param {param[2]}")
+        elif word.startswith("ld.global"):
+            lanes, bits = re.search(r"(?:\.v(\d))?\.[a-z]+(\d+)$", word).groups()  # type: ignore[union-attr]
+            address = re.search(r"\[\s*(%\w+)", line)[1]  # type: ignore[index]
+            reads.append((address, int(lanes or 1) * int(bits) // 8))
+        elif word.startswith("cp.async") and ".shared.global" in word:
+            _, address = re.findall(r"\[\s*(%\w+)", line)
+            reads.append((address, int(re.search(r"\], (0x\w+|\d+)", line)[1], 0)))  # type: ignore[index]
+        elif not word.startswith(("ld.", "st.")):
+            target, *sources = re.findall(r"%\w+", line) or [""]
+            made_of.setdefault(target, set()).update(sources)
+    found: dict[str, dict[int, int]] = {}
+    for address, width in reads:
+        seen, todo = set(), [address]
+        while todo:
+            name = todo.pop()
+            if name not in seen:
+                seen.add(name)
+                todo += made_of.get(name, ())
+        for name in seen:
+            if name.startswith("param "):
+                argument = arguments[int(name[6:])] if int(name[6:]) < len(arguments) else ""
+                if argument.endswith("_ptr"):
+                    widths = found.setdefault(argument.removesuffix("_ptr"), {})
+                    widths[width] = widths.get(width, 0) + 1
+    return found
 
 
 def tool(name: str) -> str:
@@ -207,7 +249,7 @@ def with_form(cases: list[Case], **form: Any) -> list[Case]:
     ]
 
 
-def form_cases(arch: int, activations: bool = True) -> list[Case]:
+def form_cases(arch: int) -> list[Case]:
     """Every form of a model on the default configurations, and on the largest prefill tiles."""
     cases = default_cases(arch) + default_cases(arch, rows=128)[-3:-1]
     bias = with_form(cases, HAS_BIAS=True)

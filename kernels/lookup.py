@@ -33,9 +33,9 @@ def segment_base(segment_ptr, slot, stride_s, source, READ_THROUGH: tl.constexpr
     if READ_THROUGH:
         size: tl.constexpr = segment_ptr.dtype.element_ty.primitive_bitwidth // 8
         inside = segment_ptr.to(tl.int64) + slot * stride_s * size
+        address = tl.where(source != 0, source, inside).to(segment_ptr.dtype)
         # 16-byte alignment is checked on the host; saying so here keeps the loads 16 bytes wide.
-        address = tl.multiple_of(tl.where(source != 0, source, inside), 16)
-        base = address.to(segment_ptr.dtype)
+        base = tl.multiple_of(address, 16)
     else:
         base = segment_ptr + slot * stride_s
     return base

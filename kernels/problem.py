@@ -105,6 +105,8 @@ class Problem:
             raise ValueError("hidden: expected at least 1 token, found 0")
         if not 1 <= k <= MAX_TOP_K:
             raise ValueError(f"slot_ids: expected 1 to {MAX_TOP_K} routes per token, found {k}")
+        if num_experts is not None and num_experts < 1:
+            raise ValueError(f"num_experts: expected at least 1, found {num_experts}")
         if min(S, H, I) == 0:
             raise ValueError(f"down: expected no empty dimension, found {tuple(down.shape)}")
         check_shape("slot_ids", ids, (T, k))

@@ -2,7 +2,7 @@
 
 Here each kernel with its default configuration on all architectures, and the forms of models on
 one. MOEINF_COMPILE_ALL=1 takes every row of the tuning table and every form on all of them
-(minutes); `python tests/kernels/compiling.py` prints what each needs.
+(minutes); `python -m benchmarks.kernel_compile` prints what each needs.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import pytest
 
 pytest.importorskip("triton")
 
-import compiling
 from triton.runtime.jit import JITFunction
 
+from benchmarks import kernel_compile as compiling
 from moeinf.kernels import launch, tuning
 
 pytestmark = pytest.mark.skipif(
@@ -50,7 +50,7 @@ def test_every_kernel_for_every_architecture(arch: int) -> None:
 @pytest.mark.parametrize("arch", FORMS_ON)
 @pytest.mark.timeout(1800)
 def test_every_form(arch: int) -> None:
-    check(compiling.form_cases(arch, activations=ALL), arch)
+    check(compiling.form_cases(arch), arch)
 
 
 @pytest.mark.skipif(not ALL, reason="minutes long: set MOEINF_COMPILE_ALL=1")
@@ -65,6 +65,21 @@ def test_weights_are_read_16_bytes_at_a_time(kernel: str) -> None:
     case = next(case for case in compiling.default_cases(90) if case.kernel == kernel)
     ptx = compiling.compile_case(case, 90).ptx
     assert ".v4.b32" in ptx, ptx
+
+
+DECODE = ("gate_up_vector", "down_vector", "gate_up_shared", "down_shared")
+
+
+@pytest.mark.parametrize("form", [{}, {"READ_THROUGH": True}, {"HAS_MAP": True}], ids=str)
+def test_every_load_of_decode_weights_is_16_bytes_wide(form: dict[str, bool]) -> None:
+    """Also where their address comes from a table (READ_THROUGH), and for transposed weights."""
+    for case in compiling.table_cases(90):
+        if case.kernel not in DECODE or case.dtype == "float32":
+            continue
+        for formed in compiling.with_form([case], **form):
+            machine = compiling.compile_case(formed, 90)
+            weights = "gate_up" if case.kernel.startswith("gate_up") else "down"
+            assert machine.loads[weights].keys() == {16}, (formed.label(), machine.loads)
 
 
 @pytest.mark.parametrize("kernel", ["gate_up_vector", "down_vector"])

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# ||found - expected|| / ||expected||. The interpreter rounds to bfloat16 as a GPU does: rounding.py.
+# ||found - expected|| / ||expected||. The interpreter rounds as a GPU does: see rounding.py.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 
 

@@ -54,6 +54,19 @@ CASES: list[tuple[str, dict[str, Callable[[], Any]], type[Exception], str]] = [
      r"expert ids: expected -1 or 0 to 3, found 4"),
     ("map beyond the slots", {"expert_map": lambda: zeros(4, **ids_of) + 3}, ValueError,
      r"expert_map: expected -1 or 0 to 2, found 3"),
+    ("negative expert id", {"slot_ids": lambda: zeros(T, K, **ids_of) - 2,
+      "expert_map": lambda: zeros(4, **ids_of)}, ValueError,
+     r"expert ids: expected -1 or 0 to 3, found -2"),
+    ("negative slot in the map", {"expert_map": lambda: zeros(4, **ids_of) - 2}, ValueError,
+     r"expert_map: expected -1 or 0 to 2, found -2"),
+    ("map of floats", {"expert_map": lambda: zeros(4)}, TypeError,
+     r"expert_map: expected torch.int32 or torch.int64, found torch.float32"),
+    ("map of two dimensions", {"expert_map": lambda: zeros(2, 2, **ids_of)}, ValueError,
+     r"expert_map: expected \[E\], found \(2, 2\)"),
+    ("strided map", {"expert_map": lambda: zeros(8, **ids_of)[::2]}, ValueError,
+     r"expert_map: expected a contiguous"),
+    ("map elsewhere", {"expert_map": lambda: torch.zeros(4, device="meta", **ids_of)}, ValueError,
+     r"expert_map: expected (cpu|cuda:0), found meta"),
     ("no tokens", {"hidden": lambda: zeros(0, H), "slot_ids": lambda: zeros(0, K, **ids_of),
       "topk_weights": lambda: zeros(0, K)}, ValueError, r"expected at least 1 token, found 0"),
     ("k above the bound", {"slot_ids": lambda: zeros(T, 33, **ids_of),
@@ -87,6 +100,34 @@ CASES: list[tuple[str, dict[str, Callable[[], Any]], type[Exception], str]] = [
      r"topk_weights"),
     ("another device", {"down": lambda: torch.zeros(S, H, I, device="meta")}, ValueError,
      r"down: expected (cpu|cuda:0), found meta"),
+    ("ids elsewhere", {"slot_ids": lambda: torch.zeros(T, K, device="meta", **ids_of)}, ValueError,
+     r"slot_ids: expected (cpu|cuda:0), found meta"),
+    ("weights elsewhere", {"topk_weights": lambda: torch.zeros(T, K, device="meta")}, ValueError,
+     r"topk_weights: expected (cpu|cuda:0), found meta"),
+    ("bias elsewhere", {"gate_up_bias": lambda: torch.zeros(S, 2 * I, device="meta"),
+      "down_bias": lambda: zeros(S, H)}, ValueError,
+     r"gate_up_bias: expected (cpu|cuda:0), found meta"),
+    ("out elsewhere", {"out": lambda: torch.zeros(T, H, device="meta")}, ValueError,
+     r"out: expected (cpu|cuda:0), found meta"),
+    ("hidden of another dtype", {"hidden": lambda: zeros(T, H, dtype=torch.bfloat16)}, TypeError,
+     r"gate_up: expected torch.bfloat16, found torch.float32"),
+    ("bias of another dtype", {"gate_up_bias": lambda: zeros(S, 2 * I, dtype=torch.float16),
+      "down_bias": lambda: zeros(S, H)}, TypeError,
+     r"gate_up_bias: expected torch.float32, found torch.float16"),
+    ("strided bias", {"gate_up_bias": lambda: zeros(S, 4 * I)[:, ::2],
+      "down_bias": lambda: zeros(S, H)}, ValueError, r"gate_up_bias: expected unit stride"),
+    ("routing weights in double", {"topk_weights": lambda: zeros(T, K, dtype=torch.float64)},
+     TypeError, r"topk_weights: expected float32, bfloat16 or float16, found torch.float64"),
+    ("transposed weights, untransposed call", {"gate_up": lambda: zeros(S, H, 2 * I + 2)},
+     ValueError, r"gate_up .*expected shape \(3, 16, 16\), found \(3, 16, 18\)"),
+    ("no slots", {"gate_up": lambda: zeros(0, 2 * I, H), "down": lambda: zeros(0, H, I)},
+     ValueError, r"down: expected no empty dimension"),
+    ("no experts", {"num_experts": lambda: 0}, ValueError,
+     r"num_experts: expected at least 1, found 0"),
+    ("strided out rows", {"out": lambda: zeros(T, 2 * H)[:, ::2]}, ValueError,
+     r"out: expected unit stride"),
+    ("interleaved without gate", {"interleaved": lambda: True, "gated": lambda: False,
+      "gate_up": lambda: zeros(S, I, H)}, ValueError, r"interleaved=True needs gate and up"),
     ("out of another shape", {"out": lambda: zeros(T, H + 1)}, ValueError, r"out: expected shape"),
     ("out of another dtype", {"out": lambda: zeros(T, H, dtype=torch.float16)}, TypeError, r"out"),
     ("unknown activation", {"activation": lambda: "swish"}, ValueError, r"'swish'"),
@@ -110,6 +151,37 @@ def test_refused(
         experts(**arguments)
 
 
+SOURCE = ReadThrough(zeros(K, **ids_of), zeros(K, **ids_of))
+READ_THROUGH_CASES: list[tuple[str, dict[str, object], type[Exception], str]] = [
+    ("another path", {"path": "shared", "read_through": SOURCE}, ValueError,
+     r"read_through: expected path 'vector', found 'shared'"),
+    ("addresses of other routes", {"read_through": ReadThrough(zeros(K + 1, **ids_of), SOURCE.down)},
+     ValueError, r"read_through.gate_up: expected shape \(2,\), found \(3,\)"),
+    ("addresses in 32 bits", {"read_through": ReadThrough(SOURCE.gate_up, SOURCE.down.int())},
+     TypeError, r"read_through.down: expected torch.int64, found torch.int32"),
+    ("no addresses of biases", {"read_through": SOURCE, "gate_up_bias": zeros(S, 2 * I),
+      "down_bias": zeros(S, H)}, ValueError, r"read_through.gate_up_bias: .* found None"),
+    ("slots that are not aligned", {"read_through": SOURCE, "gate_up": torch.as_strided(
+      zeros(S * 260), (S, 2 * I, H), (257, H, 1))}, ValueError,
+     r"gate_up: read_through expects slots aligned to 16 bytes, .* and 1028 bytes from slot"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes,kind,message",
+    [case[1:] for case in READ_THROUGH_CASES],
+    ids=[case[0] for case in READ_THROUGH_CASES],
+)
+def test_read_through_refused(
+    changes: dict[str, object], kind: type[Exception], message: str
+) -> None:
+    arguments = good()
+    for name in ("hidden", "slot_ids", "topk_weights"):
+        arguments[name] = arguments[name][:1]
+    with pytest.raises(kind, match=message):
+        experts(**(arguments | changes))
+
+
 def test_ids_are_not_read_when_the_caller_vouches() -> None:
     arguments = good() | {"slot_ids": zeros(T, K, dtype=torch.int64) + 99}
     with pytest.raises(AssertionError, match="launched"):
@@ -131,5 +203,13 @@ def test_combine_refuses_what_does_not_fit() -> None:
         combine(routes, zeros(T, K + 1, dtype=torch.int64), weights)
     with pytest.raises(TypeError, match="ids: expected int32 or int64"):
         combine(routes, weights, weights)
+    with pytest.raises(ValueError, match=r"ids: expected (cpu|cuda:0), found meta"):
+        combine(routes, ids.to("meta"), weights)
+    with pytest.raises(ValueError, match=r"topk_weights: expected shape \(2, 2\), found \(2, 1\)"):
+        combine(routes, ids, weights[:, :1].contiguous())
+    with pytest.raises(ValueError, match=r"routes: expected a contiguous"):
+        combine(zeros(T, K, 2 * H)[..., ::2], ids, weights)
+    with pytest.raises(TypeError, match=r"out: expected torch.float32, found torch.float16"):
+        combine(routes, ids, weights, dtype=torch.float32, out=zeros(T, H, dtype=torch.float16))
     with pytest.raises(ValueError, match=r"routes: expected \[T, k, H\]"):
         combine(zeros(T, H), ids, weights)
