@@ -155,8 +155,9 @@ SOURCE = ReadThrough(zeros(K, **ids_of), zeros(K, **ids_of))
 READ_THROUGH_CASES: list[tuple[str, dict[str, object], type[Exception], str]] = [
     ("another path", {"path": "shared", "read_through": SOURCE}, ValueError,
      r"read_through: expected path 'vector', found 'shared'"),
-    ("addresses of other routes", {"read_through": ReadThrough(zeros(K + 1, **ids_of), SOURCE.down)},
-     ValueError, r"read_through.gate_up: expected shape \(2,\), found \(3,\)"),
+    ("addresses of other routes", {"read_through": ReadThrough(
+      zeros(K + 1, **ids_of), SOURCE.down)}, ValueError,
+     r"read_through.gate_up: expected shape \(2,\), found \(3,\)"),
     ("addresses in 32 bits", {"read_through": ReadThrough(SOURCE.gate_up, SOURCE.down.int())},
      TypeError, r"read_through.down: expected torch.int64, found torch.int32"),
     ("no addresses of biases", {"read_through": SOURCE, "gate_up_bias": zeros(S, 2 * I),

@@ -53,7 +53,7 @@ def test_one_token_reads_each_active_weight_once_and_nothing_else(
 def test_tokens_that_share_an_expert_read_it_together(form: dict[str, object], seed: int) -> None:
     draw = random.Random(seed)
     rows = tuple(tuple(draw.randrange(-1, 5) for _ in range(3)) for _ in range(draw.randint(2, 16)))
-    step = Step(rows, draw.randint(1, 150), draw.randint(1, 300))
+    step = Step(rows, draw.randint(1, 150), draw.randint(1, 80))
     check("shared", step, {slot: 1 for row in rows for slot in row if slot >= 0}, **form)
 
 
