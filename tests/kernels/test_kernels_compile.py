@@ -84,9 +84,14 @@ def test_every_load_of_decode_weights_is_16_bytes_wide(form: dict[str, bool]) ->
 
 @pytest.mark.parametrize("kernel", ["gate_up_vector", "down_vector"])
 def test_lanes_find_their_operand_in_place(kernel: str) -> None:
-    """No shared memory to speak of: nothing is handed from thread to thread inside the loops."""
+    """Nothing is handed from thread to thread inside the loops: that would take a tile of float32.
+
+    What there is serves the sums at the end: 32 bytes with Triton 3.9, 2 KiB with 3.6.
+    """
     case = next(case for case in compiling.default_cases(90) if case.kernel == kernel)
-    assert compiling.compile_case(case, 90).shared < 256
+    config = dict(case.config)
+    tile = 4 * config["BLOCK_I"] * config["BLOCK_H"] * config.get("ROUTES", 1)
+    assert compiling.compile_case(case, 90).shared <= tile // 4
 
 
 @pytest.mark.parametrize("kernel", ["gate_up_shared", "down_shared"])
