@@ -77,6 +77,8 @@ def test_run_with_another_checkpoint_and_budget_in_bytes(tmp_path: Path) -> None
         (["run", "--policy", "psychic"], "psychic"),
         (["run", "--device", "cuda"], "cuda"),
         (["run", "no/such/folder"], "expected a checkpoint folder"),
+        (["run", "--record", "no/such/x"], "no/such/x: cannot be written, for no/such is not"),
+        (["trace", "-o", "no/such/x"], "no/such/x: cannot be written, for no/such is not"),
         (["info", "no/such/folder"], "expected a checkpoint folder"),
     ],
 )

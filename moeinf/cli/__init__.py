@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,9 @@ def main() -> None:
     """Runs the command line; errors a user can act on end in one line, without a traceback."""
     try:
         _run()
+    except BrokenPipeError:  # piped into head: whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         from moeinf.errors import CapacityError, UnsupportedError
 

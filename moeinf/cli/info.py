@@ -15,7 +15,10 @@ from moeinf.store import ExpertStore
 
 def command(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint folder; the built-in model without it.")
+        Path,
+        typer.Argument(
+            help="A checkpoint folder; the built-in model without it.", show_default=False
+        ),
     ] = POCKET,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:

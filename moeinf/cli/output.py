@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -40,3 +41,9 @@ def human_bytes(count: float) -> str:
             break
         count /= 1024
     return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
+
+
+def check_writable(path: Path | None) -> None:
+    """Before minutes of work: the folder that a result goes into is there."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: cannot be written, for {path.parent} is not a folder")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from moeinf.cli.output import check_writable
 from moeinf.trace import Trace
 
 
@@ -25,6 +26,7 @@ def command(
     from moeinf.report.analysis import analyse
     from moeinf.report.figures import PICTURES  # fails at once where matplotlib is missing
 
+    check_writable(output)
     console = Console(stderr=True)
     with console.status("reading") as status:
         analyses = [

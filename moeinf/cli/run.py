@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from moeinf.cli import quiet_interrupts
-from moeinf.cli.output import human_bytes, print_facts, print_json
+from moeinf.cli.output import check_writable, human_bytes, print_facts, print_json
 from moeinf.pocket import POCKET
 
 DEMO_PROMPT = "import os\nimport sys\n\n\ndef main"
@@ -18,9 +18,17 @@ DEMO_PROMPT = "import os\nimport sys\n\n\ndef main"
 
 def command(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint folder; the built-in model without it.")
+        Path,
+        typer.Argument(
+            help="A checkpoint folder; the built-in model without it.", show_default=False
+        ),
     ] = POCKET,
-    prompt: Annotated[str, typer.Option(help="The text to continue.")] = DEMO_PROMPT,
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="The text to continue; a few lines of Python without it.", show_default=False
+        ),
+    ] = DEMO_PROMPT,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
     memory: Annotated[
         str,
@@ -61,6 +69,7 @@ def command(
     ] = False,
 ) -> None:
     """Writes text with most experts on disk, and says what that cost."""
+    check_writable(record)
     with quiet_interrupts():
         from moeinf.generation import Request, generate
 

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from moeinf.cli.output import print_json, print_table
+from moeinf.cli.output import check_writable, print_json, print_table
 from moeinf.eam import EAMC
 from moeinf.simulator import SimulationResult, parse_slots, policy_names, simulate
 from moeinf.trace import Trace
@@ -32,6 +32,7 @@ def command(
     ] = None,
 ) -> None:
     """Replays traces against policies and budgets, counting as the live cache does."""
+    check_writable(plot)
     policies = _listed("policy", policy)
     for name in policies:
         if name not in policy_names():

@@ -10,13 +10,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from moeinf.cli import quiet_interrupts
-from moeinf.cli.output import print_facts, print_json
+from moeinf.cli.output import check_writable, print_facts, print_json
 from moeinf.pocket import POCKET, model_name
 
 
 def command(
     checkpoint: Annotated[
-        Path, typer.Argument(help="A checkpoint folder; the built-in model without it.")
+        Path,
+        typer.Argument(
+            help="A checkpoint folder; the built-in model without it.", show_default=False
+        ),
     ] = POCKET,
     prompts: Annotated[
         Path | None, typer.Option(help="A text file, one prompt a line.", exists=True)
@@ -38,6 +41,7 @@ def command(
     lines = [line for line in lines if line.strip()]
     if not lines:
         raise ValueError(f"{prompts}: holds no prompt")
+    check_writable(output)
     with quiet_interrupts():
         import torch
         from transformers import AutoTokenizer
