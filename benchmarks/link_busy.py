@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import itertools
 import os
 import statistics
 import sys
@@ -119,7 +120,7 @@ class FakeDriver:
 def gaps(copies: list[Copy]) -> dict[str, float]:
     """Seconds in which the link was idle between copies: nothing enqueued, or one that waited."""
     unasked = held = 0
-    for before, after in zip(copies, copies[1:], strict=False):
+    for before, after in itertools.pairwise(copies):
         asked = min(max(after.enqueued_ns, before.end_ns), after.start_ns)
         unasked += asked - before.end_ns
         held += after.start_ns - asked
@@ -215,6 +216,7 @@ def measure(
                 "fetched_ahead": stats["prefetch"] and stats["prefetch"]["fetched"],
                 **best,
                 "median_busy": statistics.median(one["busy"] for one in rounds),
+                "us_per_step": statistics.median(one["us_per_step"] for one in rounds),
             }
         )
         del replay, cache

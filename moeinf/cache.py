@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from types import TracebackType
@@ -9,12 +10,12 @@ from typing import Any
 
 import torch
 
-from moeinf import _core
+from moeinf import _core, copy_path
 from moeinf.budget import GPU_RESERVE, RAM_RESERVE, host_slots_for, less_reserve, slots_for
 from moeinf.devices import open_device, torch_device
 from moeinf.eam import EAMC
 from moeinf.ffn_cpu import CpuExperts
-from moeinf.ffn_cuda import CudaExperts
+from moeinf.ffn_cuda import CudaExperts, distinct
 from moeinf.hooks import LivePriors, PriorsHook
 from moeinf.passes import PassObserver
 from moeinf.recorder import Recorder
@@ -80,8 +81,9 @@ class ExpertCache:
             all experts. Without it, all experts, or what is available less 2 GiB.
         exclusive: an expert on the GPU need not sit in that RAM too: an evicted one goes back
             there, so that both together hold more.
-        gather_below: experts of fewer bytes are copied to the GPU by a kernel, several at once,
-            where this build has it; 0 leaves every copy to the copy engines.
+        gather_below: experts of at most so many bytes are copied to the GPU by a kernel, several at
+            once, where this build has it; 0 leaves every copy to the copy engines. Without it, what
+            `moeinf doctor` has measured for this GPU, else 0.
         policy: who leaves when a slot is needed; one of `moeinf.policies()`.
         prefetch: what guesses which experts come next, to read them while the link is idle, where
             that pays: "off", "previous" (what the layer used for the tokens before), "transition"
@@ -119,11 +121,11 @@ class ExpertCache:
         direct: bool = True,
         host_memory: str | int | None = None,
         exclusive: bool = False,
-        gather_below: int = 0,
+        gather_below: int | None = None,
         dense_bytes: int = 0,
     ):
         opened = open_device(device)
-        if opened is None and (host_memory is not None or exclusive or gather_below):
+        if opened is None and (host_memory is not None or exclusive or gather_below is not None):
             raise ValueError(
                 "host_memory, exclusive and gather_below say how experts reach a GPU: give device"
             )
@@ -158,6 +160,7 @@ class ExpertCache:
             self.core = _core.ExpertCache(store.catalog, count, policy, **options)
             self._experts = CpuExperts(store, self.core)
         else:
+            self._copy_path, below = _copy_path(opened, gather_below)
             self.core = _core.ExpertCache(
                 store.catalog,
                 count,
@@ -173,11 +176,11 @@ class ExpertCache:
                     exclusive=exclusive,
                 ),
                 exclusive=exclusive,
-                gather_below=gather_below,
+                gather_below=below,
             )
             self._experts = CudaExperts(store, self.core, opened)
+            self._warn_of_refused_slots()
         self._opened = opened
-        self._gather_below = gather_below
         self._prefill = False
         self._new_sequence = False
         self._observers: list[PassObserver] = []
@@ -187,6 +190,15 @@ class ExpertCache:
         if priors is not None:
             shape = (store.num_layers, store.num_experts)
             self._observers.append(LivePriors(priors, self.core, shape))
+
+    def _warn_of_refused_slots(self) -> None:
+        host = self.core.host_stats()
+        if host["slots_refused"]:
+            warnings.warn(
+                f"host_memory: page-locked RAM for {host['slots'] + host['slots_refused']} experts "
+                f"was refused; {host['slots']} are kept there, the others are read from the files",
+                stacklevel=3,
+            )
 
     @property
     def slots(self) -> int:
@@ -308,13 +320,26 @@ class ExpertCache:
         """
         return self.core.prefetch(layer, experts)
 
-    def predict(self, layer: int, experts: Sequence[int]) -> None:
+    @property
+    def on_gpu(self) -> bool:
+        """Do the slots lie in GPU memory?"""
+        return self._opened is not None
+
+    def predict(self, layer: int, experts: Sequence[int] | torch.Tensor) -> None:
         """Says what the next step of `layer` will likely use, best first; for prefetch="external".
+
+        `experts` are ids, or a router's choices [T, k], first choices first. Those in GPU memory
+        are looked at when the ids of the next step have come, so that the host waits for neither.
 
         What is absent is read ahead within the budget, and only where that pays: what making the
         prediction takes counts too. Elsewhere it does nothing.
         """
-        self.core.predict(layer, experts)
+        if not isinstance(experts, torch.Tensor):
+            self.core.predict(layer, experts)
+        elif isinstance(self._experts, CudaExperts):
+            self._experts.predict(layer, experts)
+        else:
+            self.core.predict(layer, distinct(experts))
 
     @property
     def wants_predictions(self) -> bool:
@@ -376,16 +401,28 @@ class ExpertCache:
     def _host_stats(self) -> dict[str, Any] | None:
         if not isinstance(self._experts, CudaExperts) or self._opened is None:
             return None
-        gathers = self._opened.can_gather and self._gather_below > 0
         return {
             **self.core.host_stats(),
-            "copy_path": f"gather below {self._gather_below} bytes, dma" if gathers else "dma",
+            "copy_path": self._copy_path,
             "kernels": self._experts.kernels,
         }
 
     def reset_stats(self) -> None:
         """Sets every counter to zero; residency and the policy's memory stay."""
         self.core.reset_stats()
+
+
+def _copy_path(device: _core.CudaDevice, gather_below: int | None) -> tuple[str, int]:
+    """How experts reach that GPU: in words, and the size up to which they are gathered."""
+    measured = copy_path.stored(device) if gather_below is None else None
+    below = measured or gather_below or 0
+    if not device.can_gather:
+        return "dma (this build has no gather kernel)", 0
+    if gather_below is None:
+        why = "never measured here: moeinf doctor" if measured is None else "measured by doctor"
+    else:
+        why = "as asked"
+    return (f"gather up to {below} bytes, dma above" if below else "dma") + f" ({why})", below
 
 
 def prediction_summary(counts: dict[str, Any]) -> dict[str, Any]:

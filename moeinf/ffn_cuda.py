@@ -76,6 +76,7 @@ class CudaExperts:
                 new_sequence=new_sequence,
             )
             try:
+                lane.hand_over_predictions()
                 if on_ids is not None:
                     on_ids(torch.from_numpy(reader.ids()))
                 routes = None
@@ -93,6 +94,14 @@ class CudaExperts:
         combine: Any = ffn_torch.combine if self._triton is None else self._triton.combine
         out: torch.Tensor = combine(routes, ids, weights, dtype=hidden.dtype)
         return out
+
+    def predict(self, layer: int, choices: torch.Tensor) -> None:
+        """Has the prefetcher told of a router's choices [T, k] right after the ids of the stream's
+        next step have come, when the host can look at both without another wait."""
+        on_host = choices.clone() if self.is_fake else _to_pinned(choices)
+        lane = self._lane()
+        with lane.lock:
+            lane.predictions.append((layer, on_host))
 
     def _whole(
         self,
@@ -168,8 +177,27 @@ class _Lane:
         self, core: _core.ExpertCache, stream: int, num_experts: int, device: torch.device
     ):
         self.lock = threading.Lock()
+        self.core = core
         self.reader = _core.DeviceReader(core, stream)
+        self.predictions: list[tuple[int, torch.Tensor]] = []  # layer, choices on their way
         self.map = torch.empty(num_experts, dtype=torch.int32, device=device)
+
+    def hand_over_predictions(self) -> None:
+        """Called when the stream has passed them."""
+        for layer, choices in self.predictions:
+            self.core.predict(layer, distinct(choices))
+        self.predictions.clear()
+
+
+def _to_pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that the current stream will have made; the host does not wait for it."""
+    pinned = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return pinned.copy_(tensor, non_blocking=True)
+
+
+def distinct(choices: torch.Tensor) -> list[int]:
+    """The experts of a router's choices [T, k], each once, first choices first."""
+    return list(dict.fromkeys(choices.T.flatten().tolist()))
 
 
 def _triton_kernels(*, on_cpu: bool) -> Any:

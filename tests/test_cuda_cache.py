@@ -122,6 +122,39 @@ def test_generation_gives_the_same_tokens(qwen3_folder: Path, seed: int) -> None
     assert torch.equal(served.generate(prompt, **arguments), whole.generate(prompt, **arguments))
 
 
+def test_choices_are_handed_over_with_the_ids_of_the_next_step(qwen3_folder: Path) -> None:
+    """So that the host, which waits for those anyway, waits for nothing else."""
+    store = moeinf.ExpertStore.open(qwen3_folder)
+    cache = moeinf.ExpertCache(store, device="cuda", slots=5, prefetch="external")
+    hidden, weights = torch.ones(1, 40), torch.ones(1, 1)
+    choices = torch.tensor([[2]])
+
+    def step(layer: int) -> None:
+        moeinf.fused_experts(hidden, torch.tensor([[2]]), weights, cache, layer)
+
+    step(0)
+    cache.predict(2, choices)
+    choices[0, 0] = 4  # what the router will write next is not what was predicted
+    assert cache.stats()["prefetch"]["predicted"] == 0
+    step(1)
+    step(2)
+    prefetch = cache.stats()["prefetch"]
+    assert (prefetch["predicted"], prefetch["correct"]) == (1, 1)
+
+
+def test_the_gate_predicts_there_as_on_the_cpu(qwen3_folder: Path, seed: int) -> None:
+    prompt = random_prompt(seed, 1, 5)
+    arguments: dict[str, Any] = {
+        "max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, "pad_token_id": 0
+    }  # fmt: skip
+    expected = moeinf.load(qwen3_folder, device="cuda").generate(prompt, **arguments)
+    served = moeinf.load(qwen3_folder, device="cuda", slots=5, prefetch="gate")
+    assert torch.equal(served.generate(prompt, **arguments), expected)
+    prefetch = served.moeinf.stats()["prefetch"]
+    assert prefetch["steps"] >= 16
+    assert prefetch["recall"] > 0.4  # chance: 2 of 6
+
+
 def test_a_recorder_gets_its_ids_from_the_step(qwen3_folder: Path, seed: int) -> None:
     traces = []
     for device in ("cpu", "cuda"):

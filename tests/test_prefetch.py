@@ -64,20 +64,22 @@ class Listener:
 
     wants_predictions = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, on_gpu: bool) -> None:
+        self.on_gpu = on_gpu
         self.latest: dict[int, list[int]] = {}
 
-    def predict(self, layer: int, experts: list[int]) -> None:
-        self.latest[layer] = experts
+    def predict(self, layer: int, choices: torch.Tensor) -> None:
+        self.latest[layer] = choices.flatten().tolist()
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_gate_sees_ahead(family: str, tmp_path: Path, seed: int) -> None:
+def test_the_gate_sees_ahead(family: str, on_gpu: bool, tmp_path: Path, seed: int) -> None:
     """Recall well above chance, for every family, and the very ids that the model's gates take."""
     write_checkpoint(tmp_path, family, seed=seed, num_hidden_layers=6)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in _experts_modules(model)]
-    listener = Listener()
+    listener = Listener(on_gpu=on_gpu)
     GateLookahead(blocks, listener)  # type: ignore[arg-type]
     right = wrong = 0
 

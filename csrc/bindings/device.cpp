@@ -11,6 +11,7 @@
 #include "bindings/bindings.h"
 #include "cache/device_reader.h"
 #include "cuda/cuda.h"
+#include "memory/copy_timing.h"
 
 namespace py = pybind11;
 
@@ -39,6 +40,10 @@ void bind_device(py::module_& module) {
              "Raises UnsupportedError, saying what is missing, or ValueError for a bad index.")
         .def_property_readonly("name", &Device::name)
         .def_property_readonly("index", &Device::index)
+        .def_property_readonly("driver_version", &Device::driver_version, "13010: CUDA 13.1.")
+        .def("time_copies", &time_copies, py::arg("nbytes"), py::arg("count"), py::arg("gather"),
+             py::arg("rounds"), py::call_guard<py::gil_scoped_release>(),
+             "Seconds for `count` runs of `nbytes` from pinned RAM, the best of `rounds`.")
         .def_property_readonly("is_fake", &Device::is_fake, "A driver made for tests.")
         .def_property_readonly("can_gather", &Device::can_gather,
                                "Was the gather kernel built, and does it run on this device?")

@@ -47,6 +47,11 @@ public:
 
     std::string name() const override { return context_->name(); }
     int32_t index() const noexcept override { return context_->index(); }
+    int32_t driver_version() const override {
+        int version = 0;
+        driver_.check(driver_.driver_get_version(&version), "cuDriverGetVersion");
+        return version;
+    }
     bool is_fake() const noexcept override { return driver_.is_fake; }
     uint64_t free_bytes() const override { return memory().first; }
     uint64_t total_bytes() const override { return memory().second; }

@@ -32,6 +32,7 @@ public:
 
     [[nodiscard]] virtual std::string name() const = 0;
     [[nodiscard]] virtual int32_t index() const noexcept = 0;
+    [[nodiscard]] virtual int32_t driver_version() const = 0;  // 13010: CUDA 13.1
     // Its memory is RAM: a driver made for tests.
     [[nodiscard]] virtual bool is_fake() const noexcept = 0;
     [[nodiscard]] virtual uint64_t free_bytes() const = 0;

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from moeinf import machine
+from moeinf import _core, copy_path, machine
 from moeinf.cli.output import human_bytes, print_facts, print_json
+from moeinf.errors import CapacityError, UnsupportedError
 
 
 def command(
@@ -18,9 +19,11 @@ def command(
     ] = Path(),
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measures memory and disk, and lists instruction sets, drivers and versions."""
-    with Console(stderr=True).status("Measuring memory and disk"):
+    """Measures memory, disk and copies to a GPU; lists instruction sets, drivers and versions."""
+    with Console(stderr=True).status("Measuring memory, disk and copies to the GPU"):
         facts = machine.describe(folder)
+        for index, gpu in enumerate(facts["cuda"]["devices"]):
+            gpu["copies"] = _copies(index)
     facts["missing"] = machine.missing(facts)
     if json:
         print_json(facts)
@@ -47,6 +50,7 @@ def command(
                 f"GPU {index}": f"{gpu['name']}, {human_bytes(gpu['free_bytes'])} of "
                 f"{human_bytes(gpu['total_bytes'])} free, gather kernel "
                 + ("built in" if gpu["gather_kernel"] else "not built in")
+                + f"; {_in_words(gpu['copies'])}"
                 for index, gpu in enumerate(cuda["devices"])
             },
             **{name: version or "not installed" for name, version in facts["versions"].items()},
@@ -54,3 +58,22 @@ def command(
     )
     for note in facts["missing"]:
         print(f"- {note}")
+
+
+def _copies(index: int) -> dict[str, Any]:
+    """DMA against gather on that GPU, kept for `ExpertCache`; or what stood in the way."""
+    try:
+        device = _core.CudaDevice(index)
+        measured = copy_path.measure(device)
+        return measured | {"kept_in": str(copy_path.store(device, measured))}
+    except (CapacityError, UnsupportedError, OSError) as error:
+        return {"failed": str(error)}
+
+
+def _in_words(copies: dict[str, Any]) -> str:
+    if "failed" in copies:
+        return f"copies to it were not measured: {copies['failed']}"
+    largest = copies["rows"][-1]["dma"]
+    below = copies["gather_below"]
+    gather = f"gather is faster up to {human_bytes(below)}" if below else "DMA is never slower"
+    return f"copies at {largest / 1e9:.1f} GB/s, {gather} (kept in {copies['kept_in']})"

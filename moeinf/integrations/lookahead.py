@@ -6,7 +6,9 @@ which reads what its budget allows and says when predictions are not worth makin
 computed here. Nothing of the model changes: forward hooks on its modules see what passes.
 
 The prediction is made as soon as its input is known: before this layer's experts are computed, or,
-for models that run the shared expert last, after them.
+for models that run the shared expert last, after them. On a GPU it has to be on its way before the
+host waits for this layer's ids, so that it costs no wait of its own: there the shared expert counts
+only where it has been run by then.
 """
 
 from __future__ import annotations
@@ -52,20 +54,30 @@ class GateLookahead:
         self.cache = cache
         self.blocks = list(blocks)
         self.forms = [form_of(block) for block in blocks]
+        self._shared: dict[int, torch.Tensor] = {}  # by layer: outputs of shared experts, on a GPU
         for layer in range(len(self.blocks) - 1):
             self._watch(layer)
 
     def _watch(self, layer: int) -> None:
         block, form = self.blocks[layer], self.forms[layer]
-        if form.shared is None:
-            block.experts.register_forward_pre_hook(
-                lambda _, args: self._predict(layer + 1, args[0], None)
-            )
-            return
+        shared = getattr(block, form.shared) if form.shared else None
         shared_gate = getattr(block, form.shared_gate) if form.shared_gate else None
-        getattr(block, form.shared).register_forward_hook(
-            lambda _, args, output: self._predict(layer + 1, args[0], output, shared_gate)
-        )
+        if shared is None or self.cache.on_gpu:
+            block.experts.register_forward_pre_hook(
+                lambda _, args: self._predict(
+                    layer + 1, args[0], self._shared.get(layer), shared_gate
+                )
+            )
+        else:
+            shared.register_forward_hook(
+                lambda _, args, output: self._predict(layer + 1, args[0], output, shared_gate)
+            )
+        if shared is not None and self.cache.on_gpu:
+            shared.register_forward_hook(lambda _, __, output: self._shared.update({layer: output}))
+            block.register_forward_hook(lambda *_: self._forget(layer))
+
+    def _forget(self, layer: int) -> None:
+        self._shared.pop(layer, None)
 
     @torch.no_grad()
     def _predict(
@@ -81,17 +93,17 @@ class GateLookahead:
         if shared is not None:
             # forward() rather than a call: hooks of others are for what the model computes.
             scale = torch.sigmoid(shared_gate.forward(hidden)) if shared_gate else 1.0
-            hidden = hidden + scale * shared
+            hidden = hidden + scale * shared.reshape(hidden.shape)
         self.cache.predict(layer, route(self.blocks[layer], self.forms[layer], hidden))
 
 
-def route(block: Any, form: BlockForm, hidden: torch.Tensor) -> list[int]:
-    """The experts a block's router takes for hidden [..., H], each once, first choices first."""
+def route(block: Any, form: BlockForm, hidden: torch.Tensor) -> torch.Tensor:
+    """The experts [T, k] a block's router takes for hidden [..., H]."""
     output = getattr(block, form.gate).forward(hidden.reshape(-1, hidden.shape[-1]))
     if isinstance(output, torch.Tensor):  # logits only: the block itself chooses
         output = block.route_tokens_to_experts(output)
-    choices = next(tensor for tensor in output if not tensor.is_floating_point())
-    return list(dict.fromkeys(choices.T.flatten().tolist()))
+    choices: torch.Tensor = next(one for one in output if not one.is_floating_point())
+    return choices
 
 
 def form_of(block: Any) -> BlockForm:

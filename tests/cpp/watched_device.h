@@ -20,6 +20,7 @@ public:
 
     std::string name() const override { return device_->name(); }
     int32_t index() const noexcept override { return device_->index(); }
+    int32_t driver_version() const override { return device_->driver_version(); }
     bool is_fake() const noexcept override { return device_->is_fake(); }
     uint64_t free_bytes() const override { return device_->free_bytes(); }
     uint64_t total_bytes() const override { return device_->total_bytes(); }

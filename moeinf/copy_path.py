@@ -1,0 +1,117 @@
+"""How small experts reach a GPU: each by its copy engine (DMA), or several gathered by a kernel.
+
+Which is faster depends on the machine, so `moeinf doctor` measures it and keeps what it found for
+this user, in `gather.json` below XDG_CACHE_HOME; `ExpertCache` looks it up. It counts for the GPU,
+driver and version of moeinf it was measured with. Without it every copy is left to DMA.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from moeinf import _core
+
+FORMAT = "moeinf-gather-1"
+SIZES = tuple(2**i for i in range(16, 25))  # bytes of an expert: 64 KiB to 16 MiB
+AT_ONCE = 4  # experts, about what a decode step misses
+ROUNDS = 10
+MARGIN = 0.95
+"""Of DMA's time, what a gather must stay below to count as faster: it keeps processors busy."""
+
+
+def measure(device: _core.CudaDevice) -> dict[str, Any]:
+    """Both ways over expert sizes, and `gather_below`: bytes up to which gathering was faster.
+
+    Bytes per second, host time included, of AT_ONCE experts. Takes about a second, and 128 MiB of
+    pinned RAM and of GPU memory.
+    """
+    rows = []
+    for nbytes in SIZES:
+        seconds = {
+            "dma": device.time_copies(nbytes, AT_ONCE, False, ROUNDS),
+            "gather": device.time_copies(nbytes, AT_ONCE, True, ROUNDS)
+            if device.can_gather
+            else None,
+        }
+        rows.append(
+            {"nbytes": nbytes}
+            | {path: AT_ONCE * nbytes / took if took else None for path, took in seconds.items()}
+        )
+    return {"rows": rows, "gather_below": threshold(rows)}
+
+
+def threshold(rows: list[dict[str, Any]]) -> int:
+    """The largest size up to which, from the smallest on, gathering was faster; 0: nowhere."""
+    best = 0
+    for row in rows:
+        if not row["gather"] or row["dma"] > MARGIN * row["gather"]:
+            break
+        best = row["nbytes"]
+    return best
+
+
+def path() -> Path:
+    """Where measurements are kept."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification ignores what is not an absolute path.
+    folder = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
+    return folder / "moeinf" / "gather.json"
+
+
+def store(device: _core.CudaDevice, measured: dict[str, Any]) -> Path:
+    """Keeps a measurement beside those of other GPUs. Raises OSError where it cannot be written."""
+    target = path()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": FORMAT, "devices": _read(target) | {_key(device): measured}}
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
+        json.dump(content, file, indent=2)
+    Path(file.name).replace(target)
+    return target
+
+
+def stored(device: _core.CudaDevice) -> int | None:
+    """`gather_below` as measured for this GPU, driver and version; None if it never was."""
+    measured = _read(path()).get(_key(device))
+    if measured is None:
+        return None
+    below = measured.get("gather_below") if isinstance(measured, dict) else None
+    if type(below) is not int or below < 0:
+        _warn(path(), f"gather_below is {below!r}, expected bytes")
+        return None
+    return below
+
+
+def _key(device: _core.CudaDevice) -> str:
+    return f"{device.name}, CUDA {device.driver_version}, moeinf {version('moeinf')}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The measurements by device; none, with a warning, where the file is not what it should be."""
+    try:
+        content = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        _warn(file, str(error))
+        return {}
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        _warn(file, f"expected the format {FORMAT}")
+        return {}
+    devices = content.get("devices")
+    if not isinstance(devices, dict):
+        _warn(file, "expected 'devices' by name")
+        return {}
+    return devices
+
+
+def _warn(file: Path, problem: str) -> None:
+    warnings.warn(
+        f"{file}: {problem}; experts are copied by DMA. `moeinf doctor` measures anew",
+        stacklevel=4,
+    )
