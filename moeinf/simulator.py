@@ -115,7 +115,7 @@ def parse_slots(slots: int | str, total_experts: int) -> int:
         raise ValueError(f"slots: expected a count or a share like '5%', found {text!r}") from None
     if not 1 <= count < 2**31:
         raise ValueError(
-            f"slots: expected at least 1, found {text!r} ({count} of {total_experts} experts)"
+            f"slots: expected 1 to {2**31 - 1}, found {text!r} ({count} of {total_experts} experts)"
         )
     return count
 

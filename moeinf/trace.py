@@ -78,10 +78,13 @@ class Trace:
                 f"found {self.experts.ndim}"
             )
         tokens, layers, _ = self.experts.shape
-        if not 1 <= self.num_experts <= np.iinfo(np.int16).max:
+        if (
+            not isinstance(self.num_experts, (int, np.integer))
+            or not 1 <= self.num_experts <= np.iinfo(np.int16).max
+        ):
             raise TraceError(
                 f"{self.name}: num_experts: expected 1 to {np.iinfo(np.int16).max}, "
-                f"found {self.num_experts}"
+                f"found {self.num_experts!r}"
             )
         shapes = {
             "sequence": (tokens,),
@@ -285,8 +288,8 @@ class Trace:
             phase=np.full(tokens, DECODE, np.uint8)
             if phase is None
             else _integers(name, "phase", phase, np.uint8),
-            weights=None if weights is None else np.asarray(weights, np.float32),
-            router=None if router is None else np.asarray(router, np.float16),
+            weights=None if weights is None else _floats(name, "weights", weights, np.float32),
+            router=None if router is None else _floats(name, "router", router, np.float16),
             num_experts=num_experts,
             model=model,
             source=source,
@@ -302,14 +305,18 @@ class Trace:
         its sequence, `phase` is prefill or decode (or 0 or 1). Layers are numbered from 0.
         """
         path = Path(path)
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            columns = reader.fieldnames or []
-            if missing := [c for c in _COLUMNS[:-1] if c not in columns]:
-                raise TraceError(
-                    f"{path}: expected the columns {', '.join(_COLUMNS)}, found no {missing[0]!r}"
-                )
-            return _from_rows(path, reader, "weight" in columns, num_experts, model)
+        try:
+            with path.open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file)
+                columns = reader.fieldnames or []
+                if missing := [c for c in _COLUMNS[:-1] if c not in columns]:
+                    raise TraceError(
+                        f"{path}: expected the columns {', '.join(_COLUMNS)}, found no "
+                        f"{missing[0]!r}"
+                    )
+                return _from_rows(path, reader, "weight" in columns, num_experts, model)
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise TraceError(f"{path}: expected comma-separated text: {error}") from None
 
 
 def _from_rows(
@@ -375,7 +382,10 @@ def _from_rows(
 
 
 def _integers(name: str, tensor: str, values: npt.ArrayLike, dtype: Any) -> Array:
-    array = np.asarray(values)
+    try:
+        array = np.asarray(values)
+    except ValueError as error:
+        raise TraceError(f"{name}: tensor '{tensor}': expected an array: {error}") from None
     if array.dtype.kind not in "iu":
         raise TraceError(f"{name}: tensor '{tensor}': expected integers, found {array.dtype}")
     limits = np.iinfo(dtype)
@@ -385,6 +395,14 @@ def _integers(name: str, tensor: str, values: npt.ArrayLike, dtype: Any) -> Arra
             f"found {array.min()} to {array.max()}"
         )
     return np.ascontiguousarray(array, dtype)
+
+
+def _floats(name: str, tensor: str, values: npt.ArrayLike, dtype: Any) -> Array:
+    try:
+        with np.errstate(over="ignore"):  # infinite then, and refused as such
+            return np.asarray(values, dtype)
+    except ValueError as error:
+        raise TraceError(f"{name}: tensor '{tensor}': expected an array: {error}") from None
 
 
 def _number(path: Path, metadata: dict[str, str], key: str) -> int:

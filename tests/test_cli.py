@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from moeinf.pocket import POCKET
+from moeinf.trace import Trace
 
 
 def moeinf(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
@@ -104,6 +105,22 @@ def test_doctor_measures_this_machine(tmp_path: Path) -> None:
     assert facts["disk"]["bytes_per_second"] > 1e6
     assert facts["cpu_kernels"][facts["cpu_kernel_used"]] is True
     assert not list(tmp_path.iterdir()), "the sample file is removed"
+
+
+def test_bad_traces_and_budgets_are_one_line_too(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.safetensors", tmp_path / "cut.safetensors"
+    Trace.from_arrays([[[0, 1]], [[1, 2]]], num_experts=4).save(whole)
+    cut.write_bytes(whole.read_bytes()[:-3])
+    for arguments, message in (
+        (["simulate", str(cut)], "cut.safetensors: not a readable safetensors file"),
+        (["report", str(cut)], "cut.safetensors: not a readable safetensors file"),
+        (["simulate", str(whole), "--slots", "0"], "slots: expected 1 to"),
+        (["simulate", str(whole), "--policy", "lur"], "no policy is named 'lur'"),
+        (["simulate", str(whole), "--eamc", str(cut)], "cut.safetensors"),
+        (["simulate", str(whole), "--policy", "lru", "--eamc", str(cut)], "for the policy 'eam'"),
+    ):
+        result = moeinf(*arguments, expect=1)
+        assert message in result.stderr and "Traceback" not in result.stderr
 
 
 @pytest.mark.usefixtures("ctrl_c")

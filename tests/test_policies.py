@@ -221,9 +221,11 @@ def test_bad_collections_are_refused(tmp_path: Path) -> None:
         save_file(tensors, path, metadata=facts)
         with pytest.raises(TraceError, match=message):
             EAMC.load(path)
-    path.write_bytes(b"nothing")
-    with pytest.raises(TraceError, match="not a readable"):
-        EAMC.load(path)
+    whole = path.read_bytes()
+    for content in (b"nothing", b"", whole[:9], whole[:-1]):
+        path.write_bytes(content)
+        with pytest.raises(TraceError, match=r"c\.safetensors: not a readable"):
+            EAMC.load(path)
     with pytest.raises(ValueError, match="collection: expected 5 layers of 11 experts"):
         moeinf.simulate(
             random_trace(1), slots=4, policy="eam", eamc=EAMC(num_layers=3, num_experts=5)

@@ -224,10 +224,22 @@ def test_slots_are_counts_or_shares(text: str, total: int, expected: int) -> Non
     assert parse_slots(text, total) == expected
 
 
-@pytest.mark.parametrize("slots", [0, -1, "0", "0%", "0.01%", "-5%", "nan%", "many", "", "1.5"])
+@pytest.mark.parametrize(
+    "slots", [0, -1, "0", "0%", "0.01%", "-5%", "nan%", "many", "", "1.5", 2**31]
+)
 def test_budgets_that_are_none_are_refused(slots: str) -> None:
     with pytest.raises(ValueError, match="slots"):
         moeinf.simulate(random_trace(1), slots=slots)
+
+
+@pytest.mark.parametrize("slots", [56, "150%", 2**31 - 1])
+@pytest.mark.parametrize("policy", policy_names())
+def test_a_budget_above_all_experts_is_room_for_all(
+    slots: int | str, policy: str, seed: int
+) -> None:
+    trace = random_trace(seed)
+    all_there = moeinf.simulate(trace, policy=policy, slots=55)
+    assert totals(moeinf.simulate(trace, policy=policy, slots=slots)) == totals(all_there)
 
 
 def test_an_unknown_policy_is_named_with_those_that_exist() -> None:

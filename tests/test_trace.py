@@ -238,11 +238,39 @@ def test_arrays_of_any_integer_type_come_in(seed: int) -> None:
         (np.full((2, 2, 2), 70_000), "fit int16"),
         (np.full((2, 2, 2), 11), "ids from -1 to 10"),
         (np.zeros((2, 2), np.int16), "3 dimensions"),
+        (np.zeros((0, 2, 2), np.int16), "at least 1 token"),
+        (np.full((1, 1, 1), 2**63, np.uint64), "fit int16"),
+        ([[[1], [2, 3]]], "'experts': expected an array"),
     ],
 )
 def test_arrays_that_are_no_routing_are_refused(experts: Any, message: str) -> None:
     with pytest.raises(TraceError, match=message):
         Trace.from_arrays(experts, num_experts=11)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sequence": [1, 0]}, "never decrease, found 0 at token 1"),
+        ({"sequence": [0.0, 1.0]}, "'sequence': expected integers"),
+        ({"sequence": [0]}, "'sequence': expected shape"),
+        ({"phase": [0, 2]}, "'phase': expected 0 .*found 2 at token 1"),
+        ({"phase": [0, 300]}, "'phase': expected values that fit uint8"),
+        ({"weights": np.zeros((2, 2))}, "'weights': expected shape"),
+        ({"weights": "heavy"}, "'weights': expected an array"),
+        ({"weights": np.full((2, 2, 2), 1e300)}, "'weights': expected finite"),
+        ({"router": np.full((2, 2, 11), 1e9)}, "'router': expected finite"),
+        ({"router": np.full((2, 2, 11), -0.1)}, "'router': expected probabilities"),
+        ({"num_experts": 2.5}, "num_experts: expected 1 to 32767, found 2.5"),
+        ({"num_experts": "11"}, "num_experts: expected 1 to 32767, found '11'"),
+        ({"num_experts": 0}, "num_experts: expected 1 to 32767, found 0"),
+    ],
+)
+def test_arrays_that_do_not_fit_the_routing_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TraceError, match=message):
+        Trace.from_arrays(np.zeros((2, 2, 2), np.int16), **({"num_experts": 11} | changes))
 
 
 HEADER = "sequence,phase,token,layer,expert,weight\n"
@@ -297,6 +325,13 @@ def test_a_table_written_from_a_trace_reads_back_the_same(tmp_path: Path, seed: 
         (HEADER + "0,decode,0,0,1,1\n0,prefill,0,0,2,1\n", "one phase per token"),
         (HEADER + "0,decode,0,0,1,1\n0,decode,1,0,1,1\n0,decode,0,0,2,1\n", "rows of a token"),
         (HEADER + "4,decode,0,0,1,1\n3,decode,0,0,1,1\n", "never decrease"),
+        (HEADER + "-1,decode,0,0,1,1\n", "start at 0"),
+        (HEADER + "9999999999,decode,0,0,1,1\n", "'sequence': expected values that fit int32"),
+        (HEADER + f"0,decode,0,0,{'9' * 30},1\n", "expert below 5"),
+        (HEADER + f"0,decode,0,0,{'9' * 200_000},1\n", r"t\.csv: expected comma-separated"),
+        (HEADER + "0,decode,0,0,1,nan\n", "'weights': expected finite"),
+        (HEADER + "0,decode,0,0,1,\x001\n", r"t\.csv"),
+        ("", "expected the columns"),
     ],
 )
 def test_a_bad_table_is_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -304,3 +339,16 @@ def test_a_bad_table_is_refused(text: str, message: str, tmp_path: Path) -> None
     table.write_text(text)
     with pytest.raises(TraceError, match=message):
         Trace.from_csv(table, num_experts=5)
+
+
+def test_a_file_that_is_no_text_is_no_table(tmp_path: Path, seed: int) -> None:
+    table = tmp_path / "t.csv"
+    table.write_bytes(b"\xff\xfe" + np.random.default_rng(seed).bytes(3000))
+    with pytest.raises(TraceError, match=r"t\.csv: expected comma-separated text"):
+        Trace.from_csv(table, num_experts=5)
+
+
+def test_a_table_from_a_spreadsheet_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    table.write_text("\ufeff" + HEADER + "0,decode,0,0,1,1\n", encoding="utf-8")
+    assert Trace.from_csv(table, num_experts=5).experts.tolist() == [[[1]]]

@@ -1,5 +1,7 @@
 #include "trace/simulator.h"
 
+#include <algorithm>
+
 #include "cache/residency.h"
 
 namespace moeinf {
@@ -11,7 +13,8 @@ constexpr int64_t kPassesPerReport = 4096;
 
 std::vector<LayerCounts> simulate(const TraceView& trace, int32_t slots,
                                   std::unique_ptr<Policy> policy, const SimulationHooks& hooks) {
-    Residency residency(trace.shape(), slots, std::move(policy));
+    // More slots than experts stay empty, and may be too many to remember.
+    Residency residency(trace.shape(), std::min(slots, trace.shape().total()), std::move(policy));
     std::vector<LayerCounts> layers(static_cast<size_t>(trace.layers));
     StepReader reader(trace);
     Plan plan;
