@@ -16,6 +16,7 @@ import inspect
 import json
 import sys
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -265,7 +266,9 @@ def differences(found: list[Launch], said: list[Launch]) -> list[str]:
     return wrong
 
 
-def configs(path: str, step: Step, order: str = "rows") -> tuple[dict[str, int], dict[str, int]]:
+def configs(
+    path: str, step: Step, order: str = "rows"
+) -> tuple[Mapping[str, int], Mapping[str, int]]:
     """What the committed table says here, where there is no device."""
     from moeinf.kernels import tuning
 

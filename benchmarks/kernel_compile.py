@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -207,7 +207,7 @@ def table_cases(arch: int) -> Iterator[Case]:
         yield Case("combine", dtype, (("BLOCK_H", 512), ("num_warps", 4)))
 
 
-def effective(row: dict[str, Any], arch: int, dtype: str, order: str) -> dict[str, int]:
+def effective(row: dict[str, Any], arch: int, dtype: str, order: str) -> Mapping[str, int]:
     """What the lookup answers where this row could: another row may win."""
     sizes = {name: row.get(name, "*") for name in ("hidden", "intermediate")}
     device = row.get("device", "*")

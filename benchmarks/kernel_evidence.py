@@ -111,7 +111,8 @@ def case_of(kernel: str, geometry: Geometry, arch: int) -> kernel_compile.Case:
         hidden=geometry.hidden, intermediate=geometry.intermediate,
     )  # fmt: skip
     if "ROUTES" in config:
-        config["ROUTES"] = min(config["ROUTES"], 1 << (geometry.top_k - 1).bit_length())
+        lanes = 1 << (geometry.top_k - 1).bit_length()
+        config = {**config, "ROUTES": min(config["ROUTES"], lanes)}
     form: dict[str, Any] = {}
     if geometry.clamped:
         form = {"HAS_BIAS": True}

@@ -7,6 +7,7 @@ choice follows from shapes, dtype and device alone, so a layer's result cannot d
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ def question(kernel: str, problem: Problem, rows_per_tile: int = 0) -> dict[str,
     }
 
 
-def config_of(kernel: str, problem: Problem, rows_per_tile: int = 0) -> dict[str, int]:
+def config_of(kernel: str, problem: Problem, rows_per_tile: int = 0) -> Mapping[str, int]:
     devices = tuning.device_names(problem.hidden.device)
     return tuning.config(kernel, devices, **question(kernel, problem, rows_per_tile))
 
@@ -156,7 +157,7 @@ def run_vector(
     bias, stride_bs = bias_and_stride(p.down_bias, p.down)
     chosen = config_of("down_vector", p)
     # More lanes of routes than routes would only idle.
-    chosen["ROUTES"] = min(chosen["ROUTES"], triton.next_power_of_2(p.k))
+    chosen = {**chosen, "ROUTES": min(chosen["ROUTES"], triton.next_power_of_2(p.k))}
     per_route = routes is not None
     down_vector[(p.T, triton.cdiv(p.H, chosen["BLOCK_H"]))](
         act, ids, slots_of_experts, act if weights is None else weights, p.down, bias,

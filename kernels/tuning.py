@@ -9,8 +9,10 @@ either. `python -m benchmarks.tune` adds rows measured on the machine at hand.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,8 +50,8 @@ def config(
     intermediate: int,
     order: str = "rows",
     rows_per_tile: int = 0,
-) -> dict[str, int]:
-    """The configuration for a call: block sizes, num_warps, num_stages.
+) -> Mapping[str, int]:
+    """The configuration for a call: block sizes, num_warps, num_stages. Read-only: calls share it.
 
     `order` is "rows" where weights are contiguous along the summed dimension, else "columns";
     `rows_per_tile` is BLOCK_M of the prefill kernels. Raises LookupError if no row matches.
@@ -73,4 +75,4 @@ def config(
             best = (score, row["config"])
     if best is None:
         raise LookupError(f"{TABLE.name}: no row for {kernel} on {devices} with {asked}")
-    return dict(best[1])
+    return MappingProxyType(best[1])

@@ -66,6 +66,13 @@ def test_the_same_question_is_answered_once(table: Path) -> None:
     assert rows[-1]["config"] == {"BLOCK_M": 64, "BLOCK_I": 128}
 
 
+def test_an_answer_belongs_to_all_who_ask() -> None:
+    """A call that changed it for its own number of routes would change it for every later one."""
+    answer = tuning.config("down_vector", ("*",), dtype="bfloat16", hidden=64, intermediate=32)
+    with pytest.raises(TypeError):
+        answer["ROUTES"] = 1  # type: ignore[index]
+
+
 def test_a_kernel_without_rows_is_named(table: Path) -> None:
     table.write_text(json.dumps({"format": tuning.FORMAT, "rows": []}))
     tuning.rows.cache_clear()
