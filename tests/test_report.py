@@ -68,7 +68,7 @@ def test_simulate_draws_a_plot_and_starts_eam_from_a_collection(
     ("arguments", "message"),
     [
         (["--policy", "nonsense"], "no policy is named 'nonsense'"),
-        (["--slots", "0"], "slots: expected at least 1"),
+        (["--slots", "0"], "slots: expected 1 to"),
         (["--slots", ","], "--slots: expected at least one"),
     ],
 )
