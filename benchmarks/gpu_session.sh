@@ -42,7 +42,7 @@ PYTHON
 
 mkdir -p "$out"
 gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name(0).lower().replace(" ", "-"))')
-timeout 120 "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
+timeout 100 "$python" -m pip install --quiet --no-build-isolation --no-deps -e .
 
 status=0
 step() { # step SECONDS LOG COMMAND...: a step that fails, or runs out of time, stops no other
@@ -73,6 +73,6 @@ for pid in "${pids[@]}"; do wait "$pid" || status=1; done
 
 step 150 "ffn_gpu-$gpu.txt" "$python" -m benchmarks.ffn_gpu --json "$out/ffn_gpu-$gpu.json"
 step 45 "copy_gpu-$gpu.txt" "$python" -m benchmarks.copy_gpu --json "$out/copy_gpu-$gpu.json"
-step 110 "decode_gpu-$gpu.txt" "$python" -m benchmarks.decode_gpu --json "$out/decode_gpu-$gpu.json"
+step 95 "decode_gpu-$gpu.txt" "$python" -m benchmarks.decode_gpu --json "$out/decode_gpu-$gpu.json"
 "$python" -m benchmarks.gpu_summary "$out" "$gpu" | tee "$out/summary-$gpu.txt"
 exit "$status"
