@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Recorder(PassObserver):
     """Keeps what the router said of every token; made by `ExpertCache.record`.
 
-    A context manager: recording ends with it. Costs one small copy per layer and pass, about 2 us;
+    A context manager: recording ends with it. Costs one small copy per layer and pass, a few us;
     with the probabilities of all experts, one more and their computation.
     """
 
