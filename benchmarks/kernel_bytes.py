@@ -72,7 +72,7 @@ class Meter:
             return store(this, ptrs, value, mask, *rest)
 
         def counted_call(this: Any, *args: Any, **named: Any) -> Any:
-            self._begin(this, args)
+            self._begin(this, args, named)
             return call(this, *args, **named)
 
         builder.create_masked_load = counted_load
@@ -84,11 +84,13 @@ class Meter:
         for owner, name, original in self._saved:
             setattr(owner, name, original)
 
-    def _begin(self, executor: Any, args: tuple[Any, ...]) -> None:
+    def _begin(self, executor: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         launch = Launch(executor.fn.__name__, int(np.prod(executor.grid)))
         self._ranges = []
         names = inspect.getfullargspec(executor.fn).args
-        for name, tensor in zip(names, args, strict=False):
+        given = dict(zip(names, args, strict=False)) | named
+        for name in names:
+            tensor = given.get(name)
             if not isinstance(tensor, torch.Tensor):
                 continue
             last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))

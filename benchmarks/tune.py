@@ -20,7 +20,7 @@ import torch
 
 from benchmarks import ffn_gpu
 from benchmarks.common import print_table
-from moeinf.kernels import launch, tuning
+from moeinf.kernels import launch, plans, tuning
 from moeinf.kernels.problem import Problem
 
 GAIN = 1.03
@@ -103,6 +103,7 @@ def write_table(rows: list[dict[str, Any]]) -> None:
     tuning.TABLE.write_text(table_text(rows))
     tuning.rows.cache_clear()
     tuning.config.cache_clear()
+    plans.PLANS.clear()
 
 
 def microseconds(layer: ffn_gpu.Layer, inputs: list[ffn_gpu.Call]) -> float | None:
@@ -146,6 +147,7 @@ def use_rows(rows: list[dict[str, Any]]) -> None:
     """Makes lookups answer from these rows until the table is read again."""
     tuning.rows = lambda: tuple(rows)  # type: ignore[assignment]
     tuning.config.cache_clear()
+    plans.PLANS.clear()
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -14,8 +14,17 @@ from typing import Any
 
 import torch
 
-from . import launch
-from .problem import Problem, ReadThrough, check_contiguous, check_shape, check_unit_stride
+from . import launch, plans
+from .problem import (
+    Problem,
+    ReadThrough,
+    check_contiguous,
+    check_shape,
+    check_slots,
+    check_unit_stride,
+)
+
+NO_SOURCE = (None,) * 4
 
 __all__ = ["ReadThrough", "combine", "expert_routes", "experts"]
 
@@ -67,18 +76,13 @@ def experts(
     the slots itself, or captures a CUDA graph, passes False, and then an id out of range is an
     access out of bounds. Raises ValueError, TypeError or RuntimeError before any launch.
     """
-    problem = Problem.of(
-        hidden, slot_ids, gate_up, down,
+    return compute(
+        hidden, slot_ids, topk_weights, gate_up, down, out, None,
         expert_map=expert_map, activation=activation, gated=gated, interleaved=interleaved,
         transposed=transposed, gate_up_bias=gate_up_bias, down_bias=down_bias, alpha=alpha,
         limit=limit, num_experts=num_experts, read_through=read_through, check_ids=check_ids,
+        path=path,
     )  # fmt: skip
-    launch.check_device(hidden.device)
-    path = launch.check_path(problem, path)
-    check_weights(topk_weights, slot_ids)
-    out = checked_out(out, (problem.T, problem.H), hidden.dtype, hidden.device)
-    launch.run(problem, path, weights=topk_weights, out=out)
-    return out
 
 
 def expert_routes(
@@ -88,7 +92,6 @@ def expert_routes(
     down: torch.Tensor,
     *,
     routes: torch.Tensor | None = None,
-    path: str | None = None,
     **options: Any,
 ) -> torch.Tensor:
     """One wave: writes routes[t, j] [T, k, H] for every present route and leaves the others alone.
@@ -97,16 +100,67 @@ def expert_routes(
     of a token to one expert belong in the same wave. The dtype of `routes` is float32 for up to 16
     tokens, else that of the weights.
     """
-    problem = Problem.of(hidden, slot_ids, gate_up, down, **options)
+    return compute(hidden, slot_ids, None, gate_up, down, None, routes, **options)
+
+
+def compute(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor | None,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    out: torch.Tensor | None,
+    routes: torch.Tensor | None,
+    *,
+    expert_map: torch.Tensor | None = None,
+    activation: str = "silu",
+    gated: bool = True,
+    interleaved: bool = False,
+    transposed: bool = False,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    num_experts: int | None = None,
+    read_through: ReadThrough | None = None,
+    check_ids: bool = True,
+    path: str | None = None,
+) -> torch.Tensor:
+    """`out`, or `routes` where there are no weights; of a signature seen before, only ids are
+    checked."""
+    source = NO_SOURCE if read_through is None else (
+        read_through.gate_up, read_through.down,
+        read_through.gate_up_bias, read_through.down_bias,
+    )  # fmt: skip
+    tensors = [
+        hidden, ids, weights, gate_up, down, expert_map, gate_up_bias, down_bias, *source,
+        out, routes, None, None, None,
+    ]  # fmt: skip
+    parts, addresses = plans.signature(tensors)
+    key = (
+        parts, activation, gated, interleaved, transposed, alpha, limit, num_experts, path,
+        read_through is None,
+    )  # fmt: skip
+    plan = plans.PLANS.get(key)
+    if plan is not None:
+        if check_ids:
+            check_slots(ids, expert_map, gate_up.shape[0])
+        return plan.run(tensors, addresses)
+    problem = Problem.of(
+        hidden, ids, gate_up, down,
+        expert_map=expert_map, activation=activation, gated=gated, interleaved=interleaved,
+        transposed=transposed, gate_up_bias=gate_up_bias, down_bias=down_bias, alpha=alpha,
+        limit=limit, num_experts=num_experts, read_through=read_through, check_ids=check_ids,
+    )  # fmt: skip
     launch.check_device(hidden.device)
-    path = launch.check_path(problem, path)
-    shape, dtype = (problem.T, problem.k, problem.H), launch.routes_dtype(problem, path)
-    if routes is None:
-        routes = torch.empty(shape, dtype=dtype, device=hidden.device)
-    check_tensor("routes", routes, shape, dtype, hidden.device)
-    check_contiguous("routes", routes)
-    launch.run(problem, path, routes=routes)
-    return routes
+    chosen = launch.check_path(problem, path)
+    if weights is not None:
+        check_weights(weights, ids)
+    check_result(problem, chosen, out, routes)
+    if chosen == "grouped":
+        return launch.run_grouped(problem, weights, out, routes)
+    plan = plans.keep(key, launch.decode_plan(problem, chosen, weights is None, out))
+    return plan.run(tensors, addresses)
 
 
 def combine(
@@ -134,9 +188,9 @@ def combine(
     if ids.device != routes.device:
         raise ValueError(f"ids: expected {routes.device}, found {ids.device}")
     check_weights(topk_weights, ids)
-    if dtype is None:
-        dtype = routes.dtype if out is None else out.dtype
-    out = checked_out(out, (T, H), dtype, routes.device)
+    if out is None:
+        out = torch.empty((T, H), dtype=dtype or routes.dtype, device=routes.device)
+    check_out(out, (T, H), dtype or out.dtype, routes.device)
     launch.run_combine(routes, ids, topk_weights, out)
     return out
 
@@ -166,14 +220,23 @@ def check_tensor(
         raise ValueError(f"{name}: expected {device}, found {tensor.device}")
 
 
-def checked_out(
-    out: torch.Tensor | None, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    if out is None:
-        return torch.empty(shape, dtype=dtype, device=device)
+def check_out(
+    out: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+) -> None:
     check_tensor("out", out, shape, dtype, device)
     check_unit_stride("out", out)
-    return out
+
+
+def check_result(
+    problem: Problem, path: str, out: torch.Tensor | None, routes: torch.Tensor | None
+) -> None:
+    device = problem.hidden.device
+    if out is not None:
+        check_out(out, (problem.T, problem.H), problem.hidden.dtype, device)
+    if routes is not None:
+        shape = (problem.T, problem.k, problem.H)
+        check_tensor("routes", routes, shape, launch.routes_dtype(problem, path), device)
+        check_contiguous("routes", routes)
 
 
 class CallableModule(types.ModuleType):

@@ -1,12 +1,12 @@
-"""From a checked problem to launches: picks the path and the block sizes, allocates, launches.
+"""From a checked problem to launches: picks the path and the block sizes.
 
-Three paths: `vector` and `shared` for up to 16 tokens, two launches each; `grouped` for more. The
-choice follows from shapes, dtype and device alone, so a layer's result cannot depend on residency.
+Three paths: `vector` and `shared` for up to 16 tokens, two launches each, planned once per
+signature; `grouped` for more, whose tiles follow from the ids of every call. The choice follows
+from shapes, dtype and device alone, so a layer's result cannot depend on residency.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,19 +14,18 @@ import torch
 import triton
 from triton.runtime.interpreter import InterpretedFunction
 
-from . import tuning
+from . import plans, tuning
 from .activations import ACTIVATIONS
 from .combine import combine as combine_kernel
 from .decode_shared import down_shared, gate_up_shared
 from .decode_vector import down_vector, gate_up_vector
+from .plans import FUSE, Empty, Launch, Plan, on_device
 from .prefill import down_grouped, gate_up_grouped
 from .problem import Problem
 from .tiles import plan_tiles
 
 PATHS = ("vector", "shared", "grouped")
 DECODE_TOKENS = 16
-# Said aloud because Triton's default changes with its version.
-FUSE = {"enable_fp_fusion": True}
 INTERPRETED = isinstance(combine_kernel, InterpretedFunction)
 
 
@@ -36,10 +35,6 @@ def check_device(device: torch.device) -> None:
             f"hidden: expected a CUDA device, found {device} "
             "(Triton kernels run on the CPU only under TRITON_INTERPRET=1)"
         )
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def has_tensor_cores_for(dtype: torch.dtype, device: torch.device) -> bool:
@@ -82,24 +77,6 @@ def routes_dtype(problem: Problem, path: str) -> torch.dtype:
     return problem.hidden.dtype if path == "grouped" else torch.float32
 
 
-def run(
-    problem: Problem,
-    path: str,
-    *,
-    weights: torch.Tensor | None = None,
-    out: torch.Tensor | None = None,
-    routes: torch.Tensor | None = None,
-) -> None:
-    """Computes `routes` [T, k, H] of the present routes, or `out` [T, H] if `routes` is None."""
-    with on_device(problem.hidden.device):
-        if path == "vector":
-            run_vector(problem, weights, out, routes)
-        elif path == "shared":
-            run_shared(problem, weights, out, routes)
-        else:
-            run_grouped(problem, weights, out, routes)
-
-
 def question(kernel: str, problem: Problem, rows_per_tile: int = 0) -> dict[str, Any]:
     """What the tuning table is asked for this kernel."""
     weights = problem.gate_up if kernel.startswith("gate_up") else problem.down
@@ -126,85 +103,117 @@ def form(problem: Problem) -> dict[str, Any]:
     }
 
 
-def bias_and_stride(bias: torch.Tensor | None, unused: torch.Tensor) -> tuple[torch.Tensor, int]:
-    return (unused, 0) if bias is None else (bias, bias.stride(0))
+def sizes(p: Problem) -> dict[str, int]:
+    return {"top_k": p.k, "H": p.H, "I": p.I}
 
 
-def new(problem: Problem, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=problem.hidden.device)
+def gate_up_strides(p: Problem) -> dict[str, Any]:
+    """And what the activation takes beside its name."""
+    names = ("stride_gs", "stride_gn", "stride_gh")
+    rows = dict(zip(names, p.gate_up.stride(), strict=True))
+    return {"stride_ht": p.hidden.stride(0), **rows, "alpha": p.alpha, "limit": p.limit}
 
 
-def run_vector(
-    p: Problem,
-    weights: torch.Tensor | None,
-    out: torch.Tensor | None,
-    routes: torch.Tensor | None,
-) -> None:
-    act = new(p, p.T * p.k, p.I, dtype=p.hidden.dtype)
-    ids, slots_of_experts = p.ids, p.ids if p.expert_map is None else p.expert_map
+def down_strides(p: Problem) -> dict[str, int]:
+    return dict(zip(("stride_ds", "stride_dh", "stride_di"), p.down.stride(), strict=True))
+
+
+def bias_of(bias: torch.Tensor | None, name: str, unused: str) -> tuple[str, int]:
+    """The name and stride of a bias; where there is none, of a tensor that stands in unread."""
+    return (unused, 0) if bias is None else (name, bias.stride(0))
+
+
+def vector_launches(p: Problem, per_route: bool, out_stride: int) -> tuple[Launch, Launch]:
+    R = p.T * p.k
     source = p.read_through
-    bias, stride_bs = bias_and_stride(p.gate_up_bias, p.gate_up)
+    slots = "ids" if p.expert_map is None else "expert_map"
+    has_map = p.expert_map is not None
+    through = source is not None
+    biases_through = source is not None and source.gate_up_bias is not None
+    bias, stride_bs = bias_of(p.gate_up_bias, "gate_up_bias", "gate_up")
     chosen = config_of("gate_up_vector", p)
-    gate_up_vector[(p.T * p.k, triton.cdiv(p.I, chosen["BLOCK_I"]))](
-        p.hidden, ids, slots_of_experts, p.gate_up, bias,
-        ids if source is None else source.gate_up,
-        ids if source is None or source.gate_up_bias is None else source.gate_up_bias,
-        act,
-        p.k, p.H, p.I, p.hidden.stride(0), *p.gate_up.stride(), stride_bs, p.alpha, p.limit,
-        HAS_MAP=p.expert_map is not None, READ_THROUGH=source is not None,
-        ROWWISE=p.gate_up.stride(2) == 1, **form(p), **chosen, **FUSE,
+    first = Launch(
+        gate_up_vector, (R, triton.cdiv(p.I, chosen["BLOCK_I"])),
+        {
+            "hidden_ptr": "hidden", "ids_ptr": "ids", "map_ptr": slots, "gate_up_ptr": "gate_up",
+            "bias_ptr": bias, "source_ptr": "source_gate_up" if through else "ids",
+            "bias_source_ptr": "source_gate_up_bias" if biases_through else "ids",
+            "act_ptr": "act",
+        },
+        **sizes(p), **gate_up_strides(p), stride_bs=stride_bs, **form(p),
+        HAS_MAP=has_map, READ_THROUGH=through, ROWWISE=p.gate_up.stride(2) == 1, **chosen,
     )  # fmt: skip
-    bias, stride_bs = bias_and_stride(p.down_bias, p.down)
+    bias, stride_bs = bias_of(p.down_bias, "down_bias", "down")
     chosen = config_of("down_vector", p)
     # More lanes of routes than routes would only idle.
     chosen = {**chosen, "ROUTES": min(chosen["ROUTES"], triton.next_power_of_2(p.k))}
-    per_route = routes is not None
-    down_vector[(p.T, triton.cdiv(p.H, chosen["BLOCK_H"]))](
-        act, ids, slots_of_experts, act if weights is None else weights, p.down, bias,
-        ids if source is None else source.down,
-        ids if source is None or source.down_bias is None else source.down_bias,
-        act if routes is None else routes, p.hidden if out is None else out,
-        p.k, p.H, p.I, *p.down.stride(), stride_bs, 0 if out is None else out.stride(0),
-        int(per_route),
-        HAS_MAP=p.expert_map is not None, HAS_BIAS=p.down_bias is not None,
-        READ_THROUGH=source is not None, **chosen, **FUSE,
+    second = Launch(
+        down_vector, (p.T, triton.cdiv(p.H, chosen["BLOCK_H"])),
+        {
+            "act_ptr": "act", "ids_ptr": "ids", "map_ptr": slots, "down_ptr": "down",
+            "weights_ptr": "act" if per_route else "weights", "bias_ptr": bias,
+            "source_ptr": "source_down" if through else "ids",
+            "bias_source_ptr": "source_down_bias" if biases_through else "ids",
+            "routes_ptr": "routes" if per_route else "act",
+            "out_ptr": "hidden" if per_route else "out",
+        },
+        **sizes(p), **down_strides(p), stride_bs=stride_bs, stride_ot=out_stride,
+        per_route=int(per_route), HAS_BIAS=p.down_bias is not None,
+        HAS_MAP=has_map, READ_THROUGH=through, **chosen,
     )  # fmt: skip
+    return first, second
 
 
-def run_shared(
-    p: Problem,
-    weights: torch.Tensor | None,
-    out: torch.Tensor | None,
-    routes: torch.Tensor | None,
-) -> None:
+def shared_launches(p: Problem, per_route: bool, out_stride: int) -> tuple[Launch, Launch]:
     R = p.T * p.k
-    act = new(p, R, p.I, dtype=p.hidden.dtype)
-    plan = new(p, 1 + 2 * R, dtype=torch.int32)
-    rows = new(p, R, DECODE_TOKENS, dtype=torch.int32)
-    per_route = routes is not None
-    if routes is None:
-        routes = new(p, R, p.H, dtype=torch.float32)
-    slots_of_experts = p.ids if p.expert_map is None else p.expert_map
-    upcast = must_upcast(p.hidden.dtype, p.hidden.device)
-    bias, stride_bs = bias_and_stride(p.gate_up_bias, p.gate_up)
+    slots = "ids" if p.expert_map is None else "expert_map"
+    shared = {
+        "T": p.T, **sizes(p), "HAS_MAP": p.expert_map is not None,
+        "UPCAST": must_upcast(p.hidden.dtype, p.hidden.device), "TOKENS": DECODE_TOKENS,
+    }  # fmt: skip
+    bias, stride_bs = bias_of(p.gate_up_bias, "gate_up_bias", "gate_up")
     chosen = config_of("gate_up_shared", p)
-    gate_up_shared[(R, triton.cdiv(p.I, chosen["BLOCK_I"]))](
-        p.hidden, p.ids, slots_of_experts, p.gate_up, bias, act, plan, rows,
-        p.T, p.k, p.H, p.I, p.hidden.stride(0), *p.gate_up.stride(), stride_bs, p.alpha, p.limit,
-        HAS_MAP=p.expert_map is not None, UPCAST=upcast, TOKENS=DECODE_TOKENS,
-        K_PAD=triton.next_power_of_2(p.k), R_PAD=triton.next_power_of_2(R),
-        **form(p), **chosen, **FUSE,
+    first = Launch(
+        gate_up_shared, (R, triton.cdiv(p.I, chosen["BLOCK_I"])),
+        {
+            "hidden_ptr": "hidden", "ids_ptr": "ids", "map_ptr": slots, "gate_up_ptr": "gate_up",
+            "bias_ptr": bias, "act_ptr": "act", "plan_ptr": "plan", "rows_ptr": "rows",
+        },
+        **shared, **gate_up_strides(p), stride_bs=stride_bs, **form(p),
+        K_PAD=triton.next_power_of_2(p.k), R_PAD=triton.next_power_of_2(R), **chosen,
     )  # fmt: skip
-    bias, stride_bs = bias_and_stride(p.down_bias, p.down)
+    bias, stride_bs = bias_of(p.down_bias, "down_bias", "down")
     chosen = config_of("down_shared", p)
-    down_shared[(triton.cdiv(p.H, chosen["BLOCK_H"]),)](
-        act, p.ids, slots_of_experts, act if weights is None else weights, p.down, bias,
-        plan, rows, routes, p.hidden if out is None else out,
-        p.T, p.k, p.H, p.I, *p.down.stride(), stride_bs, 0 if out is None else out.stride(0),
-        int(per_route),
-        HAS_MAP=p.expert_map is not None, HAS_BIAS=p.down_bias is not None, UPCAST=upcast,
-        TOKENS=DECODE_TOKENS, **chosen, **FUSE,
+    second = Launch(
+        down_shared, (triton.cdiv(p.H, chosen["BLOCK_H"]),),
+        {
+            "act_ptr": "act", "ids_ptr": "ids", "map_ptr": slots, "down_ptr": "down",
+            "weights_ptr": "act" if per_route else "weights", "bias_ptr": bias,
+            "plan_ptr": "plan", "rows_ptr": "rows",
+            "routes_ptr": "routes", "out_ptr": "hidden" if per_route else "out",
+        },
+        **shared, **down_strides(p), stride_bs=stride_bs, stride_ot=out_stride,
+        per_route=int(per_route), HAS_BIAS=p.down_bias is not None, **chosen,
     )  # fmt: skip
+    return first, second
+
+
+def decode_plan(p: Problem, path: str, per_route: bool, out: torch.Tensor | None) -> Plan:
+    """How `routes` [T, k, H] of the present routes are computed, or `out` [T, H]."""
+    R = p.T * p.k
+    out_stride = p.H if out is None else out.stride(0)
+    scratch = [Empty("act", (R, p.I), p.hidden.dtype)]
+    routes = Empty("routes", (p.T, p.k, p.H), torch.float32)
+    if path == "vector":
+        launches = vector_launches(p, per_route, out_stride)
+    else:
+        launches = shared_launches(p, per_route, out_stride)
+        scratch.append(Empty("plan", (1 + 2 * R,), torch.int32))
+        scratch.append(Empty("rows", (R, DECODE_TOKENS), torch.int32))
+        if not per_route:
+            scratch.append(routes)
+    result = routes if per_route else Empty("out", (p.T, p.H), p.hidden.dtype)
+    return Plan(p.hidden.device, launches, result, tuple(scratch))
 
 
 def rows_per_tile(p: Problem) -> int:
@@ -221,8 +230,8 @@ def run_grouped(
     weights: torch.Tensor | None,
     out: torch.Tensor | None,
     routes: torch.Tensor | None,
-) -> None:
-    R = p.T * p.k
+) -> torch.Tensor:
+    """Returns `routes` [T, k, H] of the present routes, or `out` [T, H] where there are weights."""
     rows = rows_per_tile(p)
     first, second = (config_of(name, p, rows) for name in ("gate_up_grouped", "down_grouped"))
     if first["BLOCK_M"] != second["BLOCK_M"]:
@@ -233,30 +242,44 @@ def run_grouped(
         slots = torch.where(ids < 0, -1, p.expert_map.long()[ids.clamp(min=0)])
     tiles = plan_tiles(slots, p.S, first["BLOCK_M"])
     count = tiles.slot.numel()
-    act = new(p, R, p.I, dtype=p.hidden.dtype)
+    act = p.hidden.new_empty(p.T * p.k, p.I)
+    every = p.hidden.new_empty(p.T, p.k, p.H) if routes is None else routes
     upcast = must_upcast(p.hidden.dtype, p.hidden.device)
-    bias, stride_bs = bias_and_stride(p.gate_up_bias, p.gate_up)
-    gate_up_grouped[(count * triton.cdiv(p.I, first["BLOCK_I"]),)](
-        p.hidden, p.gate_up, bias, act, tiles.order, tiles.slot, tiles.first, tiles.end,
-        count, p.k, p.H, p.I, p.hidden.stride(0), *p.gate_up.stride(), stride_bs, p.alpha, p.limit,
-        UPCAST=upcast, **form(p), **first, **FUSE,
-    )  # fmt: skip
-    every = new(p, p.T, p.k, p.H, dtype=p.hidden.dtype) if routes is None else routes
-    bias, stride_bs = bias_and_stride(p.down_bias, p.down)
-    down_grouped[(count * triton.cdiv(p.H, second["BLOCK_H"]),)](
-        act, p.down, bias, every, tiles.order, tiles.slot, tiles.first, tiles.end,
-        count, p.H, p.I, *p.down.stride(), stride_bs,
-        HAS_BIAS=p.down_bias is not None, UPCAST=upcast, **second, **FUSE,
-    )  # fmt: skip
-    if routes is None and weights is not None and out is not None:
-        run_combine(every, slots, weights, out)
+    bias, stride_bs = bias_or(p.gate_up, p.gate_up_bias)
+    with on_device(p.hidden.device):
+        gate_up_grouped[(count * triton.cdiv(p.I, first["BLOCK_I"]),)](
+            p.hidden, p.gate_up, bias, act, tiles.order, tiles.slot, tiles.first, tiles.end,
+            count, p.k, p.H, p.I, p.hidden.stride(0), *p.gate_up.stride(), stride_bs,
+            p.alpha, p.limit, UPCAST=upcast, **form(p), **first, **FUSE,
+        )  # fmt: skip
+        bias, stride_bs = bias_or(p.down, p.down_bias)
+        down_grouped[(count * triton.cdiv(p.H, second["BLOCK_H"]),)](
+            act, p.down, bias, every, tiles.order, tiles.slot, tiles.first, tiles.end,
+            count, p.H, p.I, *p.down.stride(), stride_bs,
+            HAS_BIAS=p.down_bias is not None, UPCAST=upcast, **second, **FUSE,
+        )  # fmt: skip
+    if weights is None:
+        return every
+    out = p.hidden.new_empty(p.T, p.H) if out is None else out
+    return run_combine(every, slots, weights, out)
+
+
+def bias_or(unread: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, int]:
+    return (unread, 0) if bias is None else (bias, bias.stride(0))
 
 
 def run_combine(
     routes: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
-) -> None:
-    T, k, H = routes.shape
-    with on_device(routes.device):
-        combine_kernel[(T, triton.cdiv(H, 512))](
-            routes, ids, weights, out, k, H, out.stride(0), BLOCK_H=512, num_warps=4, **FUSE
-        )
+) -> torch.Tensor:
+    tensors = plans.places(routes=routes, ids=ids, weights=weights, out=out)
+    key, addresses = plans.signature(tensors)
+    plan = plans.PLANS.get(key)
+    if plan is None:
+        T, k, H = routes.shape
+        only = Launch(
+            combine_kernel, (T, triton.cdiv(H, 512)),
+            {"routes_ptr": "routes", "ids_ptr": "ids", "weights_ptr": "weights", "out_ptr": "out"},
+            top_k=k, H=H, stride_ot=out.stride(0), BLOCK_H=512, num_warps=4,
+        )  # fmt: skip
+        plan = plans.keep(key, Plan(routes.device, (only,), Empty("out", (T, H), out.dtype)))
+    return plan.run(tensors, addresses)

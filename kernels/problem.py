@@ -160,20 +160,21 @@ class Problem:
         if read_through is not None:
             check_read_through(problem, read_through)
         if check_ids:
-            problem.check_ids()
+            check_slots(ids, expert_map, S)
         return problem
 
-    def check_ids(self) -> None:
-        """Every id is -1 or names a slot (or, with a map, an expert whose entry does)."""
-        if self.ids.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "slot_ids cannot be checked while a CUDA graph is captured: pass check_ids=False"
-            )
-        if self.expert_map is None:
-            check_range("slot_ids", self.ids, self.S)
-        else:
-            check_range("expert ids", self.ids, self.expert_map.numel())
-            check_range("expert_map", self.expert_map, self.S)
+
+def check_slots(ids: torch.Tensor, expert_map: torch.Tensor | None, slots: int) -> None:
+    """Every id is -1 or names a slot (or, with a map, an expert whose entry does)."""
+    if ids.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "slot_ids cannot be checked while a CUDA graph is captured: pass check_ids=False"
+        )
+    if expert_map is None:
+        check_range("slot_ids", ids, slots)
+    else:
+        check_range("expert ids", ids, expert_map.numel())
+        check_range("expert_map", expert_map, slots)
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:

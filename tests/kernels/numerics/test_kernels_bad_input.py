@@ -9,7 +9,7 @@ import pytest
 import torch
 from layers import DEVICE
 
-from moeinf.kernels import launch
+from moeinf.kernels import launch, plans
 from moeinf.kernels.experts import ReadThrough, combine, expert_routes, experts
 
 T, K, S, H, I = 2, 2, 3, 16, 8  # noqa: E741
@@ -34,8 +34,9 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     def launched(*_: object, **__: object) -> None:
         raise AssertionError("launched")
 
-    for name in ("run", "run_combine"):
-        monkeypatch.setattr(launch, name, launched)
+    monkeypatch.setattr(plans.Plan, "run", launched)
+    monkeypatch.setattr(launch, "run_grouped", launched)
+    monkeypatch.setattr(plans, "PLANS", {})
 
 
 def test_what_fits_would_be_launched() -> None:
@@ -142,11 +143,18 @@ CASES: list[tuple[str, dict[str, Callable[[], Any]], type[Exception], str]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("planned", [False, True], ids=["new", "planned"])
 @pytest.mark.parametrize("changes,kind,message", [c[1:] for c in CASES], ids=[c[0] for c in CASES])
 def test_refused(
-    changes: dict[str, Callable[[], Any]], kind: type[Exception], message: str
+    changes: dict[str, Callable[[], Any]], kind: type[Exception], message: str, planned: bool
 ) -> None:
+    """Also after a good call, and one whose ids nobody checked, have left a plan behind."""
     arguments = good() | {name: make() for name, make in changes.items()}
+    if planned:
+        for call in (good(), arguments | {"check_ids": False}):
+            with pytest.raises((AssertionError, ValueError, TypeError, RuntimeError)):
+                experts(**call)
+        assert plans.PLANS
     with pytest.raises(kind, match=message):
         experts(**arguments)
 

@@ -1,0 +1,170 @@
+"""Calls the kernels as on a GPU, without one, and compares what reaches the driver: each launch out
+of a plan against Triton's own dispatch of the same tensors. test_kernels_plans.py runs it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import triton_without_gpu
+
+LIBRARY = triton_without_gpu.install()  # before the kernels are imported
+
+import torch  # noqa: E402
+
+from moeinf.kernels import experts, launch, plans  # noqa: E402
+from moeinf.kernels.experts import combine, expert_routes  # noqa: E402
+
+FORMS = 8
+BITS = {"i1": 8, "i8": 8, "i16": 16, "i32": 32, "u1": 8, "fp32": 32, "f32": 32}
+
+
+def parameters_of(compiled: Any) -> list[int]:
+    """The bits of each parameter that the machine code has, scratch memory left out."""
+    constants = {
+        name if isinstance(name, str) else compiled.src.fn.arg_names[name[0]]
+        for name in compiled.src.constants
+    }
+    return [
+        BITS.get(kind, 64)
+        for name, kind in compiled.src.signature.items()
+        if kind != "constexpr" and name not in constants
+    ]
+
+
+class Watched:
+    """Notes the launches of calls; memory that a call allocates is the same for each."""
+
+    def __init__(self) -> None:
+        self.bits: list[list[int]] = []  # of the parameters of each launch
+        self.seen: list[tuple[int, ...]] | None = None
+        memory: dict[plans.Empty, torch.Tensor] = {}
+        launch_it, keep = plans.Launch.__call__, plans.Launch.keep
+
+        def allocate(plan: plans.Plan, empty: plans.Empty, tensors: Any, addresses: Any) -> Any:
+            if empty not in memory:
+                memory[empty] = torch.empty(empty.shape, dtype=empty.dtype)
+            place = plans.PLACES[empty.name]
+            tensors[place], addresses[place] = memory[empty], memory[empty].data_ptr()
+            return memory[empty]
+
+        def kept(self_: plans.Launch, compiled: Any) -> None:
+            if self.seen is None:
+                self.bits.append(parameters_of(compiled))
+            keep(self_, compiled)
+
+        def launched(self_: plans.Launch, tensors: Any, addresses: Any) -> None:
+            bits = [] if self.seen is None else self.bits[len(self.seen)]
+            LIBRARY.recording_driver_note(len(bits))
+            launch_it(self_, tensors, addresses)
+            if self.seen is not None:
+                self.seen.append(noted(bits))
+
+        plans.Plan.allocate = allocate
+        plans.Launch.keep = kept
+        plans.Launch.__call__ = launched
+
+    def by_triton(self, call: Callable[[], object]) -> list[tuple[int, ...]]:
+        """What the call launches when nothing is planned."""
+        planned, plans.PLANS = plans.PLANS, {}
+        self.bits, self.seen = [], None
+        call()  # tells how many parameters there are to note
+        plans.PLANS = {}
+        found = self.by_plan(call)
+        plans.PLANS = planned
+        return found
+
+    def by_plan(self, call: Callable[[], object]) -> list[tuple[int, ...]]:
+        self.seen = []
+        call()
+        return self.seen
+
+
+def noted(bits: list[int]) -> tuple[int, ...]:
+    last = triton_without_gpu.Launch()
+    LIBRARY.recording_driver_last(ctypes.byref(last))
+    values = [last.parameters[i] & ((1 << width) - 1) for i, width in enumerate(bits)]
+    return (last.function, *last.grid, *last.block, last.shared, last.stream, *values)
+
+
+def at_odd_address(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values one element further than where memory is aligned."""
+    moved = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)[1:].view(tensor.shape)
+    return moved.copy_(tensor)
+
+
+def further_apart(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with one element between the rows (or the slots)."""
+    rows = tensor.shape[0]
+    wide = torch.empty(rows, tensor[0].numel() + 1, dtype=tensor.dtype)
+    return torch.as_strided(wide, tensor.shape, (wide.shape[1], *tensor[0].contiguous().stride()))
+
+
+def random_call(draw: random.Random) -> dict[str, Any]:
+    T, k, S = draw.choice((1, 1, 2, 5)), draw.choice((1, 2, 3, 8)), draw.choice((1, 7))
+    H, I = draw.choice((16, 48, 33)), draw.choice((16, 40))  # noqa: E741
+    dtype = draw.choice((torch.bfloat16, torch.float16, torch.float32))
+    gated = draw.random() < 0.8
+    N = 2 * I if gated else I
+    transposed = draw.random() < 0.3
+    shapes = ((S, H, N), (S, I, H)) if transposed else ((S, N, H), (S, H, I))
+    call: dict[str, Any] = {
+        "hidden": torch.zeros(T, H + draw.choice((0, 16, 1)), dtype=dtype)[:, :H],
+        "slot_ids": torch.zeros(T, k, dtype=draw.choice((torch.int32, torch.int64))),
+        "topk_weights": torch.zeros(T, k, dtype=draw.choice((torch.float32, dtype))),
+        "gate_up": torch.zeros(shapes[0], dtype=dtype),
+        "down": torch.zeros(shapes[1], dtype=dtype),
+        "gated": gated,
+        "transposed": transposed,
+        "interleaved": gated and draw.random() < 0.3,
+        "activation": draw.choice(("silu", "relu")),
+    }
+    if draw.random() < 0.5:
+        call["expert_map"] = torch.zeros(draw.choice((1, 9)), dtype=torch.int32)
+    if draw.random() < 0.4:
+        call |= {"gate_up_bias": torch.zeros(S, N), "down_bias": torch.zeros(S, H)}
+    if draw.random() < 0.3:
+        call["out"] = torch.zeros(T, H + draw.choice((0, 1)), dtype=dtype)[:, :H]
+    return call
+
+
+def calls_of(call: dict[str, Any], draw: random.Random) -> Iterator[Callable[[], object]]:
+    """A call, then one with a tensor elsewhere, or its rows further apart, then the first again."""
+    moved = draw.choice(("hidden", "slot_ids", "topk_weights", "gate_up", "down"))
+    elsewhere = call | {moved: at_odd_address(call[moved])}
+    spread = draw.choice(("hidden", "gate_up", "down"))
+    apart = call | {spread: further_apart(call[spread])}
+    for arguments in (call, call, elsewhere, elsewhere, apart, apart, call):
+        yield lambda arguments=arguments: experts.experts(**arguments)
+    without = {name: call[name] for name in call if name not in ("topk_weights", "out")}
+    T, H = call["hidden"].shape
+    routes = torch.zeros(T, call["slot_ids"].shape[1], H)
+    yield lambda: expert_routes(**without, routes=routes)
+    yield lambda: combine(routes, call["slot_ids"], call["topk_weights"], out=call["hidden"])
+
+
+def main() -> None:
+    draw = random.Random(int(sys.argv[1]))
+    launch.check_device = lambda device: None  # tensors of the CPU stand for a GPU's
+    watched = Watched()
+    launches, functions = 0, set()
+    for _ in range(FORMS):
+        for call in calls_of(random_call(draw), draw):
+            expected = watched.by_triton(call)
+            watched.by_plan(call)  # makes the plan where there was none
+            assert expected, "nothing was launched"
+            found = watched.by_plan(call)
+            assert found == expected, (found, expected)
+            launches += len(found)
+            functions |= {launch[0] for launch in found}
+    print(f"{launches} launches of {len(functions)} functions are the same")
+
+
+if __name__ == "__main__":
+    main()
