@@ -91,7 +91,7 @@ def measure(calls: int) -> list[dict[str, Any]]:
 
         def anew() -> None:
             plans.PLANS.clear()
-            kernels()  # noqa: B023
+            kernels()
 
         step()  # reads every expert that it will use
         add(f"a step, {tokens} token(s)", step, TARGET_US)

@@ -144,7 +144,8 @@ class Replay:
         reader = self.reader
         for token in range(first, end):
             for layer, ids in enumerate(self.ids[token]):
-                reader.begin(layer, ids.data_ptr(), True, 1, len(ids), self.map.data_ptr())
+                reader.ask(layer, ids.data_ptr(), True, 1, len(ids), self.map.data_ptr())
+                reader.begin()
                 if self.perfect and self.cache.wants_predictions:
                     self._predict(token, layer + 1)
                 while reader.next():

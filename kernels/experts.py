@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,13 +78,13 @@ def experts(
     the slots itself, or captures a CUDA graph, passes False, and then an id out of range is an
     access out of bounds. Raises ValueError, TypeError or RuntimeError before any launch.
     """
-    return compute(
+    return prepare(
         hidden, slot_ids, topk_weights, gate_up, down, out, None,
         expert_map=expert_map, activation=activation, gated=gated, interleaved=interleaved,
         transposed=transposed, gate_up_bias=gate_up_bias, down_bias=down_bias, alpha=alpha,
         limit=limit, num_experts=num_experts, read_through=read_through, check_ids=check_ids,
         path=path,
-    )  # fmt: skip
+    )()  # fmt: skip
 
 
 def expert_routes(
@@ -100,10 +102,10 @@ def expert_routes(
     of a token to one expert belong in the same wave. The dtype of `routes` is float32 for up to 16
     tokens, else that of the weights.
     """
-    return compute(hidden, slot_ids, None, gate_up, down, None, routes, **options)
+    return prepare(hidden, slot_ids, None, gate_up, down, None, routes, **options)()
 
 
-def compute(
+def prepare(
     hidden: torch.Tensor,
     ids: torch.Tensor,
     weights: torch.Tensor | None,
@@ -125,9 +127,12 @@ def compute(
     read_through: ReadThrough | None = None,
     check_ids: bool = True,
     path: str | None = None,
-) -> torch.Tensor:
-    """`out`, or `routes` where there are no weights; of a signature seen before, only ids are
-    checked."""
+) -> Callable[[], torch.Tensor]:
+    """Everything about a call but its launches, which what it returns makes, once.
+
+    The result is `out`, or `routes` where there are no weights. Of a signature seen before, only
+    ids are checked. Until the launches, what lies in the tensors may change, not where they lie.
+    """
     source = NO_SOURCE if read_through is None else (
         read_through.gate_up, read_through.down,
         read_through.gate_up_bias, read_through.down_bias,
@@ -145,7 +150,7 @@ def compute(
     if plan is not None:
         if check_ids:
             check_slots(ids, expert_map, gate_up.shape[0])
-        return plan.run(tensors, addresses)
+        return plan.prepare(tensors, addresses)
     problem = Problem.of(
         hidden, ids, gate_up, down,
         expert_map=expert_map, activation=activation, gated=gated, interleaved=interleaved,
@@ -158,9 +163,9 @@ def compute(
         check_weights(weights, ids)
     check_result(problem, chosen, out, routes)
     if chosen == "grouped":
-        return launch.run_grouped(problem, weights, out, routes)
+        return partial(launch.run_grouped, problem, weights, out, routes)
     plan = plans.keep(key, launch.decode_plan(problem, chosen, weights is None, out))
-    return plan.run(tensors, addresses)
+    return plan.prepare(tensors, addresses)
 
 
 def combine(

@@ -282,4 +282,4 @@ def run_combine(
             top_k=k, H=H, stride_ot=out.stride(0), BLOCK_H=512, num_warps=4,
         )  # fmt: skip
         plan = plans.keep(key, Plan(routes.device, (only,), Empty("out", (T, H), out.dtype)))
-    return plan.run(tensors, addresses)
+    return plan.prepare(tensors, addresses)()

@@ -8,8 +8,9 @@ whose signature was seen before hands over addresses and nothing else.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -96,26 +97,33 @@ class Plan:
     result: Empty
     scratch: tuple[Empty, ...] = ()
 
-    def run(self, tensors: list[torch.Tensor | None], addresses: list[int]) -> torch.Tensor:
-        """Returns the tensor in the result's place, a new one where that is empty."""
+    def prepare(
+        self, tensors: list[torch.Tensor | None], addresses: list[int]
+    ) -> Callable[[], torch.Tensor]:
+        """Allocates what the call needs; what it returns launches, and gives the result."""
         for empty in self.scratch:
             self.allocate(empty, tensors, addresses)
-        result = tensors[PLACES[self.result.name]]
-        if result is None:
-            result = self.allocate(self.result, tensors, addresses)
-        with on_device(self.device):
-            for launch in self.launches:
-                launch(tensors, addresses)
-        return result
+        if tensors[PLACES[self.result.name]] is None:
+            self.allocate(self.result, tensors, addresses)
+        return partial(self.launch, tensors, addresses)
 
     def allocate(
         self, empty: Empty, tensors: list[torch.Tensor | None], addresses: list[int]
-    ) -> torch.Tensor:
+    ) -> None:
         tensor = torch.empty(empty.shape, dtype=empty.dtype, device=self.device)
         place = PLACES[empty.name]
         tensors[place] = tensor
         addresses[place] = tensor.data_ptr()
-        return tensor
+
+    def launch(
+        self, tensors: Sequence[torch.Tensor | None], addresses: Sequence[int]
+    ) -> torch.Tensor:
+        with on_device(self.device):
+            for launch in self.launches:
+                launch(tensors, addresses)
+        result = tensors[PLACES[self.result.name]]
+        assert result is not None
+        return result
 
 
 def places(**tensors: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -66,7 +66,7 @@ class CudaExperts:
         lane = self._lane()
         with lane.lock:
             reader = lane.reader
-            reader.begin(
+            reader.ask(
                 layer,
                 ids.data_ptr(),
                 ids.dtype == torch.int64,
@@ -75,6 +75,9 @@ class CudaExperts:
                 prefill=prefill,
                 new_sequence=new_sequence,
             )
+            # Most steps are one wave: made ready while the ids are on their way.
+            whole = None if converted else self._prepared(rows, ids, weights, lane.map)
+            reader.begin()
             try:
                 lane.hand_over_predictions()
                 if on_ids is not None:
@@ -83,8 +86,8 @@ class CudaExperts:
                 while reader.next():
                     if self.is_fake:  # the host computes, so it waits for map and bytes itself
                         reader.synchronize()
-                    if self._triton is not None and reader.wave_is_whole and not converted:
-                        return self._whole(rows, ids, weights, lane.map)
+                    if whole is not None and reader.wave_is_whole:
+                        return whole()
                     routes = self._wave(rows, ids, lane.map, routes)
                     reader.done()
             finally:
@@ -103,27 +106,34 @@ class CudaExperts:
         with lane.lock:
             lane.predictions.append((layer, on_host))
 
-    def _whole(
+    def _prepared(
         self,
         hidden: torch.Tensor,
         ids: torch.Tensor,
         weights: torch.Tensor,
         expert_map: torch.Tensor,
-    ) -> torch.Tensor:
-        """A step in one wave: two launches instead of three, for the same bits."""
+    ) -> Callable[[], torch.Tensor] | None:
+        """A step in one wave: two launches instead of three, for the same bits.
+
+        A resize moves no slot, so what is made ready before it holds behind it.
+        """
+        if self._triton is None:
+            return None
         views = self._current_views()
-        out: torch.Tensor = self._triton.experts(
+        launch: Callable[[], torch.Tensor] = self._triton.prepare(
             hidden,
             ids,
             weights,
             views["gate_up"],
             views["down"],
+            None,
+            None,
             expert_map=expert_map,
             activation=self.store.activation,
             num_experts=self.store.num_experts,
-            check_ids=False,  # the core checked them on the host
+            check_ids=False,  # the core checks them on the host
         )
-        return out
+        return launch
 
     def _wave(
         self,

@@ -221,9 +221,9 @@ def test_no_driver(qwen3_folder: Path, tmp_path: Path) -> None:
     assert "UnsupportedError" in run.stderr and "libnone.so" in run.stderr
 
 
-@pytest.mark.parametrize("benchmark", ["decode_gpu", "copy_gpu"])
+@pytest.mark.parametrize("benchmark", ["decode_gpu", "copy_gpu", "host_time"])
 def test_the_benchmarks_run_to_their_end(benchmark: str, tmp_path: Path) -> None:
-    tokens = ["--tokens", "4"] if benchmark == "decode_gpu" else ["--steps", "5"]
+    tokens = {"decode_gpu": ["--tokens", "4"], "copy_gpu": ["--steps", "5"]}.get(benchmark, [])
     output = tmp_path / "result.json"
     run = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{benchmark}", "--tiny", "--json", output, *tokens],

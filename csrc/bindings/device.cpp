@@ -63,22 +63,24 @@ void bind_device_reader(py::module_& module) {
              }),
              py::arg("cache"), py::arg("stream"))
         .def(
-            "begin",
+            "ask",
             [](DeviceReader& reader, int32_t layer, uintptr_t ids, bool ids_are_int64,
                int64_t tokens, int32_t top_k, uintptr_t map, bool prefill, bool new_sequence) {
-                reader.begin({.layer = layer,
-                              .ids = reinterpret_cast<const std::byte*>(ids),
-                              .ids_are_int64 = ids_are_int64,
-                              .tokens = tokens,
-                              .top_k = top_k,
-                              .map = reinterpret_cast<std::byte*>(map),
-                              .prefill = prefill,
-                              .new_sequence = new_sequence});
+                reader.ask({.layer = layer,
+                            .ids = reinterpret_cast<const std::byte*>(ids),
+                            .ids_are_int64 = ids_are_int64,
+                            .tokens = tokens,
+                            .top_k = top_k,
+                            .map = reinterpret_cast<std::byte*>(map),
+                            .prefill = prefill,
+                            .new_sequence = new_sequence});
             },
             py::arg("layer"), py::arg("ids_address"), py::arg("ids_are_int64"), py::arg("tokens"),
             py::arg("top_k"), py::arg("map_address"), py::arg("prefill") = false,
             py::arg("new_sequence") = false, released,
-            "Waits for the ids [tokens, top_k] at a device address, then starts the step.")
+            "Enqueues the way of the ids [tokens, top_k] from a device address to the host.")
+        .def("begin", &DeviceReader::begin, released,
+             "Waits for the ids that were asked for, then starts the step.")
         .def("next", &DeviceReader::next, released,
              "False: the step is over. Else int32 [num_experts] at map_address will hold the rows "
              "of this wave, -1 elsewhere, and the stream waits for their bytes.")

@@ -60,13 +60,32 @@ void DeviceReader::reserve(size_t id_bytes) {
     ids_ = pinned(*device_, 2 * id_bytes);
 }
 
-void DeviceReader::read_ids() {
-    const size_t count = static_cast<size_t>(step_.tokens) * static_cast<size_t>(step_.top_k);
-    const size_t nbytes = count * (step_.ids_are_int64 ? 8 : 4);
+size_t DeviceReader::id_count() const noexcept {
+    return static_cast<size_t>(step_.tokens) * static_cast<size_t>(step_.top_k);
+}
+
+void DeviceReader::ask(const DeviceStep& step) {
+    release();
+    if (step.tokens < 1 || step.top_k < 1) {
+        throw Error(ErrorCode::kInvalid, "expected at least 1 token and 1 expert each, found " +
+                                             std::to_string(step.tokens) + " and " +
+                                             std::to_string(step.top_k));
+    }
+    // Ids that were asked for and given up may still be on their way to where the next ones go.
+    if (ids_point_) timeline_->synchronize(*ids_point_);
+    step_ = step;
+    const size_t nbytes = id_count() * (step_.ids_are_int64 ? 8 : 4);
     reserve(nbytes);
     device_->copy_out(ids_->data(), step_.ids, nbytes, timeline_->stream());
-    timeline_->synchronize(timeline_->mark());
+    ids_point_ = timeline_->mark();
+}
 
+void DeviceReader::read_ids() {
+    if (!ids_point_) throw Error(ErrorCode::kInvalid, "begin() without ids asked for");
+    timeline_->synchronize(*ids_point_);
+    ids_point_.reset();
+
+    const size_t count = id_count();
     experts_.clear();
     counts_.clear();
     const auto num_experts = static_cast<int64_t>(position_of_.size());
@@ -97,20 +116,13 @@ void DeviceReader::read_ids() {
     for (const int32_t expert : experts_) position_of_[static_cast<size_t>(expert)] = -1;
 }
 
-void DeviceReader::begin(const DeviceStep& step) {
-    release();
-    if (step.tokens < 1 || step.top_k < 1) {
-        throw Error(ErrorCode::kInvalid, "expected at least 1 token and 1 expert each, found " +
-                                             std::to_string(step.tokens) + " and " +
-                                             std::to_string(step.top_k));
-    }
-    step_ = step;
+void DeviceReader::begin() {
     read_ids();
-    lease_.emplace(cache_->begin({.layer = step.layer,
+    lease_.emplace(cache_->begin({.layer = step_.layer,
                                   .experts = experts_,
                                   .counts = counts_,
-                                  .prefill = step.prefill,
-                                  .new_sequence = step.new_sequence}));
+                                  .prefill = step_.prefill,
+                                  .new_sequence = step_.new_sequence}));
     more_ = true;
 }
 

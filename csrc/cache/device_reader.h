@@ -34,8 +34,11 @@ public:
     DeviceReader(std::shared_ptr<ExpertCache> cache, Stream stream);
     ~DeviceReader();
 
-    // Waits for the ids, then starts the step; one still open ends.
-    void begin(const DeviceStep& step);
+    // Enqueues the way of the ids to the host and does not wait; a step still open ends.
+    void ask(const DeviceStep& step);
+
+    // Waits for the ids asked for, then starts the step.
+    void begin();
 
     // False once every expert has been handed out. Else the map will hold, in the stream's order,
     // the row of each expert of this wave and -1 for the others, and the stream waits for their
@@ -58,6 +61,7 @@ public:
 private:
     static constexpr size_t kMaps = 8;
 
+    [[nodiscard]] size_t id_count() const noexcept;
     void read_ids();
     void reserve(size_t id_bytes);
 
@@ -71,6 +75,7 @@ private:
     size_t maps_used_ = 0;
 
     DeviceStep step_;
+    std::optional<uint64_t> ids_point_;  // where the ids asked for will have come
     std::optional<StepLease> lease_;
     std::vector<int32_t> experts_, counts_, position_of_;
     std::vector<ReadyExpert> ready_;  // handed out by the lease, not yet by us

@@ -128,11 +128,12 @@ void test_on_a_device(const CacheWorld& world, const std::shared_ptr<Device>& de
         DeviceReader reader(cache, stream);
         const auto step = [&](int32_t i) {
             for (int32_t e = 0; e < width; ++e) ids[e] = (5 * i + 3 * e) % kExperts;
-            reader.begin({.layer = i % kLayers,
-                          .ids = shared->data(),
-                          .tokens = 1,
-                          .top_k = width,
-                          .map = shared->data() + 4096 * sizeof(int32_t)});
+            reader.ask({.layer = i % kLayers,
+                        .ids = shared->data(),
+                        .tokens = 1,
+                        .top_k = width,
+                        .map = shared->data() + 4096 * sizeof(int32_t)});
+            reader.begin();
             while (reader.next()) reader.done();
             reader.release();
         };

@@ -47,12 +47,11 @@ class Watched:
         memory: dict[plans.Empty, torch.Tensor] = {}
         launch_it, keep = plans.Launch.__call__, plans.Launch.keep
 
-        def allocate(plan: plans.Plan, empty: plans.Empty, tensors: Any, addresses: Any) -> Any:
+        def allocate(plan: plans.Plan, empty: plans.Empty, tensors: Any, addresses: Any) -> None:
             if empty not in memory:
                 memory[empty] = torch.empty(empty.shape, dtype=empty.dtype)
             place = plans.PLACES[empty.name]
             tensors[place], addresses[place] = memory[empty], memory[empty].data_ptr()
-            return memory[empty]
 
         def kept(self_: plans.Launch, compiled: Any) -> None:
             if self.seen is None:

@@ -34,7 +34,7 @@ def no_launches(monkeypatch: pytest.MonkeyPatch) -> None:
     def launched(*_: object, **__: object) -> None:
         raise AssertionError("launched")
 
-    monkeypatch.setattr(plans.Plan, "run", launched)
+    monkeypatch.setattr(plans.Plan, "launch", launched)
     monkeypatch.setattr(launch, "run_grouped", launched)
     monkeypatch.setattr(plans, "PLANS", {})
 
