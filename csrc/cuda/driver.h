@@ -47,7 +47,6 @@ constexpr int kGranularityMinimum = 0;
 constexpr unsigned kRegisterPortable = 1;
 constexpr unsigned kRegisterDeviceMap = 2;
 constexpr unsigned kStreamNonBlocking = 1;
-constexpr unsigned kEventBlockingSync = 1;
 constexpr unsigned kEventDisableTiming = 2;
 constexpr int kAttributeMultiprocessors = 16;
 constexpr int kAttributeVirtualMemory = 102;
