@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import warnings
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,11 @@ def stored(device: _core.CudaDevice) -> int | None:
 
 
 def _key(device: _core.CudaDevice) -> str:
-    return f"{device.name}, CUDA {device.driver_version}, moeinf {version('moeinf')}"
+    try:
+        ours = version("moeinf")
+    except PackageNotFoundError:  # a checkout whose core was built in place
+        ours = "in place"
+    return f"{device.name}, CUDA {device.driver_version}, moeinf {ours}"
 
 
 def _read(file: Path) -> dict[str, Any]:

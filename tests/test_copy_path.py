@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,18 @@ def path_of(store: moeinf.ExpertStore, **options: Any) -> str:
     cache = moeinf.ExpertCache(store, device="cuda", slots=4, **options)
     found: str = cache.stats()["host"]["copy_path"]
     return found
+
+
+def test_a_checkout_built_in_place_has_no_version_and_needs_none(
+    store: moeinf.ExpertStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(copy_path, "version", none)
+    assert "never measured here" in path_of(store)
+    copy_path.store(_core.CudaDevice(0), {"gather_below": 300, "rows": []})
+    assert "gather up to 300 bytes" in path_of(store)
 
 
 def test_each_copy_has_its_latency_and_a_gather_has_one(driver: ctypes.CDLL) -> None:
