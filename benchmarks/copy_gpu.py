@@ -4,17 +4,21 @@
 
 Every row copies experts of one size from the pinned RAM tier into slots, all of them misses, and
 states the bandwidth over the pinned peak: one large copy by torch, measured in the same run. Under
-a driver made for tests no such peak exists, and the best row stands in for it. Host time per step
-is that of a decode step with every expert resident. `--tiny` runs the same in seconds.
+a driver made for tests no such peak exists, and the best row stands in for it. A step asks for many
+experts, for between two steps the link rests: the host learns of the next one's experts only when
+the last one has been computed. Host time per step is that of a decode step with every expert
+resident. `--tiny` runs the same in seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,7 @@ import torch
 
 import moeinf
 from benchmarks.common import print_table, write_json
-from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
+from benchmarks.random_checkpoint import Geometry, folder_for, write_random_checkpoint
 from moeinf.devices import open_device
 from moeinf.errors import UnsupportedError
 
@@ -31,6 +35,8 @@ from moeinf.errors import UnsupportedError
 SIZES = ((256, 128), (512, 256), (1024, 512), (2048, 768), (2048, 1408), (4096, 2048))
 TINY = ((64, 32), (128, 64))
 PEAK_BYTES = 256 * 2**20
+STEP_BYTES = 256 * 2**20  # that a step of misses copies, if 32 experts are as many
+TOP_K = 8
 
 
 @lru_cache(maxsize=4)
@@ -61,7 +67,7 @@ def pinned_peak(store: moeinf.ExpertStore, device: str) -> float:
 
 def copied(store: moeinf.ExpertStore, device: str, *, gather: bool, rounds: int) -> float:
     """Bytes per second of misses that find their experts in RAM: two halves take turns."""
-    width = max(1, store.num_experts // 2)
+    width = store.num_experts // 2
     cache = moeinf.ExpertCache(
         store,
         device=device,
@@ -69,31 +75,32 @@ def copied(store: moeinf.ExpertStore, device: str, *, gather: bool, rounds: int)
         policy="lru",
         gather_below=store.slot_bytes + 1 if gather else 0,
     )
-    halves = [list(range(width)), list(range(width, 2 * width))]
-    for half in halves:  # from the files into RAM
-        step(cache, half)
+    halves = [Step(cache, range(width)), Step(cache, range(width, 2 * width))]
+    for half in halves * 2:  # from the files into RAM; the second time as it is measured
+        half.run()
     wait(cache)
     start = time.perf_counter()
     for _ in range(rounds):
         for half in halves:
-            step(cache, half)
+            half.run()
     wait(cache)
     moved = 2 * rounds * width * store.layout.nbytes
     return moved / (time.perf_counter() - start)
 
 
-def step(cache: moeinf.ExpertCache, experts: list[int]) -> None:
-    """One step of layer 0 over `experts`, one token each, as short as the operator allows."""
-    store = cache.store
-    hidden = store.layout["down"].shape[0]
-    tokens = len(experts)
-    moeinf.fused_experts(
-        torch.zeros(tokens, hidden, dtype=torch.bfloat16, device=cache.device),
-        torch.tensor(experts, device=cache.device)[:, None],
-        torch.ones(tokens, 1, device=cache.device),
-        cache,
-        0,
-    )
+class Step:
+    """A step of layer 0 over `experts`, a multiple of TOP_K: everything it needs but the experts
+    lies on the device before it is run."""
+
+    def __init__(self, cache: moeinf.ExpertCache, experts: Sequence[int]) -> None:
+        self.cache = cache
+        self.ids = torch.tensor(experts, device=cache.device).view(-1, TOP_K)
+        tokens, hidden = len(self.ids), cache.store.layout["down"].shape[0]
+        self.hidden = torch.zeros(tokens, hidden, dtype=torch.bfloat16, device=cache.device)
+        self.weights = torch.ones(tokens, TOP_K, device=cache.device)
+
+    def run(self) -> None:
+        moeinf.fused_experts(self.hidden, self.ids, self.weights, self.cache, 0)
 
 
 def wait(cache: moeinf.ExpertCache) -> None:
@@ -104,27 +111,29 @@ def wait(cache: moeinf.ExpertCache) -> None:
 def host_microseconds(store: moeinf.ExpertStore, device: str, steps: int) -> float:
     """Median host time of a decode step, all resident: its wait for the ids, until launched."""
     cache = moeinf.ExpertCache(store, device=device, memory="100%")
-    hidden = torch.zeros(
-        1, store.layout["down"].shape[0], dtype=torch.bfloat16, device=cache.device
-    )
-    ids = torch.arange(store.top_k, device=cache.device)[None]
-    weights = torch.ones(1, store.top_k, device=cache.device)
+    step = Step(cache, range(TOP_K))
     times = []
     for _ in range(steps + 3):
         wait(cache)
         start = time.perf_counter()
-        moeinf.fused_experts(hidden, ids, weights, cache, 0)
+        step.run()
         times.append((time.perf_counter() - start) * 1e6)
     return statistics.median(times[3:])
+
+
+def experts_of(size: tuple[int, int]) -> int:
+    """Two steps' worth: 8, 16 or 32 experts each, for STEP_BYTES."""
+    wanted = STEP_BYTES / (6 * math.prod(size))
+    return 2 * next((count for count in (8, 16) if count >= wanted), 32)
 
 
 def measure(size: tuple[int, int], options: argparse.Namespace) -> dict[str, Any]:
     hidden, intermediate = size
     geometry = Geometry(
-        hidden=hidden, intermediate=intermediate, experts=16, top_k=4, layers=1,
+        hidden=hidden, intermediate=intermediate, experts=experts_of(size), top_k=TOP_K, layers=1,
         heads=2, kv_heads=1, head_dim=32, vocabulary=64,
     )  # fmt: skip
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+    with tempfile.TemporaryDirectory(dir=options.folder or folder_for(geometry)) as folder:
         write_random_checkpoint(Path(folder), geometry)
         store = moeinf.ExpertStore.open(folder)
         opened = open_device(options.device)
@@ -162,16 +171,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, help="where the random checkpoints are kept")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes; numbers mean nothing")
     options = parser.parse_args(arguments)
+    rows: list[dict[str, Any]] = []
     try:
-        rows = [measure(size, options) for size in (TINY if options.tiny else SIZES)]
+        for size in TINY if options.tiny else SIZES:
+            rows.append(measure(size, options))
+            print_table(rows[-1:], COLUMNS)  # each at once, for sessions end when their time is up
+            if options.json:
+                write_json(options.json, "copy_gpu", tiny=options.tiny, rows=rows)
     except UnsupportedError as error:
         print(f"skipped: {error}")
         if options.json:
             write_json(options.json, "copy_gpu", skipped=str(error))
-        return 0
-    print_table(rows, COLUMNS)
-    if options.json:
-        write_json(options.json, "copy_gpu", tiny=options.tiny, rows=rows)
     return 0
 
 

@@ -6,8 +6,10 @@ Replays decode routing over random weights with the geometry of published models
 every layer, one token at a time, nothing else of the model. Beside each time stand the roofline
 (the larger of the link's time for the bytes that were copied, at the pinned bandwidth measured in
 this run, and the all-resident time), the least that fetching every expert for every token could
-take, and the all-resident time. The row of 0% fetches on demand: one slot. `--tiny` runs the same
-on any driver in seconds, the one made for tests included; its numbers mean nothing.
+take, and the all-resident time. The row of 0% fetches on demand: one slot. One cache serves all
+rows of a model, from the most slots to the fewest, so that every expert is in pinned RAM before the
+first of them is timed. `--tiny` runs the same on any driver in seconds, the one made for tests
+included; its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ import torch
 import moeinf
 from benchmarks.common import print_table, write_json
 from benchmarks.copy_gpu import pinned_peak
-from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
+from benchmarks.random_checkpoint import Geometry, folder_for, write_random_checkpoint
 from benchmarks.routing_replay import decode_routing
+from moeinf.budget import slots_for
 from moeinf.errors import CapacityError, UnsupportedError
 
 SHARES = (0, 5, 10, 25, 50, 75, 100)
@@ -88,20 +91,21 @@ def measure(
         top_k=geometry.top_k,
     )
     rows: list[dict[str, Any]] = []
-    resident = None
+    cache = resident = None
     peak = pinned_peak(store, options.device)
     for share in sorted(options.shares, reverse=True):
+        slots = slots_of(share, store)
         try:
-            budget: dict[str, Any] = {"memory": f"{share}%"} if share else {"slots": 1}
-            cache = moeinf.ExpertCache(store, device=options.device, **budget)
+            if cache is None:
+                cache = moeinf.ExpertCache(store, device=options.device, slots=slots)
+                replay = Replay(geometry, routing, cache.device)
+                replay.run(cache, 0, options.tokens)  # brings what it needs into RAM
+            cache.resize(slots)
         except CapacityError as error:
             rows.append({"model": name, "share": share, "failed": str(error).splitlines()[0]})
             continue
-        replay = Replay(geometry, routing, cache.device)
         half = options.tokens // 2
-        replay.run(cache, 0, half)  # compiles the kernels, fills slots and RAM
-        if share == 100:
-            replay.run(cache, 0, options.tokens)
+        replay.run(cache, 0, half)  # compiles the kernels, fills slots
         cache.reset_stats()
         seconds = replay.run(cache, half, options.tokens)
         stats = cache.stats()
@@ -126,8 +130,17 @@ def measure(
                 "copy_path": stats["host"]["copy_path"],
             }
         )
-        del cache
     return rows
+
+
+def slots_of(share: int, store: moeinf.ExpertStore) -> int:
+    """One slot for 0%."""
+    total = store.num_layers * store.num_experts
+    if share == 0:
+        return 1
+    return slots_for(
+        memory=f"{share}%", slots=None, slot_bytes=store.slot_bytes, total_experts=total
+    )
 
 
 COLUMNS = {
@@ -164,7 +177,8 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[dict[str, Any]] = []
     try:
         for name in options.models or known:
-            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            place = options.folder or folder_for(known[name])
+            with tempfile.TemporaryDirectory(dir=place) as folder:
                 write_random_checkpoint(Path(folder), known[name])
                 store = moeinf.ExpertStore.open(folder)
                 found = measure(name, known[name], store, options)

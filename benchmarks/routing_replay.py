@@ -7,6 +7,7 @@ experts per layer is a few independent copies of the trace side by side, each of
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from moeinf.trace import DECODE, Array, Trace
 PROMPT = "import os\nimport sys\n\n\ndef main"
 
 
+@lru_cache(maxsize=1)  # the same for every model that it is stretched to
 def recorded(tokens: int) -> Trace:
     """Decode routing of the built-in model."""
     import moeinf
