@@ -1,6 +1,7 @@
 """The expert FFN on a GPU, against its measured memory bandwidth and matrix product rate.
 
     python -m benchmarks.ffn_gpu --json benchmarks/results/ffn_gpu.json
+    python -m benchmarks.ffn_gpu --compile        # only fills Triton's cache
     python -m benchmarks.ffn_gpu --dry-run        # tiny, on the CPU under TRITON_INTERPRET=1
 
 Bytes that must move: every distinct expert of a call once, plus hidden and output; FLOPs:
@@ -19,7 +20,7 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,8 @@ TOKENS = (1, 2, 4, 8, 16, 512, 4096)
 TOLERANCE = 2e-2  # of a result in bf16 against float32, by norm
 MOST_GATHERED = 8 << 30  # batched_mm copies the experts of every route
 MOST_LOOPED = 64  # tokens for which a loop over routes is worth waiting for
+# What a profile lists beside the kernels of a device, depending on torch's version.
+PROFILER_S_OWN = ("Activity Buffer", "Command Buffer", "Context Sync", "Event Sync", "Stream Sync")
 
 
 @dataclass(frozen=True)
@@ -266,34 +269,56 @@ def launched_microseconds(run: Run, inputs: list[Call], device: torch.device) ->
     return statistics.median(times)
 
 
+def waits_for_device(run: Run, call: Call) -> bool:
+    """Does it make the host wait? That has to be known before a capture, not found out by one:
+    after a capture that failed, torch still believes to be in it, and its next randn raises."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(call)
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return False
+
+
 def graph_microseconds(run: Run, inputs: list[Call], replays: int = 10) -> float | None:
     """Time of a call in a CUDA graph of all calls, one after the other; None if not capturable."""
-    stream = torch.cuda.Stream()
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     try:
         with torch.cuda.stream(stream):
-            for call in inputs[:3]:
-                run(call)
+            if any(waits_for_device(run, call) for call in inputs[:3]):
+                return None
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             for call in inputs:
                 run(call)
     except RuntimeError:
+        torch.cuda.set_stream(before)  # a capture that fails leaves its own behind
         torch.cuda.synchronize()
         return None
     return roofline_gpu.milliseconds(graph.replay, replays) * 1e3 / len(inputs)
 
 
-def launches(run: Run, call: Call) -> int:
-    """Kernels that one call puts on the GPU, by the profiler."""
+def launches(run: Run, call: Call) -> int | None:
+    """Kernels that one call puts on the GPU, by the profiler; None where it sees none."""
     run(call)
     torch.cuda.synchronize()
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         run(call)
         torch.cuda.synchronize()
-    kinds = (torch.autograd.DeviceType.CUDA,)
-    return sum(1 for event in profile.events() if event.device_type in kinds)
+    return count_launches((event.name, event.device_type) for event in profile.events()) or None
+
+
+def count_launches(events: Iterable[tuple[str, Any]]) -> int:
+    """Of a profile's events, by name and device, those that are kernels, copies and fills."""
+    return sum(
+        device == torch.autograd.DeviceType.CUDA and not name.startswith(PROFILER_S_OWN)
+        for name, device in events
+    )
 
 
 def measure(
@@ -311,27 +336,35 @@ def measure(
         rows.append(row)
         try:
             row["error"] = relative_error(layer, run, inputs[0])
-        except (RuntimeError, TypeError, ValueError, AttributeError) as problem:
+            if not row["error"] <= TOLERANCE:
+                row["failed"] = "wrong result"
+                continue
+            slow = name == "torch loop" and tokens > MOST_LOOPED
+            some = inputs[:3] if slow else inputs
+            row["us_launched"] = launched_microseconds(run, some, layer.device)
+            if layer.device.type == "cuda":
+                # A profile takes longer than what it looks at: of others one says enough.
+                if name == "ours" or tokens == 1:
+                    row["launches"] = launches(run, inputs[0])
+                # The torch loop waits for the device, which a graph cannot hold.
+                row["us_graph"] = None if name == "torch loop" else graph_microseconds(run, inputs)
+        except Exception as problem:  # what a compiler or a launch may raise has no common type
             row["failed"] = f"{type(problem).__name__}: {problem}".splitlines()[0]
             continue
-        if not row["error"] <= TOLERANCE:
-            row["failed"] = "wrong result"
-            continue
-        slow = name == "torch loop" and tokens > MOST_LOOPED
-        some = inputs[:3] if slow else inputs
-        row["us_launched"] = launched_microseconds(run, some, layer.device)
-        best = row["us_launched"]
-        if layer.device.type == "cuda":
-            row["launches"] = launches(run, inputs[0])
-            # The torch loop waits for the device, which a graph cannot hold.
-            row["us_graph"] = None if name == "torch loop" else graph_microseconds(run, inputs)
-            best = min(best, row["us_graph"] or math.inf)
+        best = min(row["us_launched"], row.get("us_graph") or math.inf)
         row["gb_per_s"] = moved / best / 1e3
         row["tflop_per_s"] = geometry.flops(tokens) / best / 1e6
         if bandwidth is not None and rate is not None:
             row["share_of_bandwidth"] = row["gb_per_s"] * 1e9 / bandwidth
             row["share_of_matmul"] = row["tflop_per_s"] * 1e12 / rate
     return rows
+
+
+def compile_ours(layer: Layer, tokens: Iterable[int]) -> None:
+    """Calls ours once with each number of tokens, which leaves its kernels in Triton's cache."""
+    for count in tokens:
+        _, run = next(implementations(layer, count))
+        run(calls(layer, count, 1)[0])
 
 
 COLUMNS = {
@@ -358,6 +391,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", nargs="*", type=int, default=TOKENS)
     parser.add_argument("--calls", type=int, default=32, help="different calls per measurement")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
+    parser.add_argument("--compile", action="store_true", help="compile our kernels, time nothing")
     options = parser.parse_args(arguments)
     known = TINY if options.dry_run else GEOMETRIES
     names = options.models or [geometry.name for geometry in known]
@@ -375,15 +409,20 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     else:
         device = torch.device("cuda", torch.cuda.current_device())
-        bandwidth = roofline_gpu.memory_bandwidth(device)
-        rate = roofline_gpu.matmul_rate(device)
-        print(f"limits: {bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.0f} TFLOP/s in bf16")
+        if not options.compile:
+            bandwidth = roofline_gpu.memory_bandwidth(device)
+            rate = roofline_gpu.matmul_rate(device)
+            print(f"limits: {bandwidth / 1e9:.0f} GB/s, {rate / 1e12:.0f} TFLOP/s in bf16")
     rows: list[dict[str, Any]] = []
     limits = {"bytes_per_s": bandwidth, "flop_per_s": rate}
     for geometry in known:
         if geometry.name in names:
             before = len(rows)
             layer = Layer(geometry, device, torch.bfloat16)
+            if options.compile:
+                compile_ours(layer, options.tokens)
+                del layer
+                continue
             for tokens in options.tokens:
                 # Many tokens touch all experts: there is nothing to rotate.
                 count = options.calls if tokens <= 16 else min(options.calls, 4)
