@@ -136,8 +136,8 @@ def down_vector(
 
     A program splits the sum over (j, i) for its BLOCK_H rows: ROUTES routes side by side, a warp
     or more for each, lanes along I; then it adds the finished routes one after the other in the
-    order of j. `per_route` is a run-time flag so that the same machine code makes every y, whether
-    it is summed here or by `combine` after the last wave.
+    order of j. `per_route` is a run-time flag so that with float32 weights the same machine code
+    makes every y, whether it is summed here or by `combine` after the last wave.
     """
     t = tl.program_id(0)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)

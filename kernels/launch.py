@@ -151,10 +151,10 @@ def vector_launches(p: Problem, per_route: bool, out_stride: int) -> tuple[Launc
         down_vector, (p.T, triton.cdiv(p.H, chosen["BLOCK_H"])),
         {
             "act_ptr": "act", "ids_ptr": "ids", "map_ptr": slots, "down_ptr": "down",
-            "weights_ptr": "act" if per_route else "weights", "bias_ptr": bias,
+            "weights_ptr": "routes" if per_route else "weights", "bias_ptr": bias,
             "source_ptr": "source_down" if through else "ids",
             "bias_source_ptr": "source_down_bias" if biases_through else "ids",
-            "routes_ptr": "routes" if per_route else "act",
+            "routes_ptr": "routes" if per_route else "weights",
             "out_ptr": "hidden" if per_route else "out",
         },
         **sizes(p), **down_strides(p), stride_bs=stride_bs, stride_ot=out_stride,
@@ -188,7 +188,7 @@ def shared_launches(p: Problem, per_route: bool, out_stride: int) -> tuple[Launc
         down_shared, (triton.cdiv(p.H, chosen["BLOCK_H"]),),
         {
             "act_ptr": "act", "ids_ptr": "ids", "map_ptr": slots, "down_ptr": "down",
-            "weights_ptr": "act" if per_route else "weights", "bias_ptr": bias,
+            "weights_ptr": "routes" if per_route else "weights", "bias_ptr": bias,
             "plan_ptr": "plan", "rows_ptr": "rows",
             "routes_ptr": "routes", "out_ptr": "hidden" if per_route else "out",
         },

@@ -5,6 +5,7 @@ of a plan against Triton's own dispatch of the same tensors. test_kernels_plans.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -148,10 +149,27 @@ def calls_of(call: dict[str, Any], draw: random.Random) -> Iterator[Callable[[],
     yield lambda: combine(routes, call["slot_ids"], call["topk_weights"], out=call["hidden"])
 
 
+def check_waves_run_the_same_code(watched: Watched) -> None:
+    """A step in one wave and one in many: the same machine code makes every expert's output."""
+    for tokens, dtype in itertools.product((1, 3), (torch.bfloat16, torch.float16, torch.float32)):
+        tensors = [
+            torch.zeros(tokens, 48, dtype=dtype),
+            torch.zeros(tokens, 4, dtype=torch.int32),
+            torch.zeros(tokens, 4),
+            torch.zeros(7, 80, 48, dtype=dtype),
+            torch.zeros(7, 48, 40, dtype=dtype),
+        ]
+        whole = watched.by_triton(lambda: experts.experts(*tensors))  # noqa: B023
+        del tensors[2]
+        waves = watched.by_triton(lambda: expert_routes(*tensors))  # noqa: B023
+        assert [launch[0] for launch in whole] == [launch[0] for launch in waves], (tokens, dtype)
+
+
 def main() -> None:
     draw = random.Random(int(sys.argv[1]))
     launch.check_device = lambda device: None  # tensors of the CPU stand for a GPU's
     watched = Watched()
+    check_waves_run_the_same_code(watched)
     launches, functions = 0, set()
     for _ in range(FORMS):
         for call in calls_of(random_call(draw), draw):
