@@ -434,7 +434,7 @@ def prediction_summary(counts: dict[str, Any]) -> dict[str, Any]:
     passes that did read ahead. None where nothing was counted. `late` prefetches were still being
     read when their step came, and took `late_seconds` more. `gain` is the share of a pass's time
     that reading ahead saves, from passes with and without it in turn, give or take `gain_error`;
-    prefetching is switched on (`active`) where it is clearly above zero.
+    prefetching is on where it is clearly above zero (`state`: "off", "on trial" or "on").
     """
 
     def ratio(part: str, whole: str) -> float | None:

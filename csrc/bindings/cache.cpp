@@ -163,10 +163,22 @@ py::dict to_dict(const LayerStats& stats) {
     return row;
 }
 
+const char* name_of(PrefetchTrial::State state) {
+    switch (state) {
+        case PrefetchTrial::State::kOff:
+            return "off";
+        case PrefetchTrial::State::kTrying:
+            return "on trial";
+        case PrefetchTrial::State::kOn:
+            return "on";
+    }
+    return "";
+}
+
 py::dict to_dict(const PredictionStats& stats) {
     py::dict row;
     row["predictor"] = stats.predictor;
-    row["active"] = stats.active;
+    row["state"] = name_of(stats.state);
     row["gain"] = stats.gain;
     row["gain_error"] = stats.gain_error;
     row["switches"] = stats.switches;

@@ -270,7 +270,7 @@ bool Prefetcher::promising() const noexcept {
 
 PredictionStats Prefetcher::stats() const {
     PredictionStats stats = stats_;
-    stats.active = trial_.state() == PrefetchTrial::State::kOn;
+    stats.state = trial_.state();
     stats.gain = trial_.gain();
     stats.gain_error = trial_.error();
     stats.switches = trial_.switches() - switches_before_;

@@ -29,7 +29,7 @@ namespace moeinf {
 // Counted when the predicted step comes. Prefill steps are not predicted.
 struct PredictionStats {
     std::string predictor = "off";
-    bool active = false;           // switched on, as of now
+    PrefetchTrial::State state{};  // off, on trial or on, as of now
     double gain = 0;               // share of a pass's time that fetching saves, as last measured
     double gain_error = 0;         // its standard error; both 0 before it was measured
     int64_t switches = 0;          // times it was switched on or off

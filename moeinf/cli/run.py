@@ -149,7 +149,7 @@ def _prefetch_facts(prefetch: dict[str, Any]) -> dict[str, str]:
         return "-" if prefetch[name] is None else f"{prefetch[name]:.1%}"
 
     return {
-        f"prefetch, {prefetch['predictor']}": f"switched {'on' if prefetch['active'] else 'off'}, "
+        f"prefetch, {prefetch['predictor']}": f"{prefetch['state']}, "
         f"read ahead in {percent('active_share')} of the steps, "
         f"gain {prefetch['gain']:+.1%} ± {prefetch['gain_error']:.1%}",
         "predictions": f"recall {percent('recall')}, precision {percent('precision')}, "

@@ -153,9 +153,10 @@ Ids alternating(int32_t layer, int token) {
 
 void check_it_helps_stops_and_returns() {
     Machine machine("previous");
-    CHECK(!machine.prefetcher->stats().active);  // until it is known to pay
+    CHECK(machine.prefetcher->stats().state !=
+          PrefetchTrial::State::kOn);  // until it is known to pay
     decode(machine, 40, 0.01, same);
-    CHECK(machine.prefetcher->stats().active);
+    CHECK(machine.prefetcher->stats().state == PrefetchTrial::State::kOn);
     CHECK(machine.prefetcher->stats().gain > 0.1);
     CHECK(machine.fetched > 30);
     const double before = machine.stalled;
@@ -165,13 +166,13 @@ void check_it_helps_stops_and_returns() {
 
     // What the token before used is now always wrong.
     decode(machine, 60, 0.01, alternating);
-    CHECK(!machine.prefetcher->stats().active);
+    CHECK(machine.prefetcher->stats().state != PrefetchTrial::State::kOn);
     const int64_t wrong = machine.fetched;
     decode(machine, 200, 0.01, alternating);
     CHECK_EQ(machine.fetched, wrong);
 
     decode(machine, 140, 0.01, same);  // after its rest
-    CHECK(machine.prefetcher->stats().active);
+    CHECK(machine.prefetcher->stats().state == PrefetchTrial::State::kOn);
     CHECK(machine.fetched > wrong + 30);
     CHECK(machine.prefetcher->stats().switches >= 3);
 }
@@ -246,7 +247,7 @@ void check_dear_hints_are_refused() {
     CHECK(machine.prefetcher->stats().gain < 0);
     run(1000);
     CHECK(asked < 1000 * kLayers / 20);
-    CHECK(!machine.prefetcher->stats().active);
+    CHECK(machine.prefetcher->stats().state != PrefetchTrial::State::kOn);
 }
 
 // Real reads: every byte is right whatever is prefetched, and the books balance.
