@@ -72,6 +72,7 @@ def test_a_fork_after_the_first_use(qwen3_folder: Path) -> None:
 import moeinf
 cache = moeinf.ExpertCache(moeinf.ExpertStore.open(sys.argv[1]), device='cuda', slots=2)
 if os.fork() == 0:
+    told = 0
     for use in (
         lambda: cache.acquire(0, [1]),
         lambda: moeinf.ExpertCache(cache.store, device='cuda', slots=2),
@@ -79,9 +80,10 @@ if os.fork() == 0:
         try:
             use()
         except moeinf.UnsupportedError as error:
-            print('told:' if 'fork' in str(error) else error, flush=True)
-    os._exit(0)
-os.wait()
+            told += 'fork' in str(error)
+    os._exit(told)
+child = os.waitstatus_to_exitcode(os.wait()[1])
+assert child == 2, child
 with cache.acquire(0, [1]):
     print('the parent goes on')
 """
