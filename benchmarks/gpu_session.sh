@@ -2,7 +2,7 @@
 # Everything that needs a GPU, in one command: builds, tests on the device, measures, and ends with a
 # table of the project's marks. Under 9 minutes, each step with a limit of its own; what a limit cuts
 # off leaves what it had measured. Needs no network. Results go to the folder given, benchmarks/results
-# without one.
+# without one, and what every step printed into one archive beside them.
 #
 #     benchmarks/gpu_session.sh [FOLDER]
 set -euo pipefail
@@ -40,10 +40,13 @@ if not torch.cuda.is_available():
     sys.exit("gpu_session: torch sees no CUDA device here; nothing was measured")
 PYTHON
 
-mkdir -p "$out"
+logs="$out/logs"
+mkdir -p "$logs"
+pack() { tar -czf "$logs-$gpu.tar.gz" -C "$out" logs && rm -r "$logs"; }
 # Its cmake and ninja lie beside a Python that was named by its path.
 PATH="$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH"
 gpu=$("$python" -c 'import torch; print(torch.cuda.get_device_name(0).lower().replace(" ", "-"))')
+trap pack EXIT
 install() { # install SECONDS
   timeout "$1" "$python" -m pip install --quiet --disable-pip-version-check --no-build-isolation \
     --no-deps -e .
@@ -55,7 +58,7 @@ status=0
 step() { # step SECONDS LOG COMMAND...: a step that fails, or runs out of time, stops no other
   local limit=$1 log=$2
   shift 2
-  timeout "$limit" "$@" >"$out/$log" 2>&1 || { status=$?; echo "$log: exit status $status" >&2; }
+  timeout "$limit" "$@" >"$logs/$log.txt" 2>&1 || { status=$?; echo "$log: exit status $status" >&2; }
 }
 
 # Compiling is most of the tests' time and takes one core each: side by side, before anything is timed.
@@ -68,9 +71,9 @@ beside() { # beside STEP...: what it set ends with it, but for its exit status
 tests() { # tests NAME ARGUMENTS...
   local name=$1
   shift
-  beside 150 "tests-$name-$gpu.txt" "$python" -m pytest -q -p no:cacheprovider "$@"
+  beside 150 "tests-$name" "$python" -m pytest -q -p no:cacheprovider "$@"
 }
-beside 150 "compile-$gpu.txt" "$python" -m benchmarks.ffn_gpu --compile
+beside 150 compile "$python" -m benchmarks.ffn_gpu --compile
 forms=tests/kernels/numerics/test_kernels_forms.py
 tests vector "$forms" -k "vector and not odd_sizes"
 tests shared "$forms" -k "shared and not odd_sizes"
@@ -83,8 +86,8 @@ tests kernels tests/kernels --ignore=tests/kernels/numerics
 tests cache tests/test_cuda_real.py
 for pid in "${pids[@]}"; do wait "$pid" || status=1; done
 
-step 150 "ffn_gpu-$gpu.txt" "$python" -m benchmarks.ffn_gpu --json "$out/ffn_gpu-$gpu.json"
-step 45 "copy_gpu-$gpu.txt" "$python" -m benchmarks.copy_gpu --json "$out/copy_gpu-$gpu.json"
-step 95 "decode_gpu-$gpu.txt" "$python" -m benchmarks.decode_gpu --json "$out/decode_gpu-$gpu.json"
+step 150 ffn_gpu "$python" -m benchmarks.ffn_gpu --json "$out/ffn_gpu-$gpu.json"
+step 45 copy_gpu "$python" -m benchmarks.copy_gpu --json "$out/copy_gpu-$gpu.json"
+step 95 decode_gpu "$python" -m benchmarks.decode_gpu --json "$out/decode_gpu-$gpu.json"
 "$python" -m benchmarks.gpu_summary "$out" "$gpu" | tee "$out/summary-$gpu.txt"
 exit "$status"

@@ -116,17 +116,16 @@ def read(folder: Path, name: str, gpu: str) -> Row:
 
 def summary(folder: Path, gpu: str) -> list[Row]:
     table: list[Row] = []
-    for path in sorted(folder.glob(f"tests-*-{gpu}.txt")):
+    for path in sorted((folder / "logs").glob("tests-*.txt")):
         lines = [line for line in path.read_text().splitlines() if line.strip()]
         # pytest ends with its counts; a run that was cut off does not.
         last = next(
             (x.strip("= ") for x in reversed(lines) if " passed" in x or " failed" in x), ""
         )
         good = bool(last) and "failed" not in last and "error" not in last
-        name = path.name.removeprefix("tests-").removesuffix(f"-{gpu}.txt")
         table.append(
-            {"what": f"tests: {name}", "measured": last or "did not end", "mark": "all pass",
-             "reached": "yes" if good else "NO"}
+            {"what": path.stem.replace("-", ": "), "measured": last or "did not end",
+             "mark": "all pass", "reached": "yes" if good else "NO"}
         )  # fmt: skip
     table += ffn_rows(read(folder, "ffn_gpu", gpu))
     table += copy_rows(read(folder, "copy_gpu", gpu))
@@ -136,7 +135,9 @@ def summary(folder: Path, gpu: str) -> list[Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where the JSON files lie")
+    parser.add_argument(
+        "folder", type=Path, help="of the JSON files and, in logs/, what the tests printed"
+    )
     parser.add_argument("gpu", help="the name in their file names")
     options = parser.parse_args(arguments)
     limits = read(options.folder, "ffn_gpu", options.gpu).get("limits", {})

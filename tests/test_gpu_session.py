@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tarfile
 from collections import namedtuple
 from pathlib import Path
 
@@ -49,6 +50,9 @@ def test_all_steps_run(tmp_path: Path) -> None:
         assert sum(f"benchmarks.{benchmark}" in line for line in asked) == 1, benchmark
     assert sum("-m pytest" in line for line in asked) == 8
     assert sum("-m pip" in line for line in asked) == 1
+    with tarfile.open(tmp_path / "out" / "logs-some-gpu.tar.gz") as logs:
+        assert "logs/tests-cache.txt" in logs.getnames()
+    assert not (tmp_path / "out" / "logs").exists()
 
 
 @pytest.mark.parametrize("fail", ["pytest.*test_cuda_real", "ffn_gpu --compile", "copy_gpu"])

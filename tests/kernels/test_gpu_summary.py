@@ -29,9 +29,11 @@ def test_marks_are_held_against_the_worst_that_was_measured(tmp_path: Path) -> N
         ffn("b", 4096, "ours", failed="wrong result"),
     ]  # fmt: skip
     (tmp_path / "ffn_gpu-x.json").write_text(json.dumps({"rows": rows}))
-    (tmp_path / "tests-vector-x.txt").write_text("....\n38 passed in 3.0s\n")
-    (tmp_path / "tests-shared-x.txt").write_text("F...\n1 failed, 37 passed in 3.0s\n")
-    (tmp_path / "tests-forms-x.txt").write_text("....")
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "tests-vector.txt").write_text("....\n38 passed in 3.0s\n")
+    (logs / "tests-shared.txt").write_text("F...\n1 failed, 37 passed in 3.0s\n")
+    (logs / "tests-forms.txt").write_text("....")
     table = gpu_summary.summary(tmp_path, "x")
     found = by_name(table)
     assert found["tests: vector"] == ("38 passed in 3.0s", "yes")
