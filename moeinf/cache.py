@@ -295,23 +295,31 @@ class ExpertCache:
     ) -> torch.Tensor:
         """`moeinf.fused_experts` without the operator around it."""
         new_sequence, self._new_sequence = self._new_sequence, False
-        options = {"prefill": self._prefill, "new_sequence": new_sequence}
-
-        def observe(ids: torch.Tensor) -> None:
-            for observer in self._observers:
-                observer.add(layer, ids, topk_weights)
-
+        observe = partial(self._observe, layer, topk_weights) if self._observers else None
         if isinstance(self._experts, CudaExperts):
             return self._experts.run(
                 hidden,
                 topk_ids,
                 topk_weights,
                 layer,
-                **options,
-                on_ids=observe if self._observers else None,
+                prefill=self._prefill,
+                new_sequence=new_sequence,
+                on_ids=observe,
             )
-        observe(topk_ids)
-        return self._experts.run(hidden, topk_ids, topk_weights, layer, **options)
+        if observe is not None:
+            observe(topk_ids)
+        return self._experts.run(
+            hidden,
+            topk_ids,
+            topk_weights,
+            layer,
+            prefill=self._prefill,
+            new_sequence=new_sequence,
+        )
+
+    def _observe(self, layer: int, topk_weights: torch.Tensor, ids: torch.Tensor) -> None:
+        for observer in self._observers:
+            observer.add(layer, ids, topk_weights)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> int:
         """Starts reading absent experts, best first, ahead of need. Returns how many it started.

@@ -47,8 +47,10 @@ def fused_experts(
             weights are not looked at, for that would wait for the device.
         ReadError: an expert could not be read; the cache stays usable.
     """
-    _caches[id(cache)] = cache
-    return torch.ops.moeinf.fused_experts(hidden, topk_ids, topk_weights, id(cache), layer)
+    handle = id(cache)
+    if _caches.get(handle) is not cache:
+        _caches[handle] = cache
+    return torch.ops.moeinf.fused_experts(hidden, topk_ids, topk_weights, handle, layer)
 
 
 def _fused_experts(

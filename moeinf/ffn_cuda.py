@@ -60,9 +60,9 @@ class CudaExperts:
         check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=self.device)
         if hidden.shape[0] == 0:
             return torch.empty_like(hidden)
-        rows, ids = hidden.to(self.dtype).contiguous(), topk_ids.contiguous()
-        weights = topk_weights.contiguous()
         converted = hidden.dtype != self.dtype
+        rows = (hidden.to(self.dtype) if converted else hidden).contiguous()
+        ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
         lane = self._lane()
         with lane.lock:
             reader = lane.reader

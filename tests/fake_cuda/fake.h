@@ -88,6 +88,7 @@ struct Settings {
     std::atomic<int> version{13000};
     std::atomic<int> devices{1};
     std::atomic<int> same_addresses{1};
+    std::atomic<int> at_once{0};
     LinkSettings links[2];
 };
 Settings& settings();

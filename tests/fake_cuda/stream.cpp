@@ -92,8 +92,17 @@ std::shared_ptr<Stream> Stream::start(int priority) {
 }
 
 void Stream::push(Work work) {
-    const std::lock_guard lock(mutex_);
-    tasks_.emplace_back(Clock::now(), std::move(work));
+    std::unique_lock lock(mutex_);
+    if (settings().at_once != 0 && tasks_.empty() && !busy_) {
+        busy_ = true;
+        lock.unlock();
+        const Time now = Clock::now();
+        (void)work({now, now, random_, priority});
+        lock.lock();
+        busy_ = false;
+    } else {
+        tasks_.emplace_back(Clock::now(), std::move(work));
+    }
     changed_.notify_all();
 }
 
