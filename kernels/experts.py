@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import launch, plans
+from .decode_plan import decode_plan
 from .problem import (
     Problem,
     ReadThrough,
@@ -164,7 +165,7 @@ def prepare(
     check_result(problem, chosen, out, routes)
     if chosen == "grouped":
         return partial(launch.run_grouped, problem, weights, out, routes)
-    plan = plans.keep(key, launch.decode_plan(problem, chosen, weights is None, out))
+    plan = plans.keep(key, decode_plan(problem, chosen, weights is None, out))
     return plan.prepare(tensors, addresses)
 
 
@@ -181,6 +182,19 @@ def combine(
     `ids` [T, k] (int32 or int64) are any ids with -1 where no wave computed the route. `dtype`
     defaults to that of `out`, else of `routes`.
     """
+    if dtype is None:
+        dtype = routes.dtype if out is None else out.dtype
+    check = partial(check_combine, routes, ids, topk_weights, out, dtype)
+    return launch.run_combine(routes, ids, topk_weights, out, dtype, check)
+
+
+def check_combine(
+    routes: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> None:
     launch.check_device(routes.device)
     if routes.ndim != 3 or routes.numel() == 0:
         raise ValueError(f"routes: expected [T, k, H], found {tuple(routes.shape)}")
@@ -192,12 +206,9 @@ def combine(
         raise TypeError(f"ids: expected int32 or int64, found {ids.dtype}")
     if ids.device != routes.device:
         raise ValueError(f"ids: expected {routes.device}, found {ids.device}")
-    check_weights(topk_weights, ids)
-    if out is None:
-        out = torch.empty((T, H), dtype=dtype or routes.dtype, device=routes.device)
-    check_out(out, (T, H), dtype or out.dtype, routes.device)
-    launch.run_combine(routes, ids, topk_weights, out)
-    return out
+    check_weights(weights, ids)
+    if out is not None:
+        check_out(out, (T, H), dtype, routes.device)
 
 
 def check_weights(weights: torch.Tensor, ids: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from shapes, dtype and device alone, so a layer's result cannot depend on reside
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,6 @@ from triton.runtime.interpreter import InterpretedFunction
 from . import plans, tuning
 from .activations import ACTIVATIONS
 from .combine import combine as combine_kernel
-from .decode_shared import down_shared, gate_up_shared
-from .decode_vector import down_vector, gate_up_vector
 from .plans import FUSE, Empty, Launch, Plan, on_device
 from .prefill import down_grouped, gate_up_grouped
 from .problem import Problem
@@ -94,126 +92,13 @@ def config_of(kernel: str, problem: Problem, rows_per_tile: int = 0) -> Mapping[
     return tuning.config(kernel, devices, **question(kernel, problem, rows_per_tile))
 
 
-def form(problem: Problem) -> dict[str, Any]:
+def form(p: Problem) -> dict[str, Any]:
     return {
-        "HAS_BIAS": problem.gate_up_bias is not None,
-        "GATED": problem.gated,
-        "INTERLEAVED": problem.interleaved,
-        "ACTIVATION": ACTIVATIONS.index(problem.activation),
+        "HAS_BIAS": p.gate_up_bias is not None,
+        "GATED": p.gated,
+        "INTERLEAVED": p.interleaved,
+        "ACTIVATION": ACTIVATIONS.index(p.activation),
     }
-
-
-def sizes(p: Problem) -> dict[str, int]:
-    return {"top_k": p.k, "H": p.H, "I": p.I}
-
-
-def gate_up_strides(p: Problem) -> dict[str, Any]:
-    """And what the activation takes beside its name."""
-    names = ("stride_gs", "stride_gn", "stride_gh")
-    rows = dict(zip(names, p.gate_up.stride(), strict=True))
-    return {"stride_ht": p.hidden.stride(0), **rows, "alpha": p.alpha, "limit": p.limit}
-
-
-def down_strides(p: Problem) -> dict[str, int]:
-    return dict(zip(("stride_ds", "stride_dh", "stride_di"), p.down.stride(), strict=True))
-
-
-def bias_of(bias: torch.Tensor | None, name: str, unused: str) -> tuple[str, int]:
-    """The name and stride of a bias; where there is none, of a tensor that stands in unread."""
-    return (unused, 0) if bias is None else (name, bias.stride(0))
-
-
-def vector_launches(p: Problem, per_route: bool, out_stride: int) -> tuple[Launch, Launch]:
-    R = p.T * p.k
-    source = p.read_through
-    slots = "ids" if p.expert_map is None else "expert_map"
-    has_map = p.expert_map is not None
-    through = source is not None
-    biases_through = source is not None and source.gate_up_bias is not None
-    bias, stride_bs = bias_of(p.gate_up_bias, "gate_up_bias", "gate_up")
-    chosen = config_of("gate_up_vector", p)
-    first = Launch(
-        gate_up_vector, (R, triton.cdiv(p.I, chosen["BLOCK_I"])),
-        {
-            "hidden_ptr": "hidden", "ids_ptr": "ids", "map_ptr": slots, "gate_up_ptr": "gate_up",
-            "bias_ptr": bias, "source_ptr": "source_gate_up" if through else "ids",
-            "bias_source_ptr": "source_gate_up_bias" if biases_through else "ids",
-            "act_ptr": "act",
-        },
-        **sizes(p), **gate_up_strides(p), stride_bs=stride_bs, **form(p),
-        HAS_MAP=has_map, READ_THROUGH=through, ROWWISE=p.gate_up.stride(2) == 1, **chosen,
-    )  # fmt: skip
-    bias, stride_bs = bias_of(p.down_bias, "down_bias", "down")
-    chosen = config_of("down_vector", p)
-    # More lanes of routes than routes would only idle.
-    chosen = {**chosen, "ROUTES": min(chosen["ROUTES"], triton.next_power_of_2(p.k))}
-    second = Launch(
-        down_vector, (p.T, triton.cdiv(p.H, chosen["BLOCK_H"])),
-        {
-            "act_ptr": "act", "ids_ptr": "ids", "map_ptr": slots, "down_ptr": "down",
-            "weights_ptr": "routes" if per_route else "weights", "bias_ptr": bias,
-            "source_ptr": "source_down" if through else "ids",
-            "bias_source_ptr": "source_down_bias" if biases_through else "ids",
-            "routes_ptr": "routes" if per_route else "weights",
-            "out_ptr": "hidden" if per_route else "out",
-        },
-        **sizes(p), **down_strides(p), stride_bs=stride_bs, stride_ot=out_stride,
-        per_route=int(per_route), HAS_BIAS=p.down_bias is not None,
-        HAS_MAP=has_map, READ_THROUGH=through, **chosen,
-    )  # fmt: skip
-    return first, second
-
-
-def shared_launches(p: Problem, per_route: bool, out_stride: int) -> tuple[Launch, Launch]:
-    R = p.T * p.k
-    slots = "ids" if p.expert_map is None else "expert_map"
-    shared = {
-        "T": p.T, **sizes(p), "HAS_MAP": p.expert_map is not None,
-        "UPCAST": must_upcast(p.hidden.dtype, p.hidden.device), "TOKENS": DECODE_TOKENS,
-    }  # fmt: skip
-    bias, stride_bs = bias_of(p.gate_up_bias, "gate_up_bias", "gate_up")
-    chosen = config_of("gate_up_shared", p)
-    first = Launch(
-        gate_up_shared, (R, triton.cdiv(p.I, chosen["BLOCK_I"])),
-        {
-            "hidden_ptr": "hidden", "ids_ptr": "ids", "map_ptr": slots, "gate_up_ptr": "gate_up",
-            "bias_ptr": bias, "act_ptr": "act", "plan_ptr": "plan", "rows_ptr": "rows",
-        },
-        **shared, **gate_up_strides(p), stride_bs=stride_bs, **form(p),
-        K_PAD=triton.next_power_of_2(p.k), R_PAD=triton.next_power_of_2(R), **chosen,
-    )  # fmt: skip
-    bias, stride_bs = bias_of(p.down_bias, "down_bias", "down")
-    chosen = config_of("down_shared", p)
-    second = Launch(
-        down_shared, (triton.cdiv(p.H, chosen["BLOCK_H"]),),
-        {
-            "act_ptr": "act", "ids_ptr": "ids", "map_ptr": slots, "down_ptr": "down",
-            "weights_ptr": "routes" if per_route else "weights", "bias_ptr": bias,
-            "plan_ptr": "plan", "rows_ptr": "rows",
-            "routes_ptr": "routes", "out_ptr": "hidden" if per_route else "out",
-        },
-        **shared, **down_strides(p), stride_bs=stride_bs, stride_ot=out_stride,
-        per_route=int(per_route), HAS_BIAS=p.down_bias is not None, **chosen,
-    )  # fmt: skip
-    return first, second
-
-
-def decode_plan(p: Problem, path: str, per_route: bool, out: torch.Tensor | None) -> Plan:
-    """How `routes` [T, k, H] of the present routes are computed, or `out` [T, H]."""
-    R = p.T * p.k
-    out_stride = p.H if out is None else out.stride(0)
-    scratch = [Empty("act", (R, p.I), p.hidden.dtype)]
-    routes = Empty("routes", (p.T, p.k, p.H), torch.float32)
-    if path == "vector":
-        launches = vector_launches(p, per_route, out_stride)
-    else:
-        launches = shared_launches(p, per_route, out_stride)
-        scratch.append(Empty("plan", (1 + 2 * R,), torch.int32))
-        scratch.append(Empty("rows", (R, DECODE_TOKENS), torch.int32))
-        if not per_route:
-            scratch.append(routes)
-    result = routes if per_route else Empty("out", (p.T, p.H), p.hidden.dtype)
-    return Plan(p.hidden.device, launches, result, tuple(scratch))
 
 
 def rows_per_tile(p: Problem) -> int:
@@ -260,8 +145,7 @@ def run_grouped(
         )  # fmt: skip
     if weights is None:
         return every
-    out = p.hidden.new_empty(p.T, p.H) if out is None else out
-    return run_combine(every, slots, weights, out)
+    return run_combine(every, slots, weights, out, p.hidden.dtype)
 
 
 def bias_or(unread: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, int]:
@@ -269,17 +153,26 @@ def bias_or(unread: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tens
 
 
 def run_combine(
-    routes: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, out: torch.Tensor
+    routes: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor | None,
+    dtype: torch.dtype,
+    check: Callable[[], None] | None = None,
 ) -> torch.Tensor:
+    """`check` is called where no call of this signature was checked before."""
     tensors = plans.places(routes=routes, ids=ids, weights=weights, out=out)
-    key, addresses = plans.signature(tensors)
+    parts, addresses = plans.signature(tensors)
+    key = (parts, dtype)
     plan = plans.PLANS.get(key)
     if plan is None:
+        if check is not None:
+            check()
         T, k, H = routes.shape
         only = Launch(
             combine_kernel, (T, triton.cdiv(H, 512)),
             {"routes_ptr": "routes", "ids_ptr": "ids", "weights_ptr": "weights", "out_ptr": "out"},
-            top_k=k, H=H, stride_ot=out.stride(0), BLOCK_H=512, num_warps=4,
+            top_k=k, H=H, stride_ot=H if out is None else out.stride(0), BLOCK_H=512, num_warps=4,
         )  # fmt: skip
-        plan = plans.keep(key, Plan(routes.device, (only,), Empty("out", (T, H), out.dtype)))
+        plan = plans.keep(key, Plan(routes.device, (only,), Empty("out", (T, H), dtype)))
     return plan.prepare(tensors, addresses)()
