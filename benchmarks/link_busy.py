@@ -3,16 +3,19 @@
     python -m benchmarks.link_busy [--trace FILE] [--json FILE]
 
 Decode routing is replayed, step after step, by one `DeviceReader` over a cache that holds a quarter
-of the experts; RAM holds all of them. The fake link has a set bandwidth, low enough for this
-machine to move the bytes in time, and a set latency per copy; its clock is its own, so a thread
-that wakes late costs it nothing while work is queued. `busy` is the share of the run in which the
-link was occupied, `payload` the bytes moved over what the bandwidth could have moved. The rest of
-the run is idle, and of two kinds: `unasked`, nothing had been enqueued (the step's ids were on
-their way, the host was deciding, or there was nothing to fetch), and `held`, a copy was enqueued
-and waited for the device's own order and threads. The target is 0.95 where nothing is computed.
-Rows with `compute` let the reader's stream work that long in every step, which only prefetching can
-hide; "perfect" is told what the next step will use. The run is cut in rounds: a row is the best of
-them, for other load only ever takes away from it, and the median of `busy` stands beside it.
+of the experts; RAM holds all of them, or, where the tiers are exclusive, the other three quarters:
+then what is evicted goes back over the link. The fake link has a set bandwidth, the same in both
+directions and low enough for this machine to move the bytes in time, and a set latency per copy;
+its clock is its own, so a thread that wakes late costs it nothing while work is queued. `busy` is
+the share of the run in which the link to the device was occupied, `payload` the bytes moved over
+what the bandwidth could have moved. The rest of the run is idle, and of two kinds: `unasked`,
+nothing had been enqueued (the step's ids were on their way, the host was deciding, or there was
+nothing to fetch), and `held`, a copy was enqueued and waited for the device's own order and
+threads. The target is 0.95 where nothing is computed. Rows with `compute` let the reader's stream
+work that long in every step, which only prefetching can hide; "perfect" is told what the next step
+will use. `files` is how many experts a step had to have read, and whose time at the disk says
+nothing about the link. The run is cut in rounds: a row is the best of them, for other load only
+ever takes away from it, and the medians of `busy` and of the step's time stand beside it.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import moeinf
@@ -54,14 +58,17 @@ TINY = {
         heads=2, kv_heads=1, head_dim=32, vocabulary=64,
     )
 }  # fmt: skip
-# prefetch, and what the reader's stream computes in a step as a share of copying one expert
+# exclusive tiers, prefetch, and what the reader's stream computes in a step as a share of copying
+# one expert
 CASES = (
-    ("off", 0.0),
-    ("transition", 0.0),
-    ("perfect", 0.0),
-    ("off", 0.5),
-    ("transition", 0.5),
-    ("perfect", 0.5),
+    (False, "off", 0.0),
+    (True, "off", 0.0),
+    (False, "transition", 0.0),
+    (False, "perfect", 0.0),
+    (False, "off", 0.5),
+    (True, "off", 0.5),
+    (False, "transition", 0.5),
+    (False, "perfect", 0.5),
 )
 
 
@@ -76,7 +83,7 @@ class Copy(ctypes.Structure):
 class FakeDriver:
     """What steers the fake driver, and a stream of it on which "kernels" can be made to run."""
 
-    TO_DEVICE = 0
+    TO_DEVICE, TO_HOST = 0, 1
     MOST_COPIES = 65536
 
     def __init__(self) -> None:
@@ -104,9 +111,14 @@ class FakeDriver:
         self.library.fake_cuda_set_memory(ctypes.c_uint64(1 << 40))
 
     def set_link(self, bytes_per_second: float) -> None:
-        self.library.fake_cuda_set_link(
-            self.TO_DEVICE, ctypes.c_double(bytes_per_second), ctypes.c_uint64(LATENCY_NS)
-        )
+        for direction in (self.TO_DEVICE, self.TO_HOST):
+            self.library.fake_cuda_set_link(
+                direction, ctypes.c_double(bytes_per_second), ctypes.c_uint64(LATENCY_NS)
+            )
+
+    def busy(self, direction: int) -> float:
+        """Seconds since the last reset."""
+        return self.library.fake_cuda_busy_ns(direction) / 1e9
 
     def copies(self) -> list[Copy]:
         copies = (Copy * self.MOST_COPIES)()
@@ -173,15 +185,20 @@ def measure(
     )
     driver = FakeDriver()
     rows = []
-    for prefetch, share in CASES:
+    for exclusive, prefetch, share in CASES:
         driver.reset()
         perfect = prefetch == "perfect"
         cache = moeinf.ExpertCache(
-            store, device="cuda", memory=SHARE, prefetch="external" if perfect else prefetch
+            store,
+            device="cuda",
+            memory=SHARE,
+            host_memory="100%",
+            exclusive=exclusive,
+            prefetch="external" if perfect else prefetch,
         )
-        for layer in range(store.num_layers):  # from the files into RAM
-            for lease in cache.waves(layer, range(store.num_experts)):
-                lease.release()
+        # From the files into RAM; where the tiers are exclusive, until each expert is in one.
+        for layer, expert in 2 * list(np.ndindex(store.num_layers, store.num_experts)):
+            cache.acquire(layer, [expert]).release()
         compute_us = round(share * store.layout.nbytes / options.bandwidth * 1e6)
         replay = Replay(cache, routing, driver, perfect)
         driver.set_link(options.bandwidth)
@@ -200,20 +217,25 @@ def measure(
             rounds.append(
                 {
                     "us_per_step": seconds / (each * geometry.layers) * 1e6,
-                    "busy": driver.library.fake_cuda_busy_ns(driver.TO_DEVICE) / 1e9 / seconds,
+                    "busy": driver.busy(driver.TO_DEVICE) / seconds,
+                    "busy_out": driver.busy(driver.TO_HOST) / seconds,
                     "payload": moved / options.bandwidth / seconds,
                     **{kind: value / seconds for kind, value in idle.items()},
                 }
             )
         stats = cache.stats()
+        steps = ROUNDS * each * geometry.layers
         best = max(rounds, key=lambda one: one["busy"])
         rows.append(
             {
                 "expert": name,
+                "exclusive": exclusive,
                 "prefetch": prefetch,
                 "compute_us": compute_us,
                 "hit_rate": stats["hit_rate"],
-                "misses": stats["misses"] / (ROUNDS * each * geometry.layers),
+                "misses": stats["misses"] / steps,
+                "files": stats["host"]["read_bytes"] / store.layout.nbytes / steps,
+                "demoted": stats["host"]["demoted"] / steps,
                 "fetched_ahead": stats["prefetch"] and stats["prefetch"]["fetched"],
                 **best,
                 "median_busy": statistics.median(one["busy"] for one in rounds),
@@ -226,15 +248,19 @@ def measure(
 
 COLUMNS = {
     "expert": ("expert", ""),
+    "exclusive": ("exclusive", ""),
     "prefetch": ("prefetch", ""),
     "compute_us": ("compute us", "d"),
     "hit_rate": ("hit rate", ".3f"),
     "misses": ("misses/step", ".2f"),
+    "demoted": ("demoted", ".2f"),
+    "files": ("files", ".2f"),
     "fetched_ahead": ("fetched ahead", "d"),
     "us_per_step": ("us/step", ".0f"),
     "busy": ("busy", ".3f"),
     "median_busy": ("median", ".3f"),
     "payload": ("payload", ".3f"),
+    "busy_out": ("busy back", ".3f"),
     "unasked": ("idle, unasked", ".3f"),
     "held": ("idle, held", ".3f"),
 }
