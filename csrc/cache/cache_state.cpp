@@ -167,7 +167,9 @@ void CacheState::end_load(Load& load, Load::State state, std::string error) {
         if (load.prefetch && load.wanted) layer.prefetch_useful_bytes += nbytes;
     }
     if (load.transit >= 0) {
-        if (!complete) transit[static_cast<size_t>(load.transit)].owner = nullptr;
+        Transit& slot = transit[static_cast<size_t>(load.transit)];
+        if (!complete) slot.owner = nullptr;
+        if (complete && slot.owner == nullptr) passed(load.expert);
     } else if (complete) {
         prefetched_unused[static_cast<size_t>(load.expert)] = load.prefetch && !load.wanted;
         unpin(load.expert);
@@ -206,6 +208,10 @@ void CacheState::leaves(int32_t expert, int32_t row) {
     uint8_t& unused_yet = prefetched_unused[static_cast<size_t>(expert)];
     if (unused_yet) layer.prefetch_wasted_bytes += static_cast<int64_t>(catalog->expert_bytes());
     unused_yet = 0;
+}
+
+void CacheState::passed(int32_t expert) {
+    if (residency.slot_of(expert) < 0) transport->left(expert, -1);
 }
 
 void CacheState::unpin(int32_t expert) {
@@ -292,7 +298,9 @@ void CacheState::let_go(Member& member) {
                           member.state == Member::State::kReady ||
                           member.state == Member::State::kHeld;
     if (has_slot && member.transit >= 0) {
-        transit[static_cast<size_t>(member.transit)].owner = nullptr;
+        Transit& slot = transit[static_cast<size_t>(member.transit)];
+        slot.owner = nullptr;
+        if (slot.load == nullptr) passed(member.expert);
         changed.notify_all();
     } else if (has_slot) {
         if (member.load) --member.load->waiting;

@@ -105,6 +105,7 @@ struct CacheState {
     // Residents.
     void leaves(int32_t expert, int32_t row = -1);  // the row that is filled anew; -1: it goes
     void make_way(const Placement& placement);
+    void passed(int32_t expert);  // through a transit slot, of which it has let go
     void unpin(int32_t expert);
 
     // Members of a step.

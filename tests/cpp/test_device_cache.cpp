@@ -2,6 +2,7 @@
 // for the order of copies and readers.
 #include <chrono>
 #include <cstdlib>
+#include <numeric>
 #include <thread>
 
 #include "base/error.h"
@@ -91,6 +92,37 @@ void test_exclusive_tiers_add_up(const CacheWorld& world, const std::shared_ptr<
     CHECK_EQ(counts.wrong.load(), 0);
 }
 
+// What only passed through the device has not come to stay: RAM lets go of what did.
+void test_what_passes_through_stays_in_ram(const CacheWorld& world,
+                                           const std::shared_ptr<Device>& device) {
+    fake_cuda_reset(1);
+    auto cache = std::make_shared<ExpertCache>(world.catalog,
+                                               device_options(world, device, 20, 70, true, false));
+    std::vector<int32_t> all(kDeviceExperts);
+    std::iota(all.begin(), all.end(), 0);
+    const auto step = [&](int32_t layer, std::span<const int32_t> experts) {
+        StepLease lease = cache->begin({.layer = layer, .experts = experts});
+        std::vector<ReadyExpert> ready;
+        while (lease.next(ready)) {
+            for (const ReadyExpert& one : ready) {
+                RowFences& fences = cache->device_transport()->fences();
+                while (!fences.arrived(one.slot)) std::this_thread::sleep_for(20us);
+                lease.done(one.position);
+            }
+            ready.clear();
+        }
+        std::this_thread::sleep_for(2ms);  // until RAM has been told of what has arrived
+    };
+    for (int32_t layer = 0; layer < kDeviceLayers; ++layer) step(layer, all);
+    cache->reset_stats();
+    for (int32_t first = 0; first < 40; first += 5) {
+        for (int32_t layer = 0; layer < kDeviceLayers; ++layer) {
+            step(layer, std::span(all).subspan(static_cast<size_t>(first), 5));
+        }
+    }
+    CHECK_EQ(cache->device_transport()->host().stats().read_bytes, 0);
+}
+
 // A queue full of prefetches on a slow link: of what was not yet on its way when the demand was
 // enqueued, nothing goes first.
 void test_a_demand_overtakes(const CacheWorld& world, const std::shared_ptr<Device>& device) {
@@ -148,6 +180,7 @@ int main(int argc, char** argv) {
     test_pinned_memory_refused(world, device);
     test_resize_without_memory_keeps_the_size(world, device);
     test_exclusive_tiers_add_up(world, device);
+    test_what_passes_through_stays_in_ram(world, device);
     test_a_demand_overtakes(world, device);
     test_a_copy_that_never_ends(world, device);
     return test_result();
