@@ -41,7 +41,7 @@ from benchmarks.routing_replay import decode_routing
 from moeinf import _core
 
 TARGET = 0.95
-SHARE = "25%"
+SHARE, REST = "25%", "75%"
 LATENCY_NS = 5_000
 ROUNDS = 8
 # Of 9.4 MB, Qwen3-30B-A3B's, and of 1 MB.
@@ -192,7 +192,7 @@ def measure(
             store,
             device="cuda",
             memory=SHARE,
-            host_memory="100%",
+            host_memory=REST if exclusive else "100%",
             exclusive=exclusive,
             prefetch="external" if perfect else prefetch,
         )

@@ -26,6 +26,10 @@ UNITS = {
 # Slots beyond the cached ones, through which experts stream that a step needs and no slot can keep.
 TRANSIT_SLOTS = 2
 
+# Experts on their way between GPU and RAM sit in both: slots of an exclusive RAM tier for as many
+# as a step of decoding may bring and drive out.
+UNDER_WAY = 16
+
 # What "auto" leaves free of each memory: room for activations and a longer context on a GPU, for
 # everything else in RAM. Where that is more than half of what is free, half of it.
 GPU_RESERVE = 2**30
@@ -113,13 +117,15 @@ def host_slots_for(
 
     `host_memory` is bytes or a share of all experts. Without it, every expert that the tier can be
     asked for, or as many as fit in `available` bytes: an exclusive tier is not asked for what
-    already sits above it.
+    already sits above it, but for what is under way between the two.
 
     Raises:
         ValueError: it makes no sense.
         CapacityError: it is below one slot.
     """
-    useful = max(1, total_experts - slots) if exclusive else total_experts
+    useful = total_experts
+    if exclusive:
+        useful = min(total_experts, total_experts - slots + UNDER_WAY)
     if host_memory is None:
         count = available // slot_bytes
     elif isinstance(host_memory, str) and host_memory.strip().endswith("%"):

@@ -88,9 +88,9 @@ def test_a_reserve_is_left_free_but_never_more_than_half() -> None:
         (None, True, 60),
         ("25%", False, 25),
         ("100%", False, 100),
-        ("100%", True, 70),  # the other 30 sit above
+        ("100%", True, 86),  # the other 14 sit above
         (4096 * 5, False, 5),
-        ("1GiB", True, 70),
+        ("1GiB", True, 86),
     ],
 )
 def test_slots_of_the_ram_tier(
