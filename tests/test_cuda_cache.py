@@ -99,6 +99,10 @@ def test_a_bounded_ram_tier_changes_no_bit(
     host = served.moeinf.stats()["host"]
     assert host["slots"] <= TOTAL
     assert host["read_bytes"] > 0
+    in_ram = moeinf.load(qwen3_folder, slots=4)
+    for _ in range(3):
+        logits_of(in_ram, prompt)
+    assert served.moeinf.stats()["hits"] == in_ram.moeinf.stats()["hits"]
     if exclusive and host_memory == "30%":
         assert host["demoted"] > 0
 

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <chrono>
+#include <numeric>
+#include <utility>
 
 #include "base/error.h"
 #include "cache/file_transport.h"
@@ -57,7 +59,10 @@ CacheState::CacheState(std::shared_ptr<const Catalog> the_catalog, ExpertCacheOp
       stats(static_cast<size_t>(catalog->num_layers())),
       loads(static_cast<size_t>(catalog->total_experts())),
       prefetched_unused(loads.size(), 0),
+      row_of_slot(loads.size()),
       seen(loads.size()) {
+    for (size_t i = 0; i < transit.size(); ++i) transit[i].row = static_cast<int32_t>(i);
+    std::iota(row_of_slot.begin(), row_of_slot.end(), ExpertCache::kTransitSlots);
     if (options.device) {
         auto link = std::make_unique<DeviceTransport>(
             catalog, options.device, pool,
@@ -111,12 +116,13 @@ std::shared_ptr<Load> CacheState::start_load(int32_t expert, int32_t transit_slo
     load->expert = expert;
     load->transit = transit_slot;
     load->prefetch = priority == Priority::kPrefetch;
-    int32_t row = transit_slot;
+    int32_t row = -1;
     if (prefetcher) prefetcher->read_started(expert, !load->prefetch, seconds_now());
     if (transit_slot >= 0) {
+        row = transit[static_cast<size_t>(transit_slot)].row;
         transit[static_cast<size_t>(transit_slot)].load = load;
     } else {
-        row = residency.slot_of(expert) + ExpertCache::kTransitSlots;
+        row = row_of(residency.slot_of(expert));
         residency.pin(expert);
         load_of(expert) = load;
     }
@@ -198,7 +204,16 @@ void CacheState::start_prefetches() {
 
 void CacheState::make_way(const Placement& placement) {
     if (placement.evicted < 0) return;
-    leaves(placement.evicted, placement.slot + ExpertCache::kTransitSlots);
+    int32_t& row = row_of(placement.slot);
+    leaves(placement.evicted, row);
+    if (resizing || !transport->copies_out(placement.evicted)) return;
+    // The slot takes the row of a transit slot that is free: what fills it need not wait for the
+    // copy out of the old one. That row is the transit slot's from now on, and what fills it next
+    // will wait. In turn, so that this is as late as can be.
+    for (size_t i = 0; i < transit.size(); ++i) {
+        Transit& spare = transit[next_spare++ % transit.size()];
+        if (spare.free()) return std::swap(row, spare.row);
+    }
 }
 
 void CacheState::leaves(int32_t expert, int32_t row) {
@@ -237,7 +252,7 @@ void CacheState::join(StepLease::Impl& lease, Member& member) {
     residency.pin(member.expert);
     --lease.pending;
     member.transit = -1;
-    member.row = residency.slot_of(member.expert) + ExpertCache::kTransitSlots;
+    member.row = row_of(residency.slot_of(member.expert));
     if (const std::shared_ptr<Load>& load = load_of(member.expert)) {
         member.state = Member::State::kLoading;
         member.load = load;
@@ -263,13 +278,14 @@ void CacheState::start_surplus(StepLease::Impl& lease) {
             join(lease, member);
             continue;
         }
-        const auto free = std::find_if(transit.begin(), transit.end(),
-                                       [](const Transit& slot) { return slot.free(); });
+        const auto free = std::find_if(transit.begin(), transit.end(), [&](const Transit& slot) {
+            return slot.free() && (stays(slot.row) || residency.occupied_closed_slots() > 0);
+        });
         if (free == transit.end()) return;
         free->owner = &lease;
         --lease.pending;
         member.transit = static_cast<int32_t>(free - transit.begin());
-        member.row = member.transit;
+        member.row = free->row;
         member.state = Member::State::kLoading;
         member.load = start_load(member.expert, member.transit, Priority::kDemand);
     }
@@ -346,24 +362,59 @@ bool CacheState::transit_never_frees() const {
 
 int32_t CacheState::slots_held_by_this_thread(const StepLease::Impl* besides,
                                               int32_t from_slot) const {
-    std::vector<int32_t> slots;
+    std::vector<int32_t> rows;
     for (const StepLease::Impl* lease : active) {
         if (lease == besides || lease->thread != std::this_thread::get_id()) continue;
         for (const Member& member : lease->members) {
             const bool pins = member.state == Member::State::kLoading ||
                               member.state == Member::State::kReady ||
                               member.state == Member::State::kHeld;
-            if (!pins || member.transit >= 0) continue;
-            const int32_t slot = member.row - ExpertCache::kTransitSlots;
+            if (!pins || (besides != nullptr && member.transit >= 0)) continue;
+            const bool counts = member.transit >= 0
+                                    ? member.row >= from_slot + ExpertCache::kTransitSlots
+                                    : residency.slot_of(member.expert) >= from_slot;
             const bool shared =
                 besides != nullptr &&
                 std::any_of(besides->members.begin(), besides->members.end(),
                             [&](const Member& m) { return m.expert == member.expert; });
-            if (slot >= from_slot && !shared) slots.push_back(slot);
+            if (counts && !shared) rows.push_back(member.row);
         }
     }
-    std::sort(slots.begin(), slots.end());
-    return static_cast<int32_t>(std::unique(slots.begin(), slots.end()) - slots.begin());
+    std::sort(rows.begin(), rows.end());
+    return static_cast<int32_t>(std::unique(rows.begin(), rows.end()) - rows.begin());
+}
+
+void CacheState::gather_rows(int32_t slots) {
+    const int32_t rows = slots + ExpertCache::kTransitSlots;
+    int32_t other = slots;
+    for (int32_t slot = 0; slot < slots; ++slot) {
+        if (row_of(slot) < rows) continue;
+        while (row_of(other) >= rows) ++other;
+        residency.exchange(slot, other);
+        std::swap(row_of(slot), row_of(other));
+    }
+}
+
+bool CacheState::transit_has_rows_that_stay() {
+    bool all = true;
+    for (Transit& slot : transit) {
+        if (stays(slot.row)) continue;
+        if (!slot.free()) {
+            all = false;
+            continue;
+        }
+        // Closed slots, empty now, have as many rows that stay as transit slots have that go.
+        std::swap(slot.row,
+                  *std::find_if(row_of_slot.begin() + residency.slots(), row_of_slot.end(),
+                                [&](int32_t row) { return stays(row); }));
+        changed.notify_all();
+    }
+    // The rows that go, by closed slot: in the order in which their memory will come back.
+    if (all) {
+        std::iota(row_of_slot.begin() + residency.slots(), row_of_slot.end(),
+                  residency.slots() + ExpertCache::kTransitSlots);
+    }
+    return all;
 }
 
 }  // namespace moeinf

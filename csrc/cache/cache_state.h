@@ -83,6 +83,7 @@ struct CacheState {
         return static_cast<size_t>(expert / catalog->num_experts());
     }
     [[nodiscard]] LayerStats& stats_of(int32_t expert) { return stats[layer_of(expert)]; }
+    [[nodiscard]] int32_t& row_of(int32_t slot) { return row_of_slot[static_cast<size_t>(slot)]; }
     [[nodiscard]] std::shared_ptr<Load>& load_of(int32_t expert) {
         return loads[static_cast<size_t>(expert)];
     }
@@ -121,11 +122,20 @@ struct CacheState {
     [[nodiscard]] int32_t slots_held_by_this_thread(const StepLease::Impl* besides,
                                                     int32_t from_slot) const;
 
+    // Shrinking: the first so many slots get rows that stay, before the others are closed; then
+    // transit slots do. False while one is in use.
+    void gather_rows(int32_t slots);
+    [[nodiscard]] bool transit_has_rows_that_stay();
+    [[nodiscard]] bool stays(int32_t row) const {
+        return row < residency.slots() + ExpertCache::kTransitSlots;
+    }
+
     struct Seen {
         int64_t request = -1;
         int32_t position = -1;
     };
     struct Transit {
+        int32_t row = -1;
         const StepLease::Impl* owner = nullptr;
         std::shared_ptr<Load> load;  // while it is filled
         [[nodiscard]] bool free() const noexcept { return owner == nullptr && load == nullptr; }
@@ -144,7 +154,9 @@ struct CacheState {
     std::vector<std::shared_ptr<Load>> loads;  // by flat expert: reads into residents' slots
     std::vector<uint8_t> prefetched_unused;    // by flat expert
     std::array<Transit, ExpertCache::kTransitSlots> transit;
-    std::vector<StepLease::Impl*> active;                  // steps in progress
+    size_t next_spare = 0;                 // in transit: whose row a resident gets next
+    std::vector<int32_t> row_of_slot;      // of residents' slots, open or not; see make_way()
+    std::vector<StepLease::Impl*> active;  // steps in progress
     std::vector<std::unique_ptr<StepLease::Impl>> unused;  // finished ones, for reuse
     int32_t waiting_for_room = 0;  // threads that want to hear of every pin given back
     bool resizing = false;

@@ -140,12 +140,19 @@ void DeviceTransport::flush() noexcept {
     {
         const std::lock_guard queues(queues_);
         flushed_.swap(requests_);
-        queued_.store(false, std::memory_order_release);
+    }
+    const auto leaves = [this](const Request& one) {
+        return one.kind == Request::Kind::kLeft && host_->wants(one.expert);
+    };
+    if (std::any_of(flushed_.begin(), flushed_.end(), leaves)) {
+        (void)release_passed();  // what has arrived makes room for what leaves
     }
     for (const Request& request : flushed_) carry_out(request, demands_);
     copy_demands(demands_);
     flushed_.clear();
     demands_.clear();
+    const std::lock_guard queues(queues_);
+    queued_.store(!requests_.empty(), std::memory_order_release);
 }
 
 // In the order in which they were noted: a demotion is enqueued before the row is filled anew.

@@ -56,9 +56,10 @@ public:
                        TransferCallback done) override;
     void promote(const TransferPtr& transfer) override;
     void left(int32_t expert, int32_t row) override;
+    bool copies_out(int32_t expert) override { return host_->wants(expert); }
     bool has_queued() const noexcept override { return queued_.load(std::memory_order_acquire); }
     void flush() noexcept override;
-    bool idle(int32_t first_row) override { return fences_.idle(first_row); }
+    bool idle(int32_t first_row) override { return !has_queued() && fences_.idle(first_row); }
     const CopyEngine& files() const noexcept override { return host_->files(); }
     int64_t delay_bytes() const noexcept override { return static_cast<int64_t>(kWindowBytes); }
 
@@ -121,7 +122,7 @@ private:
     std::vector<Request> requests_;
     std::vector<Held> held_;
     LinkStats stats_;
-    std::atomic<bool> queued_{false};
+    std::atomic<bool> queued_{false};  // something was noted that has not been carried out
 
     // Guards the next eight, and every enqueuing. Recursive: releasing an expert may bring the next
     // one its room, and that one is enqueued on the spot.

@@ -195,6 +195,7 @@ void ExpertCache::resize(int32_t slots) {
     std::unique_lock lock(cache.mutex);
     while (cache.resizing) cache.wait(lock);
     const int32_t before = cache.residency.slots();
+    if (slots < before) cache.gather_rows(slots);
     const int32_t held = cache.slots_held_by_this_thread(nullptr, slots);
     if (held > 0) {
         throw Error(ErrorCode::kCapacity, "cannot shrink from " + std::to_string(before) + " to " +
@@ -219,7 +220,10 @@ void ExpertCache::resize(int32_t slots) {
             }
             cache.residency.resize(slots);
             const Waiting waiting(cache.waiting_for_room);
-            while (cache.residency.occupied_closed_slots() > 0) cache.wait(lock);
+            while (cache.residency.occupied_closed_slots() > 0 ||
+                   !cache.transit_has_rows_that_stay()) {
+                cache.wait(lock);
+            }
             while (!cache.transport->idle(slots + kTransitSlots)) {  // their memory goes
                 lock.unlock();
                 cache.flush();

@@ -113,7 +113,8 @@ struct ExpertCacheOptions {
 
 class ExpertCache {
 public:
-    // Rows of the pool before the slots: where surplus experts pass through.
+    // Rows of the pool beside those of residents: where surplus experts pass through, and where an
+    // expert is brought while the one it replaces is copied out.
     static constexpr int32_t kTransitSlots = 2;
 
     // Throws Error(kInvalid) unless 1 <= slots <= experts in the catalog, and for a collection of
@@ -159,8 +160,8 @@ public:
     [[nodiscard]] std::vector<int32_t> resident(int32_t layer) const;  // in-layer ids, bytes there
     [[nodiscard]] int32_t slots() const;
 
-    // Rows [0, kTransitSlots) are for transit, the `slots()` rows after them hold residents. Rows
-    // beyond may not be touched. The address stays the same across resizes.
+    // Of the first kTransitSlots + slots() rows two are for transit, the others hold residents.
+    // Rows beyond may not be touched. The address stays the same across resizes.
     [[nodiscard]] const SlotPool& pool() const noexcept;
     [[nodiscard]] std::shared_ptr<const SlotPool> shared_pool() const noexcept;
     [[nodiscard]] const Catalog& catalog() const noexcept;

@@ -195,6 +195,12 @@ std::byte* HostTier::take_over(int32_t expert) {
     return address(expert);
 }
 
+bool HostTier::wants(int32_t expert) const {
+    if (!exclusive_) return false;
+    const std::lock_guard lock(mutex_);
+    return residency_->slot_of(expert) < 0;
+}
+
 void HostTier::drop(int32_t expert) {
     {
         const std::lock_guard lock(mutex_);

@@ -64,6 +64,9 @@ public:
     [[nodiscard]] std::byte* take_over(int32_t expert);
     void drop(int32_t expert);
 
+    // Is what take_over() would be asked for missing here? It may yet change.
+    [[nodiscard]] bool wants(int32_t expert) const;
+
     void set_on_device(int32_t expert, bool there);
     void observe(const Step& step);
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 
 #include "base/error.h"
 
@@ -148,6 +149,16 @@ void Residency::resize(int32_t slots) {
         }
     }
     drop_unused_closed_slots();
+}
+
+void Residency::exchange(int32_t slot, int32_t other) {
+    std::swap(residents_[at(slot)], residents_[at(other)]);
+    for (const int32_t one : {slot, other}) {
+        if (residents_[at(one)] >= 0) slot_of_[at(residents_[at(one)])] = one;
+    }
+    for (int32_t& free : free_slots_) {
+        if (free == slot || free == other) free = slot + other - free;
+    }
 }
 
 void Residency::drop_unused_closed_slots() {

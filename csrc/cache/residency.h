@@ -68,6 +68,8 @@ public:
     // once, but a pinned one stays until its owner has unpinned and removed it; nothing else ever
     // enters a closed slot. Growing again reopens them.
     void resize(int32_t slots);
+    // Two open slots trade places: whoever sits in one is found in the other.
+    void exchange(int32_t slot, int32_t other);
     [[nodiscard]] int32_t occupied_closed_slots() const noexcept { return occupied_closed_slots_; }
 
     [[nodiscard]] Policy& policy() noexcept { return *policy_; }

@@ -13,7 +13,7 @@ class Transport {
 public:
     virtual ~Transport() = default;
 
-    // The first four are called under the cache's lock and only take note: what they ask for
+    // The first five are called under the cache's lock and only take note: what they ask for
     // begins, at the latest, with flush(). kDone means that the row may be handed out; on a device
     // its reader then waits for the row's fences.
     [[nodiscard]] virtual TransferPtr submit(int32_t flat_expert, int32_t row, Priority priority,
@@ -21,6 +21,9 @@ public:
     virtual void promote(const TransferPtr& transfer) = 0;  // a prefetch becomes a demand
     // An expert has left the row that it filled; -1: the row goes, too.
     virtual void left(int32_t /*flat_expert*/, int32_t /*row*/) {}
+    // Would its bytes be copied out of that row?
+    [[nodiscard]] virtual bool copies_out(int32_t /*flat_expert*/) { return false; }
+    // Has something been noted, and not yet been begun?
     [[nodiscard]] virtual bool has_queued() const noexcept { return false; }
 
     // Never under the cache's lock. Never throws: what fails, fails as a transfer.

@@ -8,7 +8,11 @@
 // - the readers' points in RowFences::before_fill,
 // - the wait for a copy's point in DeviceTransport::release_passed (RAM is held for its copy),
 // - the wait for `demoted_at_` in copy_demands (a copy in waits for the copy out),
-// - the wait for idle rows in ExpertCache::resize.
+// - the wait for idle rows in ExpertCache::resize,
+// - read() in DeviceTransport::demote (a fill waits for the copy out of its row),
+// - `resizing` and free() in CacheState::make_way (rows are not exchanged then, nor a leased one),
+// - gather_rows() and transit_has_rows_that_stay() in ExpertCache::resize, and what the latter does
+//   to the rows of closed slots.
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -29,6 +33,7 @@ void test_bytes_under_delays(const CacheWorld& world, const std::shared_ptr<Devi
     } forms[] = {{1, 4, false, false},
                  {3, 80, false, true},
                  {8, 10, true, false},
+                 {20, 64, true, false},
                  {2, 60, true, true},
                  {80, 80, false, false}};
     const int64_t each = steps / static_cast<int64_t>(2 * std::size(forms));
