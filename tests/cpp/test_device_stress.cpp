@@ -30,12 +30,8 @@ void test_bytes_under_delays(const CacheWorld& world, const std::shared_ptr<Devi
     const struct {
         int32_t slots, host_slots;
         bool exclusive, gather;
-    } forms[] = {{1, 4, false, false},
-                 {3, 80, false, true},
-                 {8, 10, true, false},
-                 {20, 64, true, false},
-                 {2, 60, true, true},
-                 {80, 80, false, false}};
+    } forms[] = {{1, 4, false, false},  {3, 80, false, true}, {8, 10, true, false},
+                 {20, 64, true, false}, {2, 60, true, true},  {80, 80, false, false}};
     const int64_t each = steps / static_cast<int64_t>(2 * std::size(forms));
     for (const auto& form : forms) {
         fake_cuda_reset(seed);
