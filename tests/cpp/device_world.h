@@ -94,7 +94,9 @@ public:
         step.tokens = 1;
         step.top_k = static_cast<int32_t>(count);
         step.map = reinterpret_cast<std::byte*>(shared_.map());
-        reader_->begin(step);
+        reader_->ask(step);
+        if (random_() % 8 == 0) reader_->ask(step);  // what was asked for may be given up
+        reader_->begin();
         while (reader_->next()) {
             auto look =
                 std::make_unique<Look>(Look{world_, *cache_, counts_, shared_.map(), layer});
