@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+CPP := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp'
 
 .PHONY: demo test lint fmt sanitize bench clean
 
@@ -10,18 +11,19 @@ demo: $(VENV)/.demo
 	$(BIN)/moeinf run --memory 25% --max-new-tokens 120 --temperature 0.7 --verify
 
 test: $(VENV)/.test
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/run.sh
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cpp' 'tests/fake_cuda/*' | xargs $(BIN)/clang-format --dry-run --Werror
+	git ls-files $(CPP) | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
 fmt: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/cpp/*.h' 'tests/cpp/*.cpp' 'tests/fake_cuda/*' | xargs $(BIN)/clang-format -i
+	git ls-files $(CPP) | xargs $(BIN)/clang-format -i
 
 sanitize: $(VENV)/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/sanitize.sh
