@@ -30,8 +30,8 @@ void fake_cuda_set_same_addresses(int same);      // at the start 1: see attribu
 // A copy takes latency + bytes / bandwidth; 0 bytes per second is a link without limit, as at the
 // start.
 void fake_cuda_set_link(int direction, double bytes_per_second, uint64_t latency_ns);
-// What finds its stream idle is done by the thread that enqueues it, without delay: nobody waits and
-// no other thread runs, so that the time of the host alone can be measured. At the start 0.
+// What finds its stream idle is done by the thread that enqueues it, without delay: nobody waits
+// and no other thread runs, so that the time of the host alone can be measured. At the start 0.
 void fake_cuda_set_at_once(int at_once);
 // Before each task of a stream passes a random time: none for half of them, else up to this.
 void fake_cuda_set_max_delay(uint64_t ns);
