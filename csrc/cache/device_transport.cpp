@@ -335,6 +335,7 @@ void DeviceTransport::work(const std::stop_token& stop) {
 #ifdef __linux__
     (void)prctl(PR_SET_TIMERSLACK, 1000UL);  // else 20 us of sleep are 70
 #endif
+    device_->leave_captures_alone();
     while (!stop.stop_requested()) {
         const bool pumping = pump_prefetches();
         const bool holding = release_passed();
@@ -355,9 +356,16 @@ bool DeviceTransport::release_passed() {
     bool holding = false;
     {
         const std::lock_guard lock(queues_);
+        const Timeline* late = nullptr;  // found not to have reached this point, nor any after it
+        uint64_t late_point = 0;
         std::erase_if(held_, [&](const Held& one) {
+            if (one.timeline.get() == late && one.point >= late_point) return false;
             try {
-                if (!one.timeline->reached(one.point)) return false;
+                if (!one.timeline->reached(one.point)) {
+                    late = one.timeline.get();
+                    late_point = one.point;
+                    return false;
+                }
             } catch (const std::exception&) {
                 return false;  // a device in this state moves nothing: better held for ever
             }

@@ -8,10 +8,21 @@
 namespace moeinf {
 namespace {
 
-std::unique_ptr<SlotPool> make_pool(const Catalog& catalog, Device& device, int32_t slots) {
-    const auto nbytes = static_cast<size_t>(slots) * catalog.slot_bytes();
-    return std::make_unique<SlotPool>(device.make_pinned_arena(nbytes, catalog.slot_bytes()),
-                                      catalog.slot_bytes(), slots, slots);
+// As many slots of pinned memory as can be had. It grows in parts, for pinning takes a second for
+// some gigabytes, and none of it is done twice.
+std::unique_ptr<SlotPool> make_pool(const Catalog& catalog, Device& device, int32_t asked) {
+    constexpr int32_t kParts = 16;
+    const uint64_t slot_bytes = catalog.slot_bytes();
+    const auto nbytes = static_cast<size_t>(asked) * slot_bytes;
+    auto pool = std::make_unique<SlotPool>(device.make_pinned_arena(nbytes, slot_bytes), slot_bytes,
+                                           asked, HostTier::kLeastSlots);
+    const int32_t part = std::max(1, asked / kParts);
+    try {
+        while (pool->slots() < asked) pool->resize(std::min(asked, pool->slots() + part));
+    } catch (const Error& error) {
+        if (error.code() != ErrorCode::kCapacity) throw;
+    }
+    return pool;
 }
 
 }  // namespace
@@ -23,16 +34,8 @@ HostTier::HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostT
       ready_(std::move(ready)),
       entries_(static_cast<size_t>(catalog_->total_experts())) {
     const int32_t asked = std::max(options.slots, kLeastSlots);
-    int32_t slots = asked;
-    for (;;) {
-        try {
-            pool_ = make_pool(*catalog_, device, slots);
-            break;
-        } catch (const Error& error) {
-            if (error.code() != ErrorCode::kCapacity || slots == kLeastSlots) throw;
-        }
-        slots = std::max(kLeastSlots, slots - std::max(1, slots / 4));
-    }
+    pool_ = make_pool(*catalog_, device, asked);
+    const int32_t slots = pool_->slots();
     stats_.slots = slots;
     stats_.slots_refused = asked - slots;
     full_house_ = slots >= catalog_->total_experts();

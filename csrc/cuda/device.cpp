@@ -115,6 +115,11 @@ public:
         driver_.check(driver_.event_synchronize(event), "cuEventSynchronize");
     }
 
+    void leave_captures_alone() noexcept override {
+        int mode = kCaptureRelaxed;  // what was set before comes back, and is of no use
+        (void)driver_.exchange_capture_mode(&mode);
+    }
+
     void copy_in(std::byte* device, const std::byte* host, size_t nbytes, Stream stream) override {
         const Current current(*context_);
         driver_.check(driver_.copy_host_to_device(address(device), host, nbytes, stream),

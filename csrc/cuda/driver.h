@@ -40,6 +40,7 @@ constexpr Result kNoDevice = 100;
 constexpr Result kNotReady = 600;
 constexpr int kOldestDriver = 11020;  // CUDA 11.2: memory mapped in pieces, without early faults
 
+constexpr int kCaptureRelaxed = 2;
 constexpr int kAllocationPinned = 1;
 constexpr int kLocationDevice = 1;
 constexpr int kAccessReadWrite = 3;
@@ -91,6 +92,7 @@ constexpr int kAttributeHostPointersAreDevicePointers = 91;  // of registered me
       (DevicePointer * pointer, void* host, unsigned flags))                                      \
     X(stream_create, cuStreamCreateWithPriority, (Handle * stream, unsigned flags, int priority)) \
     X(stream_destroy, cuStreamDestroy_v2, (Handle stream))                                        \
+    X(exchange_capture_mode, cuThreadExchangeStreamCaptureMode, (int* mode))                      \
     X(stream_wait_event, cuStreamWaitEvent, (Handle stream, Handle event, unsigned flags))        \
     X(event_create, cuEventCreate, (Handle * event, unsigned flags))                              \
     X(event_destroy, cuEventDestroy_v2, (Handle event))                                           \

@@ -57,6 +57,7 @@ MOEINF_SAME_PLACE(MemoryAccess, location, CUmemAccessDesc, location);
 MOEINF_SAME_PLACE(MemoryAccess, flags, CUmemAccessDesc, flags);
 
 static_assert(kNoDevice == CUDA_ERROR_NO_DEVICE && kNotReady == CUDA_ERROR_NOT_READY);
+static_assert(kCaptureRelaxed == CU_STREAM_CAPTURE_MODE_RELAXED);
 static_assert(kAllocationPinned == CU_MEM_ALLOCATION_TYPE_PINNED);
 static_assert(kLocationDevice == CU_MEM_LOCATION_TYPE_DEVICE);
 static_assert(kAccessReadWrite == CU_MEM_ACCESS_FLAGS_PROT_READWRITE);

@@ -54,6 +54,10 @@ public:
     [[nodiscard]] virtual bool finished(Event event) = 0;
     virtual void synchronize(Event event) = 0;  // the host waits
 
+    // From now on the calling thread may ask for events while another one captures a graph; it
+    // would end that capture otherwise.
+    virtual void leave_captures_alone() noexcept = 0;
+
     // `host` is page-locked; both calls return before the bytes have moved.
     virtual void copy_in(std::byte* device, const std::byte* host, size_t nbytes,
                          Stream stream) = 0;

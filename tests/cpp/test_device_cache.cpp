@@ -343,6 +343,22 @@ void test_a_demand_overtakes(const CacheWorld& world, const std::shared_ptr<Devi
     fake_cuda_reset(1);
 }
 
+// Another thread captures a graph while prefetches are under way: the cache's own thread looks
+// after them all the same. Shown once: without leave_captures_alone() it ends the capture.
+void test_a_capture_is_left_alone(const CacheWorld& world, const std::shared_ptr<Device>& device) {
+    fake_cuda_reset(1);
+    ExpertCache cache(world.catalog, device_options(world, device, 80, 80, false, false));
+    fake_cuda_set_link(FAKE_CUDA_TO_DEVICE, 5e6, 0);  // 2 ms each
+    (void)cache.prefetch(0, ids(0, 20));
+    fake_cuda_set_capturing(1);
+    const uint64_t before = fake_cuda_calls("cuEventQuery");
+    std::this_thread::sleep_for(20ms);
+    fake_cuda_set_capturing(0);
+    CHECK(fake_cuda_calls("cuEventQuery") > before);
+    CHECK_EQ(fake_cuda_captures_ended(), uint64_t{0});
+    fake_cuda_reset(1);
+}
+
 void test_a_copy_that_never_ends(const CacheWorld& world, const std::shared_ptr<Device>& device) {
     fake_cuda_reset(1);
     auto cache = std::make_shared<ExpertCache>(world.catalog,
@@ -377,6 +393,7 @@ int main(int argc, char** argv) {
     test_a_leased_row_outlives_a_resize(world, device);
     test_a_row_that_goes_takes_nobody_new(world, device);
     test_a_demand_overtakes(world, device);
+    test_a_capture_is_left_alone(world, device);
     test_a_copy_that_never_ends(world, device);
     return test_result();
 }

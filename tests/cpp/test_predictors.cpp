@@ -93,6 +93,8 @@ Row eam(const History& history, int layer) {
         if (product > 0) near.emplace_back(-product / std::sqrt(square), i);
     }
     std::ranges::sort(near);
+    // As near as each other: which of the two counts is up to the last bits of floats.
+    if (near.size() > 3 && near[3].first - near[2].first < 1e-6) return {};
     if (near.size() > 3) near.resize(3);
     Row row(kExperts);
     for (int e = 0; e < kExperts; ++e) {
@@ -146,6 +148,7 @@ void check(const std::string& name, uint64_t seed) {
                     const Row expected = name == "previous"     ? previous(history, target)
                                          : name == "transition" ? transition(history, target)
                                                                 : eam(history, target);
+                    if (expected.empty()) continue;
                     for (size_t e = 0; e < kExperts; ++e) {
                         CHECK(std::abs(scores[e] - expected[e]) < 1e-4);
                         CHECK(scores[e] >= 0.0f && scores[e] <= 1.0001f);

@@ -66,6 +66,10 @@ public:
         const Watched here(watcher_);
         device_->synchronize(event);
     }
+    void leave_captures_alone() noexcept override {
+        const Watched here(watcher_);
+        device_->leave_captures_alone();
+    }
     void copy_in(std::byte* device, const std::byte* host, size_t nbytes,
                  moeinf::Stream stream) override {
         const Watched here(watcher_);

@@ -83,6 +83,7 @@ FAKE_EXPORT void fake_cuda_reset(uint64_t seed) {
     all.devices = fresh.devices.load();
     all.same_addresses = fresh.same_addresses.load();
     all.at_once = fresh.at_once.load();
+    all.capturing = fresh.capturing.load();
     for (int direction = 0; direction < 2; ++direction) fake_cuda_set_link(direction, 0, 0);
     for (fake::Call* call : fake::all_calls()) call->reset();
     fake::mend_context();
@@ -116,6 +117,10 @@ FAKE_EXPORT void fake_cuda_set_same_addresses(int same) {
 
 FAKE_EXPORT void fake_cuda_set_at_once(int at_once) {
     settings().at_once = at_once;
+}
+
+FAKE_EXPORT void fake_cuda_set_capturing(int capturing) {
+    settings().capturing = capturing;
 }
 
 FAKE_EXPORT void fake_cuda_set_link(int direction, double bytes_per_second, uint64_t latency_ns) {

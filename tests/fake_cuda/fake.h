@@ -44,6 +44,7 @@ constexpr Result kIllegalAddress = 700;
 constexpr Result kAlreadyRegistered = 712;
 constexpr Result kNotRegistered = 713;
 constexpr Result kMisalignedAddress = 716;
+constexpr Result kCaptureUnsupported = 900;
 
 // One exported function: its calls are counted, and one of them can be made to fail.
 class Call {
@@ -89,6 +90,7 @@ struct Settings {
     std::atomic<int> devices{1};
     std::atomic<int> same_addresses{1};
     std::atomic<int> at_once{0};
+    std::atomic<int> capturing{0};
     LinkSettings links[2];
 };
 Settings& settings();

@@ -33,6 +33,10 @@ void fake_cuda_set_link(int direction, double bytes_per_second, uint64_t latency
 // What finds its stream idle is done by the thread that enqueues it, without delay: nobody waits
 // and no other thread runs, so that the time of the host alone can be measured. At the start 0.
 void fake_cuda_set_at_once(int at_once);
+// Some thread captures a graph in the mode "global": cuEventQuery fails, and ends the capture, in
+// every thread that has not said that captures are none of its business. At the start 0.
+void fake_cuda_set_capturing(int capturing);
+uint64_t fake_cuda_captures_ended(void);  // since the last reset
 // Before each task of a stream passes a random time: none for half of them, else up to this.
 void fake_cuda_set_max_delay(uint64_t ns);
 

@@ -13,6 +13,7 @@ std::atomic<uint64_t> streams_started{0};
 std::atomic<uint64_t> live_streams{0};
 std::atomic<uint64_t> live_events{0};
 std::atomic<bool> hang_next{false};
+std::atomic<uint64_t> captures_ended{0};
 
 // One recording of an event. A wait holds on to the one that was newest when it was enqueued.
 struct Generation {
@@ -66,6 +67,9 @@ void hang_until_reset() {
     const uint64_t before = hang().resets;
     hang().changed.wait(lock, [&] { return hang().resets != before; });
 }
+
+constexpr int kCaptureRelaxed = 2;
+thread_local int capture_mode = 0;  // global: a capture anywhere forbids this thread much
 
 struct StreamHandle {
     std::shared_ptr<Stream> stream;
@@ -155,6 +159,7 @@ Stream& stream_of(Handle stream) {
 }
 
 void release_hung_events() {
+    captures_ended = 0;
     hang_next = false;
     const std::lock_guard lock(hang().mutex);
     ++hang().resets;
@@ -247,8 +252,18 @@ FAKE_CALL(cuEventRecord, kContext, (Handle event, Handle stream)) {
     return kSuccess;
 }
 
+FAKE_CALL(cuThreadExchangeStreamCaptureMode, kNothing, (int* mode)) {
+    FAKE_ENTER(cuThreadExchangeStreamCaptureMode);
+    std::swap(*mode, capture_mode);
+    return kSuccess;
+}
+
 FAKE_CALL(cuEventQuery, kContext, (Handle event)) {
     FAKE_ENTER(cuEventQuery);
+    if (settings().capturing != 0 && capture_mode != kCaptureRelaxed) {
+        ++captures_ended;
+        return kCaptureUnsupported;
+    }
     auto generation = static_cast<Event*>(event)->get();
     return generation == nullptr || generation->is_done() ? kSuccess : kNotReady;
 }
@@ -317,6 +332,10 @@ FAKE_CALL(cuLaunchKernel, kContext,
                           turn.random() % 2 == 0);
     });
     return kSuccess;
+}
+
+FAKE_EXPORT uint64_t fake_cuda_captures_ended(void) {
+    return captures_ended;
 }
 
 FAKE_EXPORT void fake_cuda_hang_next_event(void) {
