@@ -21,6 +21,8 @@ std::unique_ptr<SlotPool> make_pool(const Catalog& catalog, Device& device, int3
         while (pool->slots() < asked) pool->resize(std::min(asked, pool->slots() + part));
     } catch (const Error& error) {
         if (error.code() != ErrorCode::kCapacity) throw;
+        // Not all that there is: ids, maps and torch need some too.
+        pool->resize(std::max(HostTier::kLeastSlots, pool->slots() - part));
     }
     return pool;
 }
