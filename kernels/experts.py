@@ -116,18 +116,12 @@ def prepare(
     routes: torch.Tensor | None,
     *,
     expert_map: torch.Tensor | None = None,
-    activation: str = "silu",
-    gated: bool = True,
-    interleaved: bool = False,
-    transposed: bool = False,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
-    alpha: float = 1.702,
-    limit: float = 7.0,
-    num_experts: int | None = None,
     read_through: ReadThrough | None = None,
     check_ids: bool = True,
     path: str | None = None,
+    **form: Any,
 ) -> Callable[[], torch.Tensor]:
     """Everything about a call but its launches, which what it returns makes, once.
 
@@ -143,10 +137,7 @@ def prepare(
         out, routes, None, None, None,
     ]  # fmt: skip
     parts, addresses = plans.signature(tensors)
-    key = (
-        parts, activation, gated, interleaved, transposed, alpha, limit, num_experts, path,
-        read_through is None,
-    )  # fmt: skip
+    key = (parts, read_through is None, path, *form.items())
     plan = plans.PLANS.get(key)
     if plan is not None:
         if check_ids:
@@ -154,9 +145,8 @@ def prepare(
         return plan.prepare(tensors, addresses)
     problem = Problem.of(
         hidden, ids, gate_up, down,
-        expert_map=expert_map, activation=activation, gated=gated, interleaved=interleaved,
-        transposed=transposed, gate_up_bias=gate_up_bias, down_bias=down_bias, alpha=alpha,
-        limit=limit, num_experts=num_experts, read_through=read_through, check_ids=check_ids,
+        expert_map=expert_map, gate_up_bias=gate_up_bias, down_bias=down_bias,
+        read_through=read_through, check_ids=check_ids, **form,
     )  # fmt: skip
     launch.check_device(hidden.device)
     chosen = launch.check_path(problem, path)

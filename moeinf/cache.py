@@ -296,18 +296,6 @@ class ExpertCache:
         """`moeinf.fused_experts` without the operator around it."""
         new_sequence, self._new_sequence = self._new_sequence, False
         observe = partial(self._observe, layer, topk_weights) if self._observers else None
-        if isinstance(self._experts, CudaExperts):
-            return self._experts.run(
-                hidden,
-                topk_ids,
-                topk_weights,
-                layer,
-                prefill=self._prefill,
-                new_sequence=new_sequence,
-                on_ids=observe,
-            )
-        if observe is not None:
-            observe(topk_ids)
         return self._experts.run(
             hidden,
             topk_ids,
@@ -315,6 +303,7 @@ class ExpertCache:
             layer,
             prefill=self._prefill,
             new_sequence=new_sequence,
+            on_ids=observe,
         )
 
     def _observe(self, layer: int, topk_weights: torch.Tensor, ids: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -52,9 +53,13 @@ class CpuExperts:
         *,
         prefill: bool = False,
         new_sequence: bool = False,
+        on_ids: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
-        """See `moeinf.fused_experts`; `prefill` and `new_sequence` are for policies and traces."""
+        """See `moeinf.fused_experts`; `prefill` and `new_sequence` are for policies and traces, and
+        `on_ids` is given the ids."""
         check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=torch.device("cpu"))
+        if on_ids is not None:
+            on_ids(topk_ids)
         hidden = hidden.contiguous()
         topk_ids = topk_ids.contiguous()
         topk_weights = topk_weights.contiguous()
