@@ -89,6 +89,7 @@ class Watched:
 def noted(bits: list[int]) -> tuple[int, ...]:
     last = triton_without_gpu.Launch()
     LIBRARY.recording_driver_last(ctypes.byref(last))
+    assert last.function, "another driver was launched on"
     values = [last.parameters[i] & ((1 << width) - 1) for i, width in enumerate(bits)]
     return (last.function, *last.grid, *last.block, last.shared, last.stream, *values)
 
