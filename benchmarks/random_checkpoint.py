@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from moeinf import _core
 
@@ -71,9 +71,15 @@ def folder_for(geometry: Geometry) -> Path | None:
 
 
 class _Noise:
-    """Random bf16 tensors, views of one buffer at random places: quick to make, no two alike."""
+    """Random bf16 tensors, cut from one buffer at random places: quick to make, no two alike.
 
-    def __init__(self, seed: int, std: float):
+    They lie in memory that is used again after `forget`, for touching new memory takes longer than
+    writing the file.
+    """
+
+    def __init__(self, seed: int, std: float, room: int):
+        self.room = torch.empty(room, dtype=torch.bfloat16)
+        self.used = 0
         self.generator = torch.Generator().manual_seed(seed)
         size = 64 * 2**20
         self.buffer = torch.randn(size, generator=self.generator).mul_(std).to(torch.bfloat16)
@@ -82,7 +88,16 @@ class _Noise:
         count = int(torch.Size(shape).numel())
         last = self.buffer.numel() - count
         start = int(torch.randint(0, last, (1,), generator=self.generator))
-        return self.buffer[start : start + count].view(shape)
+        noise = self.buffer[start : start + count]
+        if self.used + count > self.room.numel():
+            return noise.clone().view(shape)
+        place = self.room[self.used : self.used + count]
+        self.used += count
+        return place.copy_(noise).view(shape)
+
+    def forget(self) -> None:
+        """The tensors given out so far are needed no longer."""
+        self.used = 0
 
 
 def write_random_checkpoint(folder: Path, geometry: Geometry, *, seed: int = 0) -> None:
@@ -92,13 +107,14 @@ def write_random_checkpoint(folder: Path, geometry: Geometry, *, seed: int = 0) 
     if done.exists() and json.loads(done.read_text()) == config:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    noise = _Noise(seed, std=0.02)
     g = geometry
+    noise = _Noise(seed, std=0.02, room=3 * g.experts * g.hidden * g.intermediate)
     weight_map: dict[str, str] = {}
     for layer in (None, *range(g.layers)):
         name = "model-dense.safetensors" if layer is None else f"model-layer-{layer}.safetensors"
         tensors = _dense(g, noise) if layer is None else _experts(g, layer, noise)
-        _save(tensors, folder / name)
+        save_file(tensors, folder / name)
+        noise.forget()
         weight_map |= dict.fromkeys(tensors, name)
         _drop_from_page_cache(folder / name)
     (folder / "model.safetensors.index.json").write_text(
@@ -143,23 +159,6 @@ def _experts(g: Geometry, layer: int, noise: _Noise) -> dict[str, torch.Tensor]:
         for expert in range(g.experts)
         for part, shape in shapes.items()
     }
-
-
-def _save(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """A safetensors file of bf16 tensors in the library's order, each written from where it lies:
-    the library makes two copies first, and these files are large."""
-    header: dict[str, object] = {}
-    end = 0
-    for name in sorted(tensors):
-        begin, end = end, end + tensors[name].nbytes
-        shape = list(tensors[name].shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for name in sorted(tensors):
-            file.write(tensors[name].contiguous().view(torch.uint8).numpy().data)
 
 
 def _drop_from_page_cache(path: Path) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from benchmarks import copy_gpu, ffn_gpu, random_checkpoint
 from benchmarks.random_checkpoint import Geometry, folder_for
@@ -99,17 +98,6 @@ def test_a_checkpoint_lies_in_ram_where_there_is_room(
     free = 1 << 40
     monkeypatch.setattr(random_checkpoint, "IN_RAM", tmp_path / "none")
     assert folder_for(geometry) is None
-
-
-def test_a_checkpoint_is_what_the_library_would_write(tmp_path: Path) -> None:
-    geometry = Geometry(
-        hidden=64, intermediate=32, experts=11, top_k=2, layers=2, heads=2, kv_heads=1,
-        head_dim=32, vocabulary=64,
-    )  # fmt: skip
-    random_checkpoint.write_random_checkpoint(tmp_path, geometry)
-    for path in tmp_path.glob("*.safetensors"):
-        save_file(load_file(path), tmp_path / "again")
-        assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
 
 def test_steps_of_misses_are_large_but_for_small_experts() -> None:
