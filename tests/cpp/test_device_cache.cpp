@@ -343,6 +343,36 @@ void test_a_demand_overtakes(const CacheWorld& world, const std::shared_ptr<Devi
     fake_cuda_reset(1);
 }
 
+// Ids that were asked for and given up are still on their way when more are asked for than had
+// room: where they go stays until they have come. Shown once: without the wait in DeviceReader::ask
+// the fake driver finds a copy to memory that is no longer registered.
+void test_ids_may_be_given_up(const CacheWorld& world, const std::shared_ptr<Device>& device) {
+    fake_cuda_reset(1);
+    auto cache = std::make_shared<ExpertCache>(world.catalog,
+                                               device_options(world, device, 80, 80, false, false));
+    const Stream stream = device->create_stream(false);
+    {
+        const Shared shared(*device);
+        DeviceReader reader(cache, stream);
+        std::fill_n(shared.ids(), 4000, 1);
+        DeviceStep step{.layer = 0, .ids = reinterpret_cast<const std::byte*>(shared.ids())};
+        step.map = reinterpret_cast<std::byte*>(shared.map());
+        step.top_k = 1;
+        step.tokens = 1;
+        fake_cuda_set_link(FAKE_CUDA_TO_HOST, 0, 5'000'000);
+        reader.ask(step);
+        step.tokens = 4000;
+        reader.ask(step);
+        reader.begin();
+        CHECK(reader.next());
+        CHECK(reader.wave_is_whole());
+        reader.release();
+        reader.synchronize();
+    }
+    device->destroy_stream(stream);
+    fake_cuda_reset(1);
+}
+
 // Another thread captures a graph while prefetches are under way: the cache's own thread looks
 // after them all the same. Shown once: without leave_captures_alone() it ends the capture.
 void test_a_capture_is_left_alone(const CacheWorld& world, const std::shared_ptr<Device>& device) {
@@ -393,6 +423,7 @@ int main(int argc, char** argv) {
     test_a_leased_row_outlives_a_resize(world, device);
     test_a_row_that_goes_takes_nobody_new(world, device);
     test_a_demand_overtakes(world, device);
+    test_ids_may_be_given_up(world, device);
     test_a_capture_is_left_alone(world, device);
     test_a_copy_that_never_ends(world, device);
     return test_result();
