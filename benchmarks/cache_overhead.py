@@ -31,8 +31,8 @@ import moeinf
 from benchmarks.common import print_table, write_json
 from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
 from moeinf import _core
-from moeinf.integrations.routers import listen
-from moeinf.recorder import Recorder
+from moeinf.cache.recorder import Recorder
+from moeinf.integrations.transformers.routers import listen
 
 LAYERS, EXPERTS, TOP_K, SLOTS = 15, 128, 8, 1800
 LAYERS_OF_MISSES = 48

@@ -28,7 +28,7 @@ import torch
 import moeinf
 from benchmarks.common import print_table, write_json
 from benchmarks.random_checkpoint import Geometry, folder_for, write_random_checkpoint
-from moeinf.devices import open_device
+from moeinf.cache.devices import open_device
 from moeinf.errors import UnsupportedError
 
 # hidden, intermediate: experts of 0.2, 0.8, 3, 9 (Qwen3-30B-A3B's size), 17 and 50 MB in bf16.

@@ -28,7 +28,7 @@ from benchmarks.common import print_table, write_json
 from benchmarks.copy_gpu import pinned_peak
 from benchmarks.random_checkpoint import Geometry, folder_for, write_random_checkpoint
 from benchmarks.routing_replay import decode_routing
-from moeinf.budget import slots_for
+from moeinf.cache.budget import slots_for
 from moeinf.errors import CapacityError, UnsupportedError
 
 SHARES = (0, 5, 10, 25, 50, 75, 100)

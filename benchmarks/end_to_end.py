@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, default=Path("build/bench"), help="about 13 GB")
     parser.add_argument("--memory", default="25%", help="budget of experts")
-    parser.add_argument("--policy", default="best")
+    parser.add_argument("--policy", default="learned")
     parser.add_argument("--tokens", type=int, default=32, help="new tokens with moeinf")
     parser.add_argument("--offload-tokens", type=int, default=4, help="with disk offload")
     parser.add_argument("--layers", type=int, default=Geometry.layers)
@@ -86,8 +86,8 @@ def main() -> None:
 
 
 def run_all(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    from moeinf.budget import slots_for
-    from moeinf.store import ExpertStore
+    from moeinf.cache.budget import slots_for
+    from moeinf.checkpoint.store import ExpertStore
 
     store = ExpertStore.open(folder)
     dense = sum(entry.nbytes for entry in store.checkpoint.tensors.values()) - store.nbytes
@@ -165,7 +165,7 @@ def run_moeinf(folder: Path, arguments: argparse.Namespace, memory: str) -> dict
 def run_disk_offload(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
-    from moeinf.store import ExpertStore
+    from moeinf.checkpoint.store import ExpertStore
 
     store = ExpertStore.open(folder)
     # What stays in memory may take the limit less the interpreter and the layer being computed.
@@ -186,7 +186,7 @@ def measure(model: Any, tokens: int) -> dict[str, Any]:
     """Sampled decoding of one prompt; tokens/s counts those after the first."""
     import torch
 
-    from moeinf.generation import peak_memory
+    from moeinf.integrations.transformers.generation import peak_memory
 
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(0, model.config.vocab_size, (1, PROMPT_TOKENS), generator=generator)

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.common import print_table, write_json
 from moeinf import _core
-from moeinf.bandwidth import HugeArea, ReadLimit
+from moeinf.memory_read import HugeArea, ReadLimit
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 128, 8
 SEGMENTS = [2 * INTERMEDIATE * HIDDEN * 2, HIDDEN * INTERMEDIATE * 2]  # bytes of gate_up, down

@@ -53,7 +53,7 @@ def measure(calls: int) -> list[dict[str, Any]]:
 
     import moeinf
     from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
-    from moeinf.ffn_cuda import CudaExperts
+    from moeinf.experts.cuda import CudaExperts
     from moeinf.kernels import experts, launch, plans
 
     driver = ctypes.CDLL(os.environ["MOEINF_CUDA_DRIVER"])

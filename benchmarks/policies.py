@@ -25,8 +25,8 @@ import moeinf
 from benchmarks.common import print_table, write_json
 from benchmarks.recorded_traces import record_traces
 from moeinf import _core
-from moeinf.simulator import policy_names
-from moeinf.trace import Trace
+from moeinf.traces.simulator import policy_names
+from moeinf.traces.trace import Trace
 
 SHARES = ("5%", "10%", "20%", "30%")
 LAYERS, EXPERTS, TOP_K = 48, 128, 8
@@ -65,7 +65,7 @@ def hit_rates(trace: Trace) -> list[dict[str, Any]]:
 
 
 def leads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Points by which `best` is ahead of the best of the others but Belady, by trace and budget."""
+    """Points by which `learned` leads the best other policy but Belady, by trace and budget."""
     by_trace: dict[str, dict[str, dict[str, Any]]] = {}
     for row in rows:
         by_trace.setdefault(row["trace"], {})[row["policy"]] = row
@@ -73,8 +73,8 @@ def leads(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         {"trace": trace}
         | {
             share: round(
-                of["best"][share]
-                - max(row[share] for name, row in of.items() if name not in ("best", "belady")),
+                of["learned"][share]
+                - max(row[share] for name, row in of.items() if name not in ("learned", "belady")),
                 2,
             )
             for share in SHARES

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import moeinf
 from moeinf.pocket import POCKET
-from moeinf.trace import Trace
+from moeinf.traces.trace import Trace
 
 MODULES = (
     "argparse", "ast", "bisect", "calendar", "cmd", "configparser", "contextlib", "copy", "csv",

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moeinf.trace import DECODE, Array, Trace
+from moeinf.traces.trace import DECODE, Array, Trace
 
 PROMPT = "import os\nimport sys\n\n\ndef main"
 

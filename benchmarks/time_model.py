@@ -35,9 +35,9 @@ import moeinf
 from benchmarks.common import print_table, write_json
 from benchmarks.prefetch import prompts_for
 from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
-from moeinf.ffn_cpu import CpuExperts
+from moeinf.experts.cpu import CpuExperts
 from moeinf.pocket import POCKET
-from moeinf.simulator import TimeEstimate, estimate_time
+from moeinf.traces.simulator import TimeEstimate, estimate_time
 
 RESIDENT = "100%"
 PROBES = 20  # per number of experts, before each prompt
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of random weights")
     parser.add_argument("--experts", type=int, default=32, help="per layer of random weights")
     parser.add_argument("--memory", nargs="+", default=["5%", "12.5%", "25%", "50%"])
-    parser.add_argument("--policy", default="best")
+    parser.add_argument("--policy", default="learned")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="new tokens per prompt")
     parser.add_argument("--json", type=Path)

@@ -68,7 +68,7 @@ def make_files(folder: Path, nbytes: int, files: int, rng: np.random.Generator) 
     return _core.Catalog(1, files * experts, SLOT_BYTES, paths, np.array(extents, dtype=np.uint64))
 
 
-def read_experts(engine: _core.CopyEngine, pool: _core.SlotPool, experts: list[int]) -> float:
+def read_experts(engine: _core.FileReader, pool: _core.SlotPool, experts: list[int]) -> float:
     """GB/s of reading these experts, WINDOW of them on their way at any time."""
     pending: deque[_core.Ticket] = deque()
     start = time.perf_counter()
@@ -95,7 +95,7 @@ def throughput(
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """One row per setting, and the limit they are held against."""
     engines = {
-        (threads, kib): _core.CopyEngine(catalog, threads=threads, chunk_bytes=kib << 10)
+        (threads, kib): _core.FileReader(catalog, threads=threads, chunk_bytes=kib << 10)
         for threads, kib in settings
     }
     rates: dict[tuple[int, int], list[float]] = {setting: [] for setting in settings}
@@ -141,7 +141,7 @@ def demand_latency(
     catalog: _core.Catalog, pool: _core.SlotPool, *, prefetches: int, count: int
 ) -> dict[str, float]:
     """Milliseconds from submitting a demand to its last byte, `prefetches` waiting meanwhile."""
-    engine = _core.CopyEngine(catalog)
+    engine = _core.FileReader(catalog)
     total = catalog.num_layers * catalog.num_experts
     waiting: deque[_core.Ticket] = deque()
     milliseconds = []
@@ -163,7 +163,7 @@ def demand_latency(
     }
 
 
-def check_bytes(catalog: _core.Catalog, engine: _core.CopyEngine, pool: _core.SlotPool) -> None:
+def check_bytes(catalog: _core.Catalog, engine: _core.FileReader, pool: _core.SlotPool) -> None:
     """A benchmark of wrong bytes would be worth nothing."""
     expert = random.randrange(catalog.num_layers * catalog.num_experts)
     finish(engine.submit(expert, pool, 0))
@@ -212,7 +212,7 @@ def run(args: argparse.Namespace) -> None:
     pool = _core.SlotPool(SLOT_BYTES, SLOTS)
     for slot in range(SLOTS):
         pool.numpy(slot)[:] = 1  # memory is there before the clock starts
-    default = _core.CopyEngine(catalog)
+    default = _core.FileReader(catalog)
     check_bytes(catalog, default, pool)
     settings = [
         (threads or default.threads, kib or default.chunk_bytes >> 10)

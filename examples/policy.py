@@ -46,7 +46,7 @@ if __name__ == "__main__":
     for result in (
         moeinf.simulate(trace, slots="20%", policy="lru"),
         moeinf.simulate(trace, slots="20%", policy=MyPolicy(trace)),
-        moeinf.simulate(trace, slots="20%", policy="best"),
-        moeinf.simulate(trace, slots="20%", policy="best", priors=MyPriors(trace)),
+        moeinf.simulate(trace, slots="20%", policy="learned"),
+        moeinf.simulate(trace, slots="20%", policy="learned", priors=MyPriors(trace)),
     ):
         print(f"{result.policy:10} {result.hit_rate_decode:.1%} of decode accesses hit")

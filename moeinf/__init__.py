@@ -19,8 +19,8 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from moeinf.cache import ExpertCache, Lease
-    from moeinf.eam import EAMC
+    from moeinf.cache.cache import ExpertCache, Lease
+    from moeinf.checkpoint.store import ExpertStore
     from moeinf.errors import (
         CapacityError,
         CheckpointError,
@@ -28,27 +28,27 @@ if TYPE_CHECKING:
         TraceError,
         UnsupportedError,
     )
-    from moeinf.experts import fused_experts
-    from moeinf.integrations.transformers import load
-    from moeinf.simulator import simulate
-    from moeinf.store import ExpertStore
-    from moeinf.trace import Trace
+    from moeinf.experts.op import fused_experts
+    from moeinf.integrations.transformers.load import load
+    from moeinf.traces.eam import EAMC
+    from moeinf.traces.simulator import simulate
+    from moeinf.traces.trace import Trace
 
 # Imported when first used: torch and transformers take seconds, and `moeinf --help` needs neither.
 _HOMES = {
-    "EAMC": "moeinf.eam",
+    "EAMC": "moeinf.traces.eam",
     "CapacityError": "moeinf.errors",
     "CheckpointError": "moeinf.errors",
-    "ExpertCache": "moeinf.cache",
-    "ExpertStore": "moeinf.store",
-    "Lease": "moeinf.cache",
+    "ExpertCache": "moeinf.cache.cache",
+    "ExpertStore": "moeinf.checkpoint.store",
+    "Lease": "moeinf.cache.cache",
     "ReadError": "moeinf.errors",
-    "Trace": "moeinf.trace",
+    "Trace": "moeinf.traces.trace",
     "TraceError": "moeinf.errors",
     "UnsupportedError": "moeinf.errors",
-    "fused_experts": "moeinf.experts",
+    "fused_experts": "moeinf.experts.op",
     "load": "moeinf.integrations.transformers",
-    "simulate": "moeinf.simulator",
+    "simulate": "moeinf.traces.simulator",
 }
 
 __all__ = [

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from moeinf import _core
-from moeinf.bandwidth import memory_read_bandwidth
 from moeinf.errors import CapacityError, UnsupportedError
+from moeinf.memory_read import memory_read_bandwidth
 
 DISK_SAMPLE_BYTES = 512 * 2**20
 IO_URING_SETUP = 425  # the system call's number on every Linux architecture

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from moeinf.trace import Trace
+from moeinf.traces.trace import Trace
 
 
 def random_trace(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moeinf.budget import GPU_RESERVE, host_slots_for, less_reserve, parse_bytes, slots_for
+from moeinf.cache.budget import GPU_RESERVE, host_slots_for, less_reserve, parse_bytes, slots_for
 from moeinf.errors import CapacityError
 
 

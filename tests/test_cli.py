@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from moeinf.pocket import POCKET
-from moeinf.trace import Trace
+from moeinf.traces.trace import Trace
 
 
 def moeinf(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:

@@ -13,7 +13,8 @@ import pytest
 from fake_cuda_library import fake_cuda_library
 
 import moeinf
-from moeinf import _core, copy_path
+from moeinf import _core
+from moeinf.cache import gather_tuning
 from moeinf.cli import doctor
 
 LATENCY_NS = 2_000_000
@@ -50,9 +51,9 @@ def test_a_checkout_built_in_place_has_no_version_and_needs_none(
     def none(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(copy_path, "version", none)
+    monkeypatch.setattr(gather_tuning, "version", none)
     assert "never measured here" in path_of(store)
-    copy_path.store(_core.CudaDevice(0), {"gather_below": 300, "rows": []})
+    gather_tuning.store(_core.CudaDevice(0), {"gather_below": 300, "rows": []})
     assert "gather up to 300 bytes" in path_of(store)
 
 
@@ -76,7 +77,7 @@ def test_the_threshold_ends_where_gathering_first_does_not_win(
     gather: list[float | None], expected: int
 ) -> None:
     rows = [{"nbytes": 100 * (i + 1), "dma": 1.0, "gather": rate} for i, rate in enumerate(gather)]
-    assert copy_path.threshold(rows) == expected
+    assert gather_tuning.threshold(rows) == expected
 
 
 def test_what_doctor_measures_the_cache_uses(
@@ -90,13 +91,13 @@ def test_what_doctor_measures_the_cache_uses(
     set_latency(driver, LATENCY_NS)
     monkeypatch.setattr(doctor.machine, "describe", lambda _: {"cuda": {"devices": [{}]}})
     monkeypatch.setattr(doctor.machine, "missing", lambda _: [])
-    monkeypatch.setattr(copy_path, "SIZES", (4096, 65536))
+    monkeypatch.setattr(gather_tuning, "SIZES", (4096, 65536))
     doctor.command(tmp_path, json=True)
     copies = json.loads(capsys.readouterr().out)["cuda"]["devices"][0]["copies"]
     assert copies["gather_below"] == 65536
     assert [row["nbytes"] for row in copies["rows"]] == [4096, 65536]
-    assert Path(copies["kept_in"]) == copy_path.path()
-    assert copy_path.path().is_relative_to(tmp_path)
+    assert Path(copies["kept_in"]) == gather_tuning.path()
+    assert gather_tuning.path().is_relative_to(tmp_path)
     assert path_of(store) == "gather up to 65536 bytes, dma above (measured by doctor)"
     assert path_of(store, gather_below=0) == "dma (as asked)"
     assert path_of(store, gather_below=512) == "gather up to 512 bytes, dma above (as asked)"
@@ -105,10 +106,10 @@ def test_what_doctor_measures_the_cache_uses(
 def test_it_counts_for_its_device_and_driver_alone(
     driver: ctypes.CDLL, store: moeinf.ExpertStore
 ) -> None:
-    copy_path.store(_core.CudaDevice(0), {"rows": [], "gather_below": 4096})
+    gather_tuning.store(_core.CudaDevice(0), {"rows": [], "gather_below": 4096})
     driver.fake_cuda_set_driver_version(12040)
     assert "never measured" in path_of(store)
-    copy_path.store(_core.CudaDevice(0), {"rows": [], "gather_below": 8192})
+    gather_tuning.store(_core.CudaDevice(0), {"rows": [], "gather_below": 8192})
     assert "8192" in path_of(store)
     driver.fake_cuda_set_driver_version(13000)
     assert "4096" in path_of(store)  # the other one's is still there
@@ -128,17 +129,17 @@ def test_it_counts_for_its_device_and_driver_alone(
 def test_a_damaged_or_foreign_file_is_said_and_passed_over(
     content: str, store: moeinf.ExpertStore
 ) -> None:
-    copy_path.path().parent.mkdir(parents=True)
-    copy_path.path().write_bytes(content.encode(errors="surrogateescape"))
+    gather_tuning.path().parent.mkdir(parents=True)
+    gather_tuning.path().write_bytes(content.encode(errors="surrogateescape"))
     with pytest.warns(UserWarning, match=r"gather\.json.*copied by DMA.*doctor"):
         assert "dma" in path_of(store)
     with pytest.warns(UserWarning, match=r"gather\.json"):  # and mended by the next measurement
-        copy_path.store(_core.CudaDevice(0), {"rows": [], "gather_below": 4096})
+        gather_tuning.store(_core.CudaDevice(0), {"rows": [], "gather_below": 4096})
     assert "4096" in path_of(store)
 
 
 @pytest.mark.parametrize("value", [-1, "many", None, 1.5, True])
 def test_a_threshold_that_is_none(value: object, store: moeinf.ExpertStore) -> None:
-    copy_path.store(_core.CudaDevice(0), {"rows": [], "gather_below": value})
+    gather_tuning.store(_core.CudaDevice(0), {"rows": [], "gather_below": value})
     with pytest.warns(UserWarning, match="expected bytes"):
         assert "dma" in path_of(store)

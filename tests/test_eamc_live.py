@@ -14,8 +14,8 @@ from checkpoints import COMMON
 from test_cli import moeinf as command
 
 import moeinf
-from moeinf.eam import EAMC, activation_matrix
-from moeinf.trace import DECODE, PREFILL, Trace
+from moeinf.traces.eam import EAMC, activation_matrix
+from moeinf.traces.trace import DECODE, PREFILL, Trace
 
 SHAPE = {"num_layers": 3, "num_experts": 6}
 
@@ -141,7 +141,9 @@ def test_misfits_are_refused_by_name(qwen3_folder: Path) -> None:
     wrong = EAMC(num_layers=8, num_experts=32)
     with pytest.raises(ValueError, match=r"3 layers of 6 experts as in the checkpoint.*8 of 32"):
         moeinf.load(qwen3_folder, slots=4, policy="eam", eamc=wrong)
-    with pytest.raises(ValueError, match=r"is for 'eam': policy is 'best' and prefetch is 'off'"):
+    with pytest.raises(
+        ValueError, match=r"is for 'eam': policy is 'learned' and prefetch is 'off'"
+    ):
         moeinf.load(qwen3_folder, slots=4, eamc=EAMC(**SHAPE))
     with pytest.raises(ValueError, match="neither its policy nor its prefetch is 'eam'"):
         moeinf.load(qwen3_folder, slots=4, prefetch="transition").moeinf.cache.eamc()
@@ -171,7 +173,7 @@ def test_heat_survives_a_restart_of_the_command(tmp_path: Path) -> None:
         heat = EAMC.load(path)
         assert (len(heat.prefill), len(heat.decode)) == (run, run)
     saved = path.read_bytes()
-    assert "policy is 'best'" in command(*arguments, expect=1).stderr
+    assert "policy is 'learned'" in command(*arguments, expect=1).stderr
     EAMC(**SHAPE).save(path)
     refused = command(*arguments, "--prefetch", "eam", expect=1).stderr
     assert "expected 8 layers of 32 experts" in refused and "Traceback" not in refused

@@ -46,7 +46,7 @@ def test_peak_memory_is_the_dense_weights_and_the_budget(
         moe_intermediate_size=512,
         max_shard_size="250MB",
     )
-    from moeinf.store import ExpertStore
+    from moeinf.checkpoint.store import ExpertStore
 
     store = ExpertStore.open(tmp_path)
     tensors = store.checkpoint.tensors.values()

@@ -15,9 +15,9 @@ from safetensors.numpy import save_file
 
 import moeinf
 from moeinf import _core
-from moeinf.eam import EAMC, activation_matrix
 from moeinf.errors import TraceError
-from moeinf.trace import DECODE, PREFILL, Trace
+from moeinf.traces.eam import EAMC, activation_matrix
+from moeinf.traces.trace import DECODE, PREFILL, Trace
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -246,11 +246,11 @@ def test_best_learns_what_recency_and_frequency_cannot_see() -> None:
     trace = cyclic_trace(1500)
     rates = {
         policy: moeinf.simulate(trace, policy=policy, slots="50%").hit_rate_decode
-        for policy in ("lru", "lfu", "lrfu", "classlru", "best", "belady")
+        for policy in ("lru", "lfu", "lrfu", "classlru", "learned", "belady")
     }
     assert rates["lru"] == 0.0
     better = max(rates[policy] for policy in ("lru", "lfu", "lrfu", "classlru"))
-    assert rates["best"] > better + 0.5 * (rates["belady"] - better), rates
+    assert rates["learned"] > better + 0.5 * (rates["belady"] - better), rates
 
 
 def test_best_does_not_collapse_below_a_tokens_working_set() -> None:
@@ -264,7 +264,7 @@ def test_best_does_not_collapse_below_a_tokens_working_set() -> None:
             experts[token, layer, 1] = 2 + rng.integers(0, 14)
     trace = Trace.from_arrays(experts, num_experts=16)
     assert moeinf.simulate(trace, policy="lru", slots=20).hit_rate_decode == 0.0
-    assert moeinf.simulate(trace, policy="best", slots=20).hit_rate_decode > 0.2
+    assert moeinf.simulate(trace, policy="learned", slots=20).hit_rate_decode > 0.2
 
 
 class Oracle:
@@ -339,4 +339,4 @@ def test_the_example_policies_run(
         warnings.simplefilter("error")
         runpy.run_path(str(EXAMPLES / "policy.py"), run_name="__main__")
     printed = capsys.readouterr().out
-    assert "MyPolicy" in printed and "best" in printed
+    assert "MyPolicy" in printed and "learned" in printed

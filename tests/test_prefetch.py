@@ -11,9 +11,9 @@ from checkpoints import COMMON, FAMILIES, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 import moeinf
-from moeinf.cache import prediction_summary
-from moeinf.integrations.lookahead import GateLookahead
-from moeinf.integrations.transformers import _experts_modules
+from moeinf.cache.cache import prediction_summary
+from moeinf.integrations.transformers.load import _experts_modules
+from moeinf.integrations.transformers.lookahead import GateLookahead
 
 KINDS = ["previous", "transition", "eam", "gate"]
 DECODING: dict[str, Any] = {"do_sample": False, "pad_token_id": 0}

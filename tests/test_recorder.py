@@ -11,7 +11,7 @@ import torch
 from checkpoints import COMMON, write_checkpoint
 
 import moeinf
-from moeinf.trace import DECODE, PREFILL, Trace
+from moeinf.traces.trace import DECODE, PREFILL, Trace
 
 
 def prompt(seed: int, *shape: int) -> torch.Tensor:
@@ -19,7 +19,7 @@ def prompt(seed: int, *shape: int) -> torch.Tensor:
     return torch.randint(0, COMMON["vocab_size"], shape, generator=generator)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", "classlru", "eam", "best"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", "classlru", "eam", "learned"])
 @pytest.mark.parametrize("slots", [1, 5, 12])
 def test_a_simulation_of_its_own_trace_counts_the_same(
     qwen3_folder: Path, policy: str, slots: int, seed: int
@@ -59,7 +59,7 @@ def test_a_hook_sees_live_what_it_sees_in_a_simulation(qwen3_folder: Path, seed:
         for turn in range(3):
             model.generate(prompt(seed + turn, 1, 4), max_new_tokens=9, do_sample=False)
     live = model.moeinf.stats()
-    replayed = moeinf.simulate(recorder.trace(), policy="best", slots=5, priors=hook)
+    replayed = moeinf.simulate(recorder.trace(), policy="learned", slots=5, priors=hook)
     assert (live["hits"], live["accesses"]) == (replayed.hits, replayed.accesses)
     assert live_hook.calls == hook.calls - 1  # the last pass has no next one before which to ask
 

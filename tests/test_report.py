@@ -22,7 +22,7 @@ from moeinf.report.analysis import (
     predictor_quality,
     reuse_distances,
 )
-from moeinf.trace import Trace
+from moeinf.traces.trace import Trace
 
 
 @pytest.fixture
@@ -43,12 +43,14 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 def test_simulate_prints_the_documented_json(
     trace_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(monkeypatch, "simulate", trace_file, "--policy", "lru,best", "--slots", "10%,7", "--json")
+    run(
+        monkeypatch, "simulate", trace_file, "--policy", "lru,learned", "--slots", "10%,7", "--json"
+    )
     found = json.loads(capsys.readouterr().out)
     assert [(r["policy"], r["slots"]) for r in found] == [
-        ("lru", 6), ("lru", 7), ("best", 6), ("best", 7),
+        ("lru", 6), ("lru", 7), ("learned", 6), ("learned", 7),
     ]  # fmt: skip
-    expected = moeinf.simulate(trace_file, policy="best", slots=7).as_dict()
+    expected = moeinf.simulate(trace_file, policy="learned", slots=7).as_dict()
     assert found[-1] == expected
     assert {"trace", "hit_rate_decode", "hit_rate_all", "hits", "accesses"} <= set(expected)
 
@@ -124,12 +126,12 @@ def test_reuse_overlap_and_prediction_are_what_they_say() -> None:
 
 
 def test_every_picture_says_what_it_shows() -> None:
-    analysis = analyse(hand_made(), policies=("lru", "best", "belady"), shares=(50,))
-    belady, best = (
-        f"{analysis.results[name][0].hit_rate_decode:.0%}" for name in ("belady", "best")
+    analysis = analyse(hand_made(), policies=("lru", "learned", "belady"), shares=(50,))
+    belady, learned = (
+        f"{analysis.results[name][0].hit_rate_decode:.0%}" for name in ("belady", "learned")
     )
     said = findings.hit_rates(analysis)
-    assert said.startswith(f"With 50% of the experts in slots best finds {best} there, lru ")
+    assert said.startswith(f"With 50% of the experts in slots learned finds {learned} there, lru ")
     assert said.endswith(f"Belady's optimum {belady}")
     # Of seven routes three go to expert 0, and every expert has one.
     assert "expert 0 of layer 0: 43%" in findings.heat_map(analysis)
@@ -139,5 +141,5 @@ def test_every_picture_says_what_it_shows() -> None:
         "67% of the reuses come with the next token, 100% within 8"
     )
     assert "33%" in findings.overlap(analysis)
-    assert findings.layer_rates(analysis).startswith("best finds least in layer 0")
+    assert findings.layer_rates(analysis).startswith("learned finds least in layer 0")
     assert "names most" in findings.predictors(analysis)

@@ -14,17 +14,22 @@ ROOMS = {
     "base": set(),
     "layout": {"base"},
     "memory": {"base"},
-    "transfer": {"base", "layout", "memory"},
-    "cache": {"base", "layout", "memory", "transfer"},
-    "trace": {"base", "cache"},
+    "device": {"base", "memory"},
+    "policy": {"base"},
+    "prefetch": {"base", "policy"},
+    "trace": {"base", "policy"},
     "compute": {"base", "layout"},
-    "cuda": {"base", "memory"},
+    "transfer": {"base", "layout", "memory"},
+    "tier": {"base", "layout", "memory", "device", "policy", "transfer"},
+    "cache": {"base", "layout", "memory", "device", "policy", "prefetch", "transfer", "tier"},
+    "cuda": {"base", "memory", "device"},
+    "probe": {"base", "layout", "memory", "device", "transfer", "compute"},
 }
 
 
 @pytest.mark.parametrize("room", ROOMS)
 def test_a_room_includes_only_rooms_it_may_know(room: str) -> None:
-    for source in sorted((ROOT / "csrc" / room).glob("*.*")):
+    for source in sorted((ROOT / "csrc" / room).rglob("*.*")):
         for included in re.findall(r'#include "([a-z_]+)/', source.read_text()):
             assert included in ROOMS[room] | {room}, f"{source} includes {included}/"
 

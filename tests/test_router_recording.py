@@ -14,9 +14,9 @@ from test_cli import moeinf as command
 
 import moeinf
 from moeinf.errors import UnsupportedError
-from moeinf.integrations.routers import listen
-from moeinf.integrations.transformers import _experts_modules
-from moeinf.trace import Trace
+from moeinf.integrations.transformers.load import _experts_modules
+from moeinf.integrations.transformers.routers import listen
+from moeinf.traces.trace import Trace
 
 
 def prompt(seed: int, *shape: int) -> torch.Tensor:

@@ -11,8 +11,8 @@ import pytest
 from random_traces import random_trace
 
 import moeinf
-from moeinf.simulator import SimulationResult, estimate_time, parse_slots, policy_names
-from moeinf.trace import Trace
+from moeinf.traces.simulator import SimulationResult, estimate_time, parse_slots, policy_names
+from moeinf.traces.trace import Trace
 
 
 def steps_of(trace: Trace) -> list[tuple[bool, list[tuple[int, int]]]]:
@@ -105,7 +105,7 @@ def test_no_policy_beats_belady_and_every_one_counts_the_same_accesses(seed: int
             assert result.accesses == best.accesses
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", "classlru", "eam", "best", "belady"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", "classlru", "eam", "learned", "belady"])
 def test_with_room_for_all_only_first_uses_miss(policy: str, seed: int) -> None:
     trace = random_trace(seed)
     used = {expert for _, needed in steps_of(trace) for expert in needed}
@@ -114,7 +114,7 @@ def test_with_room_for_all_only_first_uses_miss(policy: str, seed: int) -> None:
     assert result.evictions.sum() == 0
 
 
-@pytest.mark.parametrize("policy", ["lru", "classlru", "eam", "best"])
+@pytest.mark.parametrize("policy", ["lru", "classlru", "eam", "learned"])
 def test_the_same_trace_gives_the_same_counts_again(policy: str, seed: int) -> None:
     trace = random_trace(seed)
     first, second = (moeinf.simulate(trace, policy=policy, slots="30%") for _ in range(2))

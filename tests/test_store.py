@@ -14,9 +14,9 @@ from checkpoints import FAMILIES, write_checkpoint
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from moeinf.checkpoint import Checkpoint
+from moeinf.checkpoint.folder import Checkpoint
+from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, ReadError
-from moeinf.store import ExpertStore
 
 Header = dict[str, Any]
 

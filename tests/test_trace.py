@@ -12,7 +12,7 @@ from random_traces import random_trace
 from safetensors.numpy import save_file
 
 from moeinf.errors import TraceError
-from moeinf.trace import FORMAT, Trace
+from moeinf.traces.trace import FORMAT, Trace
 
 
 def same(a: Trace, b: Trace) -> bool:

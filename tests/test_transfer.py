@@ -77,7 +77,7 @@ def files(tmp_path: Path) -> FileSet:
 def test_every_expert_arrives_whole_and_nothing_else_is_touched(
     files: FileSet, direct: bool, threads: int, chunk_bytes: int
 ) -> None:
-    engine = _core.CopyEngine(
+    engine = _core.FileReader(
         files.catalog(), threads=threads, chunk_bytes=chunk_bytes, direct=direct
     )
     total = files.layers * files.experts
@@ -95,7 +95,7 @@ def test_every_expert_arrives_whole_and_nothing_else_is_touched(
 
 
 def test_buffered_reads_when_direct_ones_are_not_wanted(files: FileSet) -> None:
-    engine = _core.CopyEngine(files.catalog(), direct=False)
+    engine = _core.FileReader(files.catalog(), direct=False)
     assert not engine.file_is_direct(0)
     with pytest.raises(ValueError, match="file index below 2, found 2"):
         engine.file_is_direct(2)
@@ -107,7 +107,7 @@ def test_a_file_system_without_direct_reads_is_read_through_the_cache() -> None:
 
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         files = FileSet(Path(folder))
-        engine = _core.CopyEngine(files.catalog())
+        engine = _core.FileReader(files.catalog())
         assert not engine.file_is_direct(0)
         pool = _core.SlotPool(files.slot_bytes, 1)
         pool.numpy(0)[:] = 1
@@ -156,7 +156,7 @@ def test_extents_that_do_not_fit_are_refused_by_name(files: FileSet) -> None:
 def test_a_missing_file_is_an_error_at_once(files: FileSet) -> None:
     files.paths[1].unlink()
     with pytest.raises(ReadError, match=r"shard-1\.bin: cannot be opened: No such file"):
-        _core.CopyEngine(files.catalog())
+        _core.FileReader(files.catalog())
 
 
 def test_a_file_of_another_size_is_an_error_at_once(files: FileSet) -> None:
@@ -165,7 +165,7 @@ def test_a_file_of_another_size_is_an_error_at_once(files: FileSet) -> None:
         file.write(b"more")
     found = len(files.contents[0]) + 4
     with pytest.raises(ReadError, match=f"expected a file of {found - 4} bytes, found {found}"):
-        _core.CopyEngine(catalog)
+        _core.FileReader(catalog)
 
 
 def test_what_is_no_file_is_an_error_at_once(tmp_path: Path) -> None:
@@ -173,11 +173,11 @@ def test_what_is_no_file_is_an_error_at_once(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "pipe"):
         catalog = _core.Catalog(1, 1, PAGE, [(str(path), 64)], [[[0, 0, 64, 0]]])
         with pytest.raises(ReadError, match="expected a regular file"):
-            _core.CopyEngine(catalog)
+            _core.FileReader(catalog)
 
 
 def test_a_file_removed_after_opening_still_gives_its_bytes(files: FileSet) -> None:
-    engine = _core.CopyEngine(files.catalog())
+    engine = _core.FileReader(files.catalog())
     for path in files.paths:
         path.unlink()
         path.write_bytes(b"another file of that name")
@@ -192,7 +192,7 @@ def test_a_file_truncated_in_mid_run_fails_its_reads_and_no_others(
     tmp_path: Path, direct: bool
 ) -> None:
     files = FileSet(tmp_path, layers=1, experts=2, sizes=(100_000,), files=2)
-    engine = _core.CopyEngine(files.catalog(), direct=direct, chunk_bytes=PAGE)
+    engine = _core.FileReader(files.catalog(), direct=direct, chunk_bytes=PAGE)
     os.truncate(files.paths[0], 20_000)
     pool = _core.SlotPool(files.slot_bytes, 1)
     in_first, in_second = (engine.submit(expert, pool, 0) for expert in range(2))
@@ -205,7 +205,7 @@ def test_a_file_truncated_in_mid_run_fails_its_reads_and_no_others(
 
 def test_a_file_written_to_in_mid_run_fails_its_reads(tmp_path: Path) -> None:
     files = FileSet(tmp_path, layers=1, experts=1, sizes=(100_000,), files=1)
-    engine = _core.CopyEngine(files.catalog())
+    engine = _core.FileReader(files.catalog())
     status = files.paths[0].stat()
     with files.paths[0].open("r+b") as file:
         file.write(b"other")
@@ -245,7 +245,7 @@ def test_more_memory_than_there_is_is_refused_and_changes_nothing() -> None:
 
 
 def test_the_engine_refuses_to_work_in_a_forked_child(files: FileSet) -> None:
-    engine = _core.CopyEngine(files.catalog())
+    engine = _core.FileReader(files.catalog())
     pool = _core.SlotPool(files.slot_bytes, 1)
     child = os.fork()
     if child == 0:
@@ -264,7 +264,7 @@ def test_the_engine_refuses_to_work_in_a_forked_child(files: FileSet) -> None:
 
 
 def test_threads_submit_while_the_engine_reads(files: FileSet) -> None:
-    engine = _core.CopyEngine(files.catalog(), threads=3, chunk_bytes=2 * PAGE)
+    engine = _core.FileReader(files.catalog(), threads=3, chunk_bytes=2 * PAGE)
     failures: list[BaseException] = []
 
     def work(seed: int) -> None:

@@ -16,9 +16,9 @@
 #include "base/error.h"
 #include "bindings/bindings.h"
 #include "bindings/dlpack.h"
-#include "cache/device_transport.h"
 #include "cache/expert_cache.h"
-#include "cache/policy.h"
+#include "policy/policy.h"
+#include "tier/device_transport.h"
 
 namespace py = pybind11;
 
@@ -268,7 +268,7 @@ void bind_cache(py::module_& module) {
         module, "ExpertCache", "Experts in the slots of one pool, filled from files. Thread-safe.",
         py::release_gil_before_calling_cpp_dtor())
         .def(py::init(&make_cache), py::arg("catalog"), py::arg("slots"),
-             py::arg("policy") = "best", py::kw_only(), py::arg("threads") = 0,
+             py::arg("policy") = "learned", py::kw_only(), py::arg("threads") = 0,
              py::arg("chunk_bytes") = 0, py::arg("direct") = true, py::arg("prefetch") = "off",
              py::arg("device") = py::none(), py::arg("host_slots") = 0,
              py::arg("exclusive") = false, py::arg("gather_below") = 0,

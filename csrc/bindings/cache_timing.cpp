@@ -7,7 +7,7 @@
 
 #include "bindings/bindings.h"
 #include "cache/expert_cache.h"
-#include "cache/residency.h"
+#include "policy/residency.h"
 
 namespace py = pybind11;
 

@@ -12,7 +12,7 @@
 #include "bindings/bindings.h"
 #include "compute/cpu_engine.h"
 #include "compute/expert_ffn.h"
-#include "compute/read_probe.h"
+#include "probe/memory_read.h"
 
 namespace py = pybind11;
 

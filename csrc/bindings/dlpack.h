@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <memory>
 
-#include "memory/device.h"
+#include "device/device.h"
 #include "memory/slot_pool.h"
 
 namespace moeinf {

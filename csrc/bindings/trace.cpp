@@ -10,8 +10,8 @@
 
 #include "base/error.h"
 #include "bindings/bindings.h"
-#include "cache/eam.h"
-#include "cache/policies/policies.h"
+#include "policy/eam.h"
+#include "policy/policies/policies.h"
 #include "trace/belady.h"
 #include "trace/simulator.h"
 
@@ -188,7 +188,7 @@ py::dict simulate_arrays(const Array<int16_t>& experts, const Array<int32_t>& se
 void bind_eam(py::module_& module) {
     using namespace py::literals;
     py::class_<EamCollection>(module, "EamCollection",
-                              "Activation matrices of finished requests; see csrc/cache/eam.h.")
+                              "Activation matrices of finished requests; see csrc/policy/eam.h.")
         .def(py::init([](int32_t num_layers, int32_t num_experts, int32_t capacity) {
                  return EamCollection({num_layers, num_experts}, capacity);
              }),

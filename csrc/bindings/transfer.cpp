@@ -16,8 +16,8 @@
 #include "layout/catalog.h"
 #include "memory/arena.h"
 #include "memory/slot_pool.h"
-#include "transfer/bandwidth.h"
-#include "transfer/copy_engine.h"
+#include "probe/file_read.h"
+#include "transfer/file_reader.h"
 
 namespace py = pybind11;
 using namespace pybind11::literals;
@@ -103,7 +103,7 @@ struct Ticket {
 
 class PythonEngine {
 public:
-    PythonEngine(std::shared_ptr<const Catalog> catalog, CopyEngineOptions options)
+    PythonEngine(std::shared_ptr<const Catalog> catalog, FileReaderOptions options)
         : catalog_(catalog), engine_(std::move(catalog), options) {}
 
     std::shared_ptr<Ticket> submit(int32_t expert, std::shared_ptr<SlotPool> pool, int32_t slot,
@@ -131,11 +131,11 @@ public:
         return ticket;
     }
 
-    CopyEngine& engine() noexcept { return engine_; }
+    FileReader& engine() noexcept { return engine_; }
 
 private:
     std::shared_ptr<const Catalog> catalog_;
-    CopyEngine engine_;
+    FileReader engine_;
 };
 
 const char* state_name(TransferState state) {
@@ -233,11 +233,11 @@ void bind_engine(py::module_& module) {
         });
 
     py::class_<PythonEngine, std::shared_ptr<PythonEngine>>(
-        module, "CopyEngine", "Reads experts from files into slots on worker threads.")
+        module, "FileReader", "Reads experts from files into slots on worker threads.")
         .def(py::init([](std::shared_ptr<Catalog> catalog, int32_t threads, size_t chunk_bytes,
                          bool direct) {
                  return std::make_shared<PythonEngine>(
-                     std::move(catalog), CopyEngineOptions{threads, chunk_bytes, direct});
+                     std::move(catalog), FileReaderOptions{threads, chunk_bytes, direct});
              }),
              py::arg("catalog"), py::kw_only(), py::arg("threads") = 0, py::arg("chunk_bytes") = 0,
              py::arg("direct") = true, py::call_guard<py::gil_scoped_release>())

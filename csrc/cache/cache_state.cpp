@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "base/error.h"
-#include "cache/file_transport.h"
+#include "tier/file_transport.h"
 
 namespace moeinf {
 namespace {

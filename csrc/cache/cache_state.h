@@ -8,11 +8,11 @@
 #include <mutex>
 #include <thread>
 
-#include "cache/device_transport.h"
+#include "base/fork.h"
 #include "cache/expert_cache.h"
-#include "cache/prefetcher.h"
-#include "cache/process.h"
-#include "cache/residency.h"
+#include "policy/residency.h"
+#include "prefetch/prefetcher.h"
+#include "tier/device_transport.h"
 
 namespace moeinf {
 

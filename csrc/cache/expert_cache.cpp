@@ -2,7 +2,7 @@
 
 #include "base/error.h"
 #include "cache/cache_state.h"
-#include "cache/eam_follower.h"
+#include "policy/eam_follower.h"
 
 namespace moeinf {
 namespace {
@@ -323,7 +323,7 @@ std::string ExpertCache::policy() const {
     return std::string(state_->residency.policy().name());
 }
 
-const CopyEngine& ExpertCache::engine() const noexcept {
+const FileReader& ExpertCache::engine() const noexcept {
     return state_->transport->files();
 }
 

@@ -11,12 +11,12 @@
 #include <string>
 #include <vector>
 
-#include "cache/eam.h"
-#include "cache/prefetcher.h"
+#include "device/device.h"
 #include "layout/catalog.h"
-#include "memory/device.h"
 #include "memory/slot_pool.h"
-#include "transfer/copy_engine.h"
+#include "policy/eam.h"
+#include "prefetch/prefetcher.h"
+#include "transfer/file_reader.h"
 
 namespace moeinf {
 
@@ -94,9 +94,9 @@ private:
 
 struct ExpertCacheOptions {
     int32_t slots = 0;
-    std::string policy = "best";
+    std::string policy = "learned";
     std::string prefetch = "off";  // one of prefetch_names()
-    CopyEngineOptions copy;
+    FileReaderOptions copy;
     // What "eam", as policy or prefetch, starts from; null: nothing. Not kept.
     std::shared_ptr<const Eamc> eamc;
 
@@ -166,7 +166,7 @@ public:
     [[nodiscard]] std::shared_ptr<const SlotPool> shared_pool() const noexcept;
     [[nodiscard]] const Catalog& catalog() const noexcept;
     [[nodiscard]] std::string policy() const;
-    [[nodiscard]] const CopyEngine& engine() const noexcept;
+    [[nodiscard]] const FileReader& engine() const noexcept;
 
     // Null where slots lie in RAM.
     [[nodiscard]] DeviceTransport* device_transport() const noexcept;

@@ -14,8 +14,8 @@ namespace moeinf::cuda {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kMostDevicePiece = size_t{64} << 20;
-constexpr size_t kMostPinnedPiece = size_t{256} << 20;
+constexpr size_t kMaxDevicePiece = size_t{64} << 20;
+constexpr size_t kMaxPinnedPiece = size_t{256} << 20;
 constexpr size_t kPiecesWanted = 32;  // a shrink keeps at most the rest of one piece: 1/32
 
 // A whole number of units, at least one, such that an arena has about kPiecesWanted pieces.
@@ -55,7 +55,7 @@ public:
         driver_.check(driver_.mem_get_granularity(&unit_, &properties_, kGranularityMinimum),
                       "cuMemGetAllocationGranularity");
         check_reserve(nbytes, unit_);
-        piece_ = piece_bytes(nbytes, unit_, kMostDevicePiece);
+        piece_ = piece_bytes(nbytes, unit_, kMaxDevicePiece);
         const Result result = driver_.mem_address_reserve(&base_, round_up(nbytes, unit_), 0, 0, 0);
         if (result != kSuccess) {
             throw Error(ErrorCode::kCapacity,
@@ -160,7 +160,7 @@ public:
                             std::to_string(unit));
         }
         check_reserve(nbytes, unit);
-        piece_ = piece_bytes(nbytes, unit, kMostPinnedPiece);
+        piece_ = piece_bytes(nbytes, unit, kMaxPinnedPiece);
         memory_ = make_host_arena(round_up(nbytes, unit));
     }
 

@@ -6,7 +6,7 @@
 #include <memory>
 #include <string>
 
-#include "memory/device.h"
+#include "device/device.h"
 
 namespace moeinf {
 

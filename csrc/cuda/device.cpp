@@ -18,7 +18,7 @@ using namespace cuda;
 constexpr unsigned kGatherThreads = 256;
 constexpr unsigned kBlocksPerProcessor = 4;
 constexpr uint64_t kGatherLoad = 16;
-static_assert(GatherTable::kMost == Device::kMostGatherParts);
+static_assert(GatherTable::kMax == Device::kMaxGatherParts);
 
 DevicePointer address(const std::byte* device) {
     return reinterpret_cast<DevicePointer>(device);
@@ -142,10 +142,10 @@ public:
             throw Error(ErrorCode::kUnsupported,
                         "this build has no kernels for CUDA: it was built where nvcc was not");
         }
-        if (parts.size() > kMostGatherParts) {
-            throw Error(ErrorCode::kInvalid,
-                        "expected at most " + std::to_string(kMostGatherParts) +
-                            " parts to gather, found " + std::to_string(parts.size()));
+        if (parts.size() > kMaxGatherParts) {
+            throw Error(ErrorCode::kInvalid, "expected at most " + std::to_string(kMaxGatherParts) +
+                                                 " parts to gather, found " +
+                                                 std::to_string(parts.size()));
         }
         if (parts.empty()) return;
         const Current current(*context_);

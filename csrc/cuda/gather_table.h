@@ -6,14 +6,14 @@
 namespace moeinf::cuda {
 
 struct GatherTable {
-    static constexpr int kMost = 64;
+    static constexpr int kMax = 64;
 
     struct Part {
         uint64_t source;  // addresses as the device sees them
         uint64_t target;
         uint64_t nbytes;  // a multiple of 16, as both addresses are
     };
-    Part parts[kMost];
+    Part parts[kMax];
 };
 static_assert(sizeof(GatherTable) <= 4096, "more than a kernel's parameters may hold");
 

@@ -4,7 +4,7 @@
 
 #include <memory>
 
-#include "cache/policy.h"
+#include "policy/policy.h"
 #include "trace/trace.h"
 
 namespace moeinf {

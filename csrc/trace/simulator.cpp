@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "cache/residency.h"
+#include "policy/residency.h"
 
 namespace moeinf {
 namespace {

@@ -7,7 +7,7 @@
 #include <memory>
 #include <vector>
 
-#include "cache/policy.h"
+#include "policy/policy.h"
 #include "trace/trace.h"
 
 namespace moeinf {

@@ -7,7 +7,7 @@
 #include <string_view>
 #include <vector>
 
-#include "cache/policy.h"
+#include "policy/policy.h"
 
 namespace moeinf {
 

@@ -17,7 +17,7 @@ namespace moeinf {
 namespace {
 
 constexpr size_t kUsualAlignment = 4096;  // suffices on every common file system
-constexpr size_t kLargestAlignment = size_t{64} << 10;
+constexpr size_t kMaxAlignment = size_t{64} << 10;
 
 // What the kernel says (Linux 6.1 and later, some file systems), else the usual; 0: not supported.
 size_t stated_alignment(int descriptor) {
@@ -50,7 +50,7 @@ size_t enable_direct_io(int descriptor) {
     if (fstatfs(descriptor, &system) != 0 || system.f_type == TMPFS_MAGIC) return 1;
 
     const size_t alignment = stated_alignment(descriptor);
-    if (!std::has_single_bit(alignment) || alignment < 2 || alignment > kLargestAlignment) return 1;
+    if (!std::has_single_bit(alignment) || alignment < 2 || alignment > kMaxAlignment) return 1;
 
     const int flags = fcntl(descriptor, F_GETFL);
     if (flags < 0 || fcntl(descriptor, F_SETFL, flags | O_DIRECT) != 0) return 1;

@@ -8,10 +8,10 @@ namespace moeinf {
 namespace {
 
 // Reading over a gap this small costs less than another request.
-constexpr uint64_t kLargestGap = 32 << 10;
+constexpr uint64_t kMaxGap = 32 << 10;
 
 bool same_range(const Extent& before, uint64_t end, const Extent& after) {
-    return before.file == after.file && after.file_offset <= end + kLargestGap;
+    return before.file == after.file && after.file_offset <= end + kMaxGap;
 }
 
 // Appends the parts of `extents` (sorted, one file) that lie in [begin, end) as one chunk.

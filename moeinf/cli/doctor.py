@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from moeinf import _core, copy_path, machine
+from moeinf import _core, machine
+from moeinf.cache import gather_tuning
 from moeinf.cli.output import human_bytes, print_facts, print_json
 from moeinf.errors import CapacityError, UnsupportedError
 
@@ -64,8 +65,8 @@ def _copies(index: int) -> dict[str, Any]:
     """DMA against gather on that GPU, kept for `ExpertCache`; or what stood in the way."""
     try:
         device = _core.CudaDevice(index)
-        measured = copy_path.measure(device)
-        return measured | {"kept_in": str(copy_path.store(device, measured))}
+        measured = gather_tuning.measure(device)
+        return measured | {"kept_in": str(gather_tuning.store(device, measured))}
     except (CapacityError, UnsupportedError, OSError) as error:
         return {"failed": str(error)}
 

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 import psutil
 import typer
 
+from moeinf.checkpoint.store import ExpertStore
 from moeinf.cli.output import human_bytes, print_facts, print_json
 from moeinf.pocket import POCKET
-from moeinf.store import ExpertStore
 
 
 def command(

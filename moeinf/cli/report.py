@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from moeinf.cli.output import check_writable
-from moeinf.trace import Trace
+from moeinf.traces.trace import Trace
 
 
 def command(

@@ -34,7 +34,7 @@ def command(
         str,
         typer.Option(help="What experts may take: 2GiB, a share of all experts, or auto."),
     ] = "25%",
-    policy: Annotated[str, typer.Option(help="Who leaves when a slot is needed.")] = "best",
+    policy: Annotated[str, typer.Option(help="Who leaves when a slot is needed.")] = "learned",
     prefetch: Annotated[
         str,
         typer.Option(
@@ -71,7 +71,7 @@ def command(
     """Writes text with most experts on disk, and says what that cost."""
     check_writable(record)
     with quiet_interrupts():
-        from moeinf.generation import Request, generate
+        from moeinf.integrations.transformers.generation import Request, generate
 
     if router and record is None:
         raise ValueError("--router says what --record keeps: give --record FILE")
@@ -109,7 +109,7 @@ def _verify(request: Any, result: Any, *, quiet: bool) -> bool:
     """Runs again with every expert resident; true if tokens and logits are identical."""
     import torch
 
-    from moeinf.generation import generate
+    from moeinf.integrations.transformers.generation import generate
 
     if not quiet:
         print("\nVerifying against a run with every expert resident", file=sys.stderr)

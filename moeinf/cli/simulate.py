@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.progress import Progress
 
 from moeinf.cli.output import check_writable, print_json, print_table
-from moeinf.eam import EAMC
-from moeinf.simulator import SimulationResult, parse_slots, policy_names, simulate
-from moeinf.trace import Trace
+from moeinf.traces.eam import EAMC
+from moeinf.traces.simulator import SimulationResult, parse_slots, policy_names, simulate
+from moeinf.traces.trace import Trace
 
 
 def command(
     traces: Annotated[list[Path], typer.Argument(help="Trace files.")],
     policy: Annotated[
         str, typer.Option(help=f"Policies, comma-separated: {', '.join(policy_names())}.")
-    ] = "lru,lfu,lrfu,classlru,eam,best,belady",
+    ] = "lru,lfu,lrfu,classlru,eam,learned,belady",
     slots: Annotated[
         str, typer.Option(help="Budgets, comma-separated: counts, or shares of all experts.")
     ] = "5%,10%,20%,30%",

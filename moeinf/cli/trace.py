@@ -46,7 +46,7 @@ def command(
         import torch
         from transformers import AutoTokenizer
 
-        from moeinf.integrations.transformers import load
+        from moeinf.integrations.transformers.load import load
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model: Any = load(checkpoint, memory=memory)
     torch.manual_seed(seed)

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from moeinf.eam import activation_matrix
-from moeinf.simulator import SimulationResult, simulate
-from moeinf.trace import DECODE, PREFILL, Trace
+from moeinf.traces.eam import activation_matrix
+from moeinf.traces.simulator import SimulationResult, simulate
+from moeinf.traces.trace import DECODE, PREFILL, Trace
 
 Array = npt.NDArray[Any]
 
-POLICIES = ("lru", "lfu", "lrfu", "classlru", "eam", "best", "belady")
+POLICIES = ("lru", "lfu", "lrfu", "classlru", "eam", "learned", "belady")
 SHARES = (2, 5, 10, 15, 20, 30, 40, 50, 70)
 """Budgets in percent of all experts."""
 LAYER_SHARE = 10

@@ -14,7 +14,7 @@ from moeinf.errors import UnsupportedError
 from moeinf.report import findings
 from moeinf.report.analysis import Analysis
 from moeinf.report.findings import rate_of
-from moeinf.simulator import SimulationResult
+from moeinf.traces.simulator import SimulationResult
 
 try:
     from matplotlib import rc_context, rcParams
@@ -38,7 +38,7 @@ STYLES: dict[str, dict[str, Any]] = {
     "lrfu": {"color": "#E69F00", "marker": "^"},
     "classlru": {"color": "#CC79A7", "marker": "v"},
     "eam": {"color": "#0072B2", "marker": "*", "markersize": 11, "linewidth": 2},
-    "best": {"color": "#D55E00", "marker": "D", "linewidth": 2.5},
+    "learned": {"color": "#D55E00", "marker": "D", "linewidth": 2.5},
     "belady": {"linestyle": "--", "linewidth": 2},
 }
 LABELS = {"eam": "eam (MoE-Infinity)", "belady": "belady (needs the future)"}

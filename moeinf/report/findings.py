@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from moeinf.report.analysis import LAYER_SHARE, Analysis
-from moeinf.simulator import SimulationResult
+from moeinf.traces.simulator import SimulationResult
 
-OURS = "best"
+OURS = "learned"
 OPTIMUM = "belady"
 
 

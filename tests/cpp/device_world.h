@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "cache/device_reader.h"
+#include "cache/stream_step.h"
 #include "cache_world.h"
 #include "check.h"
 #include "cuda/cuda.h"

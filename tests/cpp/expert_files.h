@@ -15,7 +15,7 @@
 
 #include "layout/catalog.h"
 #include "scratch.h"
-#include "transfer/copy_engine.h"
+#include "transfer/file_reader.h"
 
 namespace moeinf {
 

@@ -11,7 +11,7 @@
 
 #include "check.h"
 #include "compute/expert_ffn.h"
-#include "compute/read_probe.h"
+#include "probe/memory_read.h"
 
 using namespace moeinf;
 

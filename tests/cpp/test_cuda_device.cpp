@@ -314,15 +314,15 @@ void a_gather_copies_what_copies_would(bool same_addresses) {
     auto device_again = open_cuda_device(0);
     CHECK(device_again->can_gather());
     const size_t room = 64 << 10;
-    auto device = world.memory(Device::kMostGatherParts * room);
-    auto host = world.pinned(2 * Device::kMostGatherParts * room, room);
-    fill(host->data(), Device::kMostGatherParts * room, 4);
+    auto device = world.memory(Device::kMaxGatherParts * room);
+    auto host = world.pinned(2 * Device::kMaxGatherParts * room, room);
+    fill(host->data(), Device::kMaxGatherParts * room, 4);
     std::vector<moeinf::GatherPart> parts;
-    for (size_t i = 0; i < Device::kMostGatherParts; ++i) {
+    for (size_t i = 0; i < Device::kMaxGatherParts; ++i) {
         parts.push_back({host->data() + i * room, device->data() + i * room, 16 * (1 + i * 61)});
     }
     device_again->gather(parts, world.stream);
-    std::byte* const seen = host->data() + Device::kMostGatherParts * room;
+    std::byte* const seen = host->data() + Device::kMaxGatherParts * room;
     for (size_t i = 0; i < parts.size(); ++i) {
         world.device->copy_out(seen + i * room, parts[i].target, parts[i].nbytes, world.stream);
     }

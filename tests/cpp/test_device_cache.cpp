@@ -6,8 +6,8 @@
 #include <thread>
 
 #include "base/error.h"
-#include "cache/device_transport.h"
 #include "device_world.h"
+#include "tier/device_transport.h"
 #include "watched_device.h"
 
 using namespace moeinf;
@@ -46,7 +46,7 @@ void test_pinned_memory_refused(const CacheWorld& world, const std::shared_ptr<D
     auto cache = std::make_shared<ExpertCache>(world.catalog,
                                                device_options(world, device, 4, 80, false, false));
     const HostTierStats stats = cache->device_transport()->host().stats();
-    CHECK(stats.slots >= HostTier::kLeastSlots && stats.slots <= 40);
+    CHECK(stats.slots >= HostTier::kMinSlots && stats.slots <= 40);
     CHECK_EQ(stats.slots + stats.slots_refused, 80);
     fake_cuda_reset(1);
 }
@@ -100,7 +100,7 @@ struct Stepper {
     int64_t wrong = 0;
 
     void wait_for(int32_t row) {
-        RowFences& fences = cache.device_transport()->fences();
+        SlotFences& fences = cache.device_transport()->fences();
         while (!fences.arrived(row)) std::this_thread::sleep_for(20us);
     }
     void step(int32_t layer, std::span<const int32_t> experts) {

@@ -5,7 +5,7 @@
 // memory that has gone, without
 // - before_read() in DeviceReader::next (a reader waits for the fill),
 // - before_fill() in DeviceTransport::copy_demands (a fill waits for the row's past),
-// - the readers' points in RowFences::before_fill,
+// - the readers' points in SlotFences::before_fill,
 // - the wait for a copy's point in DeviceTransport::release_passed (RAM is held for its copy),
 // - the wait for `demoted_at_` in copy_demands (a copy in waits for the copy out),
 // - the wait for idle rows in ExpertCache::resize,

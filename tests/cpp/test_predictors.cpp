@@ -6,8 +6,8 @@
 #include <set>
 
 #include "base/error.h"
-#include "cache/predictor.h"
 #include "check.h"
+#include "prefetch/predictor.h"
 #include "scratch.h"
 
 using namespace moeinf;

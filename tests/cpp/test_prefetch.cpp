@@ -7,9 +7,9 @@
 #include <thread>
 
 #include "base/error.h"
-#include "cache/prefetcher.h"
 #include "cache_world.h"
 #include "check.h"
+#include "prefetch/prefetcher.h"
 
 using namespace moeinf;
 

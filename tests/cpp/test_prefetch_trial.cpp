@@ -2,8 +2,8 @@
 // loss it costs next to nothing in the long run; it follows a gain that turns into a loss.
 #include <cmath>
 
-#include "cache/prefetch_trial.h"
 #include "check.h"
+#include "prefetch/prefetch_trial.h"
 #include "scratch.h"
 
 using namespace moeinf;

@@ -5,9 +5,9 @@
 #include <set>
 
 #include "base/error.h"
-#include "cache/policies/policies.h"
-#include "cache/residency.h"
 #include "check.h"
+#include "policy/policies/policies.h"
+#include "policy/residency.h"
 #include "residency_model.h"
 
 using namespace moeinf;

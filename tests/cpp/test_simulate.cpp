@@ -6,10 +6,10 @@
 #include <set>
 
 #include "base/error.h"
-#include "cache/policies/best_kernels.h"
-#include "cache/policies/policies.h"
-#include "cache/residency.h"
 #include "check.h"
+#include "policy/policies/learned_kernels.h"
+#include "policy/policies/policies.h"
+#include "policy/residency.h"
 #include "trace/belady.h"
 #include "trace/simulator.h"
 
@@ -133,7 +133,7 @@ void policies_survive_whatever_an_owner_does(std::mt19937& random) {
 // Whole batches and prompts route to every expert of a layer; estimates must stay numbers.
 void best_takes_steps_of_any_size() {
     const PolicyShape shape{4, 200};
-    Residency residency(shape, 300, make_policy("best", shape));
+    Residency residency(shape, 300, make_policy("learned", shape));
     std::mt19937 random(3);
     Plan plan;
     int64_t hits = 0;
@@ -167,8 +167,8 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 
 // A simulation on one machine must match a live run on another.
 void every_instruction_set_gives_the_same_bits(std::mt19937& random) {
-    const best::Kernels& portable = best::kPortable;
-    const best::Kernels& fastest = best::fastest_kernels();
+    const learned::Kernels& portable = learned::kPortable;
+    const learned::Kernels& fastest = learned::fastest_kernels();
     std::cout << "kernels: " << fastest.name << "\n";
     std::uniform_real_distribution<float> wide(-12.0f, 12.0f), positive(0.0f, 30.0f);
     for (const size_t n : {1, 3, 7, 8, 9, 31, 32, 33, 60, 127, 128, 385}) {
@@ -181,14 +181,14 @@ void every_instruction_set_gives_the_same_bits(std::mt19937& random) {
         for (float& count : counts) count = random() % 2 == 0 ? count : 0.0f;
         const auto uses = drawn(positive), slow = drawn(positive), sequence = drawn(positive),
                    unused = drawn(positive), bias = drawn(wide), values = drawn(wide);
-        const best::History history{uses.data(),   slow.data(), sequence.data(),
-                                    unused.data(), bias.data(), 0.3f,
-                                    0.02f,         0.01f,       0.03f};
+        const learned::History history{uses.data(),   slow.data(), sequence.data(),
+                                       unused.data(), bias.data(), 0.3f,
+                                       0.02f,         0.01f,       0.03f};
         // Of three rows, one starts off any boundary.
         const auto first = drawn(wide), second = drawn(wide), third = drawn(wide);
         std::vector<float> results[2][8];
         for (int which = 0; which < 2; ++which) {
-            const best::Kernels& kernels = which == 0 ? portable : fastest;
+            const learned::Kernels& kernels = which == 0 ? portable : fastest;
             auto& [decayed, sums, errors, logistic, since, added, row, shifted] = results[which];
             decayed = uses;
             kernels.decay(decayed.data(), counts.data(), 0.8f, 1.7f, n);

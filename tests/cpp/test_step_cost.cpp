@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "cache/device_reader.h"
+#include "cache/stream_step.h"
 #include "cache_world.h"
 #include "check.h"
 #include "cuda/cuda.h"

@@ -178,6 +178,6 @@ int main() {
     const uint64_t seed = drawn_seed();
     stress("lru", "off", seed);
     stress("lrfu", "previous", seed);
-    stress("best", "transition", seed);
+    stress("learned", "transition", seed);
     return test_result();
 }

@@ -8,7 +8,7 @@
 
 #include "check.h"
 #include "expert_files.h"
-#include "transfer/copy_engine.h"
+#include "transfer/file_reader.h"
 
 using namespace moeinf;
 
@@ -36,7 +36,7 @@ private:
 // Holds the engine's only worker inside a callback until opened.
 class Gate {
 public:
-    Gate(CopyEngine& engine, int32_t expert, std::byte* slot) {
+    Gate(FileReader& engine, int32_t expert, std::byte* slot) {
         transfer_ = engine.submit(expert, slot, Priority::kDemand, [this](const TransferPtr&) {
             entered_.count_down();
             open_.wait();
@@ -55,14 +55,14 @@ void every_byte_lands_in_its_place(std::mt19937_64& random) {
     for (int round = 0; round < 12; ++round) {
         const size_t largest = std::vector<size_t>{3, 600, 40'000, 300'000}[random() % 4];
         const ExpertFiles world(random, 6, 1 + random() % 5, largest, 1 + random() % 3);
-        CopyEngineOptions options;
+        FileReaderOptions options;
         options.threads = static_cast<int32_t>(1 + random() % 4);
         options.chunk_bytes = kPage * (1 + random() % 40);
         options.direct = random() % 4 != 0;
         std::vector<std::vector<std::byte>> slots(12, std::vector(world.slot_bytes, kPoison));
         std::vector<TransferPtr> transfers;
         {
-            CopyEngine engine(world.catalog, options);
+            FileReader engine(world.catalog, options);
             for (int32_t i = 0; i < 12; ++i) {
                 const Priority priority = random() % 2 ? Priority::kDemand : Priority::kPrefetch;
                 transfers.push_back(
@@ -82,7 +82,7 @@ void demands_go_before_prefetches_and_promotion_makes_one(std::mt19937_64& rando
     std::vector slots(6, std::vector(world.slot_bytes, kPoison));
     Order order;
     {
-        CopyEngine engine(world.catalog, {1, kPage, true});
+        FileReader engine(world.catalog, {1, kPage, true});
         Gate gate(engine, 0, slots[0].data());
         const auto submit = [&](int32_t expert, Priority priority) {
             return engine.submit(expert, slots[static_cast<size_t>(expert)].data(), priority,
@@ -112,7 +112,7 @@ void a_demand_overtakes_a_running_prefetch_at_the_next_chunk() {
     for (int attempt = 0; attempt < 50 && !overtook; ++attempt) {
         LargeExperts large;
         Order order;
-        CopyEngine engine(large.catalog, {1, kPage, true});
+        FileReader engine(large.catalog, {1, kPage, true});
         const auto prefetch =
             engine.submit(0, large.slots[0].data(), Priority::kPrefetch, order.note());
         while (prefetch->state() == TransferState::kQueued) std::this_thread::yield();
@@ -133,7 +133,7 @@ void what_is_cancelled_never_touches_its_slot(std::mt19937_64& random) {
     std::vector slots(3, untouched);
     std::atomic<int> calls{0};
     {
-        CopyEngine engine(world.catalog, {1, kPage, true});
+        FileReader engine(world.catalog, {1, kPage, true});
         Gate gate(engine, 0, slots[0].data());
         const auto cancelled = engine.submit(
             1, slots[1].data(), Priority::kPrefetch, [&](const TransferPtr& transfer) {
@@ -158,7 +158,7 @@ void the_destructor_cancels_what_waits_and_ends_what_runs(std::mt19937_64& rando
     const std::vector untouched(world.slot_bytes, kPoison);
     std::vector slots(4, untouched);
     std::atomic<int> cancelled{0};
-    auto engine = std::make_unique<CopyEngine>(world.catalog, CopyEngineOptions{1, kPage, true});
+    auto engine = std::make_unique<FileReader>(world.catalog, FileReaderOptions{1, kPage, true});
     Gate gate(*engine, 0, slots[0].data());
     for (const int32_t expert : {1, 2, 3}) {
         (void)engine->submit(expert, slots[static_cast<size_t>(expert)].data(),
@@ -181,7 +181,7 @@ void a_running_transfer_stops_with_its_engine() {
     std::atomic<int> calls{0};
     TransferPtr transfer;
     {
-        CopyEngine engine(large.catalog, {2, kPage, true});
+        FileReader engine(large.catalog, {2, kPage, true});
         transfer = engine.submit(0, large.slots[0].data(), Priority::kDemand,
                                  [&](const TransferPtr&) { ++calls; });
         while (transfer->state() == TransferState::kQueued) std::this_thread::yield();
@@ -193,7 +193,7 @@ void a_running_transfer_stops_with_its_engine() {
 
 void many_threads_submit_promote_and_cancel(std::mt19937_64& random) {
     const ExpertFiles world(random, 7, 3, 20'000, 2);
-    CopyEngine engine(world.catalog, {3, 2 * kPage, true});
+    FileReader engine(world.catalog, {3, 2 * kPage, true});
     std::atomic<int> calls{0}, wrong{0};
     constexpr int kThreads = 6, kRounds = 60;
     {

@@ -13,7 +13,7 @@
 #include "base/error.h"
 #include "check.h"
 #include "expert_files.h"
-#include "transfer/copy_engine.h"
+#include "transfer/file_reader.h"
 #include "transfer/source_file.h"
 
 using namespace moeinf;
@@ -31,7 +31,7 @@ int descriptor_of(const std::string& path) {
     return -1;
 }
 
-std::string failure_of(CopyEngine& engine, int32_t expert, std::byte* slot) {
+std::string failure_of(FileReader& engine, int32_t expert, std::byte* slot) {
     std::atomic<int> calls{0};
     const auto transfer =
         engine.submit(expert, slot, Priority::kDemand, [&](const TransferPtr&) { ++calls; });
@@ -49,7 +49,7 @@ void a_read_that_fails_fails_its_transfer_and_leaves_the_engine_usable(std::mt19
     const ExpertFiles world(random, 1, 3, 60'000, 1);
     std::vector slot(world.slot_bytes, kPoison);
     for (const bool direct : {true, false}) {
-        CopyEngine engine(world.catalog, {3, kPage, direct});
+        FileReader engine(world.catalog, {3, kPage, direct});
         const int descriptor = descriptor_of(world.files[0].path);
         CHECK(descriptor >= 0);
         const int saved = dup(descriptor);
@@ -72,7 +72,7 @@ void a_read_that_fails_fails_its_transfer_and_leaves_the_engine_usable(std::mt19
 
 void nothing_is_written_after_a_failure_was_reported() {
     LargeExperts large;
-    CopyEngine engine(large.catalog, {4, 4 * kPage, true});
+    FileReader engine(large.catalog, {4, 4 * kPage, true});
     std::filesystem::resize_file(large.path, LargeExperts::kBytes / 2);
     std::atomic<int> calls{0};
     const std::vector poison(LargeExperts::kBytes, kPoison);
@@ -128,7 +128,7 @@ void what_cannot_be_opened_is_named() {
             std::make_shared<const Catalog>(1, 1, 100, std::vector<CatalogFile>{{name, nbytes}},
                                             std::vector<Extent>{{0, 0, 100, 0}});
         try {
-            const CopyEngine engine(catalog, {});
+            const FileReader engine(catalog, {});
         } catch (const Error& error) {
             CHECK(error.code() == ErrorCode::kRead);
             return error.what();
@@ -144,18 +144,18 @@ void what_cannot_be_opened_is_named() {
 
 void settings_that_cannot_work_are_refused(std::mt19937_64& random) {
     const ExpertFiles world(random, 1, 1, 10, 1);
-    for (const CopyEngineOptions& options :
-         {CopyEngineOptions{-1, 0, true}, CopyEngineOptions{257, 0, true},
-          CopyEngineOptions{1, 100, true}, CopyEngineOptions{1, size_t{1} << 31, true}}) {
+    for (const FileReaderOptions& options :
+         {FileReaderOptions{-1, 0, true}, FileReaderOptions{257, 0, true},
+          FileReaderOptions{1, 100, true}, FileReaderOptions{1, size_t{1} << 31, true}}) {
         bool refused = false;
         try {
-            const CopyEngine engine(world.catalog, options);
+            const FileReader engine(world.catalog, options);
         } catch (const Error& error) {
             refused = error.code() == ErrorCode::kInvalid;
         }
         CHECK(refused);
     }
-    CopyEngine engine(world.catalog, {});
+    FileReader engine(world.catalog, {});
     std::byte slot{};
     for (const int32_t expert : {-1, 1}) {
         bool refused = false;

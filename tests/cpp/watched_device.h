@@ -5,7 +5,7 @@
 #include <memory>
 #include <utility>
 
-#include "memory/device.h"
+#include "device/device.h"
 
 struct DeviceWatcher {
     virtual ~DeviceWatcher() = default;

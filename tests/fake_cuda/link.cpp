@@ -8,7 +8,7 @@
 namespace fake {
 namespace {
 
-constexpr size_t kMostCopies = 65536;
+constexpr size_t kMaxCopies = 65536;
 constexpr uint64_t kLastBytes = 4096;
 
 struct Link {
@@ -102,7 +102,7 @@ Time cross_link(const std::vector<Part>& parts, int direction, int priority, Tim
         const std::lock_guard lock(log().mutex);
         log().copies.push_back({parts[0].source, parts[0].target, nbytes, direction, priority,
                                 nanoseconds(enqueued), nanoseconds(start), nanoseconds(end)});
-        if (log().copies.size() > kMostCopies) log().copies.pop_front();
+        if (log().copies.size() > kMaxCopies) log().copies.pop_front();
     }
     const std::lock_guard lock(link.mutex);
     link.busy = false;

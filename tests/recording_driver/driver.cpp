@@ -8,13 +8,13 @@
 namespace {
 
 using Result = int;
-constexpr int kMostParameters = 64;
+constexpr int kMaxParameters = 64;
 
 struct LastLaunch {
     uint64_t function;  // numbered in the order in which functions were asked for
     uint32_t grid[3], block[3], shared;
     uint64_t stream;
-    uint64_t parameters[kMostParameters];  // 8 bytes from where each begins
+    uint64_t parameters[kMaxParameters];  // 8 bytes from where each begins
 };
 
 // The head of CUlaunchConfig.
@@ -58,7 +58,7 @@ int attribute_of_device(int attribute) {
 
 // Of the launches to come, notes that many parameters. Reading more than a kernel has is undefined.
 extern "C" __attribute__((visibility("default"))) void recording_driver_note(int parameters) {
-    parameters_noted = parameters < kMostParameters ? parameters : kMostParameters;
+    parameters_noted = parameters < kMaxParameters ? parameters : kMaxParameters;
 }
 
 extern "C" __attribute__((visibility("default"))) void recording_driver_last(LastLaunch* copy) {

@@ -1,0 +1,96 @@
+// A CUDA device, and the steps of one of its streams.
+#include "cuda/cuda.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <memory>
+
+#include "base/error.h"
+#include "bindings/bindings.h"
+#include "cache/stream_step.h"
+#include "device/device.h"
+#include "probe/copy_timing.h"
+
+namespace py = pybind11;
+
+namespace moeinf {
+namespace {
+
+template <typename Id>
+py::array ids_as(const DeviceReader& reader) {
+    const DeviceStep& step = reader.step();
+    py::array_t<Id> ids({step.tokens, static_cast<int64_t>(step.top_k)});
+    std::memcpy(ids.mutable_data(), reader.ids(), static_cast<size_t>(ids.nbytes()));
+    return ids;
+}
+
+py::array ids_of(const DeviceReader& reader) {
+    if (reader.ids() == nullptr) throw Error(ErrorCode::kInvalid, "no step has begun");
+    return reader.step().ids_are_int64 ? ids_as<int64_t>(reader) : ids_as<int32_t>(reader);
+}
+
+}  // namespace
+
+void bind_device(py::module_& module) {
+    py::class_<Device, std::shared_ptr<Device>>(
+        module, "CudaDevice", "A CUDA device, through the driver library found at run time.")
+        .def(py::init([](int32_t index) { return open_cuda_device(index); }), py::arg("index") = 0,
+             "Raises UnsupportedError, saying what is missing, or ValueError for a bad index.")
+        .def_property_readonly("name", &Device::name)
+        .def_property_readonly("index", &Device::index)
+        .def_property_readonly("driver_version", &Device::driver_version, "13010: CUDA 13.1.")
+        .def("time_copies", &time_copies, py::arg("nbytes"), py::arg("count"), py::arg("gather"),
+             py::arg("rounds"), py::call_guard<py::gil_scoped_release>(),
+             "Seconds for `count` runs of `nbytes` from pinned RAM, the best of `rounds`.")
+        .def_property_readonly("is_fake", &Device::is_fake, "A driver made for tests.")
+        .def_property_readonly("can_gather", &Device::can_gather,
+                               "Was the gather kernel built, and does it run on this device?")
+        .def_property_readonly("free_bytes", &Device::free_bytes)
+        .def_property_readonly("total_bytes", &Device::total_bytes);
+}
+
+void bind_device_reader(py::module_& module) {
+    const auto released = py::call_guard<py::gil_scoped_release>();
+    py::class_<DeviceReader>(module, "DeviceReader",
+                             "Steps of one stream of a device; see csrc/cache/stream_step.h. Not "
+                             "thread-safe.",
+                             py::release_gil_before_calling_cpp_dtor())
+        .def(py::init([](std::shared_ptr<ExpertCache> cache, uintptr_t stream) {
+                 return std::make_unique<DeviceReader>(std::move(cache),
+                                                       reinterpret_cast<Stream>(stream));
+             }),
+             py::arg("cache"), py::arg("stream"))
+        .def(
+            "ask",
+            [](DeviceReader& reader, int32_t layer, uintptr_t ids, bool ids_are_int64,
+               int64_t tokens, int32_t top_k, uintptr_t map, bool prefill, bool new_sequence) {
+                reader.ask({.layer = layer,
+                            .ids = reinterpret_cast<const std::byte*>(ids),
+                            .ids_are_int64 = ids_are_int64,
+                            .tokens = tokens,
+                            .top_k = top_k,
+                            .map = reinterpret_cast<std::byte*>(map),
+                            .prefill = prefill,
+                            .new_sequence = new_sequence});
+            },
+            py::arg("layer"), py::arg("ids_address"), py::arg("ids_are_int64"), py::arg("tokens"),
+            py::arg("top_k"), py::arg("map_address"), py::arg("prefill") = false,
+            py::arg("new_sequence") = false, released,
+            "Enqueues the way of the ids [tokens, top_k] from a device address to the host.")
+        .def("begin", &DeviceReader::begin, released,
+             "Waits for the ids that were asked for, then starts the step.")
+        .def("next", &DeviceReader::next, released,
+             "False: the step is over. Else int32 [num_experts] at map_address will hold the rows "
+             "of this wave, -1 elsewhere, and the stream waits for their bytes.")
+        .def_property_readonly("wave_is_whole", &DeviceReader::wave_is_whole,
+                               "Does the wave hold every expert of the step?")
+        .def("done", &DeviceReader::done, released,
+             "Rows of the wave may be reused behind what the stream has been given so far.")
+        .def("release", &DeviceReader::release, released)
+        .def("synchronize", &DeviceReader::synchronize, released, "The host waits for the stream.")
+        .def("ids", &ids_of, "The ids of the step, a copy.");
+}
+
+}  // namespace moeinf

@@ -1,0 +1,366 @@
+// The default policy: learns online how soon each expert will be used again, and evicts the one
+// whose use is farthest.
+//
+// Value. For every expert it keeps an estimate of g^n, n the visits of its layer until its next
+// use, discounted by g = exp(-1 / horizon); the horizon in tokens grows with the slots, for a large
+// cache should look further ahead. The score of a resident is its value times g^(d / L), d the
+// layers until its layer comes again.
+//
+// Estimate. The logistic function of a sum: how often the expert was used of late (two decays), in
+// this sequence and how long ago, with fixed weights; a bias per expert; and, learned, one weight
+// for each expert that was just active at its own layer and at the two layers below. This context
+// is what recency and frequency do not see: tokens alike route alike.
+//
+// Learning. When a layer is visited, each of its experts has an outcome for the estimate made at
+// the visit before: 1 if it was used, else g times its new estimate (temporal-difference learning,
+// Sutton 1988). One step of gradient descent follows, over all experts of the layer, resident or
+// not. benchmarks/NOTES.md says what else was tried.
+#include <array>
+#include <cmath>
+#include <utility>
+
+#include "policy/policies/decayed_frequency.h"
+#include "policy/policies/expert_heaps.h"
+#include "policy/policies/learned_kernels.h"
+#include "policy/policies/policies.h"
+
+namespace moeinf {
+namespace {
+
+constexpr float kBiasStep = 0.02f;
+constexpr float kContextStep = 0.05f;
+constexpr float kContextSlowdown = 0.002f;  // step / sqrt(1 + slowdown * uses)
+constexpr size_t kUsualContext = 24;        // experts; larger ones share the step out
+constexpr size_t kMaxSet = 32;              // a larger set says little: it is left out
+constexpr int32_t kContexts = 3;            // own layer, one below, two below
+constexpr int64_t kContextBytes = 128 << 20;
+constexpr float kPriorStep = 0.02f;
+
+struct Order {
+    struct Key {
+        float score;
+        int32_t layer;
+        float value;
+        int32_t expert;
+        bool operator<(const Key& other) const {
+            if (score < other.score) return true;
+            if (score > other.score) return false;
+            if (layer != other.layer) return layer < other.layer;
+            if (value != other.value) return value < other.value;
+            return expert < other.expert;
+        }
+    };
+
+    Key key(int32_t layer, int32_t expert) const {
+        const float value = values[static_cast<size_t>(expert)];
+        return {value * discount[static_cast<size_t>(layer)], layer, value, expert};
+    }
+    bool before(int32_t a, int32_t b) const {
+        const float value_a = values[static_cast<size_t>(a)];
+        const float value_b = values[static_cast<size_t>(b)];
+        return value_a < value_b || (value_a == value_b && a < b);
+    }
+
+    std::vector<float> values;    // by flat expert
+    std::vector<float> discount;  // by layer, seen from that of the latest step
+};
+
+// Uses of each expert and visits of its layer, both decayed at every visit.
+struct Rates {
+    explicit Rates(PolicyShape shape)
+        : uses(static_cast<size_t>(shape.total())), visits(static_cast<size_t>(shape.num_layers)) {}
+
+    std::vector<float> uses;    // by flat expert
+    std::vector<float> visits;  // by layer
+};
+
+class Learned final : public Policy {
+public:
+    explicit Learned(PolicyShape shape)
+        : shape_(shape),
+          order_{std::vector<float>(static_cast<size_t>(shape.total())),
+                 std::vector<float>(static_cast<size_t>(shape.num_layers), 1.0f)},
+          residents_(shape.num_layers, shape.num_experts, order_),
+          slots_(shape.total()),
+          experts_per_step_(std::max(1.0f, static_cast<float>(shape.num_experts) / 16.0f)),
+          fast_(shape),
+          slow_(shape),
+          sequence_(shape),
+          unused_for_(static_cast<size_t>(shape.total()), 1000.0f),
+          bias_(static_cast<size_t>(shape.total())),
+          layers_(static_cast<size_t>(shape.num_layers)),
+          counts_(static_cast<size_t>(shape.num_experts)),
+          sums_(counts_.size()),
+          errors_(counts_.size()) {
+        const int64_t bytes_per_context = 4LL * shape.total() * shape.num_experts;
+        contexts_ = static_cast<int32_t>(
+            std::min<int64_t>(kContexts, kContextBytes / std::max<int64_t>(1, bytes_per_context)));
+        const auto rows = static_cast<size_t>(contexts_) * bias_.size();
+        context_weights_.resize(rows * counts_.size());
+        context_rows_.resize(rows);
+    }
+
+    std::string_view name() const noexcept override { return "learned"; }
+
+    void observe(const Step& step) override {
+        if (step.new_sequence) {
+            std::fill(sequence_.uses.begin(), sequence_.uses.end(), 0.0f);
+            std::fill(sequence_.visits.begin(), sequence_.visits.end(), 0.0f);
+        }
+        if (step.new_sequence || step.layer <= layer_) start_pass();
+        visit(step.layer);
+        if (!step.prefill) {
+            ++decode_steps_in_pass_;
+            decode_experts_in_pass_ += step.experts.size();
+        }
+        remember_set(step);
+        gather_context(step.layer);
+        prefetch(context_);
+        count_uses(step);
+        prefetch(layers_[static_cast<size_t>(step.layer)].context);
+        estimate(step.layer);
+        if (layers_[static_cast<size_t>(step.layer)].visited) learn(step.layer);
+        finish(step.layer);
+    }
+
+    size_t choose_victims(std::span<const int32_t> /*residents*/, std::span<const uint32_t> pinned,
+                          std::span<int32_t> victims) override {
+        return residents_.lowest(pinned, victims);
+    }
+
+    void resized(int32_t slots) override { slots_ = slots; }
+    void inserted(int32_t expert) override { residents_.add(expert); }
+    void evicted(int32_t expert) override { residents_.remove(expert); }
+
+    // Priors enter as one more term, their log odds; its weight is learned from how well they did.
+    void set_priors(std::span<const float> priors) override {
+        prior_odds_.resize(priors.size());
+        used_prior_odds_.resize(priors.size());
+        for (size_t i = 0; i < priors.size(); ++i) {
+            const float kept = std::min(std::max(priors[i], 0.01f), 0.99f);
+            prior_odds_[i] = std::log(kept / (1.0f - kept));
+        }
+    }
+
+private:
+    struct ContextRow {
+        float uses = 0.0f;   // learned from so often
+        uint32_t visit = 0;  // the latest of which it was context
+    };
+    struct Layer {
+        bool visited = false;
+        int64_t pass = -1;             // of the latest visit
+        std::vector<int32_t> set;      // in-layer ids of that visit, if it says anything
+        std::vector<int32_t> context;  // rows of context_weights_ behind the estimates made then
+    };
+
+    size_t base(int32_t layer) const {
+        return static_cast<size_t>(layer) * static_cast<size_t>(shape_.num_experts);
+    }
+    float* row(int32_t index) {
+        return context_weights_.data() + static_cast<size_t>(index) * counts_.size();
+    }
+
+    void start_pass() {
+        ++pass_;
+        tokens_ = 1.0f;
+        if (decode_steps_in_pass_ > 0 && decode_experts_in_pass_ > 0) {
+            experts_per_step_ = static_cast<float>(decode_experts_in_pass_) /
+                                static_cast<float>(decode_steps_in_pass_);
+        }
+        decode_steps_in_pass_ = 0;
+        decode_experts_in_pass_ = 0;
+    }
+
+    // Sets the discounts as seen from this layer.
+    void visit(int32_t layer) {
+        layer_ = layer;
+        const auto layers = static_cast<float>(shape_.num_layers);
+        const float horizon = 0.5f * static_cast<float>(slots_) / (layers * experts_per_step_) + 1;
+        if (horizon != horizon_) {
+            horizon_ = horizon;
+            discount_per_token_ = std::exp(-1.0f / horizon);
+            const float per_layer = std::exp(-1.0f / (horizon * layers));
+            by_distance_.assign(static_cast<size_t>(shape_.num_layers) + 1, 1.0f);
+            for (size_t d = 1; d < by_distance_.size(); ++d) {
+                by_distance_[d] = by_distance_[d - 1] * per_layer;
+            }
+        }
+        // The layers above come at distances from 1, then the others, this one last.
+        const auto below = order_.discount.begin() + layer + 1;
+        const auto next =
+            std::copy_n(by_distance_.begin() + 1, order_.discount.end() - below, below);
+        std::copy_n(by_distance_.begin() + 1 + (next - below), layer + 1, order_.discount.begin());
+    }
+
+    // A prefill step of n tokens stands for n visits. Steps do not say how many tokens they had;
+    // the largest count of the pass so far comes close.
+    void count_uses(const Step& step) {
+        std::fill(counts_.begin(), counts_.end(), 0.0f);
+        const size_t from = base(step.layer);
+        if (step.prefill) {
+            for (const int32_t n : step.counts) tokens_ = std::max(tokens_, static_cast<float>(n));
+        }
+        for (size_t i = 0; i < step.experts.size(); ++i) {
+            const bool many = step.prefill && i < step.counts.size();
+            counts_[static_cast<size_t>(step.experts[i]) - from] =
+                many ? static_cast<float>(step.counts[i]) / tokens_ : 1.0f;
+        }
+        const auto add = [&](Rates& rates, float keep, float gain) {
+            float& visits = rates.visits[static_cast<size_t>(step.layer)];
+            visits = keep * visits + gain;
+            kernels_.decay(rates.uses.data() + from, counts_.data(), keep, gain, counts_.size());
+        };
+        const auto add_decayed = [&](Rates& rates, float decay) {
+            const float keep = tokens_ == 1.0f ? decay : std::pow(decay, tokens_);
+            add(rates, keep, (1.0f - keep) / (1.0f - decay));
+        };
+        add_decayed(fast_, learned::kFastDecay);
+        add_decayed(slow_, learned::kSlowDecay);
+        add(sequence_, 1.0f, tokens_);
+        kernels_.count_visits(unused_for_.data() + from, counts_.data(), counts_.size());
+    }
+
+    void remember_set(const Step& step) {
+        Layer& layer = layers_[static_cast<size_t>(step.layer)];
+        layer.pass = pass_;
+        layer.set.clear();
+        if (step.prefill || step.experts.size() > kMaxSet) return;
+        const auto from = static_cast<int32_t>(base(step.layer));
+        for (const int32_t expert : step.experts) layer.set.push_back(expert - from);
+    }
+
+    // Fills context_ with the rows of the experts just active here and in the layers below.
+    void gather_context(int32_t l) {
+        ++visit_;
+        context_.clear();
+        for (int32_t below = 0; below < std::min(contexts_, l + 1); ++below) {
+            const Layer& source = layers_[static_cast<size_t>(l - below)];
+            if (source.pass != pass_) break;
+            const int32_t first = below * shape_.total() + (l - below) * shape_.num_experts;
+            for (const int32_t expert : source.set) {
+                context_.push_back(first + expert);
+                context_rows_[static_cast<size_t>(first + expert)].visit = visit_;
+            }
+        }
+    }
+
+    // The weights of a large model lie in memory, not in a cache.
+    void prefetch(const std::vector<int32_t>& rows) {
+        for (const int32_t index : rows) {
+            const float* weights = row(index);
+            for (size_t e = 0; e < counts_.size(); e += 16) __builtin_prefetch(weights + e);
+            __builtin_prefetch(&context_rows_[static_cast<size_t>(index)]);
+        }
+    }
+
+    // Fills sums_ with the new estimates before the logistic function.
+    void estimate(int32_t l) {
+        const size_t from = base(l);
+        const auto layer = static_cast<size_t>(l);
+        const float mean_rate = experts_per_step_ / static_cast<float>(shape_.num_experts);
+        kernels_.begin_sums(
+            {.fast = fast_.uses.data() + from,
+             .slow = slow_.uses.data() + from,
+             .sequence = sequence_.uses.data() + from,
+             .unused_for = unused_for_.data() + from,
+             .bias = bias_.data() + from,
+             .added = learned::kPriorVisits * mean_rate,
+             .fast_scale = 1.0f / (fast_.visits[layer] + learned::kPriorVisits),
+             .slow_scale = 1.0f / (slow_.visits[layer] + learned::kPriorVisits),
+             .sequence_scale = 1.0f / (sequence_.visits[layer] + learned::kSequencePriorVisits)},
+            sums_.data(), sums_.size());
+        if (!prior_odds_.empty()) {
+            kernels_.add(sums_.data(), prior_odds_.data() + from, prior_weight_, sums_.size());
+        }
+        rows_.clear();
+        for (const int32_t index : context_) rows_.push_back(row(index));
+        kernels_.add_rows(sums_.data(), rows_.data(), rows_.size(), sums_.size());
+    }
+
+    // One gradient step on the estimates of the previous visit. The new estimates, in sums_, move
+    // along where they share weights with them.
+    void learn(int32_t l) {
+        const size_t from = base(l);
+        Layer& layer = layers_[static_cast<size_t>(l)];
+        kernels_.outcomes(counts_.data(), sums_.data(), order_.values.data() + from,
+                          discount_per_token_, errors_.data(), errors_.size());
+        const float share = static_cast<float>(kUsualContext) /
+                            static_cast<float>(std::max(kUsualContext, layer.context.size()));
+        float shared_step = kBiasStep;
+        rows_.clear();
+        rates_.clear();
+        for (const int32_t index : layer.context) {
+            ContextRow& source = context_rows_[static_cast<size_t>(index)];
+            source.uses += 1.0f;
+            const float rate =
+                share * kContextStep / std::sqrt(1.0f + kContextSlowdown * source.uses);
+            rows_.push_back(row(index));
+            rates_.push_back(rate);
+            if (source.visit == visit_) shared_step += rate;
+        }
+        kernels_.learn_rows(rows_.data(), rates_.data(), rows_.size(), errors_.data(),
+                            errors_.size());
+        kernels_.add(bias_.data() + from, errors_.data(), kBiasStep, errors_.size());
+        kernels_.add(sums_.data(), errors_.data(), shared_step, errors_.size());
+        if (!prior_odds_.empty()) {
+            float gradient = 0.0f;
+            for (size_t e = 0; e < errors_.size(); ++e) {
+                gradient += errors_[e] * used_prior_odds_[from + e];
+            }
+            prior_weight_ += kPriorStep * gradient / static_cast<float>(errors_.size());
+        }
+    }
+
+    void finish(int32_t l) {
+        const size_t from = base(l);
+        kernels_.logistic(sums_.data(), order_.values.data() + from, sums_.size());
+        if (!prior_odds_.empty()) {
+            std::copy_n(prior_odds_.data() + from, sums_.size(), used_prior_odds_.data() + from);
+        }
+        Layer& layer = layers_[static_cast<size_t>(l)];
+        layer.visited = true;
+        layer.context.swap(context_);
+        residents_.rebuild(l);
+    }
+
+    const learned::Kernels& kernels_ = learned::fastest_kernels();
+    PolicyShape shape_;
+    Order order_;
+    ExpertHeaps<Order> residents_;
+    int32_t slots_;
+
+    int32_t layer_ = -1;  // of the latest step
+    int64_t pass_ = 0;
+    uint32_t visit_ = 0;   // steps seen; may wrap
+    float tokens_ = 1.0f;  // of the pass, at least
+    float experts_per_step_;
+    size_t decode_steps_in_pass_ = 0, decode_experts_in_pass_ = 0;
+
+    float horizon_ = 0.0f;  // tokens
+    float discount_per_token_ = 0.0f;
+    std::vector<float> by_distance_;
+
+    Rates fast_, slow_, sequence_;
+    std::vector<float> unused_for_;  // visits since the latest use, by flat expert
+    std::vector<float> bias_;        // by flat expert
+    int32_t contexts_ = 0;
+    std::vector<float> context_weights_;  // [contexts, experts, num_experts of the target's layer]
+    std::vector<ContextRow> context_rows_;  // [contexts, experts]
+    std::vector<Layer> layers_;
+    float prior_weight_ = 0.3f;
+    std::vector<float> prior_odds_, used_prior_odds_;  // by flat expert; empty without priors
+
+    std::vector<float> counts_, sums_, errors_;  // of the step, by in-layer expert
+    std::vector<int32_t> context_;               // of the step
+    std::vector<float*> rows_;                   // scratch
+    std::vector<float> rates_;                   // scratch, of these rows
+};
+
+}  // namespace
+
+std::unique_ptr<Policy> make_learned(PolicyShape shape) {
+    return std::make_unique<Learned>(shape);
+}
+
+}  // namespace moeinf

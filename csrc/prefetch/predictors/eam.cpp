@@ -1,0 +1,61 @@
+// The paper's prediction (MoE-Infinity, arXiv 2401.14361v3, section 5.1): the entries of the
+// collection nearest to the pass so far, summed, rows normalised, and row i scaled by
+// (1 - (i - l) / L), l the current layer.
+//
+// Chosen where the text is silent: as the policy `eam` does (eam_follower.h). A normalised row is a
+// share of all uses; times the experts a step uses it is how likely each is used, up to 1. The
+// paper orders all later layers; here a step is asked for the next kReach, since idle link time
+// carries a few experts at most.
+#include <algorithm>
+#include <utility>
+
+#include "policy/eam_follower.h"
+#include "prefetch/predictors/predictors.h"
+
+namespace moeinf {
+namespace {
+
+constexpr int32_t kReach = 4;
+
+class EamPredictor final : public Predictor {
+public:
+    explicit EamPredictor(Eamc from) : shape_(from.decode.shape()), follower_(std::move(from)) {}
+
+    std::string_view name() const noexcept override { return "eam"; }
+
+    void observe(const Step& step) override {
+        follower_.observe(step);
+        layer_ = step.layer;
+        experts_ = static_cast<float>(step.experts.size());
+    }
+
+    [[nodiscard]] int32_t reach() const noexcept override { return kReach; }
+
+    bool predict(int32_t layer, std::span<float> scores) override {
+        if (layer <= layer_ || !follower_.predict(layer, scores)) return false;
+        const float nearness =
+            1.0f - static_cast<float>(layer - layer_) / static_cast<float>(shape_.num_layers);
+        for (float& score : scores) score = std::min(1.0f, score * experts_) * nearness;
+        return true;
+    }
+
+    const EamFollower* follower() const noexcept override { return &follower_; }
+
+private:
+    PolicyShape shape_;
+    EamFollower follower_;
+    int32_t layer_ = -1;    // of the latest step
+    float experts_ = 0.0f;  // of the latest step
+};
+
+}  // namespace
+
+std::unique_ptr<Predictor> make_eam_predictor(PolicyShape shape) {
+    return make_eam_predictor(Eamc(shape));
+}
+
+std::unique_ptr<Predictor> make_eam_predictor(Eamc from) {
+    return std::make_unique<EamPredictor>(std::move(from));
+}
+
+}  // namespace moeinf

@@ -1,0 +1,53 @@
+// Previous token: a layer uses again what it used for the tokens before. The score is an average of
+// uses that halves with every visit of the layer; of a prompt, an expert's count relative to the
+// layer's most used one stands for a use.
+#include <algorithm>
+
+#include "prefetch/predictors/predictors.h"
+
+namespace moeinf {
+namespace {
+
+constexpr float kKeep = 0.5f;
+
+class Previous final : public Predictor {
+public:
+    explicit Previous(PolicyShape shape)
+        : shape_(shape), uses_(static_cast<size_t>(shape.total())) {}
+
+    std::string_view name() const noexcept override { return "previous"; }
+
+    void observe(const Step& step) override {
+        for (float& use : row(step.layer)) use *= kKeep;
+        float most = 1.0f;
+        if (step.prefill) {
+            for (const int32_t count : step.counts) most = std::max(most, float(count));
+        }
+        for (size_t i = 0; i < step.experts.size(); ++i) {
+            const float use = step.prefill && !step.counts.empty() ? float(step.counts[i]) : most;
+            uses_[static_cast<size_t>(step.experts[i])] += (1.0f - kKeep) * use / most;
+        }
+    }
+
+    bool predict(int32_t layer, std::span<float> scores) override {
+        std::ranges::copy(row(layer), scores.begin());
+        return true;
+    }
+
+private:
+    std::span<float> row(int32_t layer) {
+        const auto width = static_cast<size_t>(shape_.num_experts);
+        return std::span(uses_).subspan(static_cast<size_t>(layer) * width, width);
+    }
+
+    PolicyShape shape_;
+    std::vector<float> uses_;  // by flat expert
+};
+
+}  // namespace
+
+std::unique_ptr<Predictor> make_previous_predictor(PolicyShape shape) {
+    return std::make_unique<Previous>(shape);
+}
+
+}  // namespace moeinf

@@ -1,0 +1,80 @@
+// Layer-to-layer transitions, learned online: for each expert a of a layer, how often each expert b
+// of the next layer was used when a had been, as an average that becomes exponential once it has
+// seen enough. The score of b is the mean over the experts that the latest step used. The last
+// layer is followed by the first, of the next token.
+#include <algorithm>
+
+#include "prefetch/predictors/predictors.h"
+
+namespace moeinf {
+namespace {
+
+constexpr float kSlowestRate = 0.02f;
+constexpr size_t kMaxSet = 32;  // a larger one says little, and prompts are large
+
+class Transition final : public Predictor {
+public:
+    explicit Transition(PolicyShape shape)
+        : shape_(shape),
+          uses_(static_cast<size_t>(shape.total())),
+          used_next_(uses_.size() * static_cast<size_t>(shape.num_experts)) {}
+
+    std::string_view name() const noexcept override { return "transition"; }
+
+    void observe(const Step& step) override {
+        const bool usable = !step.prefill && step.experts.size() <= kMaxSet;
+        if (usable && !step.new_sequence && follows(step.layer)) learn(step);
+        latest_.clear();
+        layer_ = step.layer;
+        if (usable) latest_.assign(step.experts.begin(), step.experts.end());
+    }
+
+    bool predict(int32_t layer, std::span<float> scores) override {
+        if (!follows(layer)) return false;
+        std::ranges::fill(scores, 0.0f);
+        for (const int32_t expert : latest_) {
+            const float* next = row(expert);
+            for (size_t b = 0; b < scores.size(); ++b) scores[b] += next[b];
+        }
+        const float share = 1.0f / static_cast<float>(latest_.size());
+        for (float& score : scores) score *= share;
+        return true;
+    }
+
+private:
+    float* row(int32_t expert) {
+        return used_next_.data() +
+               static_cast<size_t>(expert) * static_cast<size_t>(shape_.num_experts);
+    }
+
+    [[nodiscard]] bool follows(int32_t layer) const {
+        return !latest_.empty() && layer == (layer_ + 1) % shape_.num_layers;
+    }
+
+    void learn(const Step& step) {
+        const int32_t first = step.layer * shape_.num_experts;
+        for (const int32_t expert : latest_) {
+            float& uses = uses_[static_cast<size_t>(expert)];
+            uses += 1.0f;
+            // As if it had once been seen before with nothing after it.
+            const float rate = std::max(kSlowestRate, 1.0f / (uses + 1.0f));
+            float* next = row(expert);
+            for (int32_t b = 0; b < shape_.num_experts; ++b) next[b] *= 1.0f - rate;
+            for (const int32_t used : step.experts) next[used - first] += rate;
+        }
+    }
+
+    PolicyShape shape_;
+    int32_t layer_ = -1;            // of the latest step
+    std::vector<int32_t> latest_;   // its experts, if it says anything
+    std::vector<float> uses_;       // by flat expert: steps it has learned from
+    std::vector<float> used_next_;  // [flat expert, expert of the next layer]
+};
+
+}  // namespace
+
+std::unique_ptr<Predictor> make_transition_predictor(PolicyShape shape) {
+    return std::make_unique<Transition>(shape);
+}
+
+}  // namespace moeinf

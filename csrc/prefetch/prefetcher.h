@@ -1,0 +1,181 @@
+// What to read ahead, and whether it pays. The cache tells the prefetcher about every step, read
+// and eviction, under its lock; the prefetcher turns predictions (a predictor's, or those handed in
+// from outside) into a few experts to read now. It never moves bytes, and knows no slots, threads
+// or clocks: times come in as seconds.
+//
+// Budget. After a step the link may carry what it usually carries between the end of this layer's
+// demand reads and the next step, less what is still under way. Demand overtakes in any case.
+//
+// Does it pay? With r the useful share of what is fetched, s the share of a read that a useful
+// prefetch saves (less than 1 if it came late) and w what a useless one costs in reads (the link
+// where it was not idle, experts it drove out that were missed soon after), it may pay where r * s
+// is above (1 - r) * w. s and w are measured; so is r, also while nothing is fetched, from what
+// would have been. Where that promises something the clock has the last word: PrefetchTrial.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "policy/residency.h"
+#include "prefetch/predictor.h"
+#include "prefetch/prefetch_trial.h"
+
+namespace moeinf {
+
+// Counted when the predicted step comes. Prefill steps are not predicted.
+struct PredictionStats {
+    std::string predictor = "off";
+    PrefetchTrial::State state{};  // off, on trial or on, as of now
+    double gain = 0;               // share of a pass's time that fetching saves, as last measured
+    double gain_error = 0;         // its standard error; both 0 before it was measured
+    int64_t switches = 0;          // times it was switched on or off
+    int64_t steps = 0;             // that had been predicted
+    int64_t active_steps = 0;      // of these, predicted in passes that fetched
+    int64_t used = 0;              // experts of these steps
+    int64_t predicted = 0;         // experts that had been predicted for them
+    int64_t correct = 0;           // of these, used by the step
+    int64_t predicted_absent = 0;  // predicted while not resident
+    int64_t predicted_absent_used = 0;
+    int64_t fetched = 0;      // prefetches started
+    int64_t late = 0;         // whose bytes were not all there when the step came
+    double late_seconds = 0;  // until they were
+};
+
+class Prefetcher {
+public:
+    struct Costs {
+        int64_t expert_bytes;
+        int64_t delay_bytes;  // that a demand may have to wait for, having overtaken a prefetch
+    };
+
+    // Without a predictor, what hint() is told is all that is known.
+    Prefetcher(PolicyShape shape, std::unique_ptr<Predictor> predictor, Costs costs);
+
+    // A step, in this order: before its experts are placed; for each that gets a slot or passes
+    // through; after its demand reads have been started.
+    void judge(const Step& step, double now);
+    void missed(int32_t expert);
+    void look_ahead(const Step& step, double now);
+
+    // A prediction from outside, best first.
+    void hint(int32_t layer, std::span<const int32_t> experts);
+    // Is a prediction from outside for this pass worth making? Now and then also while off.
+    [[nodiscard]] bool wants_hints() const noexcept;
+    // True if the step just before this layer has begun, so that nothing stands before a hint.
+    [[nodiscard]] bool is_next(int32_t layer) const noexcept;
+
+    // Absent experts to prefetch now, best first. Each that is started is to be announced.
+    std::span<const int32_t> choose(const Residency& residency);
+    // Residents that none of them may drive out: those expected for what comes next.
+    [[nodiscard]] std::span<const int32_t> expected_residents() const noexcept { return kept_; }
+    void fetched(int32_t expert, int32_t evicted);
+
+    void read_started(int32_t expert, bool demand, double now);
+    void read_ended(int32_t expert, bool demand, bool complete, double now);
+
+    [[nodiscard]] PredictionStats stats() const;
+    void reset_stats();
+
+    // Null: only what hint() is told.
+    [[nodiscard]] const Predictor* predictor() const noexcept { return predictor_.get(); }
+
+    // For tests and stats: bytes the next steps may fetch, and the least score that is fetched.
+    [[nodiscard]] double budget_bytes() const noexcept { return budget_; }
+    [[nodiscard]] float least_score() const noexcept;
+
+private:
+    struct Guess {
+        int32_t expert;
+        float score;
+        bool latest;     // of the latest prediction for its layer
+        bool absent;     // was not resident when there was a chance to fetch it
+        bool candidate;  // was worth fetching, and within the budget
+        bool fetched;
+        int32_t evicted;  // by fetching it; -1: nobody
+    };
+    struct Target {  // by layer
+        std::vector<Guess> guesses;
+        bool fresh = false;        // not yet chosen from
+        bool active = false;       // predicted in a pass that fetches
+        size_t usual_experts = 0;  // of the latest decode step
+        double idle_seconds = -1;  // of the link after a step of this layer; below 0: not known
+    };
+    struct Late {
+        int32_t expert;
+        double since;
+    };
+    // A mean that forgets, and starts from a prior worth `weight` values.
+    struct Mean {
+        double prior, weight, keep;
+        double sum = 0, count = 0;
+        void add(double value) noexcept {
+            sum = keep * sum + value;
+            count = keep * count + 1;
+        }
+        void forget(double share) noexcept {
+            sum *= share;
+            count *= share;
+        }
+        [[nodiscard]] double value() const noexcept {
+            return (sum + prior * weight) / (count + weight);
+        }
+    };
+
+    Target& target(int32_t layer) { return targets_[static_cast<size_t>(layer)]; }
+    void start_pass(const Step& step, double now);
+    void measure_idle(const Step& step, double now);
+    void predict(int32_t layer);
+    Target& start_prediction(int32_t layer);
+    static void add_guess(Target& target, int32_t expert, float score);
+    [[nodiscard]] bool promising() const noexcept;
+    [[nodiscard]] double bandwidth() const noexcept;
+
+    PolicyShape shape_;
+    std::unique_ptr<Predictor> predictor_;
+    Costs costs_;
+    std::vector<Target> targets_;
+    PredictionStats stats_;
+
+    int32_t layer_ = -1;  // of the latest step
+    bool decoding_ = false;
+    int64_t pass_ = 0;
+    int64_t step_ = 0;
+    std::vector<int64_t> used_at_;        // by flat expert: the latest step that used it
+    std::vector<int64_t> missed_before_;  // by flat expert: driven out for nothing, if before pass
+
+    // The link.
+    std::vector<uint8_t> reading_;          // by flat expert: a prefetch is under way
+    int32_t demands_ = 0, prefetches_ = 0;  // reads under way
+    double started_ = 0, demands_ended_ = 0;
+    double busy_since_ = 0, busy_bytes_ = 0;  // since something is under way
+    double read_bytes_ = 0, read_seconds_ = 0;
+    double budget_ = 0;
+
+    // What pays.
+    PrefetchTrial trial_;
+    int64_t switches_before_ = 0;  // of the trial, at the latest reset
+    bool fetching_ = false;        // in this pass
+    double pass_started_ = 0;
+    double judged_ = 0, useful_ = 0, useless_ = 0;  // predictions, and candidates among them
+    Mean saved_{1.0, 4, 0.97};
+    Mean wasted_{0.25, 8, 0.97};
+    std::vector<Late> late_;
+
+    std::vector<float> scores_;                      // scratch
+    std::vector<std::pair<float, int32_t>> best_;    // scratch
+    std::vector<std::pair<float, Guess*>> chances_;  // scratch
+    std::vector<int32_t> wanted_, kept_;
+};
+
+// What `prefetch` may be: off, every predictor, and external for hints alone.
+std::vector<std::string> prefetch_names();
+
+// Null for "off". Throws Error(kInvalid), naming what exists, for an unknown name.
+std::unique_ptr<Prefetcher> make_prefetcher(std::string_view name, PolicyShape shape,
+                                            Prefetcher::Costs costs, const Eamc* eamc = nullptr);
+
+}  // namespace moeinf

@@ -1,0 +1,260 @@
+#include "transfer/file_reader.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <condition_variable>
+#include <list>
+#include <mutex>
+#include <stop_token>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+#include "base/round.h"
+#include "memory/arena.h"
+#include "transfer/read_plan.h"
+#include "transfer/source_file.h"
+
+namespace moeinf {
+
+namespace {
+
+constexpr int32_t kDefaultThreads = 12;  // see benchmarks/NOTES.md
+constexpr int32_t kMaxThreads = 256;
+constexpr size_t kDefaultChunkBytes = size_t{1} << 20;
+constexpr size_t kMaxChunkBytes = size_t{1} << 30;
+constexpr size_t kHugePage = size_t{2} << 20;
+
+struct Job;
+using Queue = std::list<std::shared_ptr<Job>>;
+
+// A transfer with what it takes to carry it out. All but the plan, the slot and the callback is
+// guarded by the engine's lock until the last chunk has ended.
+struct Job final : Transfer {
+    ReadPlan plan;
+    std::byte* slot = nullptr;
+    TransferCallback done;
+    Queue* queue = nullptr;    // where it waits; null once no chunk of it is left to start
+    Queue::iterator position;  // in that queue
+    size_t next_chunk = 0;
+    size_t chunks_in_flight = 0;
+    bool cut_short = false;  // the engine went away before all chunks had started
+    std::string failure;     // the first one
+};
+using JobPtr = std::shared_ptr<Job>;
+
+FileReaderOptions resolved(FileReaderOptions options) {
+    if (options.threads < 0 || options.threads > kMaxThreads) {
+        throw Error(ErrorCode::kInvalid, "expected 0 to " + std::to_string(kMaxThreads) +
+                                             " copy threads, found " +
+                                             std::to_string(options.threads));
+    }
+    if (options.threads == 0) options.threads = kDefaultThreads;
+    if (options.chunk_bytes == 0) options.chunk_bytes = kDefaultChunkBytes;
+    if (options.chunk_bytes % kChunkAlignment != 0 || options.chunk_bytes > kMaxChunkBytes) {
+        throw Error(ErrorCode::kInvalid, "expected chunks of a multiple of " +
+                                             std::to_string(kChunkAlignment) + " bytes, at most " +
+                                             std::to_string(kMaxChunkBytes) + ", found " +
+                                             std::to_string(options.chunk_bytes));
+    }
+    return options;
+}
+
+// Outside the lock. The callback is dropped once called: what it holds should not live as long as
+// the last one who still looks at the transfer.
+void finish(const JobPtr& job, TransferState state) {
+    TransferCallback done = std::exchange(job->done, nullptr);
+    TransferAccess::set_state(*job, state);
+    if (done) done(job);
+}
+
+}  // namespace
+
+struct FileReader::Impl {
+    Impl(std::shared_ptr<const Catalog> the_catalog, FileReaderOptions the_options)
+        : catalog(std::move(the_catalog)), options(resolved(the_options)) {
+        size_t alignment = kChunkAlignment;
+        for (const CatalogFile& file : catalog->files()) {
+            files.emplace_back(file, options.direct);
+            alignment = std::max(alignment, files.back().alignment());
+        }
+        // One buffer per worker for a chunk widened to the alignment at both ends. They share
+        // whole huge pages: a device takes memory in one piece per page, and few per request.
+        const size_t each = round_up(options.chunk_bytes + 2 * alignment, alignment);
+        const auto workers_wanted = static_cast<size_t>(options.threads);
+        bounces = make_host_arena(round_up(workers_wanted * each, kHugePage));
+        bounces->commit(bounces->reserved());
+        try {
+            for (size_t i = 0; i < workers_wanted; ++i) {
+                const std::span<std::byte> bounce{bounces->data() + i * each, each};
+                workers.emplace_back(
+                    [this, bounce](const std::stop_token& stop) { work(stop, bounce); });
+            }
+        } catch (const std::system_error& error) {
+            throw Error(ErrorCode::kCapacity, "cannot start " + std::to_string(options.threads) +
+                                                  " copy threads: " + error.what());
+        }
+    }
+
+    // Threads do not survive a fork, and the lock may be held for ever in the child.
+    [[nodiscard]] bool forked() const noexcept { return getpid() != owner; }
+
+    void enqueue(const JobPtr& job, Queue& queue) {
+        job->queue = &queue;
+        job->position = queue.insert(queue.end(), job);
+    }
+
+    static void dequeue(const JobPtr& job) {
+        if (job->queue == nullptr) return;
+        Queue* const queue = std::exchange(job->queue, nullptr);
+        queue->erase(job->position);
+    }
+
+    void work(const std::stop_token& stop, std::span<std::byte> buffer) {
+        std::unique_lock lock(queues);
+        const auto has_work = [this] { return !demands.empty() || !prefetches.empty(); };
+        while (ready.wait(lock, stop, has_work)) {
+            const JobPtr job = (demands.empty() ? prefetches : demands).front();
+            const Chunk& chunk = job->plan.chunks[job->next_chunk++];
+            ++job->chunks_in_flight;
+            if (job->next_chunk == job->plan.chunks.size()) dequeue(job);
+            TransferAccess::set_state(*job, TransferState::kRunning);
+
+            lock.unlock();
+            std::string failure = read(*job, chunk, buffer);
+            lock.lock();
+
+            --job->chunks_in_flight;
+            if (!failure.empty()) {
+                if (job->failure.empty()) job->failure = std::move(failure);
+                dequeue(job);
+            }
+            if (job->queue == nullptr && job->chunks_in_flight == 0) {
+                lock.unlock();
+                conclude(job);
+                lock.lock();
+            }
+        }
+    }
+
+    // What went wrong; empty: nothing.
+    std::string read(const Job& job, const Chunk& chunk, std::span<std::byte> buffer) const {
+        try {
+            files[chunk.file].read(chunk, job.plan.pieces_of(chunk), job.slot, buffer);
+        } catch (const std::exception& error) {
+            return error.what();
+        }
+        return {};
+    }
+
+    static void conclude(const JobPtr& job) {
+        if (!job->failure.empty()) {
+            TransferAccess::set_error(*job, std::move(job->failure));
+            finish(job, TransferState::kFailed);
+        } else {
+            finish(job, job->cut_short ? TransferState::kCancelled : TransferState::kDone);
+        }
+    }
+
+    // Takes everything off the queues; what has no chunk in flight ends here, the rest ends in the
+    // workers.
+    void cancel_all() {
+        std::vector<JobPtr> idle;
+        {
+            const std::lock_guard lock(queues);
+            for (Queue* queue : {&demands, &prefetches}) {
+                while (!queue->empty()) {
+                    const JobPtr job = queue->front();
+                    dequeue(job);
+                    job->cut_short = true;
+                    if (job->chunks_in_flight == 0) idle.push_back(job);
+                }
+            }
+        }
+        for (const JobPtr& job : idle) finish(job, TransferState::kCancelled);
+    }
+
+    const std::shared_ptr<const Catalog> catalog;
+    const FileReaderOptions options;
+    const pid_t owner = getpid();
+    std::vector<SourceFile> files;
+    std::unique_ptr<Arena> bounces;  // one buffer per worker
+
+    std::mutex queues;  // guards both queues and every unfinished job; never held in a callback
+    std::condition_variable_any ready;
+    Queue demands;
+    Queue prefetches;
+    std::vector<std::jthread> workers;  // last: they stop before anything they use goes away
+};
+
+FileReader::FileReader(std::shared_ptr<const Catalog> catalog, FileReaderOptions options) {
+    if (catalog == nullptr) throw Error(ErrorCode::kInvalid, "a copy engine needs a catalog");
+    impl_ = std::make_unique<Impl>(std::move(catalog), options);
+}
+
+FileReader::~FileReader() {
+    if (impl_->forked()) {
+        // Its threads are not here to be joined, and waiting for them would never end.
+        (void)impl_.release();
+        return;
+    }
+    impl_->cancel_all();
+}
+
+TransferPtr FileReader::submit(int32_t flat_expert, std::byte* slot, Priority priority,
+                               TransferCallback done) {
+    if (impl_->forked()) {
+        throw Error(ErrorCode::kUnsupported,
+                    "a copy engine does not survive a fork: make a new one in the child process");
+    }
+    auto job = std::make_shared<Job>();
+    TransferAccess::begin(*job, flat_expert);
+    job->plan = plan_reads(impl_->catalog->extents(flat_expert), impl_->options.chunk_bytes);
+    job->slot = slot;
+    job->done = std::move(done);
+    {
+        const std::lock_guard lock(impl_->queues);
+        impl_->enqueue(job, priority == Priority::kDemand ? impl_->demands : impl_->prefetches);
+    }
+    impl_->ready.notify_all();
+    return job;
+}
+
+void FileReader::promote(const TransferPtr& transfer) {
+    if (impl_->forked()) return;
+    const auto job = std::static_pointer_cast<Job>(transfer);
+    const std::lock_guard lock(impl_->queues);
+    if (job->queue != &impl_->prefetches) return;
+    job->queue = &impl_->demands;
+    impl_->demands.splice(impl_->demands.end(), impl_->prefetches, job->position);
+}
+
+bool FileReader::cancel(const TransferPtr& transfer) {
+    if (impl_->forked()) return false;
+    const auto job = std::static_pointer_cast<Job>(transfer);
+    {
+        const std::lock_guard lock(impl_->queues);
+        if (job->queue == nullptr || job->next_chunk > 0) return false;
+        Impl::dequeue(job);
+    }
+    finish(job, TransferState::kCancelled);
+    return true;
+}
+
+bool FileReader::file_is_direct(uint32_t file) const {
+    if (file >= impl_->files.size()) {
+        throw Error(ErrorCode::kInvalid, "expected a file index below " +
+                                             std::to_string(impl_->files.size()) + ", found " +
+                                             std::to_string(file));
+    }
+    return impl_->files[file].direct();
+}
+
+const FileReaderOptions& FileReader::options() const noexcept {
+    return impl_->options;
+}
+
+}  // namespace moeinf

@@ -1,0 +1,53 @@
+// Reads experts from files into slots on worker threads. Demand overtakes prefetch at the next
+// chunk. Knows files and addresses; never residency, leases or policies.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+#include "layout/catalog.h"
+#include "transfer/transfer.h"
+
+namespace moeinf {
+
+struct FileReaderOptions {
+    int32_t threads = 0;     // 0: the measured default
+    size_t chunk_bytes = 0;  // 0: the measured default
+    bool direct = true;      // O_DIRECT where the file system allows it
+};
+
+class FileReader {
+public:
+    // Opens every file of the catalog. Throws Error(kRead) if one is missing, unreadable or not of
+    // the catalog's size.
+    FileReader(std::shared_ptr<const Catalog> catalog, FileReaderOptions options);
+
+    // Waits for chunks in flight. What is queued, or has chunks left to start, ends as kCancelled.
+    ~FileReader();
+    FileReader(const FileReader&) = delete;
+    FileReader& operator=(const FileReader&) = delete;
+
+    // Starts reading every extent of `flat_expert` into the slot that begins at `slot`. `done` is
+    // called from a worker thread, or from cancel() and the destructor for a transfer that never
+    // ran. Throws Error(kUnsupported) in a forked child, where the engine has no threads.
+    [[nodiscard]] TransferPtr submit(int32_t flat_expert, std::byte* slot, Priority priority,
+                                     TransferCallback done);
+
+    // Turns a queued or running prefetch into a demand. No effect on a finished transfer.
+    void promote(const TransferPtr& transfer);
+
+    // True if the transfer had not started: it ends as kCancelled and its slot was never touched.
+    bool cancel(const TransferPtr& transfer);
+
+    // How the bytes move here: "direct" or "buffered", for each file.
+    [[nodiscard]] bool file_is_direct(uint32_t file) const;
+    [[nodiscard]] const FileReaderOptions& options() const noexcept;
+
+    struct Impl;
+
+private:
+    std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace moeinf

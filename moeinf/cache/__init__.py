@@ -1,0 +1,1 @@
+"""What is resident: the cache, its leases, budgets, devices and observers."""

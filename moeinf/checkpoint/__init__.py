@@ -1,0 +1,1 @@
+"""What is on disk: headers, configuration, families of names, formats, layout, the store."""

@@ -1,0 +1,190 @@
+"""One prompt in, text and measurements out: what `moeinf run` and the benchmarks share."""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+
+from moeinf.checkpoint.folder import Checkpoint
+from moeinf.integrations.transformers.load import load
+from moeinf.pocket import model_name
+from moeinf.traces.eam import EAMC
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to generate, and how; everything but the memory budget."""
+
+    path: Path
+    prompt: str
+    max_new_tokens: int
+    temperature: float = 0.0
+    seed: int = 0
+    device: str = "auto"
+    host_memory: str | None = None
+    policy: str = "learned"
+    prefetch: str = "off"
+    keep_logits: bool = False
+    record: Path | None = None  # where to save the routing as a trace
+    router: bool = False  # with the router's probabilities of all experts
+    eamc: Path | None = None  # a collection to start from, where it exists, and to save at the end
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """Measurements of one generation; hit rate, bytes and stalls count prompt and decode."""
+
+    device: str
+    policy: str
+    slots: int
+    total_experts: int
+    slot_memory_bytes: int
+    prompt_tokens: int
+    new_tokens: int
+    first_token_seconds: float
+    tokens_per_second: float  # after the first token
+    hit_rate: float
+    bytes_read_per_token: float
+    stall_share: float  # of the time from prompt to last token
+    peak_memory_bytes: int  # of the process
+    host: dict[str, Any] | None  # of the RAM below a GPU; None on the cpu
+    prefetch: dict[str, Any] | None  # what came of predictions; None with prefetch off
+
+
+@dataclass(frozen=True)
+class Result:
+    """`tokens` are the new ones; `logits` is [new_tokens, vocabulary]."""
+
+    text: str
+    tokens: list[int]
+    logits: torch.Tensor  # empty unless asked for
+    metrics: Metrics
+
+
+def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> Result:
+    """Loads the model, continues the prompt, and writes both to `stream` as the text comes.
+
+    Raises:
+        ValueError: an empty prompt, one too long for the model's context, or a collection that
+            does not fit the model or that nothing would use.
+        CheckpointError, CapacityError, ReadError: see `moeinf.load`.
+    """
+    checkpoint = Checkpoint.open(request.path)
+    tokenizer = AutoTokenizer.from_pretrained(request.path)
+    prompt = tokenizer(request.prompt, return_tensors="pt")
+    count = prompt["input_ids"].shape[1]
+    if count == 0:
+        raise ValueError("the prompt is empty; give --prompt some text")
+    limit = checkpoint.text_config().get("max_position_embeddings")
+    if limit is not None and count + request.max_new_tokens > limit:
+        raise ValueError(
+            f"the prompt's {count} tokens and {request.max_new_tokens} new ones exceed the "
+            f"model's context of {limit}"
+        )
+    model: Any = load(
+        checkpoint,
+        device=request.device,
+        memory=memory,
+        host_memory=request.host_memory,
+        policy=request.policy,
+        prefetch=request.prefetch,
+        eamc=EAMC.load(request.eamc) if request.eamc and request.eamc.exists() else None,
+    )
+    if request.eamc:
+        model.moeinf.cache.eamc()  # where there is none, that is better said before the run
+    torch.manual_seed(request.seed)
+    clock = _Clock(tokenizer, stream)
+    cache = model.moeinf.cache
+    recorder = cache.record(router=request.router) if request.record else None
+    if stream is not None:
+        stream.write(request.prompt)
+    start = time.perf_counter()
+    with torch.inference_mode():
+        output = model.generate(
+            **prompt.to(cache.device),
+            max_new_tokens=request.max_new_tokens,
+            do_sample=request.temperature > 0,
+            temperature=request.temperature or None,
+            top_p=None,
+            top_k=None,
+            streamer=clock,
+            output_logits=request.keep_logits,
+            return_dict_in_generate=True,
+        )
+    end = time.perf_counter()
+    if recorder is not None:
+        recorder.trace(model=model_name(request.path), source="moeinf run").save(request.record)
+    if request.eamc:
+        cache.eamc().save(request.eamc)
+    tokens = output.sequences[0, count:].tolist()
+    stats = model.moeinf.stats()
+    first = clock.times[0] - start
+    rest = clock.times[-1] - clock.times[0]
+    read = stats["demand_bytes"] + stats["prefetch_bytes"]
+    return Result(
+        text=str(tokenizer.decode(tokens, skip_special_tokens=True)),
+        tokens=tokens,
+        logits=torch.cat(output.logits or (torch.empty(0),)),
+        metrics=Metrics(
+            device=stats["device"],
+            policy=request.policy,
+            slots=cache.slots,
+            total_experts=cache.store.num_layers * cache.store.num_experts,
+            slot_memory_bytes=cache.nbytes,
+            prompt_tokens=count,
+            new_tokens=len(tokens),
+            first_token_seconds=first,
+            tokens_per_second=(len(tokens) - 1) / rest if rest else 0.0,
+            hit_rate=stats["hit_rate"],
+            bytes_read_per_token=read / (count + len(tokens)),
+            stall_share=stats["stall_seconds"] / (end - start),
+            peak_memory_bytes=peak_memory(),
+            host=stats["host"],
+            prefetch=_prefetch_metrics(stats),
+        ),
+    )
+
+
+def _prefetch_metrics(stats: dict[str, Any]) -> dict[str, Any] | None:
+    if stats["prefetch"] is None:
+        return None
+    moved = ("prefetch_bytes", "prefetch_useful_bytes", "prefetch_wasted_bytes")
+    return {**stats["prefetch"], **{name: stats[name] for name in moved}}
+
+
+class _Clock(TextStreamer):
+    """Streams text and notes when each token came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stream: TextIO | None):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stream = stream
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self.next_tokens_are_prompt:
+            self.times.append(time.perf_counter())
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self.stream is not None:
+            self.stream.write(text + ("\n" if stream_end else ""))
+            self.stream.flush()
+
+
+def peak_memory() -> int:
+    """The most memory this process has held resident, in bytes."""
+    if sys.platform == "linux":
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        if found:
+            return int(found[1]) * 1024
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

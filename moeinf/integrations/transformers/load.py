@@ -1,0 +1,292 @@
+"""transformers: an ordinary `PreTrainedModel` whose experts are served by the cache.
+
+The experts are never built. The model class is instantiated on the meta device with its expert
+parameters left out, the library loads everything else, and the registered experts implementation
+"moeinf" computes out of the cache's slots.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import partial
+from typing import Any
+
+import torch
+
+from moeinf import _core
+from moeinf.cache.cache import ExpertCache
+from moeinf.cache.devices import pick_device
+from moeinf.checkpoint.families import is_expert_tensor
+from moeinf.checkpoint.folder import Checkpoint, read_tensor
+from moeinf.checkpoint.headers import TensorEntry
+from moeinf.checkpoint.store import ExpertStore
+from moeinf.errors import CheckpointError, UnsupportedError
+from moeinf.experts.op import fused_experts
+from moeinf.integrations.transformers.lookahead import GateLookahead
+from moeinf.integrations.transformers.routers import listen
+
+try:
+    from transformers import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        AutoConfig,
+        GenerationConfig,
+        PreTrainedModel,
+    )
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+except ImportError as error:
+    raise ImportError("moeinf.load needs transformers >= 5: pip install 'moeinf[hf]'") from error
+
+IMPLEMENTATION = "moeinf"
+GATE = "gate"
+
+
+def load(
+    path: str | os.PathLike[str] | Checkpoint,
+    *,
+    device: str | torch.device = "auto",
+    memory: str | int | None = None,
+    slots: int | None = None,
+    policy: str = "learned",
+    prefetch: str = "off",
+    dtype: torch.dtype | str = "auto",
+    **cache_options: Any,
+) -> PreTrainedModel:
+    """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
+
+    Args:
+        path: a Hugging Face checkpoint folder (safetensors), or one already opened.
+        device: where the model computes and the slots lie: "cpu", "cuda", "cuda:N", or "auto", a
+            GPU where torch and the core can both use one. `stats()["device"]` says which it was.
+        memory: what the slots may take: bytes (`"2GiB"`), a share of all experts (`"25%"`), or
+            "auto", what the rest of the model leaves free, less a reserve; or
+        slots: their count. Without either, every expert is kept once read; on a GPU "auto".
+        policy: who leaves when a slot is needed.
+        prefetch: what guesses which experts come next: "off", "gate" (the next layer's router, run
+            early) or what `ExpertCache` takes.
+        dtype: of activations and of all weights but the experts', which stay as they are stored;
+            "auto" takes the checkpoint's own.
+        cache_options: passed to `ExpertCache`, `eamc`, `host_memory` and `exclusive` among them.
+
+    Returns:
+        The model in evaluation mode. `model.moeinf` has `stats()`, `reset_stats()` and `cache`.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or its experts do not fit the model.
+        CapacityError: the budget is below one slot, or the memory cannot be had.
+        UnsupportedError: experts of a form the kernels do not have, or a device that cannot be
+            used here.
+    """
+    known = [*_core.prefetch_names(), GATE]
+    if prefetch not in known:
+        raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    store = ExpertStore.open(checkpoint)
+    config = _config(checkpoint)
+    dense = {
+        name: entry for name, entry in checkpoint.tensors.items() if not is_expert_tensor(name)
+    }
+    # Before the model, so that a budget that cannot work says so before anything large is read.
+    cache = ExpertCache(
+        store,
+        device=pick_device(device),
+        memory=memory,
+        slots=slots,
+        policy=policy,
+        prefetch="external" if prefetch == GATE else prefetch,
+        dense_bytes=sum(entry.nbytes for entry in dense.values()),
+        **cache_options,
+    )
+    base = _model_class(config, checkpoint)
+    model: Any = _without_experts(base).from_pretrained(
+        None,
+        config=config,
+        state_dict={name: _OnDemand(entry) for name, entry in dense.items()},
+        dtype=_dtype(dtype, config, store),
+        experts_implementation="eager",
+    )
+    # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
+    model.config._experts_implementation = IMPLEMENTATION
+    model.__class__ = base
+    model.to(cache.device)
+    if (checkpoint.path / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
+    model.config.name_or_path = str(checkpoint.path)
+    model.moeinf = ServedExperts(model, cache, gate_lookahead=prefetch == GATE)
+    return model
+
+
+class ServedExperts:
+    """What connects a model to its cache; the model's `moeinf` attribute."""
+
+    def __init__(self, model: PreTrainedModel, cache: ExpertCache, *, gate_lookahead: bool = False):
+        self.cache = cache
+        modules = _match_layers(_experts_modules(model), cache.store)
+        for layer, (name, module) in enumerate(modules):
+            _check_form(name, module, cache.store)
+            module.moeinf_layer = layer
+            module.moeinf_cache = cache
+        blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in modules]
+        cache.routers = partial(listen, blocks)
+        self.lookahead = GateLookahead(blocks, cache) if gate_lookahead else None
+        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+
+    def stats(self) -> dict[str, Any]:
+        """See `ExpertCache.stats`."""
+        stats = self.cache.stats()
+        if self.lookahead is not None:
+            stats["prefetch"]["predictor"] = GATE
+        return stats
+
+    def reset_stats(self) -> None:
+        """See `ExpertCache.reset_stats`."""
+        self.cache.reset_stats()
+
+    def _before_forward(
+        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Tells the cache whether this pass reads a prompt, and whether it begins a request."""
+        tokens = kwargs.get("input_ids", args[0] if args else None)
+        if tokens is None:
+            tokens = kwargs.get("inputs_embeds")
+        past = kwargs.get("past_key_values")
+        begins = past is None or past.get_seq_length() == 0
+        self.cache.begin_pass(
+            prefill=begins or (tokens is not None and tokens.shape[1] > 1),
+            new_sequence=begins,
+            batch=1 if tokens is None else tokens.shape[0],
+        )
+
+
+class _OnDemand:
+    """A tensor that is read when indexed: what the library's loader does with each in turn."""
+
+    def __init__(self, entry: TensorEntry):
+        self.entry = entry
+
+    def __getitem__(self, _: Any) -> torch.Tensor:
+        return read_tensor(self.entry)
+
+
+def _experts_forward(
+    self: Any,
+    hidden_states: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k] -> [T, H]."""
+    cache = getattr(self, "moeinf_cache", None)
+    if cache is None:
+        raise UnsupportedError(
+            f"{type(self).__name__}: experts_implementation={IMPLEMENTATION!r} serves models "
+            "that moeinf.load loaded"
+        )
+    return fused_experts(hidden_states, top_k_index, top_k_weights, cache, self.moeinf_layer)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
+
+
+def _config(checkpoint: Checkpoint) -> Any:
+    try:
+        return AutoConfig.from_pretrained(checkpoint.path)
+    except (ValueError, KeyError) as error:
+        kind = checkpoint.config.get("model_type")
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: transformers does not know model_type {kind!r}: "
+            f"{error}"
+        ) from error
+
+
+def _model_class(config: Any, checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    try:
+        known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+        return known
+    except KeyError:
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: model_type {config.model_type!r} is not a causal "
+            "language model of this transformers version"
+        ) from None
+
+
+def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """A subclass of `base` whose expert parameters are left out right after construction."""
+
+    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        for _, module in _experts_modules(self):
+            # Kept to check the checkpoint's shapes against.
+            module.moeinf_expected = {
+                name: tuple(parameter.shape) for name, parameter in module.named_parameters()
+            }
+            for name in module.moeinf_expected:
+                module.register_parameter(name, None)
+            module._is_hf_initialized = True
+
+    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
+
+
+def _experts_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
+    """The modules that hold all experts of one layer, in the order of layers."""
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
+    ]
+
+
+def _match_layers(modules: list[tuple[str, Any]], store: ExpertStore) -> list[tuple[str, Any]]:
+    """Pairs the model's experts modules with the store's MoE layers, by layer number."""
+    found = [
+        int(next(part for part in reversed(name.split(".")) if part.isdigit()))
+        for name, _ in modules
+    ]
+    if found != store.layer_ids:
+        odd = sorted(set(found) ^ set(store.layer_ids))
+        raise CheckpointError(
+            f"{store.checkpoint.path}: the model has experts in {len(found)} layers, the files in "
+            f"{store.num_layers}; they differ at layer {odd[0] if odd else '?'}"
+        )
+    return modules
+
+
+def _check_form(name: str, module: Any, store: ExpertStore) -> None:
+    """The module computes what our kernels compute, over tensors of the shapes the store has."""
+    wanted = {
+        "has_gate": True,
+        "has_bias": False,
+        "is_transposed": False,
+        "is_concatenated": True,
+        "has_post_expert_norm": False,
+    }
+    for attribute, expected in wanted.items():
+        found = getattr(module, attribute, expected)
+        if found != expected:
+            raise UnsupportedError(
+                f"{name} ({type(module).__name__}): {attribute} is {found}, expected {expected}"
+            )
+    gate = type(module)._apply_gate
+    if gate.__module__ != "transformers.integrations.moe":
+        raise UnsupportedError(f"{name} ({type(module).__name__}): has a gate of its own")
+    shapes = {
+        "gate_up_proj": (store.num_experts, *store.layout["gate_up"].shape),
+        "down_proj": (store.num_experts, *store.layout["down"].shape),
+    }
+    if module.moeinf_expected != shapes:
+        raise CheckpointError(
+            f"{store.checkpoint.path}: {name} expects {module.moeinf_expected}, the files hold "
+            f"{shapes}"
+        )
+
+
+def _dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        declared = getattr(config, "dtype", None) or getattr(
+            config.get_text_config(), "dtype", None
+        )
+        return declared or store.layout["down"].dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype={dtype!r}: expected auto, bfloat16, float16 or float32")
+    return found

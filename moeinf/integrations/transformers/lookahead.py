@@ -1,0 +1,117 @@
+"""Gate lookahead: the next MoE layer's router, run on this layer's input, names its experts early.
+
+At decode the input of one MoE layer is close to that of the next, and closer still with the shared
+expert's output added, where the model has one. The router's choice goes to the cache's prefetcher,
+which reads what its budget allows and says when predictions are not worth making; then nothing is
+computed here. Nothing of the model changes: forward hooks on its modules see what passes.
+
+The prediction is made as soon as its input is known: before this layer's experts are computed, or,
+for models that run the shared expert last, after them. On a GPU it has to be on its way before the
+host waits for this layer's ids, so that it costs no wait of its own: there the shared expert counts
+only where it has been run by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from moeinf.cache.cache import ExpertCache
+from moeinf.errors import UnsupportedError
+
+MOST_TOKENS = 4
+"""Of one forward pass. More of them use so many experts that a prediction says little."""
+
+
+@dataclass(frozen=True)
+class BlockForm:
+    """Names of a MoE block's modules; a block has a form if it has all that are not None."""
+
+    gate: str
+    shared: str | None = None
+    shared_gate: str | None = None
+    """A linear map to one number per token; the shared output is scaled by its sigmoid."""
+
+    def fits(self, block: torch.nn.Module) -> bool:
+        wanted = (self.gate, self.shared, self.shared_gate)
+        return all(isinstance(getattr(block, n, None), torch.nn.Module) for n in wanted if n)
+
+
+FORMS = (
+    BlockForm("gate", "shared_expert", "shared_expert_gate"),  # Qwen2
+    BlockForm("gate", "shared_experts"),  # DeepSeek
+    BlockForm("gate"),  # Qwen3, Mixtral, OLMoE
+)
+
+
+class GateLookahead:
+    """Hooks on the MoE blocks of a model. `blocks[i]` is MoE layer i."""
+
+    def __init__(self, blocks: Sequence[Any], cache: ExpertCache):
+        self.cache = cache
+        self.blocks = list(blocks)
+        self.forms = [form_of(block) for block in blocks]
+        self._shared: dict[int, torch.Tensor] = {}  # by layer: outputs of shared experts, on a GPU
+        for layer in range(len(self.blocks) - 1):
+            self._watch(layer)
+
+    def _watch(self, layer: int) -> None:
+        block, form = self.blocks[layer], self.forms[layer]
+        shared = getattr(block, form.shared) if form.shared else None
+        shared_gate = getattr(block, form.shared_gate) if form.shared_gate else None
+        if shared is None or self.cache.on_gpu:
+            block.experts.register_forward_pre_hook(
+                lambda _, args: self._predict(
+                    layer + 1, args[0], self._shared.get(layer), shared_gate
+                )
+            )
+        else:
+            shared.register_forward_hook(
+                lambda _, args, output: self._predict(layer + 1, args[0], output, shared_gate)
+            )
+        if shared is not None and self.cache.on_gpu:
+            shared.register_forward_hook(lambda _, __, output: self._shared.update({layer: output}))
+            block.register_forward_hook(lambda *_: self._forget(layer))
+
+    def _forget(self, layer: int) -> None:
+        self._shared.pop(layer, None)
+
+    @torch.no_grad()
+    def _predict(
+        self,
+        layer: int,
+        hidden: torch.Tensor,
+        shared: torch.Tensor | None,
+        shared_gate: Any = None,
+    ) -> None:
+        """hidden, shared: [..., H], input of the block before `layer`, and its shared part."""
+        if hidden.numel() > MOST_TOKENS * hidden.shape[-1] or not self.cache.wants_predictions:
+            return
+        if shared is not None:
+            # forward() rather than a call: hooks of others are for what the model computes.
+            scale = torch.sigmoid(shared_gate.forward(hidden)) if shared_gate else 1.0
+            hidden = hidden + scale * shared.reshape(hidden.shape)
+        self.cache.predict(layer, route(self.blocks[layer], self.forms[layer], hidden))
+
+
+def route(block: Any, form: BlockForm, hidden: torch.Tensor) -> torch.Tensor:
+    """The experts [T, k] a block's router takes for hidden [..., H]."""
+    output = getattr(block, form.gate).forward(hidden.reshape(-1, hidden.shape[-1]))
+    if isinstance(output, torch.Tensor):  # logits only: the block itself chooses
+        output = block.route_tokens_to_experts(output)
+    choices: torch.Tensor = next(one for one in output if not one.is_floating_point())
+    return choices
+
+
+def form_of(block: Any) -> BlockForm:
+    """Raises UnsupportedError for a block of none of the forms."""
+    for form in FORMS:
+        if form.fits(block):
+            return form
+    raise UnsupportedError(
+        f"{type(block).__name__}: it is not known where its router is, which prefetch='gate' and "
+        "recording its probabilities need"
+    )

@@ -1,0 +1,1 @@
+"""Recorded routing: traces, the simulator, activation matrices, priors hooks."""
