@@ -21,7 +21,7 @@ class Gate:
     |---|---|---|
     | glu | act(g) * u | |
     | plain | act(g), no up | |
-    | swiglu_oai | (u' + 1) * g' * sigmoid(alpha * g') with g' = min(g, limit), u' = clamp(u) | both |
+    | swiglu_oai | (clamp(u) + 1) * m * sigmoid(alpha * m) with m = min(g, limit) | both |
     | clamped_glu | act(min(g, limit)) * clamp(u) | limit |
     | glu_clamped | min(act(g), limit) * clamp(u) | limit |
     | softcap_swiglu | alpha tanh(g / alpha) * sigmoid(g) * limit tanh(u / limit) | both |
