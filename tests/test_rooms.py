@@ -40,16 +40,19 @@ CORE = {
 }
 # Room of Python: the other rooms that it may import. `_core` is the compiled csrc/.
 PYTHON = {
-    "kernels": "",
+    "kernels/forms": "",
+    "kernels/gates": "kernels/forms",
+    "kernels": "kernels/forms kernels/gates",
     "moeinf/_core": "",
     "moeinf/errors": "",
     "moeinf/pocket": "",
-    "moeinf/checkpoint": "moeinf/_core moeinf/errors",
+    "moeinf/checkpoint": "moeinf/_core moeinf/errors kernels/forms kernels/gates",
     "moeinf/traces": "moeinf/_core moeinf/errors",
     "moeinf/cache": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces",
-    "moeinf/experts": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/cache kernels",
+    "moeinf/experts": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/cache kernels "
+    "kernels/forms kernels/gates",
     "moeinf/integrations": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces "
-    "moeinf/cache moeinf/experts moeinf/pocket",
+    "moeinf/cache moeinf/experts moeinf/pocket kernels/forms kernels/gates",
     "moeinf/report": "moeinf/errors moeinf/traces",
     "moeinf/memory_read": "moeinf/_core",
     "moeinf/machine": "moeinf/_core moeinf/errors moeinf/memory_read",
@@ -63,7 +66,7 @@ ROOMS = {f"csrc/{room}": {f"csrc/{name}" for name in known.split()} for room, kn
 ROOMS |= {room: set(known.split()) for room, known in PYTHON.items()}
 # Library: the rooms that may import it. Every room may use the standard library, torch and NumPy.
 LIBRARIES = {
-    "triton": {"kernels"},
+    "triton": {"kernels", "kernels/gates"},
     "safetensors": {"moeinf/traces"},
     "transformers": {"moeinf/integrations", "moeinf/cli"},
     "matplotlib": {"moeinf/report"},
@@ -92,7 +95,9 @@ def python_sources() -> list[Path]:
 
 
 def name_of(file: Path) -> str:
-    return file.relative_to(ROOT).as_posix().removesuffix(".py")
+    """The path of a file from the root; moeinf/kernels.py stands for the package kernels/."""
+    name = file.relative_to(ROOT).as_posix().removesuffix(".py")
+    return "kernels/__init__" if name == "moeinf/kernels" else name
 
 
 def included(text: str) -> list[str]:
