@@ -11,6 +11,7 @@
 
 #include "base/error.h"
 #include "bindings/bindings.h"
+#include "bindings/ids.h"
 #include "compute/cpu_engine.h"
 #include "compute/expert_ffn.h"
 #include "compute/formats/formats.h"
@@ -38,7 +39,7 @@ void fused_experts_raw(CpuEngine& engine, const ExpertFfn& expert, const FfnInpu
     ExpertFfnCall call(engine, expert, input);
     std::vector<SlotOfExpert> ready;
     for (size_t p = 0; p < call.experts().size(); ++p) {
-        const auto id = static_cast<size_t>(call.experts()[p]);
+        const size_t id = index(call.experts()[p]);
         ready.push_back({static_cast<int32_t>(p), at<const std::byte>(slots[id])});
     }
     call.compute(ready);
@@ -130,8 +131,8 @@ void bind_compute(py::module_& module) {
              py::arg("expert"), py::arg("input"), py::keep_alive<1, 2>(), release())
         .def_property_readonly("experts",
                                [](const ExpertFfnCall& self) {
-                                   return std::vector<int32_t>(self.experts().begin(),
-                                                               self.experts().end());
+                                   return std::vector<ExpertIndex>(self.experts().begin(),
+                                                                   self.experts().end());
                                })
         .def_property_readonly("counts",
                                [](const ExpertFfnCall& self) {

@@ -18,6 +18,7 @@
 #include <span>
 #include <vector>
 
+#include "base/ids.h"
 #include "compute/cpu_engine.h"
 #include "compute/gate.h"
 #include "compute/kernels.h"
@@ -69,7 +70,7 @@ public:
     ExpertFfnCall& operator=(const ExpertFfnCall&) = delete;
 
     // In-layer ids, distinct, in order of first appearance; and the routes to each.
-    [[nodiscard]] std::span<const int32_t> experts() const noexcept { return experts_; }
+    [[nodiscard]] std::span<const ExpertIndex> experts() const noexcept { return experts_; }
     [[nodiscard]] std::span<const int32_t> counts() const noexcept { return counts_; }
 
     // Computes every route of these experts; their slots are not read after it returns. Throws
@@ -104,7 +105,7 @@ private:
     const DType x_dtype_;      // of the tokens, as gate and up take them
     const DType inner_dtype_;  // of the gate function's values, as down takes them
 
-    std::vector<int32_t> experts_;
+    std::vector<ExpertIndex> experts_;
     std::vector<int32_t> counts_;
     std::vector<bool> computed_;
     // Routes sorted by expert: `begin_[p]` is the row of the first route of position p; row_token_

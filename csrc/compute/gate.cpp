@@ -19,8 +19,10 @@ std::vector<Uses> uses(std::tuple<Rows...>* /*table*/) {
     return {Rows::kUses...};
 }
 
-[[noreturn]] void invalid(const std::string& message) {
-    throw Error(ErrorCode::kInvalid, "gate function " + message);
+[[noreturn]] void invalid(std::string_view function, const std::string& reason) {
+    std::string message = "gate function '";
+    message.append(function).append("': ").append(reason);
+    throw Error(ErrorCode::kInvalid, message);
 }
 
 }  // namespace
@@ -37,17 +39,16 @@ Gate find_gate(std::string_view function, std::string_view activation, float alp
     const size_t row = find_name(gate_functions(), function, "gate function");
     const size_t act = find_name(activations(), activation, "activation");
     const Uses use = uses(static_cast<GateFunctions*>(nullptr))[row];
-    const std::string name = "'" + std::string(function) + "'";
     if (!use.activation && act != 0) {
-        invalid(name + " has an activation of its own: expected '" + activations()[0] +
-                "', found '" + std::string(activation) + "'");
+        invalid(function, "has an activation of its own: expected '" + activations()[0] +
+                              "', found '" + activations()[act] + "'");
     }
     if (use.alpha && !(alpha > 0 && std::isfinite(alpha))) {
-        invalid(name + ": expected a finite alpha above 0, found " + std::to_string(alpha));
+        invalid(function, "expected a finite alpha above 0, found " + std::to_string(alpha));
     }
     if (use.limit && !(limit > 0 && (std::isfinite(limit) || !use.finite_limit))) {
-        invalid(name + ": expected a " + (use.finite_limit ? "finite " : "") +
-                "limit above 0, found " + std::to_string(limit));
+        invalid(function, std::string("expected a ") + (use.finite_limit ? "finite " : "") +
+                              "limit above 0, found " + std::to_string(limit));
     }
     const size_t kernel = row * std::tuple_size_v<Activations> + act;
     return {static_cast<int>(kernel), use.up, alpha, limit};

@@ -22,7 +22,7 @@ namespace moeinf {
 
 namespace {
 
-constexpr int32_t kDefaultThreads = 12;  // see benchmarks/NOTES.md
+constexpr int32_t kDefaultThreads = 12;  // see benchmarks/notes/transfer.md
 constexpr int32_t kMaxThreads = 256;
 constexpr size_t kDefaultChunkBytes = size_t{1} << 20;
 constexpr size_t kMaxChunkBytes = size_t{1} << 30;
@@ -204,15 +204,15 @@ FileReader::~FileReader() {
     impl_->cancel_all();
 }
 
-TransferPtr FileReader::submit(int32_t flat_expert, std::byte* slot, Priority priority,
+TransferPtr FileReader::submit(ExpertId expert, std::byte* slot, Priority priority,
                                TransferCallback done) {
     if (impl_->forked()) {
         throw Error(ErrorCode::kUnsupported,
                     "a copy engine does not survive a fork: make a new one in the child process");
     }
     auto job = std::make_shared<Job>();
-    TransferAccess::begin(*job, flat_expert);
-    job->plan = plan_reads(impl_->catalog->extents(flat_expert), impl_->options.chunk_bytes);
+    TransferAccess::begin(*job, expert);
+    job->plan = plan_reads(impl_->catalog->extents(expert), impl_->options.chunk_bytes);
     job->slot = slot;
     job->done = std::move(done);
     {

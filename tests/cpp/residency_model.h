@@ -1,5 +1,5 @@
-// What a cache must hold after each step, told the slow way: whole histories, every score
-// recomputed from them. Shares no code with the cache.
+// The experts that a cache must hold after each step, computed slowly: it keeps whole histories and
+// computes every score from them. Shares no code with the cache.
 #pragma once
 
 #include <algorithm>
@@ -12,7 +12,7 @@
 #include <vector>
 
 // Those it can tell; the others have tests of their own.
-inline const std::vector<std::string> kModelledPolicies{"lru", "lfu", "lrfu"};
+inline const std::vector<std::string> kModelledPolicies{"lru", "lfu", "decayed_lfu"};
 
 struct ResidencyModel {
     std::string policy;

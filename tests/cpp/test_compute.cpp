@@ -105,7 +105,7 @@ struct Layer {
                             tokens, top_k, experts});
         std::vector<SlotOfExpert> ready;
         for (size_t p = 0; p < call.experts().size(); ++p) {
-            const auto id = static_cast<size_t>(call.experts()[p]);
+            const auto id = index(call.experts()[p]);
             ready.push_back(
                 {static_cast<int32_t>(p), reinterpret_cast<const std::byte*>(slots[id].data())});
         }
