@@ -92,37 +92,6 @@ void test_exclusive_tiers_add_up(const CacheWorld& world, const std::shared_ptr<
     CHECK_EQ(counts.wrong.load(), 0);
 }
 
-// Steps of a host that waits for the bytes: no stream reads, so every copy is the cache's own.
-struct Stepper {
-    const CacheWorld& world;
-    ExpertCache& cache;
-    int64_t wrong = 0;
-
-    void wait_for(SlotId slot) {
-        SlotFences& fences = cache.device_link()->fences();
-        while (!fences.arrived(slot)) std::this_thread::sleep_for(20us);
-    }
-    void step(int32_t layer, std::span<const ExpertIndex> experts) {
-        StepLease lease = cache.begin_step({.layer = LayerId{layer}, .experts = experts});
-        std::vector<ReadyExpert> ready;
-        while (lease.wait_ready(ready)) {
-            for (const ReadyExpert& one : ready) {
-                wait_for(one.slot);
-                const ExpertIndex expert = experts[static_cast<size_t>(one.position)];
-                wrong += world.holds(cache, one.slot, layer, expert) ? 0 : 1;
-                lease.release(one.position);
-            }
-            ready.clear();
-        }
-        std::this_thread::sleep_for(2ms);  // until RAM has been told of what has arrived
-    }
-    HostTierStats host() { return cache.device_link()->host().stats(); }
-};
-
-Experts ids(int32_t first, int32_t count) {
-    return Experts(std::views::iota(first, first + count));
-}
-
 // What only passed through the device has not come to stay: RAM lets go of what did.
 void test_what_passes_through_stays_in_ram(const CacheWorld& world,
                                            const std::shared_ptr<Device>& device) {
