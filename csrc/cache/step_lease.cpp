@@ -1,4 +1,4 @@
-// A step from its holder's side: it waits for experts, gets them, and releases them.
+// A step from its holder's side: waiting for experts, handing them out, letting go.
 #include <algorithm>
 #include <chrono>
 
@@ -50,32 +50,19 @@ std::string name_of(ModelShape shape, ExpertId expert) {
            std::to_string(number(shape.layer_of(expert)));
 }
 
-// Counts a thread in while it waits. Goes after the lock.
-class StagingWait {
-public:
-    explicit StagingWait(int32_t& count) : count_(count) { ++count_; }
-    StagingWait(const StagingWait&) = delete;
-    StagingWait& operator=(const StagingWait&) = delete;
-    ~StagingWait() { --count_; }
-
-private:
-    int32_t& count_;
-};
-
 }  // namespace
 
 // All or nothing, so that two steps that wait for slots never hold what the other needs.
-void CacheState::acquire_all(StepLease::Impl& lease, std::unique_lock<std::mutex>& lock) {
+void CacheState::gather(StepLease::Impl& lease, std::unique_lock<std::mutex>& lock) {
     for (Member& member : lease.members) {
-        release_member(member);
-        member.staging = -1;
+        let_go(member);
+        member.transit = -1;
         member.state = Member::State::kPending;
     }
     lease.pending = lease.members.size();
     lease.next_pending = 0;
     const auto count = static_cast<int32_t>(lease.members.size());
-    Residency& residency = tier.residency();
-    const Tier::RoomWatch watch(tier);
+    const Waiting waiting(waiting_for_room);
     for (;;) {
         const int32_t held = slots_held_by_this_thread(&lease, 0);
         if (count + held > residency.frames()) {
@@ -119,27 +106,27 @@ StepLease::StepLease(StepLease&&) noexcept = default;
 
 StepLease::~StepLease() {
     if (impl_ == nullptr || cache_->forked()) return;
-    const std::lock_guard lock(cache_->tier.mutex);
+    const std::lock_guard lock(cache_->mutex);
     cache_->end_lease(*impl_);
     cache_->unused.push_back(std::move(impl_));
 }
 
 void StepLease::release() noexcept {
     if (cache_->forked()) return;
-    const std::lock_guard lock(cache_->tier.mutex);
+    const std::lock_guard lock(cache_->mutex);
     cache_->end_lease(*impl_);
-    cache_->tier.changed.notify_all();
+    cache_->changed.notify_all();
 }
 
-bool StepLease::wait_ready(std::vector<ReadyExpert>& out) {
+bool StepLease::next(std::vector<ReadyExpert>& out) {
     CacheState& cache = *cache_;
     Impl& lease = *impl_;
     cache.check_process();
-    std::unique_lock lock(cache.tier.mutex);
+    std::unique_lock lock(cache.mutex);
     lease.thread = std::this_thread::get_id();
     Stall stall(cache.stats[lease.layer].stall_seconds);
     for (;;) {
-        cache.collect_fills(lease);
+        cache.settle(lease);
         check_alive(lease);
         if (lease.to_hand_out == 0) return false;
         cache.start_surplus(lease);
@@ -155,24 +142,23 @@ bool StepLease::wait_ready(std::vector<ReadyExpert>& out) {
             cache.wait(lock);
             continue;
         }
-        const StagingWait waiting(lease.waiting_for_staging);
-        if (cache.staging_never_frees()) {
+        const Waiting waiting(lease.waiting_for_transit);
+        if (cache.transit_never_frees()) {
             throw Error(ErrorCode::kCapacity,
-                        name_of(cache.catalog().shape(), lease.members[lease.next_pending].expert) +
-                            " has to pass through a staging slot, and all " +
-                            std::to_string(ExpertCache::kStagingSlots) +
-                            " are held by steps whose threads wait: release experts before "
-                            "waiting for more");
+                        name_of(cache.catalog->shape(), lease.members[lease.next_pending].expert) +
+                            " has to pass through a transit slot, and all " +
+                            std::to_string(cache.transit.size()) +
+                            " are held by steps whose threads wait: call done() before next()");
         }
         cache.wait(lock);
     }
 }
 
-void StepLease::release(int32_t position) {
+void StepLease::done(int32_t position) {
     CacheState& cache = *cache_;
     Impl& lease = *impl_;
     cache.check_process();
-    std::unique_lock lock(cache.tier.mutex);
+    std::unique_lock lock(cache.mutex);
     if (lease.released) throw Error(ErrorCode::kInvalid, "this step has been released");
     if (position < 0 || static_cast<size_t>(position) >= lease.members.size() ||
         lease.members[static_cast<size_t>(position)].state != Member::State::kHeld) {
@@ -181,34 +167,34 @@ void StepLease::release(int32_t position) {
                                              " experts is not handed out");
     }
     Member& member = lease.members[static_cast<size_t>(position)];
-    cache.release_member(member);
+    cache.let_go(member);
     member.state = Member::State::kDone;
-    if (member.staging >= 0 && lease.failure.empty()) cache.start_surplus(lease);
+    if (member.transit >= 0 && lease.failure.empty()) cache.start_surplus(lease);
     lock.unlock();
     cache.flush();
 }
 
-void StepLease::acquire_all(std::vector<ReadyExpert>& out) {
+void StepLease::wait_all(std::vector<ReadyExpert>& out) {
     CacheState& cache = *cache_;
     Impl& lease = *impl_;
     cache.check_process();
-    std::unique_lock lock(cache.tier.mutex);
+    std::unique_lock lock(cache.mutex);
     lease.thread = std::this_thread::get_id();
     Stall stall(cache.stats[lease.layer].stall_seconds);
-    cache.collect_fills(lease);
+    cache.settle(lease);
     check_alive(lease);
     if (lease.to_hand_out != lease.members.size()) {
-        throw Error(ErrorCode::kInvalid, "acquire_all() after wait_ready() has handed out experts");
+        throw Error(ErrorCode::kInvalid, "wait_all() after next() has handed out experts");
     }
     const bool surplus = std::any_of(
         lease.members.begin(), lease.members.end(),
-        [](const Member& m) { return m.state == Member::State::kPending || m.staging >= 0; });
+        [](const Member& m) { return m.state == Member::State::kPending || m.transit >= 0; });
     if (surplus) {
         stall.start();
-        cache.acquire_all(lease, lock);
+        cache.gather(lease, lock);
     }
     for (;;) {
-        cache.collect_fills(lease);
+        cache.settle(lease);
         check_alive(lease);
         if (!loading(lease)) break;
         stall.start();
