@@ -8,6 +8,7 @@ PYBIND11_MODULE(_core, module) {
     moeinf::bind_compute(module);
     moeinf::bind_transfer(module);
     moeinf::bind_device(module);
+    moeinf::bind_host_tier(module);
     moeinf::bind_trace(module);
     moeinf::bind_cache(module);
     moeinf::bind_device_reader(module);
