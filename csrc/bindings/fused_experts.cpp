@@ -32,7 +32,8 @@ void run_pass(ExpertCache& cache, FfnPass& pass, const StepRequest& request) {
 
 // A long prompt is cut so that scratch memory stays bounded; each part is a step of its own.
 void fused_experts(ExpertCache& cache, CpuEngine& engine, const FfnShape& shape, FfnInput input,
-                   int32_t layer, uintptr_t out, DType out_dtype, bool prefill, bool new_sequence) {
+                   int32_t layer, uintptr_t out, DType out_dtype, bool prefill, bool new_sequence,
+                   int64_t caller) {
     const int64_t tokens = input.tokens;
     const int64_t most = FfnPass::tokens_per_pass(shape, input.top_k);
     const auto rows = [](const void* base, int64_t first, int64_t width, size_t element) {
@@ -51,7 +52,8 @@ void fused_experts(ExpertCache& cache, CpuEngine& engine, const FfnShape& shape,
                   .experts = pass.experts(),
                   .counts = pass.counts(),
                   .prefill = prefill,
-                  .new_sequence = new_sequence && first == 0});
+                  .new_sequence = new_sequence && first == 0,
+                  .caller = caller});
         const size_t done = static_cast<size_t>(first * shape.hidden) * dtype_bytes(out_dtype);
         pass.finish(reinterpret_cast<std::byte*>(out) + done, out_dtype);
     }
@@ -62,7 +64,7 @@ void fused_experts(ExpertCache& cache, CpuEngine& engine, const FfnShape& shape,
 void bind_fused_experts(py::module_& module) {
     module.def("fused_experts", &fused_experts, py::arg("cache"), py::arg("engine"),
                py::arg("shape"), py::arg("input"), py::kw_only(), py::arg("layer"), py::arg("out"),
-               py::arg("out_dtype"), py::arg("prefill"), py::arg("new_sequence"),
+               py::arg("out_dtype"), py::arg("prefill"), py::arg("new_sequence"), py::arg("caller"),
                py::call_guard<py::gil_scoped_release>(),
                "Writes [tokens, hidden] to the address `out`; see moeinf.fused_experts.");
 }

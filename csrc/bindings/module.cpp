@@ -9,7 +9,7 @@ PYBIND11_MODULE(_core, module) {
     moeinf::bind_transfer(module);
     moeinf::bind_device(module);
     moeinf::bind_cache(module);
-    moeinf::bind_device_reader(module);
+    moeinf::bind_step_stream(module);
     moeinf::bind_cache_timing(module);
     moeinf::bind_fused_experts(module);
     moeinf::bind_trace(module);

@@ -111,7 +111,8 @@ StepLease ExpertCache::begin(const StepRequest& request) {
                                   : request.counts,
                     .router = request.router,
                     .prefill = request.prefill,
-                    .new_sequence = request.new_sequence};
+                    .new_sequence = request.new_sequence,
+                    .caller = request.caller};
     if (cache.prefetcher) cache.prefetcher->judge(seen, seconds_now());
     if (cache.on_device != nullptr) cache.on_device->host().observe(seen);
     cache.residency.plan(seen, cache.plan);

@@ -40,8 +40,9 @@ struct StepRequest {
     std::span<const float> router = {};     // optional, see Step
     bool prefill = false;
     bool new_sequence = false;
-    bool at_once =
-        false;  // wait_all() will follow: experts wait for slots rather than pass through
+    int64_t caller = 0;  // see Step
+    // wait_all() will follow: experts wait for slots rather than pass through.
+    bool at_once = false;
 };
 
 struct ReadyExpert {

@@ -17,6 +17,7 @@
 #include <span>
 #include <vector>
 
+#include "base/routing.h"
 #include "compute/cpu_engine.h"
 #include "compute/kernels.h"
 
@@ -36,7 +37,7 @@ struct FfnShape {
 struct FfnInput {
     const void* hidden = nullptr;  // [tokens, hidden]
     DType hidden_dtype = DType::kF32;
-    const void* topk_ids = nullptr;      // [tokens, top_k], -1 = no expert
+    const void* topk_ids = nullptr;      // [tokens, top_k], see Routing
     bool ids_are_int64 = true;           // else int32
     const void* topk_weights = nullptr;  // [tokens, top_k]
     DType topk_weights_dtype = DType::kF32;
@@ -52,16 +53,16 @@ struct SlotOfExpert {
 
 class FfnPass {
 public:
-    // Throws Error(kInvalid) for an id outside [-1, num_experts), naming token, position and id,
-    // for a NaN or infinite weight of a routed expert, and for a shape that cannot be.
+    // Throws Error(kInvalid) for an id that Routing refuses, for a NaN or infinite weight of a
+    // routed expert, and for a shape that cannot be.
     FfnPass(CpuEngine& engine, const FfnShape& shape, const FfnInput& input);
     ~FfnPass();
     FfnPass(const FfnPass&) = delete;
     FfnPass& operator=(const FfnPass&) = delete;
 
     // In-layer ids, distinct, in order of first appearance; and the routes to each.
-    [[nodiscard]] std::span<const int32_t> experts() const noexcept { return experts_; }
-    [[nodiscard]] std::span<const int32_t> counts() const noexcept { return counts_; }
+    [[nodiscard]] std::span<const int32_t> experts() const noexcept { return routing_.experts(); }
+    [[nodiscard]] std::span<const int32_t> counts() const noexcept { return routing_.counts(); }
 
     // Computes every route of these experts; their slots are not read after it returns. Throws
     // Error(kInvalid) for a position out of range or computed before.
@@ -91,8 +92,7 @@ private:
     const FfnInput input_;
     const DType act_dtype_;  // of the products' left operands
 
-    std::vector<int32_t> experts_;
-    std::vector<int32_t> counts_;
+    Routing routing_;
     std::vector<bool> computed_;
     // Routes sorted by expert: `begin_[p]` is the row of the first route of position p; row_token_
     // maps rows to tokens, row_of_route_ maps t * top_k + j to rows (-1: no expert).
