@@ -1,4 +1,4 @@
-"""`moeinf doctor`: what this machine offers, measured in seconds, and what is missing."""
+"""`moeinf doctor`: facts about this machine, measured in seconds, and missing parts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def command(
             f"{facts['memory_read_bandwidth'] / 1e9:.1f} GB/s",
             "disk": f"reads at {disk['bytes_per_second'] / 1e9:.2f} GB/s, O_DIRECT "
             + ("works" if disk["direct"] else "is refused"),
-            "io_uring": "available (not used: see benchmarks/NOTES.md)"
+            "io_uring": "available (not used: see benchmarks/notes/transfer.md)"
             if facts["io_uring"]
             else "not available (not needed)",
             **({} if cuda["devices"] else {"GPU": f"none: {cuda['reason']}"}),
@@ -62,7 +62,7 @@ def command(
 
 
 def _copies(index: int) -> dict[str, Any]:
-    """DMA against gather on that GPU, kept for `ExpertCache`; or what stood in the way."""
+    """Times DMA against gather on that GPU and saves the result for `ExpertCache`."""
     try:
         device = _core.CudaDevice(index)
         measured = gather_tuning.measure(device)
