@@ -155,8 +155,7 @@ def run_together(*calls: Callable[[], None]) -> None:
 def parts(trace: Trace) -> list[tuple[Any, ...]]:
     """Each sequence's routing and phases, whatever its number."""
     return sorted(
-        (one.experts.tolist(), one.phase.tolist(), one.weights.tolist())
-        for one in trace.split()
+        (one.experts.tolist(), one.phase.tolist(), one.weights.tolist()) for one in trace.split()
     )
 
 
@@ -220,8 +219,7 @@ def test_steps_of_two_threads_layer_by_layer_in_turn(store: moeinf.ExpertStore) 
         )
     trace = recorder.trace()
     found = {
-        (tuple(one.experts[:, 0, 0].tolist()), tuple(one.phase.tolist()))
-        for one in trace.split()
+        (tuple(one.experts[:, 0, 0].tolist()), tuple(one.phase.tolist())) for one in trace.split()
     }
     assert found == {
         ((0,) * 5, (PREFILL,) * 4 + (DECODE,)),

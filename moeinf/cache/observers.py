@@ -88,7 +88,8 @@ class PassObserver:
                 return  # another thread has asked for it meanwhile
             layers.seen = 0
             experts, weights = (
-                rows.cpu().numpy().swapaxes(0, 1).copy() for rows in (layers.experts, layers.weights)
+                rows.cpu().numpy().swapaxes(0, 1).copy()
+                for rows in (layers.experts, layers.weights)
             )
             experts[experts == self._num_experts] = -1  # the other id that means "no expert"
             self.on_pass(RoutedPass(experts, weights, layers.info, caller))
