@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/ids.h"
 
 namespace moeinf {
 
@@ -36,7 +37,7 @@ public:
             int32_t& at = position_[static_cast<size_t>(id) + 1];
             if (at < 0) {
                 at = static_cast<int32_t>(experts_.size());
-                experts_.push_back(static_cast<int32_t>(id));
+                experts_.push_back(ExpertIndex(id));
                 counts_.push_back(0);
             }
             ++counts_[static_cast<size_t>(at)];
@@ -44,7 +45,7 @@ public:
     }
 
     // Ids within the layer, in order of first appearance; and the routes to each.
-    [[nodiscard]] std::span<const int32_t> experts() const noexcept { return experts_; }
+    [[nodiscard]] std::span<const ExpertIndex> experts() const noexcept { return experts_; }
     [[nodiscard]] std::span<const int32_t> counts() const noexcept { return counts_; }
 
     // Where experts() has an id that was read; -1: it means no expert.
@@ -57,7 +58,7 @@ public:
 
 private:
     void forget() noexcept {
-        for (const int32_t expert : experts_) position_[static_cast<size_t>(expert) + 1] = -1;
+        for (const ExpertIndex expert : experts_) position_[index(expert) + 1] = -1;
         experts_.clear();
         counts_.clear();
         names_past_the_end_ = false;
@@ -73,7 +74,8 @@ private:
 
     int64_t num_experts_;
     bool names_past_the_end_ = false;
-    std::vector<int32_t> experts_, counts_;
+    std::vector<ExpertIndex> experts_;
+    std::vector<int32_t> counts_;
     std::vector<int32_t> position_;  // by id + 1, from -1 to num_experts
 };
 

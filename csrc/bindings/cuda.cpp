@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "bindings/bindings.h"
+#include "bindings/ids.h"
 #include "cache/stream_step.h"
 #include "device/device.h"
 #include "probe/copy_timing.h"
@@ -70,7 +71,7 @@ void bind_step_stream(py::module_& module) {
              py::arg("cache"), py::arg("stream"))
         .def(
             "copy_ids",
-            [](StepStream& stream, int32_t layer, uintptr_t ids, bool ids_are_int64, int64_t tokens,
+            [](StepStream& stream, LayerId layer, uintptr_t ids, bool ids_are_int64, int64_t tokens,
                int32_t top_k, uintptr_t map, bool prefill, bool new_sequence, int64_t caller) {
                 stream.copy_ids({.layer = layer,
                                  .ids = reinterpret_cast<const std::byte*>(ids),

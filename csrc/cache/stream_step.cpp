@@ -130,12 +130,12 @@ std::optional<Wave> StepStream::take_wave() {
         wave_.assign(ready_.begin(), end);
         ready_.erase(ready_.begin(), end);
 
-        const size_t index = ++maps_used_ % kMaps;
-        timeline_->synchronize(map_points_[index]);  // long passed, but for a step of many waves
-        auto* const map = reinterpret_cast<int32_t*>(maps_->data()) + index * map_entries();
+        const size_t turn = ++maps_used_ % kMaps;
+        timeline_->synchronize(map_points_[turn]);  // long passed, but for a step of many waves
+        auto* const map = reinterpret_cast<int32_t*>(maps_->data()) + turn * map_entries();
         std::fill_n(map, map_entries(), -1);
         for (const ReadyExpert& one : wave_) {
-            map[routing_.experts()[static_cast<size_t>(one.position)]] = one.slot;
+            map[number(routing_.experts()[static_cast<size_t>(one.position)])] = number(one.slot);
             fences.before_read(one.slot, timeline_->stream());
         }
         device_->copy_in(step_.map, reinterpret_cast<const std::byte*>(map),

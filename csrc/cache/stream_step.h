@@ -23,7 +23,7 @@
 namespace moeinf {
 
 struct RoutedStep {
-    int32_t layer = 0;
+    LayerId layer{0};
     const std::byte* ids = nullptr;  // [tokens, top_k] on the device, in-layer; see Routing
     bool ids_are_int64 = false;
     int64_t tokens = 0;

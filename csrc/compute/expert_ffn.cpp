@@ -153,7 +153,8 @@ void FfnPass::compute(std::span<const SlotOfExpert> ready) {
                     std::to_string(routing_.experts().size()) + " experts");
         }
         if (computed_[p]) {
-            invalid("expert " + std::to_string(routing_.experts()[p]) + " was computed before");
+            invalid("expert " + std::to_string(number(routing_.experts()[p])) +
+                    " was computed before");
         }
         computed_[p] = true;
     }
@@ -249,7 +250,7 @@ void FfnPass::down(const SlotOfExpert& expert, int64_t first, int64_t count) con
 void FfnPass::finish(void* out, DType out_dtype) {
     for (size_t p = 0; p < computed_.size(); ++p) {
         if (!computed_[p]) {
-            invalid("finish() before expert " + std::to_string(routing_.experts()[p]) +
+            invalid("finish() before expert " + std::to_string(number(routing_.experts()[p])) +
                     " was computed");
         }
     }

@@ -61,7 +61,9 @@ public:
     FfnPass& operator=(const FfnPass&) = delete;
 
     // In-layer ids, distinct, in order of first appearance; and the routes to each.
-    [[nodiscard]] std::span<const int32_t> experts() const noexcept { return routing_.experts(); }
+    [[nodiscard]] std::span<const ExpertIndex> experts() const noexcept {
+        return routing_.experts();
+    }
     [[nodiscard]] std::span<const int32_t> counts() const noexcept { return routing_.counts(); }
 
     // Computes every route of these experts; their slots are not read after it returns. Throws
