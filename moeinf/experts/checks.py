@@ -6,6 +6,7 @@ import torch
 
 from moeinf import _core
 
+# Of tokens, outputs and biases. How weights are stored is said in moeinf.checkpoint.formats.
 DTYPES = {
     torch.bfloat16: _core.DType.bf16,
     torch.float16: _core.DType.f16,
