@@ -20,6 +20,7 @@ import torch
 from moeinf.cache.cache import ExpertCache
 from moeinf.experts import torch_products
 from moeinf.experts.checks import check_tensors
+from moeinf.kernels.forms import ExpertMatrices
 
 
 class CudaExperts:
@@ -41,8 +42,8 @@ class CudaExperts:
         self.dtype = self.store.layout["down"].dtype
         self._triton = _triton_kernels(on_cpu=self.is_fake)
         cache.kernels = "torch" if self._triton is None else "triton"
-        self._lock = threading.Lock()  # of the views
-        self._views = self.store.layout.views(cache.pool())
+        self._lock = threading.Lock()  # of the matrices
+        self._matrices = self.store.layout.matrices(cache.pool())
         self._slots = self.core.slots
 
     def run(
@@ -115,17 +116,13 @@ class CudaExperts:
         """
         if self._triton is None:
             return None
-        views = self._views
         launch: Callable[[], torch.Tensor] = self._triton.prepare(
             hidden,
             ids,
             weights,
-            views["gate_up"],
-            views["down"],
-            None,
-            None,
+            self._matrices,
+            self.store.form,
             expert_map=expert_map,
-            activation=self.store.activation,
             num_experts=self.store.num_experts,
             check_ids=False,  # the core checks them on the host
         )
@@ -139,40 +136,39 @@ class CudaExperts:
         routes: torch.Tensor | None,
         slots: int,
     ) -> torch.Tensor:
-        views = self._views_of(slots)
-        options: dict[str, Any] = {
-            "expert_map": expert_map,
-            "activation": self.store.activation,
-            "routes": routes,
-        }
+        matrices, form = self._matrices_of(slots), self.store.form
         if self._triton is None:
             return torch_products.expert_routes(
-                hidden, ids, views["gate_up"], views["down"], **options
+                hidden, ids, matrices, form, expert_map=expert_map, routes=routes
             )
         wave: torch.Tensor = self._triton.expert_routes(
             hidden,
             ids,
-            views["gate_up"],
-            views["down"],
+            matrices,
+            form,
+            expert_map=expert_map,
+            routes=routes,
             num_experts=self.store.num_experts,
             check_ids=False,  # the core checked them on the host
-            **options,
         )
         return wave
 
-    def _views_of(self, slots: int) -> dict[str, torch.Tensor]:
-        """Views of the whole pool, taken again where another thread has resized it since."""
+    def _matrices_of(self, slots: int) -> ExpertMatrices:
+        """Views of the whole pool, taken again where it has grown.
+
+        Those of a larger pool hold while it shrinks: leased slots stay until their release.
+        """
         with self._lock:
-            if slots != self._slots:
-                self._views = self.store.layout.views(torch.from_dlpack(self.core))
+            if slots > self._slots:
+                self._matrices = self.store.layout.matrices(torch.from_dlpack(self.core))
                 self._slots = slots
-            return self._views
+            return self._matrices
 
 
 def _triton_kernels(*, on_cpu: bool) -> Any:
     """The kernels' module, or None where Triton is absent or cannot compute on that device."""
     try:
-        from moeinf.kernels import experts, launch
+        from moeinf.kernels import checks, experts
     except ImportError:
         return None
-    return None if on_cpu and not launch.INTERPRETED else experts
+    return None if on_cpu and not checks.INTERPRETED else experts
