@@ -5,7 +5,7 @@
 
 #include "base/error.h"
 #include "base/round.h"
-#include "tier/device_transport.h"
+#include "tier/device_link.h"
 
 namespace moeinf {
 namespace {
@@ -23,19 +23,19 @@ std::unique_ptr<Arena> pinned(Device& device, size_t nbytes) {
     return arena;
 }
 
-DeviceTransport& transport_of(const std::shared_ptr<ExpertCache>& cache) {
-    if (cache == nullptr || cache->device_transport() == nullptr) {
+DeviceLink& link_of(const std::shared_ptr<ExpertCache>& cache) {
+    if (cache == nullptr || cache->device_link() == nullptr) {
         throw Error(ErrorCode::kInvalid, "a step stream needs a cache with slots on a device");
     }
-    return *cache->device_transport();
+    return *cache->device_link();
 }
 
 }  // namespace
 
 StepStream::StepStream(std::shared_ptr<ExpertCache> cache, Stream stream)
     : cache_(std::move(cache)),
-      transport_(transport_of(cache_)),
-      device_(transport_.device()),
+      link_(link_of(cache_)),
+      device_(link_.device()),
       timeline_(std::make_shared<Timeline>(device_, stream, false)),
       routing_(cache_->catalog().num_experts()) {
     maps_ = pinned(*device_, kMaps * map_entries() * sizeof(int32_t));
@@ -94,12 +94,12 @@ void StepStream::read_ids() {
 
 std::optional<Wave> StepStream::begin() {
     read_ids();
-    lease_.emplace(cache_->begin({.layer = step_.layer,
-                                  .experts = routing_.experts(),
-                                  .counts = routing_.counts(),
-                                  .prefill = step_.prefill,
-                                  .new_sequence = step_.new_sequence,
-                                  .caller = step_.caller}));
+    lease_.emplace(cache_->begin_step({.layer = step_.layer,
+                                       .experts = routing_.experts(),
+                                       .counts = routing_.counts(),
+                                       .prefill = step_.prefill,
+                                       .new_sequence = step_.new_sequence,
+                                       .caller = step_.caller}));
     more_ = true;
     return take_wave();
 }
@@ -112,14 +112,14 @@ std::optional<Wave> StepStream::next() {
 std::optional<Wave> StepStream::take_wave() {
     try {
         if (!wave_.empty()) end_wave();
-        if (ready_.empty() && more_) more_ = lease_->next(ready_);
+        if (ready_.empty() && more_) more_ = lease_->wait_ready(ready_);
         if (ready_.empty()) {
             lease_.reset();
             return std::nullopt;
         }
 
         // Everything that has arrived, else some of what is on its way.
-        SlotFences& fences = transport_.fences();
+        SlotFences& fences = link_.fences();
         auto end = ready_.end();
         if (ready_.size() > kMaxArriving) {
             end = std::stable_partition(ready_.begin(), ready_.end(), [&](const ReadyExpert& one) {
@@ -152,12 +152,12 @@ std::optional<Wave> StepStream::take_wave() {
 void StepStream::end_wave() {
     const uint64_t point = timeline_->mark();
     map_points_[maps_used_ % kMaps] = point;
-    for (const ReadyExpert& one : wave_) transport_.fences().read(one.slot, timeline_, point);
+    for (const ReadyExpert& one : wave_) link_.fences().read(one.slot, timeline_, point);
     if (wave_.size() == routing_.experts().size()) {  // as most are: one lock for all
         lease_->release();
         more_ = false;
     } else {
-        for (const ReadyExpert& one : wave_) lease_->done(one.position);
+        for (const ReadyExpert& one : wave_) lease_->release(one.position);
     }
     wave_.clear();
 }

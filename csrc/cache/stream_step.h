@@ -2,10 +2,10 @@
 // into slots, and tells the stream where they are. The host waits for the router's ids, and for
 // files; everything else is order on the stream.
 //
-//     copy_ids()        begin()                    next()
-//   idle -----> ids under way -----> a wave is held -----> the next wave, or idle
-//                   |                     |
-//                   +------ release() ----+-----> idle
+//     copy_ids()         begin()             next()
+//   idle -----> ids under way -----> a wave -----> the next wave, or idle
+//                                      |
+//                                      +-- release() --> idle
 //
 // copy_ids() stands apart from begin() so that the host prepares its kernels while the ids travel.
 // Not thread-safe; one for each stream.
@@ -57,8 +57,8 @@ public:
 
     // Waits for the ids, starts the step and gives its first wave; nothing where no id names an
     // expert. In the stream's order the map will hold the slot of each expert of the wave and -1
-    // for the others, and the stream waits for their bytes. Throws what StepLease::next throws, and
-    // the step has then ended.
+    // for the others, and the stream waits for their bytes. Throws what StepLease::wait_ready
+    // throws, and the step has then ended.
     std::optional<Wave> begin();
 
     // The next wave; nothing, and the step ends, once every expert has been in one. The slots of
@@ -84,7 +84,7 @@ private:
     void end_wave();
 
     const std::shared_ptr<ExpertCache> cache_;
-    DeviceTransport& transport_;
+    DeviceLink& link_;
     const std::shared_ptr<Device> device_;
     const TimelinePtr timeline_;
     std::unique_ptr<Arena> maps_;  // pinned, int32 [kMaps, map entries]
