@@ -100,8 +100,10 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     """Reads one tensor into fresh memory, and leaves no second copy in the page cache.
 
     Raises:
+        CheckpointError: torch has no such dtype.
         ReadError: the file is gone, short or unreadable.
     """
+    dtype = entry.torch_dtype()
     tensor = torch.empty(entry.nbytes, dtype=torch.uint8)
     view = tensor.numpy().data
     try:
@@ -121,4 +123,4 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
         if isinstance(error, ReadError):
             raise
         raise ReadError(f"{entry.path}: {entry.name}: {error.strerror or error}") from error
-    return tensor.view(entry.dtype).view(entry.shape)
+    return tensor.view(dtype).view(entry.shape)
