@@ -1,7 +1,8 @@
 """What an expert computes, and the views that kernels compute it from.
 
 The same objects describe an expert on every device: a store carries them, and the operator for the
-CPU, the Triton kernels and the tests' references all take them. Nothing here launches anything.
+CPU, the Triton kernels and the tests' references all take them. Needs torch alone. Nothing here
+checks values or launches anything: `gates.check_form` and `checks.py` do.
 """
 
 from __future__ import annotations
@@ -10,24 +11,25 @@ from dataclasses import dataclass, field
 
 import torch
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+# Weight formats with one element per value and no scales, by the dtype of their elements.
+PLAIN_FORMATS = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
 @dataclass(frozen=True)
 class Gate:
-    """How the outputs of gate and up become one value: a row of the table of gate functions.
+    """How the outputs of gate and up become one value: a row of the table `gates.GATES`.
 
-    | function | value | constants |
+    | function | value, of g from gate and u from up | constants |
     |---|---|---|
     | glu | act(g) * u | |
-    | plain | act(g), no up | |
+    | plain | act(g); there is no up | |
     | swiglu_oai | (clamp(u) + 1) * m * sigmoid(alpha * m) with m = min(g, limit) | both |
     | clamped_glu | act(min(g, limit)) * clamp(u) | limit |
     | glu_clamped | min(act(g), limit) * clamp(u) | limit |
-    | softcap_swiglu | alpha tanh(g / alpha) * sigmoid(g) * limit tanh(u / limit) | both |
+    | softcap_swiglu | alpha * tanh(g / alpha) * sigmoid(g) * limit * tanh(u / limit) | both |
 
-    clamp(u) lies between -limit and limit. `activation` is act, one of ACTIVATIONS; the functions
-    whose name says swiglu bring their own and want "silu".
+    clamp(u) lies between -limit and limit. `activation` names act, one of `gates.ACTIVATIONS`.
+    swiglu_oai and softcap_swiglu use no act: their activation stays "silu".
     """
 
     function: str = "glu"
@@ -40,7 +42,8 @@ class Gate:
 class ExpertForm:
     """down(gate(gate_proj(x), up_proj(x))), in the words of transformers' experts interface.
 
-    `has_gate` False: there is no up; the one matrix before the activation is called gate.
+    `has_gate` False: there is no up, and the gate function is plain. The one matrix before the
+    activation is then called gate. `has_bias`: gate, up and down each have a bias.
     """
 
     gate: Gate = field(default_factory=Gate)
@@ -55,8 +58,8 @@ class Matrix:
     values  [S, N, K] for formats with one element per value; any strides. Packed formats: the
             bytes of a row in the last dimension.
     scales  [S, ...] as the format wants them, or None
-    bias    [S, N], or None
-    format  name of the weight format, a row of moeinf/checkpoint/formats.py
+    bias    [S, N], any strides, or None
+    format  name of the weight format: a row of moeinf/checkpoint/formats.py and of `formats.py`
     """
 
     values: torch.Tensor
@@ -72,3 +75,42 @@ class ExpertMatrices:
     gate: Matrix
     up: Matrix | None
     down: Matrix
+
+    @classmethod
+    def of_fused(
+        cls,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        *,
+        has_gate: bool = True,
+        interleaved: bool = False,
+        transposed: bool = False,
+        gate_up_bias: torch.Tensor | None = None,
+        down_bias: torch.Tensor | None = None,
+    ) -> ExpertMatrices:
+        """The matrices inside fused tensors, as views of them: plain formats only.
+
+        gate_up is [S, 2I, H], with gate before up or, if `interleaved`, gate and up row by row in
+        turn; [S, I, H] if not `has_gate`. down is [S, H, I]. `transposed`: both are stored with
+        their last two dimensions exchanged. The biases are [S, 2I] (or [S, I]) and [S, H].
+        """
+        if transposed:
+            gate_up, down = gate_up.transpose(1, 2), down.transpose(1, 2)
+
+        def matrix(values: torch.Tensor, bias: torch.Tensor | None, rows: slice) -> Matrix:
+            if values.dtype not in PLAIN_FORMATS:
+                raise TypeError(
+                    f"weights: expected one of {list(PLAIN_FORMATS)}, found {values.dtype}"
+                )
+            bias = None if bias is None else bias[:, rows]
+            return Matrix(values[:, rows], None, bias, PLAIN_FORMATS[values.dtype])
+
+        every, half = slice(None), gate_up.shape[1] // 2
+        gate, up = (slice(0, half), slice(half, None)) if has_gate else (every, every)
+        if has_gate and interleaved:
+            gate, up = slice(0, None, 2), slice(1, None, 2)
+        return cls(
+            matrix(gate_up, gate_up_bias, gate),
+            matrix(gate_up, gate_up_bias, up) if has_gate else None,
+            matrix(down, down_bias, every),
+        )

@@ -1,4 +1,4 @@
-"""How the tensors of one expert lie in a slot."""
+"""How an expert lies in a slot: its segments, and its three matrices as views into them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
+from moeinf.checkpoint.formats import SCALES, VALUES, WeightFormat
+from moeinf.kernels.forms import ExpertForm, ExpertMatrices, Matrix
+
 SLOT_ALIGNMENT = 4096  # a page: what direct reads and huge pages want
 SEGMENT_ALIGNMENT = 256  # a GPU's widest loads, with room
 
 
 @dataclass(frozen=True)
 class Segment:
-    """One named tensor of an expert: `nbytes` bytes from `offset`, counted from the slot."""
+    """One named run of bytes of an expert: `nbytes` bytes from `offset`, counted from the slot."""
 
     name: str
     dtype: torch.dtype
@@ -24,23 +27,108 @@ class Segment:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // self.shape[0]
+
+    def view(self, pool: torch.Tensor) -> torch.Tensor:
+        """[slots, *shape] of a pool, uint8 [slots, slot_bytes]."""
+        flat = pool[:, self.offset : self.offset + self.nbytes]
+        return flat.view(self.dtype).unflatten(1, self.shape)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`count` rows of a segment: row `first` and every `step`-th row after it."""
+
+    segment: Segment
+    first: int
+    step: int
+    count: int
+
+    @property
+    def offset(self) -> int:
+        """Of the first row, in bytes from the slot."""
+        return self.segment.offset + self.first * self.segment.row_bytes
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one row to the next."""
+        return self.step * self.segment.row_bytes
+
+    def view(self, pool: torch.Tensor) -> torch.Tensor:
+        end = self.first + self.step * (self.count - 1) + 1
+        return self.segment.view(pool)[:, self.first : end : self.step]
+
+
+@dataclass(frozen=True)
+class MatrixLayout:
+    """Where one matrix of an expert lies in a slot: `rows` outputs, `cols` inputs."""
+
+    format: WeightFormat
+    rows: int
+    cols: int
+    values: Rows
+    scales: Rows | None
+    bias: Rows | None
+
+    def view(self, pool: torch.Tensor) -> Matrix:
+        return Matrix(
+            values=self.values.view(pool),
+            scales=None if self.scales is None else self.scales.view(pool),
+            bias=None if self.bias is None else self.bias.view(pool),
+            format=self.format.name,
+        )
+
 
 @dataclass(frozen=True)
 class Layout:
-    """The ordered segments of an expert; `slot_bytes` is their size rounded up to 4096."""
+    """The ordered segments of an expert; `slot_bytes` is their size rounded up to 4096.
+
+    Gate and up share their segments (`gate_up`, `gate_up.scales`, `gate_up.bias`); an expert
+    without a gate has `gate` in their place. The segments of down follow.
+    """
 
     segments: tuple[Segment, ...]
+    gate: MatrixLayout
+    up: MatrixLayout | None
+    down: MatrixLayout
 
     @classmethod
-    def build(cls, parts: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> Layout:
-        """Lays out tensors of the given dtype and shape one after another, each aligned."""
+    def of(
+        cls,
+        form: ExpertForm,
+        formats: WeightFormat | tuple[WeightFormat, WeightFormat],
+        hidden: int,
+        intermediate: int,
+        *,
+        interleaved: bool = False,
+        bias: torch.dtype = torch.bfloat16,
+    ) -> Layout:
+        """Lays out the expert's tensors one after another, each aligned.
+
+        Args:
+            formats: of all matrices, or of gate and up and of down.
+            interleaved: rows of gate and up alternate; else all rows of gate come first.
+            bias: dtype of the biases, where the form has them.
+        """
+        first, second = formats if isinstance(formats, tuple) else (formats, formats)
+        name, parts = ("gate_up", 2) if form.has_gate else ("gate", 1)
+        bias_dtype = bias if form.has_bias else None
         segments: list[Segment] = []
-        offset = 0
-        for name, (dtype, shape) in parts.items():
-            segment = Segment(name, dtype, shape, offset)
-            segments.append(segment)
-            offset = _round_up(offset + segment.nbytes, SEGMENT_ALIGNMENT)
-        return cls(tuple(segments))
+        gate, *up = _place(
+            segments, name, first, intermediate, hidden, parts, interleaved, bias_dtype
+        )
+        (down,) = _place(segments, "down", second, hidden, intermediate, 1, False, bias_dtype)
+        return cls(tuple(segments), gate, up[0] if up else None, down)
+
+    @property
+    def hidden(self) -> int:
+        return self.down.rows
+
+    @property
+    def intermediate(self) -> int:
+        return self.down.cols
 
     @property
     def slot_bytes(self) -> int:
@@ -60,11 +148,59 @@ class Layout:
 
     def views(self, pool: torch.Tensor) -> dict[str, torch.Tensor]:
         """Typed views of a pool, uint8 [slots, slot_bytes]: each segment as [slots, *shape]."""
-        views = {}
-        for segment in self.segments:
-            flat = pool[:, segment.offset : segment.offset + segment.nbytes]
-            views[segment.name] = flat.view(segment.dtype).unflatten(1, segment.shape)
-        return views
+        return {segment.name: segment.view(pool) for segment in self.segments}
+
+    def matrices(self, pool: torch.Tensor) -> ExpertMatrices:
+        """The matrices of every slot of a pool, uint8 [slots, slot_bytes], as strided views."""
+        return ExpertMatrices(
+            gate=self.gate.view(pool),
+            up=None if self.up is None else self.up.view(pool),
+            down=self.down.view(pool),
+        )
+
+
+def _place(
+    segments: list[Segment],
+    name: str,
+    format_: WeightFormat,
+    rows: int,
+    cols: int,
+    parts: int,
+    interleaved: bool,
+    bias: torch.dtype | None,
+) -> list[MatrixLayout]:
+    """Appends the segments that `parts` matrices of [rows, cols] share; returns the matrices."""
+    pieces: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {**format_.segments(rows, cols)}
+    if bias is not None:
+        pieces["bias"] = (bias, (rows,))
+    found: dict[str, list[Rows]] = {}
+    for piece, (dtype, (count, *width)) in pieces.items():
+        if interleaved and parts > 1 and count != rows:
+            raise ValueError(
+                f"{name}: rows of gate and up cannot alternate where {format_.block} elements "
+                f"share a scale ({format_.name})"
+            )
+        offset = 0
+        if segments:
+            offset = _round_up(segments[-1].offset + segments[-1].nbytes, SEGMENT_ALIGNMENT)
+        label = name if piece == VALUES else f"{name}.{piece}"
+        segment = Segment(label, dtype, (parts * count, *width), offset)
+        segments.append(segment)
+        found[piece] = [
+            Rows(segment, p, parts, count) if interleaved else Rows(segment, p * count, 1, count)
+            for p in range(parts)
+        ]
+    return [
+        MatrixLayout(
+            format_,
+            rows,
+            cols,
+            values=found[VALUES][p],
+            scales=found[SCALES][p] if SCALES in found else None,
+            bias=found["bias"][p] if "bias" in found else None,
+        )
+        for p in range(parts)
+    ]
 
 
 def _round_up(value: int, unit: int) -> int:

@@ -18,9 +18,11 @@ import torch
 from moeinf import _core
 from moeinf.checkpoint.families import CONVENTIONS, ExpertTensors, find_experts
 from moeinf.checkpoint.folder import Checkpoint, read_tensor
+from moeinf.checkpoint.formats import PLAIN_FORMATS
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.layout import Layout
 from moeinf.errors import CheckpointError
+from moeinf.kernels.forms import ExpertForm, Gate
 
 # Configurations disagree on a name for the same number; the first one found counts.
 NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -34,7 +36,6 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu": "relu",
 }
-EXPERT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class ExpertStore:
         layer_ids: the checkpoint's own number of each MoE layer.
         num_experts: experts in each of them.
         top_k: experts a token is routed to.
-        layout: the segments of an expert, `gate_up` [2I, H] and `down` [H, I].
+        layout: the segments of an expert, `gate_up` [2I, H] and `down` [H, I], and its matrices.
+        form: what an expert computes.
         activation: silu, gelu, gelu_tanh or relu.
     """
 
@@ -71,6 +73,7 @@ class ExpertStore:
                 f"there are {self.num_experts}"
             )
         self.activation = _activation(config, checkpoint.path)
+        self.form = ExpertForm(Gate(activation=self.activation))
         self._experts = experts
         self.layout = self._check()
 
@@ -231,7 +234,7 @@ class ExpertStore:
             expected = (*lead, rows[part], hidden) if part in rows else down.shape
             if entry.shape != tuple(expected):
                 raise CheckpointError(f"{entry}: expected {list(expected)}, to go with {down}")
-            if entry.dtype not in EXPERT_DTYPES or entry.dtype != down.dtype:
+            if entry.dtype not in PLAIN_FORMATS or entry.dtype != down.dtype:
                 raise CheckpointError(
                     f"{entry}: expected bfloat16, float16 or float32, the same for every part"
                 )
@@ -239,12 +242,7 @@ class ExpertStore:
     def _build_layout(self, parts: dict[str, TensorEntry]) -> Layout:
         down = parts["down"]
         hidden, intermediate = down.shape[-2:]
-        return Layout.build(
-            {
-                "gate_up": (down.dtype, (2 * intermediate, hidden)),
-                "down": (down.dtype, (hidden, intermediate)),
-            }
-        )
+        return Layout.of(self.form, PLAIN_FORMATS[down.dtype], hidden, intermediate)
 
 
 def _positive(config: dict[str, Any], keys: tuple[str, ...], path: Path) -> int:

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.pocket.corpus import Document, documents
-from benchmarks.pocket.routing import Routing
+from tools.pocket.corpus import Document, documents
+from tools.pocket.routing import Routing
 
 PROMPTS = ("def ", "class ", "import os\n", '"""Return the', "    def __init__(self", "try:\n")
 

@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
 
-from benchmarks.pocket.batches import batches, windows
-from benchmarks.pocket.corpus import documents
-from benchmarks.pocket.model import Pocket
-from benchmarks.pocket.optimizer import Optimizer
-from benchmarks.pocket.shape import Shape
-from benchmarks.pocket.workers import Gradients, launch
+from tools.pocket.batches import batches, windows
+from tools.pocket.corpus import documents
+from tools.pocket.model import Pocket
+from tools.pocket.optimizer import Optimizer
+from tools.pocket.shape import Shape
+from tools.pocket.workers import Gradients, launch
 
 WARM_UP = 0.02  # part of the time over which the learning rate rises
 SHORT_UNTIL = 0.75  # part of the time spent on half-length windows, which cost less

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from benchmarks.pocket.corpus import documents
+from tools.pocket.corpus import documents
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 SPLIT = r"\s*\n[\n ]*|[ ._]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from benchmarks.pocket.corpus import Document, pieces
+from tools.pocket.corpus import Document, pieces
 
 
 def stream(docs: list[Document], tokenizer: Tokenizer, rng: random.Random) -> np.ndarray:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.pocket.experts import experts, head_loss
-from benchmarks.pocket.shape import Shape
+from tools.pocket.experts import experts, head_loss
+from tools.pocket.shape import Shape
 
 
 def rope(length: int, shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

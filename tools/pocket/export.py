@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.pocket.batches import windows
-from benchmarks.pocket.corpus import documents
-from benchmarks.pocket.model import Pocket
-from benchmarks.pocket.shape import Shape
-from benchmarks.pocket.tokenizer import EOS, PAD
+from tools.pocket.batches import windows
+from tools.pocket.corpus import documents
+from tools.pocket.model import Pocket
+from tools.pocket.shape import Shape
+from tools.pocket.tokenizer import EOS, PAD
 
 PLAIN = {  # ours, of one layer, to the Hub's
     "norm_in": "input_layernorm",

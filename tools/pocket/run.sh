@@ -1,5 +1,5 @@
 #!/bin/sh
-# Trains, exports and measures the built-in model. Usage: benchmarks/pocket/run.sh [minutes]
+# Trains, exports and measures the built-in model. Usage: tools/pocket/run.sh [minutes]
 # PYTHON names the interpreter; the rest of the environment is for speed only.
 set -eu
 cd "$(dirname "$0")/../.."
@@ -11,7 +11,7 @@ export OMP_WAIT_POLICY=passive
 export THP_MEM_ALLOC_ENABLE=1
 export MALLOC_MMAP_THRESHOLD_=33554432 MALLOC_TRIM_THRESHOLD_=4000000000
 export ONEDNN_PRIMITIVE_CACHE_CAPACITY=20000
-"$python" -m benchmarks.pocket.tokenizer
-"$python" -m benchmarks.pocket.train --minutes "${1:-55}"
-"$python" -m benchmarks.pocket.export
-"$python" -m benchmarks.pocket.evaluate
+"$python" -m tools.pocket.tokenizer
+"$python" -m tools.pocket.train --minutes "${1:-55}"
+"$python" -m tools.pocket.export
+"$python" -m tools.pocket.evaluate
