@@ -51,6 +51,12 @@ DTYPES: dict[str, tuple[int, str | None]] = {
     "U64": (64, "uint64"),
 }
 
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    getattr(torch, name): dtype
+    for dtype, (_, name) in DTYPES.items()
+    if name is not None and hasattr(torch, name)
+}
+
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:

@@ -9,6 +9,8 @@ import torch
 
 from moeinf import _core
 from moeinf.checkpoint.store import ExpertStore
+from moeinf.errors import UnsupportedError
+from moeinf.kernels.forms import ExpertForm, Gate
 
 DTYPES = {
     torch.bfloat16: _core.DType.bf16,
@@ -29,6 +31,7 @@ class CpuExperts:
     def __init__(
         self, store: ExpertStore, core: _core.ExpertCache, engine: _core.CpuEngine | None = None
     ):
+        check_form(store)
         gate_up, down = store.layout["gate_up"], store.layout["down"]
         self.hidden, self.intermediate = down.shape
         self.num_experts = store.num_experts
@@ -86,6 +89,16 @@ class CpuExperts:
             new_sequence=new_sequence,
         )
         return out
+
+
+def check_form(store: ExpertStore) -> None:
+    """The kernels compute what the store's experts are."""
+    form, layout = store.form, store.layout
+    if form != ExpertForm(Gate(activation=form.gate.activation)) or layout.gate.values.step > 1:
+        raise UnsupportedError(
+            f"{store.checkpoint.path}: expected experts of the form act(gate) * up, without biases "
+            f"and with gate before up; found {form}"
+        )
 
 
 def check_tensors(

@@ -20,7 +20,7 @@ from moeinf import _core
 from moeinf.cache.devices import torch_device
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.experts import torch_products
-from moeinf.experts.cpu import check_tensors
+from moeinf.experts.cpu import check_form, check_tensors
 
 
 class CudaExperts:
@@ -30,6 +30,7 @@ class CudaExperts:
     """
 
     def __init__(self, store: ExpertStore, core: _core.ExpertCache, device: _core.CudaDevice):
+        check_form(store)
         self.store = store
         self.core = core
         self.is_fake = device.is_fake
