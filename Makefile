@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 CPP := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp'
 
-.PHONY: demo test lint fmt sanitize bench clean
+.PHONY: demo test lint stubs fmt sanitize bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/moeinf run --memory 25% --max-new-tokens 120 --temperature 0.7 --verify
@@ -20,6 +20,9 @@ lint: $(VENV)/.lint
 	git ls-files $(CPP) | xargs $(BIN)/clang-format --dry-run --Werror
 	$(BIN)/mypy
 
+stubs: $(VENV)/.lint
+	$(BIN)/python -m tools.stubs
+
 fmt: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -28,10 +31,15 @@ fmt: $(VENV)/.lint
 sanitize: $(VENV)/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/sanitize.sh
 
+# TRACES: files of traces for the table of policies; without it, traces of the built-in model alone.
 bench: $(VENV)/.test
-	for name in ffn_cpu transfer cache_overhead policies end_to_end; do \
-		$(BIN)/python -m benchmarks.$$name --json benchmarks/results/$$name.json || exit 1; \
-	done
+	set -e; \
+	measure() { file=$$1; shift; $(BIN)/python -m benchmarks."$$@" --json benchmarks/results/$$file.json; }; \
+	for name in ffn_cpu transfer cache_overhead end_to_end time_model link_busy host_time \
+		kernel_evidence; do measure $$name $$name; done; \
+	measure policies policies $(TRACES); \
+	measure prefetch prefetch moeinf/pocket --policy learned --prompts 8 --tokens 96; \
+	measure prefetch_random prefetch --policy learned --prompts 3 --tokens 64
 
 clean:
 	rm -rf build $(VENV) *.egg-info moeinf/_core*.so
@@ -49,5 +57,5 @@ $(VENV)/.test: pyproject.toml setup.py CMakeLists.txt
 	touch $(VENV)/.demo $@
 
 $(VENV)/.lint: $(VENV)/.demo
-	$(INSTALL) ruff mypy clang-format
+	$(INSTALL) ruff mypy clang-format pybind11-stubgen
 	touch $@

@@ -22,7 +22,7 @@ namespace moeinf {
 
 namespace {
 
-constexpr int32_t kDefaultThreads = 12;  // see benchmarks/NOTES.md
+constexpr int32_t kDefaultThreads = 12;  // see benchmarks/notes/transfer.md
 constexpr int32_t kMaxThreads = 256;
 constexpr size_t kDefaultChunkBytes = size_t{1} << 20;
 constexpr size_t kMaxChunkBytes = size_t{1} << 30;

@@ -43,7 +43,7 @@ def command(
             f"{facts['memory_read_bandwidth'] / 1e9:.1f} GB/s",
             "disk": f"reads at {disk['bytes_per_second'] / 1e9:.2f} GB/s, O_DIRECT "
             + ("works" if disk["direct"] else "is refused"),
-            "io_uring": "available (not used: see benchmarks/NOTES.md)"
+            "io_uring": "available (not used: see benchmarks/notes/transfer.md)"
             if facts["io_uring"]
             else "not available (not needed)",
             **({} if cuda["devices"] else {"GPU": f"none: {cuda['reason']}"}),

@@ -14,7 +14,7 @@
 // Learning. When a layer is visited, each of its experts has an outcome for the estimate made at
 // the visit before: 1 if it was used, else g times its new estimate (temporal-difference learning,
 // Sutton 1988). One step of gradient descent follows, over all experts of the layer, resident or
-// not. benchmarks/NOTES.md says what else was tried.
+// not. benchmarks/notes/policies.md says what else was tried.
 #include <array>
 #include <cmath>
 #include <utility>
