@@ -1,17 +1,18 @@
-"""What the cache itself costs: a step of resident experts, and the decision of a step that misses.
+"""Host time of the cache: a step of resident experts, and the decision of a step that misses.
 
     python benchmarks/cache_overhead.py --json benchmarks/results/cache_overhead.json
 
-A hit is acquire + release of 8 resident experts in a cache of 1,800 slots over 15 layers of 128
-small experts: in C++ (begin, next, done for each, release), through the compiled module, and
-through `moeinf.ExpertCache`. A miss is the planning of a step of 8 absent experts with 1,800
-residents out of 48 layers of 128, per policy: score, choose 8 victims, update; no bytes move.
-Recording is what `ExpertCache.record` adds to a step of one token, its share of a pass included;
-with the router's probabilities, also the hook on the router and their softmax.
+A hit is acquire and release of 8 resident experts, in a cache of 1,800 slots over 15 layers of 128
+small experts. It is measured in C++ (begin, next, done for each, release), through the compiled
+module, and through `moeinf.ExpertCache`. A miss is the planning of a step of 8 absent experts with
+1,800 residents of 48 layers of 128, for each policy: scores, 8 victims, updates. No bytes move.
+Recording is the time that `ExpertCache.record` adds to a step of one token, with its share of the
+work per forward pass. With the router's probabilities it includes the hook and their softmax.
 
-The limits are the targets: 3 us in C++, 15 us from Python, 3 us for a decision. Beside them stands
-what no call can avoid, one attribute of the compiled module. Other load only ever slows a run down,
-so each column is the best mean of all rounds, with the median beside it.
+The limits are the targets: 3 us in C++, 15 us from Python, 3 us for a decision. One attribute
+access of the compiled module stands beside them, because no call can be cheaper. Other work on the
+machine can only make a run slower, so each column is the best mean of all rounds, with the median
+beside it.
 """
 
 from __future__ import annotations

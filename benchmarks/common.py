@@ -1,7 +1,7 @@
-"""What the benchmarks share: provenance, tables, JSON, memory in huge pages, the read limit.
+"""Shared by the benchmarks: provenance, tables, JSON, memory in huge pages, the read limit.
 
-A benchmark measures its own limit in the same run, interleaved with what it measures, and prints
-the ratio. Its JSON says on what and from which commit the numbers come.
+A benchmark measures its own limit in the same run, in turn with the thing it measures, and prints
+the ratio. Its JSON names the machine, the commit, the versions and the date.
 """
 
 from __future__ import annotations

@@ -1,13 +1,12 @@
-"""What copying experts to a GPU costs: bandwidth by size, gather against DMA, host time per step.
+"""Copying experts to a GPU: bandwidth by size, gather against DMA, host time per step.
 
     python -m benchmarks.copy_gpu [--json FILE]
 
-Every row copies experts of one size from the pinned RAM tier into slots, all of them misses, and
-states the bandwidth over the pinned peak: one large copy by torch, measured in the same run. Under
-a driver made for tests no such peak exists, and the best row stands in for it. A step asks for many
-experts, for between two steps the link rests: the host learns of the next one's experts only when
-the last one has been computed. Host time per step is that of a decode step with every expert
-resident. `--tiny` runs the same in seconds.
+Every row copies experts of one size from the pinned RAM tier into slots; all of them are misses.
+The limit is the bandwidth of one large pinned copy by torch in the same run. A fake driver has no
+such copy, so its limit is the best row. A step asks for many experts, because the link is idle
+between two steps: the host learns the next experts only after the last step was computed. Host time
+per step is that of a decode step with every expert resident. `--tiny` runs the same in seconds.
 """
 
 from __future__ import annotations

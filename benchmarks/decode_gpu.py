@@ -2,14 +2,14 @@
 
     python -m benchmarks.decode_gpu [--trace FILE] [--models ...] [--json FILE]
 
-Replays decode routing over random weights with the geometry of published models: the expert FFN of
-every layer, one token at a time, nothing else of the model. Beside each time stand the roofline
-(the larger of the link's time for the bytes that were copied, at the pinned bandwidth measured in
-this run, and the all-resident time), the least that fetching every expert for every token could
-take, and the all-resident time. The row of 0% fetches on demand: one slot. One cache serves all
-rows of a model, from the most slots to the fewest, so that every expert is in pinned RAM before the
-first of them is timed. `--tiny` runs the same on any driver in seconds, the one made for tests
-included; its numbers mean nothing.
+Replays decode routing over random weights with the geometry of published models. It computes the
+expert FFN of every layer, one token at a time, and no other part of the model. Each time stands
+beside three limits: the roofline (the larger of the all-resident time and the time that the link
+needs for the copied bytes, at the pinned bandwidth of this run), the shortest time in which every
+expert could be fetched for every token, and the all-resident time. The row of 0% fetches on demand
+into one slot. One cache serves all rows of a model, from the most slots to the fewest, so every
+expert is in pinned RAM before the first row is timed. `--tiny` runs in seconds on any driver, also
+on the fake one; its numbers mean nothing.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Tokens per second of a model whose experts do not fit, against what a user would pick instead.
+"""Tokens per second of a model whose experts do not fit, against transformers' disk offload.
 
     python -m benchmarks.end_to_end --json benchmarks/results/end_to_end.json
 
-One random-weight checkpoint with the geometry of Qwen3-30B-A3B; every system runs in a process of
-its own: moeinf with a quarter of the experts, transformers with accelerate's disk offload under the
-same memory limit, and moeinf with every expert resident. The limit (weights that are not experts,
-the budget, 10%, and what an interpreter with torch takes) is enforced by a memory cgroup where one
-can be made, page cache included.
+One checkpoint with random weights and the geometry of Qwen3-30B-A3B. Each system runs in its own
+process: moeinf with a quarter of the experts, transformers with accelerate's disk offload under the
+same memory limit, and moeinf with every expert resident. The limit is the size of the weights that
+are not experts, the budget, 10% of both, and the memory of an interpreter with torch. A memory
+cgroup enforces it where one can be made, and the page cache counts too.
 
-How often experts repeat decides a cache's worth. Tokens are sampled from a random model, so they
-repeat less than any real text's do: the hit rate here is a floor, not a promise.
+A cache gains from experts that repeat. Tokens are sampled from a random model, so experts repeat
+less than in real text, and the hit rate is lower than with a real model.
 """
 
 from __future__ import annotations

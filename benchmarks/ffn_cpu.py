@@ -3,15 +3,15 @@
     python benchmarks/ffn_cpu.py --json benchmarks/results/ffn_cpu.json
 
 Geometry of Qwen3-30B-A3B: hidden 2048, intermediate 768, 128 experts, top-8, bf16. Bytes that must
-move: every distinct expert of the call once, 9.4 MB each (T=1: 75.5 MB); FLOPs: 6 * T * k * H * I.
-All 128 experts take 1.2 GB, calls of one token go round them in turn and others draw theirs at
-random, so that a last-level cache holds next to nothing of what the next call needs.
+move: every distinct expert of the call once, 9.4 MB each (T=1: 75.5 MB). FLOPs: 6 * T * k * H * I.
+All 128 experts take 1.2 GB. Calls of one token use them in turn, other calls use random ones, so
+the last-level cache holds almost nothing that the next call needs.
 
-One round measures the limit (a plain multi-threaded read, best of its patterns), ours, and each of
-transformers' implementations on a real Qwen3MoeExperts module with the same weights, memory in huge
-pages for all. Rounds repeat for --seconds; each column is the best of its times, for other load on
-a machine only ever slows things down. Before ours and the limit it pauses until the OpenMP threads
-of torch have stopped spinning. Ours is compared with `eager` before anything is timed.
+One round measures the limit (a plain read by all threads, the best of its patterns), ours, and each
+implementation of transformers on a Qwen3MoeExperts module with the same weights. All memory is in
+huge pages. Rounds repeat for --seconds. Each column is its best time, because other work on the
+machine can only make a run slower. Before ours and before the limit, the benchmark waits until
+torch's OpenMP threads have stopped spinning. Ours is compared with `eager` before the timing.
 """
 
 from __future__ import annotations

@@ -4,13 +4,13 @@
     python -m benchmarks.ffn_gpu --compile        # only fills Triton's cache
     python -m benchmarks.ffn_gpu --dry-run        # tiny, on the CPU under TRITON_INTERPRET=1
 
-Bytes that must move: every distinct expert of a call once, plus hidden and output; FLOPs:
-6 * T * k * H * I (4 for plain experts). Consecutive calls use other experts, drawn so that what a
-call reads was last touched by a call long enough ago to have left the L2 cache. Ours, transformers'
-grouped_mm, batched_mm and eager, a torch loop, and vLLM's fused experts where installed, all on the
-same weights; each is compared with a float32 loop first, and one that is wrong gets no time. Times
-are medians over calls, once launched from Python and once replayed from a CUDA graph. Without a GPU
-it says so in the JSON and ends with status 0.
+Bytes that must move: every distinct expert of a call once, plus hidden and output. FLOPs: 6 * T * k
+* H * I (4 for plain experts). Consecutive calls use different experts. The bytes that a call reads
+have left the L2 cache before, because enough other calls ran since their last use. Ours,
+transformers' grouped_mm, batched_mm and eager, a torch loop, and vLLM's fused experts (if
+installed) use the same weights. Each is first compared with a float32 loop; a wrong one gets no
+time. Times are medians over calls, launched from Python and replayed from a CUDA graph. Without a
+GPU the JSON says so, and the exit status is 0.
 """
 
 from __future__ import annotations

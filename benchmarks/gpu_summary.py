@@ -1,9 +1,9 @@
-"""The short table at the end of gpu_session.sh, drawn from the JSON files that it wrote.
+"""The table at the end of gpu_session.sh, made from the JSON files that the session wrote.
 
     python -m benchmarks.gpu_summary FOLDER GPU
 
-Each row is one mark of the project: what was measured, what it must reach, whether it does. What
-was not measured, because a step failed or its time ran out, is a row that says so.
+Each row is one target of the project: the measured value, the target, and whether it is met. A row
+without a measurement, because a step failed or ran out of time, says so.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""The host's own time of a decode step with every expert resident. No GPU is used or measured.
+"""Host time of a decode step with every expert resident. No GPU is used or measured.
 
     python -m benchmarks.host_time [--json FILE]
 
-Everything that the host does for a GPU runs here as it would there, down to the driver's functions:
-the cache on the driver of tests/fake_cuda, the kernels through Triton's own compiler and launcher
-on one that only notes launches (tests/recording_driver). What is left out is the time inside the
-real driver's functions and every wait. Times are those of the calling thread, best of many rounds.
+The host does all of its work for a GPU here, down to the driver's functions: the cache on the
+driver of tests/fake_cuda, and the kernels through Triton's own compiler and launcher on a driver
+that only notes launches (tests/recording_driver). Two things are missing: the time inside the real
+driver's functions, and every wait. Times are those of the calling thread, the best of many rounds.
 
-"dispatched anew" is the same call with nothing kept from calls before it but the compiled kernels,
-which is what a launch through Triton's `kernel[grid](...)` costs. The target for a step, from the
-router's ids to the last launch, is 30 us. Two rows say what torch itself takes, for comparison.
+"dispatched anew" is the same call without the launches prepared by earlier calls; only the compiled
+kernels are kept. A launch through Triton's `kernel[grid](...)` costs this much. The target for a
+step, from the router's ids to the last launch, is 30 us. Two rows show the time of torch calls for
+comparison.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
-"""Which bytes the decode kernels load and store: counted in Triton's interpreter, and by formula.
+"""Bytes that the decode kernels load and store: counted in Triton's interpreter, and by formula.
 
     TRITON_INTERPRET=1 python -m benchmarks.kernel_bytes      # counts small layers, prints JSON
 
-`Meter` counts every load and store of the launches made under it. `traffic` says the same for any
-sizes by arithmetic, and the program checks that both agree to the byte before anything relies on
-the formula at sizes that no interpreter could run. `benchmarks.kernel_evidence` does.
+`Meter` counts every load and store of the launches made under it. `traffic` computes the same for
+any size. The program checks that both agree to the byte. `benchmarks.kernel_evidence` then uses the
+formula at sizes that the interpreter cannot run.
 
-A program's load counts each address once, however many of its lanes ask for it: that is what leaves
-a multiprocessor's coalescer. Loads of weights are also counted lane by lane and byte by byte.
+A program's load counts each address once, for any number of lanes that ask for it, because a
+multiprocessor's coalescer does the same. Loads of weights are also counted by lane and by byte.
 """
 
 from __future__ import annotations

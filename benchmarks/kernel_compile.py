@@ -1,7 +1,7 @@
-"""Compiles kernels to machine code for GPUs that are not there, and reads what the assembler used.
+"""Compiles kernels to machine code for GPUs that are absent, and reads the properties of the code.
 
 Called by the tests and by kernel_evidence; `python -m benchmarks.kernel_compile` prints a table.
-Needs Triton with its ptxas and cuobjdump, no GPU and no driver. Launches nothing.
+Needs Triton with its ptxas and cuobjdump, but no GPU and no driver. Launches nothing.
 """
 
 from __future__ import annotations

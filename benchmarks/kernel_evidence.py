@@ -1,15 +1,15 @@
-"""What can be said about the kernels' speed without a GPU: machine code, occupancy, bytes, waves.
+"""Facts about the kernels' speed without a GPU: machine code, occupancy, bytes, waves.
 
     python -m benchmarks.kernel_evidence --json benchmarks/results/kernel_evidence.json
 
 No GPU runs any of this and no time is measured. Three parts:
-- every kernel and configuration compiled for every architecture: registers, spills, shared memory,
-  bytes per load of the weights, and the programs a multiprocessor can hold with these;
-- bytes that one decode step loads and stores, by a formula that is first compared with counts from
-  Triton's interpreter (`kernel_bytes`), over the least that must move;
-- programs per launch and rounds ("waves") of resident programs on named GPUs, with the bytes of
-  weights that one multiprocessor has asked for at a time beside what its share of the memory
-  bandwidth needs, were the latency 800 ns.
+- Every kernel and configuration is compiled for every architecture: registers, spills, shared
+  memory, bytes per load of the weights, and how many programs a multiprocessor can hold.
+- The bytes that one decode step loads and stores, over the least that must move. They come from a
+  formula that is first compared with counts from Triton's interpreter (`kernel_bytes`).
+- Programs per launch, and rounds ("waves") of resident programs on named GPUs. Beside them: the
+  bytes of weights that one multiprocessor has in flight, and the bytes that its share of the memory
+  bandwidth needs at a latency of 800 ns.
 """
 
 from __future__ import annotations

@@ -1,21 +1,25 @@
-"""Is the link to a device kept busy? On the fake driver of tests/fake_cuda: no GPU is measured.
+"""How busy is the link to a device? On the fake driver of tests/fake_cuda: no GPU is measured.
 
     python -m benchmarks.link_busy [--trace FILE] [--json FILE]
 
-Decode routing is replayed, step after step, by one `DeviceReader` over a cache that holds a quarter
-of the experts; RAM holds all of them, or, where the tiers are exclusive, the other three quarters:
-then what is evicted goes back over the link. The fake link has a set bandwidth, the same in both
-directions and low enough for this machine to move the bytes in time, and a set latency per copy;
-its clock is its own, so a thread that wakes late costs it nothing while work is queued. `busy` is
-the share of the run in which the link to the device was occupied, `payload` the bytes moved over
-what the bandwidth could have moved. The rest of the run is idle, and of two kinds: `unasked`,
-nothing had been enqueued (the step's ids were on their way, the host was deciding, or there was
-nothing to fetch), and `held`, a copy was enqueued and waited for the device's own order and
-threads. The target is 0.95 where nothing is computed. Rows with `compute` let the reader's stream
-work that long in every step, which only prefetching can hide; "perfect" is told what the next step
-will use. `files` is how many experts a step had to have read, and whose time at the disk says
-nothing about the link. The run is cut in rounds: a row is the best of them, for other load only
-ever takes away from it, and the medians of `busy` and of the step's time stand beside it.
+One stream replays decode routing, step by step, over a cache that holds a quarter of the experts.
+RAM holds all of them. With exclusive tiers RAM holds the other three quarters, and evicted experts
+go back over the link. The fake link has a set latency per copy and a set bandwidth, the same in
+both directions and low enough that this machine moves the bytes in time. It has its own clock: a
+thread that wakes up late costs it nothing while work is queued.
+
+| column | meaning |
+|---|---|
+| busy | share of the run in which the link to the device was occupied; the target is 0.95 |
+| payload | bytes moved over the bytes that the bandwidth could have moved |
+| unasked | idle, with no copy enqueued: the ids were on their way, or the host was deciding |
+| held | idle, while a copy waited for the device's own order and threads |
+| files | experts per step read from a disk; the disk's time says nothing about the link |
+
+The target holds where nothing is computed. In rows with `compute` the stream works for that time in
+every step, and only prefetching can fill the gap; "perfect" knows the experts of the next step. The
+run is cut in rounds. A row is the best round, because other work can only make a round slower; the
+medians of `busy` and of the step's time stand beside it.
 """
 
 from __future__ import annotations

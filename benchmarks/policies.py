@@ -1,13 +1,13 @@
-"""Policies: hit rates on traces and what is left to Belady, decisions per second, EAM queries.
-
-Prints, for every trace given and for those that it records from the built-in model, the decode hit
-rate of each policy by budget and the share it closes of the distance from the better of lru and lfu
-to Belady, the limit measured in the same run; and the lead of the default policy, in points, over
-the best of the others. Then the simulator's speed on a synthetic 48 x 128 model with 10% of the
-experts in slots, in CPU time of one core, best of several interleaved runs; and the time of an EAM
-query over 1,000 entries.
+"""Policies: hit rates on traces, the distance to Belady, decisions per second, EAM queries.
 
     python -m benchmarks.policies [TRACE...] [--long] [--json FILE]
+
+For each given trace, and for traces that it records from the built-in model, it prints the decode
+hit rate of each policy by budget. It also prints the share closed of the distance from the better
+of lru and lfu to Belady, whose limit is measured in the same run, and the lead of the default
+policy over the best of the others, in points. Then follow the simulator's speed on a synthetic 48 x
+128 model with 10% of the experts in slots (CPU time of one core, the best of several runs in turn),
+and the time of an EAM query over 1,000 entries.
 """
 
 from __future__ import annotations

@@ -1,16 +1,15 @@
-"""What reading ahead by prediction gives: tokens per second with each predictor and without.
+"""Prefetching by prediction: tokens per second with each predictor and without.
 
     python -m benchmarks.prefetch --json benchmarks/results/prefetch.json
 
-Every predictor has a model of its own in one process; prompts come one after the other, and for
-each prompt all models generate in turn, in an order that rotates, so that other load and the state
-of the disk fall on all alike. A predictor's gain is the median over prompts of its tokens/s over
-that of "off" for the same prompt; the spread that "off" shows against a second "off" is the noise
-to judge it by. The limit is what no prefetch can beat: "off" without its stalls.
+Each predictor has its own model in one process. For each prompt all models generate in turn, in an
+order that rotates, so other work and the state of the disk affect all of them alike. A predictor's
+gain is the median over prompts of its tokens/s over those of "off". A second "off" shows the noise.
+The limit of any prefetch is "off" without its stalls.
 
-A checkpoint continues the beginnings of Python files. Without one, random weights are written, with
-the geometry of Qwen3-30B-A3B: their routing has no skew, and successive layers' inputs are unlike
-each other, which is as hard for predictors as it gets.
+A checkpoint continues the beginnings of Python files. Without a checkpoint, random weights with the
+geometry of Qwen3-30B-A3B are written. Their routing has no skew, and the inputs of successive
+layers differ much, so they are the hardest case for predictors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Traces of the built-in model, recorded anew: what a benchmark of policies needs besides files.
+"""Traces of the built-in model, recorded again for a benchmark of policies.
 
-Prompts are the beginnings of modules of the standard library; tokens are sampled from one seed, so
-that the same machine and Python version record the same trace again.
+Prompts are the beginnings of modules of the standard library. Tokens are sampled from one seed, so
+the same machine and Python version record the same trace again.
 """
 
 from __future__ import annotations

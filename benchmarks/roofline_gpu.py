@@ -1,4 +1,4 @@
-"""What this GPU can do at best: bytes per second from its memory, FLOP per second in bf16.
+"""The limits of this GPU: bytes per second from its memory, FLOP per second in bf16.
 
     python -m benchmarks.roofline_gpu
 

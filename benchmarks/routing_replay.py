@@ -1,8 +1,8 @@
 """Routing for benchmarks of the cache: a recorded trace, stretched to another model's geometry.
 
-Stretching keeps what matters to a cache: which experts come back, and how soon. Each layer of the
-target takes a layer of the trace under a permutation of experts of its own; a target with more
-experts per layer is a few independent copies of the trace side by side, each offering its routes.
+Stretching keeps what a cache depends on: which experts return, and how soon. Each layer of the
+target takes a layer of the trace with its own permutation of experts. A target with more experts
+per layer consists of independent copies of the trace, and each copy gives its routes.
 """
 
 from __future__ import annotations

@@ -2,19 +2,18 @@
 
     python -m benchmarks.time_model --json benchmarks/results/time_model.json
 
-A checkpoint (the built-in model without one) decodes the same prompts greedily at several budgets,
-recording its routing, and with every expert resident, in turn, so that other load falls on all
-alike. What the model is told is measured between them: the time of a layer by the resident model;
-the time of an expert by the kernels on resident experts; latency and bandwidth by a run of the
-resident model in which every MoE layer also reads 0..k experts into slots of another cache (the
-line through what that adds). Each recorded trace is simulated, and the estimate for each prompt
-divided by what that prompt took live.
+A checkpoint (by default the built-in model) decodes the same prompts greedily and records its
+routing, at several budgets and with every expert resident. The budgets take turns, so other work
+affects all of them alike. Between them the inputs of the model are measured: the time of a layer,
+by the resident model; the time of an expert, by the kernels on resident experts; latency and
+bandwidth, by a run of the resident model in which every MoE layer also reads 0..k experts into
+slots of another cache (the line through the added times). Each recorded trace is simulated, and the
+estimate for each prompt is divided by its live time.
 
-"Waiting" is what a token took beyond one of the resident model. The cache's own stall counter,
-beside it, sees the part of it that was spent with nothing ready to compute, and not what it costs
-to start reads and to share cores with them. Three models stand side by side: misses by bandwidth
-alone, the whole one, and the whole one told of reads on an otherwise idle machine. The limit is a
-ratio of 1.
+"Waiting" is the time of a token beyond that of the resident model. The cache's own stall counter
+stands beside it. It sees only the waiting with nothing ready to compute, not the cost of starting
+reads and of sharing cores with them. Three models are compared: misses by bandwidth alone, the
+whole model, and the whole model with reads timed on an idle machine. The limit is a ratio of 1.
 """
 
 from __future__ import annotations

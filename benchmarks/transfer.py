@@ -1,15 +1,14 @@
 """Disk to slot: experts read in random order, over the best large sequential read of the same run.
 
-Makes files of random bytes that hold 9 MB experts the way a checkpoint does (down, gate and up of
-an expert side by side, at offsets that fit no block), reads experts in random order through the
-copy engine into slots, and prints GB/s beside what this disk gives to large direct sequential
-reads. In every round each setting is measured once between two measurements of the limit, all of
-them equally short and in random order, so that whatever else the machine does falls on all alike.
-The limit is the way of reading with the best median. Then the latency of a demand, on an idle
-engine and on one whose queue is full of prefetches.
-
     python -m benchmarks.transfer --json benchmarks/results/transfer.json
     python -m benchmarks.transfer --threads 1,2,4,8 --chunk-kib 256,512,1024,2048,4096
+
+Writes files of random bytes with 9 MB experts, laid out as in a checkpoint: down, gate and up of an
+expert side by side, at offsets that are not aligned to a block. The file reader reads experts in
+random order into slots. The limit is large direct sequential reading, by the way with the best
+median. In every round each setting is measured once between two measurements of the limit, all
+equally short and in random order, so other work affects all of them alike. Then follows the latency
+of a demand, on an idle reader and on one with a full prefetch queue.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Times block sizes on the GPU at hand and writes the winners into kernels/tuning.json.
+"""Times block sizes on this machine's GPU and writes the fastest into kernels/tuning.json.
 
     python -m benchmarks.tune --models Qwen3-30B-A3B --tokens 1 16 4096
 
-For each model and kind of call it tries the candidates of one kernel while the other keeps its
-choice, throws out those that spill or do not compile, and adds a row for this architecture and
-geometry if the best is at least 3% faster than what the table says now. Rows of other devices stay
-as they are. Nothing is tuned when kernels are used; this is the only place that times anything.
+For each model and kind of call it tries the candidates of one kernel while the other kernel keeps
+its choice. Candidates that spill or do not compile are dropped. It adds a row for this architecture
+and geometry if the best candidate is at least 3% faster than the present row. Rows of other devices
+stay unchanged. Kernels are never tuned while they are used; only this program times them.
 """
 
 from __future__ import annotations

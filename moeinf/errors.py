@@ -1,4 +1,4 @@
-"""The exceptions of the package. Messages name file or tensor, the expected and the found."""
+"""The exceptions of the package. A message names the file or tensor, the expected and the found."""
 
 
 class CheckpointError(ValueError):

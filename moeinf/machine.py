@@ -1,4 +1,4 @@
-"""What this machine offers: asked of the system or measured in seconds, never assumed."""
+"""Facts about this machine. The system states them or they are measured; none is assumed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def describe(folder: Path) -> dict[str, Any]:
 
 
 def missing(facts: dict[str, Any]) -> list[str]:
-    """What would make this machine faster or more able, one sentence each."""
+    """One sentence for each part whose absence makes this machine slower or less able."""
     notes = []
     if not facts["disk"]["direct"]:
         notes.append(
@@ -72,7 +72,7 @@ def _cpu_name() -> str:
 
 
 def _disk(folder: Path) -> dict[str, Any]:
-    """Large sequential reads of a sample file written next to where checkpoints lie."""
+    """The rate of large sequential reads of a sample file in that folder."""
     with tempfile.NamedTemporaryFile(dir=folder, prefix=".moeinf-doctor-") as file:
         block = os.urandom(2**20)
         for _ in range(DISK_SAMPLE_BYTES // len(block)):
@@ -86,7 +86,7 @@ def _disk(folder: Path) -> dict[str, Any]:
 
 
 def _io_uring() -> bool:
-    """Whether the kernel lets this process make a ring."""
+    """True if the kernel lets this process create an io_uring."""
     libc = ctypes.CDLL(None, use_errno=True)
     parameters = ctypes.create_string_buffer(120)  # struct io_uring_params
     descriptor = libc.syscall(IO_URING_SETUP, 1, parameters)
@@ -97,7 +97,7 @@ def _io_uring() -> bool:
 
 
 def _cuda() -> dict[str, Any]:
-    """Every GPU that the core can open, and why the first that it cannot is none."""
+    """Every GPU that the core can open. Without one, the reason."""
     devices: list[dict[str, Any]] = []
     reason = None
     while reason is None:

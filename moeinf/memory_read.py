@@ -1,4 +1,4 @@
-"""How fast this machine's memory can be read: the limit of the CPU kernels at one token."""
+"""The read rate of this machine's memory: the limit of the CPU kernels at one token."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class HugeArea:
 
 
 class ReadLimit:
-    """The fastest that memory was read by the engine's threads, over the patterns of the probe.
+    """The fastest rate at which the engine's threads read memory, over the patterns of the probe.
 
-    The probe goes round `area` (uint8), which is larger than any cache.
+    The probe reads `area` (uint8) in turn. It is larger than any processor cache.
     """
 
     PATTERNS = tuple((task, streams) for task in (MIB, 8 * MIB) for streams in (1, 4, 8))

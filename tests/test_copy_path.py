@@ -22,7 +22,7 @@ LATENCY_NS = 2_000_000
 
 @pytest.fixture(autouse=True)
 def driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ctypes.CDLL]:
-    """The fake driver, and a home for what is measured on it."""
+    """The fake driver, with a folder for the measured result."""
     monkeypatch.setenv("MOEINF_CUDA_DRIVER", str(fake_cuda_library()))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     fake = ctypes.CDLL(str(fake_cuda_library()))

@@ -1,7 +1,7 @@
 """Slots in GPU memory, as Python sees them, on a driver made for tests.
 
-What is promised: the same bits for every budget, whatever the RAM tier holds; a resize in the
-middle; errors that say what is missing.
+Promised: the same bits for every budget and every content of the RAM tier, a resize at any time,
+and errors that name what is missing.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def test_generation_gives_the_same_tokens(qwen3_folder: Path, seed: int) -> None
 
 
 def test_choices_are_handed_over_with_the_ids_of_the_next_step(qwen3_folder: Path) -> None:
-    """So that the host, which waits for those anyway, waits for nothing else."""
+    """The host waits for those ids already, so the choices cost no wait of their own."""
     store = moeinf.ExpertStore.open(qwen3_folder)
     cache = moeinf.ExpertCache(store, device="cuda", slots=5, prefetch="external")
     hidden, weights = torch.ones(1, 40), torch.ones(1, 1)

@@ -1,6 +1,6 @@
-"""What a user of device="cuda" is told when something is missing or fails, and what works after.
+"""Errors for a user of device="cuda" when a part is missing or fails, and the cache after them.
 
-Each fault is one that a driver made for tests can be told to have.
+The fake driver makes each fault on demand.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def store(qwen3_folder: Path) -> moeinf.ExpertStore:
 
 
 def last_line(program: str, *arguments: str) -> str:
-    """What a process of its own dies of; `fake` is the driver that it will use."""
+    """The last line of a process that fails; it uses the driver `fake`."""
     head = "import ctypes, os, sys\nfake = ctypes.CDLL(os.environ['MOEINF_CUDA_DRIVER'])\n"
     run = subprocess.run(
         [sys.executable, "-c", head + program, *arguments],
@@ -127,7 +127,7 @@ def test_a_copy_that_fails_fails_its_step(fake: ctypes.CDLL, store: moeinf.Exper
 
 
 def limit_pinned_to(fake: ctypes.CDLL, nbytes: int) -> None:
-    """So much more than caches hold that nothing has collected yet."""
+    """A limit above the memory of caches that were not collected yet."""
     fake.fake_cuda_registered_bytes.restype = ctypes.c_uint64
     held = fake.fake_cuda_registered_bytes()
     fake.fake_cuda_set_pinned_limit(ctypes.c_uint64(held + nbytes))

@@ -1,7 +1,7 @@
-"""The cache on whatever CUDA driver this process finds: a real GPU, where there is one.
+"""The cache on the CUDA driver of this machine: a real GPU, where there is one.
 
-What test_cuda_cache.py shows on a driver made for tests, in short and on the device itself; part
-of benchmarks/gpu_session.sh. MOEINF_CUDA_DRIVER may name that other driver, to try these tests.
+A short form of test_cuda_cache.py on the device itself, part of benchmarks/gpu_session.sh. Set
+MOEINF_CUDA_DRIVER to the fake driver to try these tests without a GPU.
 """
 
 from __future__ import annotations

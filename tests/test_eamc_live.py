@@ -75,7 +75,7 @@ def test_a_live_run_counts_what_a_simulation_from_the_same_collection_counts(
 
 
 def test_a_collection_changes_what_is_evicted(seed: int) -> None:
-    """Experts 0 to 2 are used for ten tokens, then 3 to 5: only who was told knows."""
+    """Ten tokens use experts 0 to 2, the next ones 3 to 5: only a collection knows the change."""
     turns = np.repeat([0, 3, 0, 3], 10)
     trace = Trace.from_arrays(
         (turns[:, None, None] + np.array([[0, 1], [1, 2], [0, 2]])), num_experts=6

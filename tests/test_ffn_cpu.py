@@ -1,4 +1,4 @@
-"""The expert FFN on the CPU against a slow float64 reference, and what it promises about bits."""
+"""The expert FFN on the CPU: against a slow float64 reference, and identical bits in any waves."""
 
 from __future__ import annotations
 

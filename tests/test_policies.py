@@ -233,8 +233,10 @@ def test_bad_collections_are_refused(tmp_path: Path) -> None:
 
 
 def cyclic_trace(tokens: int) -> Trace:
-    """Every token uses one pair of each layer's experts; pairs follow each other in a fixed order
-    that frequency and recency cannot see, but the experts just active give away."""
+    """Every token uses one pair of each layer's experts, and the pairs follow a fixed order.
+
+    Frequency and recency cannot see this order. The experts that were just active show it.
+    """
     rng = np.random.default_rng(7)
     layers, pairs = 6, 8
     order = np.arange(tokens) % pairs
@@ -291,7 +293,7 @@ def test_good_priors_raise_the_hit_rate_of_best(seed: int) -> None:
 
 
 class Failing(Oracle):
-    """Good priors for ten passes, then what `fail` makes of them."""
+    """Good priors for ten passes, then the result of `fail`."""
 
     def __init__(self, trace: Trace, fail: Any) -> None:
         super().__init__(trace)

@@ -60,7 +60,7 @@ def test_output_is_identical_to_the_bit_whatever_predicts(
 
 
 class Listener:
-    """Stands where the cache would, and always wants to know."""
+    """Takes the place of a cache that always wants predictions."""
 
     wants_predictions = True
 

@@ -1,4 +1,4 @@
-"""What a live cache records is what it did: replayed, the trace gives the same hits to the unit."""
+"""A replay of the trace that a live cache recorded has exactly the hits of the live cache."""
 
 from __future__ import annotations
 

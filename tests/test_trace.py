@@ -1,4 +1,4 @@
-"""Traces: what goes in comes out again, and no unfit file gets past loading."""
+"""Traces: saving and loading keeps every value, and loading refuses every malformed file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Transfers from Python: the bytes that arrive, what is refused, and what a bad file does."""
+"""The file reader from Python: the bytes that arrive, refused arguments, bad files."""
 
 from __future__ import annotations
 

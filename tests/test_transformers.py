@@ -1,4 +1,4 @@
-"""`moeinf.load` gives an ordinary model whose output does not depend on where experts are."""
+"""`moeinf.load` gives an ordinary model whose output does not depend on resident experts."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Lets Triton compile and launch as on an H100 in a process without a GPU; nothing is computed.
 
-The code that runs is Triton's own, down to the driver's functions: recording_driver/ stands in for
-those and notes the launches. `install` comes before the first kernel, in a process of its own.
+Triton's own code runs, down to the driver's functions. recording_driver/ replaces these functions
+and notes the launches. Call `install` before the first kernel, in a separate process.
 """
 
 from __future__ import annotations

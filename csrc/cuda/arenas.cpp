@@ -16,9 +16,9 @@ namespace {
 constexpr size_t kPage = 4096;
 constexpr size_t kMaxDevicePiece = size_t{64} << 20;
 constexpr size_t kMaxPinnedPiece = size_t{256} << 20;
-constexpr size_t kPiecesWanted = 32;  // a shrink keeps at most the rest of one piece: 1/32
+constexpr size_t kPiecesWanted = 32;  // a shrink keeps less than one piece too much: 1/32
 
-// A whole number of units, at least one, such that an arena has about kPiecesWanted pieces.
+// The size of a piece: a whole number of units, at least one, for about kPiecesWanted pieces.
 size_t piece_bytes(size_t reserved, size_t unit, size_t most) {
     const size_t wanted = std::min(reserved / kPiecesWanted, most);
     return std::max(wanted / unit, size_t{1}) * unit;
@@ -32,7 +32,7 @@ void check_reserve(size_t nbytes, size_t unit) {
     }
 }
 
-// A run of pieces from offset 0 without gaps; shared by both arenas.
+// Pieces without gaps from offset 0 on. Both arenas use it.
 struct Piece {
     size_t offset;
     size_t nbytes;
@@ -49,7 +49,7 @@ class DeviceArena final : public Arena {
 public:
     DeviceArena(std::shared_ptr<const Context> context, size_t nbytes)
         : context_(std::move(context)), driver_(context_->driver()), reserved_(nbytes) {
-        const Current current(*context_);
+        const ContextGuard current(*context_);
         properties_.type = kAllocationPinned;
         properties_.location = {kLocationDevice, context_->index()};
         driver_.check(driver_.mem_get_granularity(&unit_, &properties_, kGranularityMinimum),
@@ -65,7 +65,7 @@ public:
     }
 
     ~DeviceArena() override {
-        const Current current(*context_, Current::For::kDestructor);
+        const ContextGuard current(*context_, ContextGuard::For::kDestructor);
         if (!current) return;
         shrink(0);
         driver_.mem_address_free(base_, round_up(reserved_, unit_));
@@ -80,7 +80,7 @@ public:
 
     void commit(size_t nbytes) override {
         check_fits(nbytes, reserved_);
-        const Current current(*context_);
+        const ContextGuard current(*context_);
         const size_t wanted = round_up(nbytes, unit_);
         if (wanted > present_bytes(pieces_)) grow(wanted);
         shrink(wanted);
@@ -126,7 +126,7 @@ private:
         return kSuccess;
     }
 
-    // Gives back every piece that begins at `wanted` or later.
+    // Releases every piece that begins at `wanted` or later.
     void shrink(size_t wanted) noexcept {
         while (!pieces_.empty() && pieces_.back().offset >= wanted) {
             const Piece& last = pieces_.back();
@@ -165,7 +165,7 @@ public:
     }
 
     ~PinnedArena() override {
-        const Current current(*context_, Current::For::kDestructor);
+        const ContextGuard current(*context_, ContextGuard::For::kDestructor);
         if (current) unlock(0);
     }
 
@@ -178,8 +178,9 @@ public:
 
     void commit(size_t nbytes) override {
         check_fits(nbytes, reserved_);
-        const Current current(*context_);
-        // Whole units: one that is cut could not be locked as one when the arena grows again.
+        const ContextGuard current(*context_);
+        // Locks whole units. Half a unit could not be locked as one piece when the arena grows
+        // again.
         const size_t wanted = round_up(nbytes, unit_);
         const size_t before = present_bytes(pieces_);
         if (wanted > before) {

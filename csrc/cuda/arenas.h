@@ -1,5 +1,5 @@
-// Arenas of device memory and of page-locked RAM. Both hold memory in pieces, so that they grow
-// and shrink at their end; nothing may be using what a shrink gives back.
+// Arenas of device memory and of page-locked RAM. Both hold their memory in pieces, so an arena
+// grows and shrinks at its end. No copy and no kernel may use the memory that a shrink returns.
 #pragma once
 
 #include <cstddef>

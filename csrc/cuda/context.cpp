@@ -43,7 +43,7 @@ int Context::attribute(int which) const {
     return value;
 }
 
-Current::Current(const Context& context, For purpose) : driver_(context.driver()) {
+ContextGuard::ContextGuard(const Context& context, For purpose) : driver_(context.driver()) {
     if (purpose == For::kDestructor) {
         pushed_ = !forked_since_use() && driver_.context_push(context.context_) == kSuccess;
         return;
@@ -53,7 +53,7 @@ Current::Current(const Context& context, For purpose) : driver_(context.driver()
     pushed_ = true;
 }
 
-Current::~Current() {
+ContextGuard::~ContextGuard() {
     Handle popped = nullptr;
     if (pushed_) driver_.context_pop(&popped);
 }

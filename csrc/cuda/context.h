@@ -1,5 +1,5 @@
-// A device's primary context, which torch uses too: retained while anything of ours lives in it,
-// made current around every call, for any thread may call.
+// The primary context of a device, which torch uses too. It is retained while an object of ours
+// lives in it. Any thread may call, so every call makes the context current first.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ public:
     [[nodiscard]] int attribute(int which) const;
 
 private:
-    friend class Current;
+    friend class ContextGuard;
 
     std::shared_ptr<const Driver> driver_;
     int32_t index_;
@@ -31,16 +31,16 @@ private:
     Handle context_ = nullptr;
 };
 
-// While one lives, the context is this thread's current one. Converts to false, having thrown
-// nothing, only where it was made for a destructor and the driver is gone or forked away.
-class Current {
+// Makes the context current for this thread while the guard lives. A guard for a destructor never
+// throws: it converts to false if the driver has shut down or the process was forked.
+class ContextGuard {
 public:
     enum class For { kCall, kDestructor };
 
-    explicit Current(const Context& context, For purpose = For::kCall);
-    ~Current();
-    Current(const Current&) = delete;
-    Current& operator=(const Current&) = delete;
+    explicit ContextGuard(const Context& context, For purpose = For::kCall);
+    ~ContextGuard();
+    ContextGuard(const ContextGuard&) = delete;
+    ContextGuard& operator=(const ContextGuard&) = delete;
 
     explicit operator bool() const noexcept { return pushed_; }
 

@@ -1,5 +1,5 @@
-// Opens a CUDA device through the driver library, which is loaded at run time by name: one build
-// serves machines with and without a GPU. Shares the device's primary context with torch.
+// Opens a CUDA device through the driver library. The library is loaded by name at run time, so one
+// build serves machines with and without a GPU. Shares the device's primary context with torch.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +10,9 @@
 
 namespace moeinf {
 
-// Throws Error(kUnsupported), saying what is missing, without a driver, with one that is too old,
-// without a device, in a process forked since the driver was first used; Error(kInvalid) for an
-// index out of range. `library` empty: $MOEINF_CUDA_DRIVER, else libcuda.so.1.
+// Throws Error(kUnsupported) and names the reason: no driver, a driver that is too old, no device,
+// or a process that was forked after the first use of the driver. Throws Error(kInvalid) for an
+// index out of range. An empty `library` means $MOEINF_CUDA_DRIVER, or libcuda.so.1 without it.
 [[nodiscard]] std::shared_ptr<Device> open_cuda_device(int32_t index, std::string library = {});
 
 }  // namespace moeinf

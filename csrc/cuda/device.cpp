@@ -31,14 +31,14 @@ public:
           driver_(context_->driver()),
           processors_(context_->attribute(kAttributeMultiprocessors)),
           same_addresses_(context_->attribute(kAttributeHostPointersAreDevicePointers) != 0) {
-        const Current current(*context_);
+        const ContextGuard current(*context_);
         int least = 0;
         driver_.check(driver_.stream_priority_range(&least, &urgent_priority_),
                       "cuCtxGetStreamPriorityRange");
     }
 
     ~CudaDevice() override {
-        const Current current(*context_, Current::For::kDestructor);
+        const ContextGuard current(*context_, ContextGuard::For::kDestructor);
         if (current && module_ != nullptr) driver_.module_unload(module_);
     }
 
@@ -65,7 +65,7 @@ public:
     }
 
     Stream create_stream(bool urgent) override {
-        const Current current(*context_);
+        const ContextGuard current(*context_);
         Handle stream = nullptr;
         driver_.check(
             driver_.stream_create(&stream, kStreamNonBlocking, urgent ? urgent_priority_ : 0),
@@ -74,36 +74,37 @@ public:
     }
 
     void destroy_stream(Stream stream) noexcept override {
-        const Current current(*context_, Current::For::kDestructor);
+        const ContextGuard current(*context_, ContextGuard::For::kDestructor);
         if (current) driver_.stream_destroy(stream);
     }
 
-    // Who synchronizes on one spins, unless the context says otherwise, as torch does: the host
-    // waits for the router's choice in every layer, and to be woken takes tens of microseconds.
+    // A host thread spins while it waits for such an event, unless the context says otherwise.
+    // torch spins too. The host waits for the router's ids in every layer, and a blocked thread
+    // takes tens of microseconds to wake up.
     Event create_event() override {
-        const Current current(*context_);
+        const ContextGuard current(*context_);
         Handle event = nullptr;
         driver_.check(driver_.event_create(&event, kEventDisableTiming), "cuEventCreate");
         return event;
     }
 
     void destroy_event(Event event) noexcept override {
-        const Current current(*context_, Current::For::kDestructor);
+        const ContextGuard current(*context_, ContextGuard::For::kDestructor);
         if (current) driver_.event_destroy(event);
     }
 
     void record(Event event, Stream stream) override {
-        const Current current(*context_);
+        const ContextGuard current(*context_);
         driver_.check(driver_.event_record(event, stream), "cuEventRecord");
     }
 
     void wait(Stream stream, Event event) override {
-        const Current current(*context_);
+        const ContextGuard current(*context_);
         driver_.check(driver_.stream_wait_event(stream, event, 0), "cuStreamWaitEvent");
     }
 
     bool finished(Event event) override {
-        const Current current(*context_);
+        const ContextGuard current(*context_);
         const Result result = driver_.event_query(event);
         if (result == kNotReady) return false;
         driver_.check(result, "cuEventQuery");
@@ -111,28 +112,28 @@ public:
     }
 
     void synchronize(Event event) override {
-        const Current current(*context_);
+        const ContextGuard current(*context_);
         driver_.check(driver_.event_synchronize(event), "cuEventSynchronize");
     }
 
     void leave_captures_alone() noexcept override {
-        int mode = kCaptureRelaxed;  // what was set before comes back, and is of no use
+        int mode = kCaptureRelaxed;  // the call writes the earlier mode here; nobody needs it
         (void)driver_.exchange_capture_mode(&mode);
     }
 
     void copy_in(std::byte* device, const std::byte* host, size_t nbytes, Stream stream) override {
-        const Current current(*context_);
+        const ContextGuard current(*context_);
         driver_.check(driver_.copy_host_to_device(address(device), host, nbytes, stream),
                       "cuMemcpyHtoDAsync");
     }
 
     void copy_out(std::byte* host, const std::byte* device, size_t nbytes, Stream stream) override {
-        const Current current(*context_);
+        const ContextGuard current(*context_);
         driver_.check(driver_.copy_device_to_host(host, address(device), nbytes, stream),
                       "cuMemcpyDtoHAsync");
     }
 
-    // A fake driver brings the kernel's work with it.
+    // A fake driver does the work of the kernel itself.
     bool can_gather() const noexcept override {
         return kernel_image() != nullptr || driver_.is_fake;
     }
@@ -148,14 +149,14 @@ public:
                                                  std::to_string(parts.size()));
         }
         if (parts.empty()) return;
-        const Current current(*context_);
+        const ContextGuard current(*context_);
         GatherTable table;
         uint64_t longest = 0;
         for (size_t i = 0; i < parts.size(); ++i) {
             table.parts[i] = as_seen_by_device(parts[i]);
             longest = std::max(longest, parts[i].nbytes);
         }
-        // Enough blocks to fill the device, shared evenly by the parts, none without work.
+        // As many blocks as fill the device, the same number for each part, and no idle block.
         const uint64_t useful = (longest / kGatherLoad + kGatherThreads - 1) / kGatherThreads;
         const uint64_t share =
             std::max<uint64_t>(uint64_t(processors_) * kBlocksPerProcessor / parts.size(), 1);
@@ -168,7 +169,7 @@ public:
 
 private:
     std::pair<uint64_t, uint64_t> memory() const {
-        const Current current(*context_);
+        const ContextGuard current(*context_);
         size_t free = 0;
         size_t total = 0;
         driver_.check(driver_.mem_get_info(&free, &total), "cuMemGetInfo");

@@ -12,7 +12,7 @@
 namespace moeinf::cuda {
 namespace {
 
-// The one state of the process that no object can hold: a fork copies every object.
+// Global, because a fork copies every object: no object can know that it is a copy.
 std::atomic<bool> forked{false};
 
 void watch_forks() {
@@ -87,7 +87,7 @@ std::shared_ptr<const Driver> load_driver(std::string library) {
     MOEINF_DRIVER_FUNCTIONS(MOEINF_LOAD)
 #undef MOEINF_LOAD
 
-    // The version can be asked before initialisation, which a driver too old may not survive.
+    // The version is read before initialisation, because an old driver may crash in it.
     int version = 0;
     driver->check(driver->driver_get_version(&version), "cuDriverGetVersion");
     if (version < kOldestDriver) {

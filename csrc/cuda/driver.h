@@ -1,6 +1,6 @@
-// The CUDA driver's functions, declared here and loaded by name at run time, so that nothing of
-// CUDA is needed to build. Members are named after the functions without their prefix and version;
-// driver_check.cpp holds every declaration against cuda.h where that is found.
+// The CUDA driver's functions, declared here and loaded by name at run time, so the build needs no
+// part of CUDA. The table below pairs each member of Driver with the exported name of its function.
+// Where cuda.h is found, driver_check.cpp compares every declaration with it.
 #pragma once
 
 #include <cstddef>
@@ -38,7 +38,8 @@ struct MemoryAccess {
 constexpr Result kSuccess = 0;
 constexpr Result kNoDevice = 100;
 constexpr Result kNotReady = 600;
-constexpr int kOldestDriver = 11020;  // CUDA 11.2: memory mapped in pieces, without early faults
+constexpr int kOldestDriver =
+    11020;  // CUDA 11.2; older ones have faults in mapping memory in pieces
 
 constexpr int kCaptureRelaxed = 2;
 constexpr int kAllocationPinned = 1;
@@ -124,11 +125,12 @@ struct Driver {
     [[nodiscard]] std::string words(Result result) const;
 };
 
-// Loads and initialises the driver; the library stays loaded until the process ends, as torch may
-// be using it. Throws Error(kUnsupported), saying what is missing.
+// Loads and initialises the driver. The library stays loaded until the process ends, because torch
+// may use it too. Throws Error(kUnsupported) and names what is missing.
 [[nodiscard]] std::shared_ptr<const Driver> load_driver(std::string library);
 
-// This process was forked from one that had initialised the driver, which no driver survives.
+// True if this process was forked from one that had initialised the driver. The driver cannot be
+// used after such a fork.
 [[nodiscard]] bool forked_since_use() noexcept;
 void check_not_forked();
 

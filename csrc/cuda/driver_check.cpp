@@ -1,4 +1,4 @@
-// Holds driver.h against NVIDIA's own declarations; compiled where cuda.h is found, emits nothing.
+// Compares driver.h with NVIDIA's declarations. Compiled where cuda.h is found; contains no code.
 #include <cuda.h>
 
 #include <type_traits>
@@ -8,7 +8,8 @@
 namespace moeinf::cuda {
 namespace {
 
-// Passed and laid out alike: enums are ints here, handles void*, structs are compared below.
+// True if both types are passed and laid out in the same way. driver.h uses int for an enum and
+// void* for a handle; structs are compared below.
 template <typename Ours, typename Theirs>
 constexpr bool alike() {
     if constexpr (std::is_same_v<Ours, Theirs>) {
@@ -21,7 +22,7 @@ constexpr bool alike() {
         if constexpr (std::is_const_v<Our> != std::is_const_v<Their>) {
             return false;
         } else if constexpr (std::is_void_v<Our>) {
-            return std::is_class_v<Their>;  // a handle: a pointer to a struct nobody sees
+            return std::is_class_v<Their>;  // a handle: a pointer to an opaque struct
         } else {
             return alike<std::remove_cv_t<Our>, std::remove_cv_t<Their>>();
         }

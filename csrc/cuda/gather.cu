@@ -1,5 +1,5 @@
-// Copies parts from mapped RAM to device memory, block row y taking part y. Each thread keeps four
-// 16-byte loads under way, as the link's latency is a thousand times its time per load.
+// Copies parts from mapped RAM to device memory; blocks with index y copy part y. Each thread keeps
+// four 16-byte loads in flight, because the latency of the link is a thousand times its time per load.
 #include "cuda/gather_table.h"
 
 extern "C" __global__ void moeinf_gather(const moeinf::cuda::GatherTable table) {

@@ -11,10 +11,10 @@ struct GatherTable {
     struct Part {
         uint64_t source;  // addresses as the device sees them
         uint64_t target;
-        uint64_t nbytes;  // a multiple of 16, as both addresses are
+        uint64_t nbytes;  // a multiple of 16, like both addresses
     };
     Part parts[kMax];
 };
-static_assert(sizeof(GatherTable) <= 4096, "more than a kernel's parameters may hold");
+static_assert(sizeof(GatherTable) <= 4096, "larger than the parameters of a kernel may be");
 
 }  // namespace moeinf::cuda

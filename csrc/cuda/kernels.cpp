@@ -1,7 +1,7 @@
 #include "cuda/kernels.h"
 
 #ifdef MOEINF_FATBIN
-// The file's bytes as they are, read by the assembler; CMake rebuilds this when they change.
+// The assembler includes the bytes of the file. CMake builds this again when the file changes.
 asm(".pushsection .rodata\n"
     ".balign 64\n"
     ".local moeinf_kernel_image\n"

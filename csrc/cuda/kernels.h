@@ -1,4 +1,5 @@
-// The device code of this build: what nvcc made of gather.cu, for every architecture we name.
+// The device code of this build: gather.cu, compiled by nvcc for every architecture in
+// CMakeLists.txt.
 #pragma once
 
 namespace moeinf::cuda {

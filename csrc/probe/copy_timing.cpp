@@ -37,7 +37,8 @@ double time_copies(const std::shared_ptr<Device>& device, size_t nbytes, size_t 
     const auto there = device->make_arena(count * slot);
     host->commit(count * slot);
     there->commit(count * slot);
-    std::fill_n(host->data(), count * slot, std::byte{1});  // no copy from pages that are not there
+    std::fill_n(host->data(), count * slot,
+                std::byte{1});  // so all pages exist before the first copy
     std::vector<GatherPart> parts;
     for (size_t i = 0; i < count; ++i) {
         parts.push_back({host->data() + i * slot, there->data() + i * slot, nbytes});

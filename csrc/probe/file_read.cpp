@@ -49,8 +49,8 @@ CatalogFile file_to_read(const std::string& path) {
     }
 }
 
-// Bytes per second; on from `start` and round through the file, each thread one request at a time.
-// Leaves where it stopped in `start`.
+// Bytes per second. Reads from `start` on and begins again at the end of the file. Each thread has
+// one request at a time. Sets `start` to the place where the next call should go on.
 double measure(const SourceFile& file, const std::string& path, const ReadWay& way, double seconds,
                uint64_t& start) {
     const uint64_t requests = std::max<uint64_t>(1, file.nbytes() / way.request_bytes);
@@ -62,13 +62,14 @@ double measure(const SourceFile& file, const std::string& path, const ReadWay& w
     std::mutex failure_lock;
     std::exception_ptr failure;
 
-    // Whole huge pages: requests of many small ones are split on their way to the device.
+    // Huge pages: the kernel splits a request that covers many small pages.
     const size_t buffer_bytes = round_up(request_bytes, kHugePage);
     std::vector<std::unique_ptr<Arena>> buffers;
     for (int32_t i = 0; i < way.in_flight; ++i) {
         buffers.push_back(make_host_arena(buffer_bytes));
         buffers.back()->commit(buffer_bytes);
-        std::fill_n(buffers.back()->data(), request_bytes, std::byte{1});  // touched beforehand
+        std::fill_n(buffers.back()->data(), request_bytes,
+                    std::byte{1});  // so the pages exist before the clock starts
     }
     const Clock::time_point began = Clock::now();
     const auto deadline = began + std::chrono::duration<double>(seconds);
@@ -110,7 +111,7 @@ ReadBandwidth read_bandwidth(const std::string& path, double seconds) {
                     chosen.path + ": expected at least " + std::to_string(kMinFile) +
                         " bytes to measure with, found " + std::to_string(chosen.nbytes));
     }
-    // From anywhere: what was read lately may be in a cache of the drive or of the host.
+    // A random place: the drive or the host may have the last bytes read in a cache.
     uint64_t start = std::random_device{}() % chosen.nbytes;
     ReadBandwidth result{chosen.path, file.direct(), {std::begin(kWays), std::end(kWays)}};
     for (ReadWay& way : result.ways) {

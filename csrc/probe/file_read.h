@@ -1,5 +1,5 @@
-// How fast this machine reads a file from its disk: the limit that transfers are measured against,
-// and a line of `moeinf doctor`. Reads only; keeps nothing.
+// Measures how fast this machine reads a file from its disk. Benchmarks of the file reader use it
+// as their limit, and `moeinf doctor` shows it. Never writes.
 #pragma once
 
 #include <cstddef>
@@ -9,22 +9,21 @@
 
 namespace moeinf {
 
-// One way of reading in sequence, and what it gave.
+// One way of sequential reading and its result.
 struct ReadWay {
     size_t request_bytes;
-    int32_t in_flight;  // requests at a time
+    int32_t in_flight;  // requests at the same time
     double bytes_per_second;
 };
 
 struct ReadBandwidth {
     std::string path;           // the file that was read
-    bool direct;                // false: the page cache took part
+    bool direct;                // false: through the page cache
     std::vector<ReadWay> ways;  // fastest first
 };
 
-// Reads `path` (of a folder: its largest file) in several ways, each for a share of `seconds`.
-// Throws Error(kRead) where it cannot be read, Error(kInvalid) for a file too small to say anything
-// (under 1 MiB).
+// Reads `path`, or the largest file of a folder, in several ways, each for a share of `seconds`.
+// Throws Error(kRead) if it cannot be read, and Error(kInvalid) for a file below 1 MiB.
 [[nodiscard]] ReadBandwidth read_bandwidth(const std::string& path, double seconds);
 
 }  // namespace moeinf

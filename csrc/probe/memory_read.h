@@ -1,5 +1,5 @@
-// The limit that memory-bound kernels are measured against: how fast the threads of an engine can
-// read memory when they do nothing else. Called by benchmarks and by `moeinf doctor`.
+// Measures how fast the threads of an engine can read memory when they do nothing else. This is the
+// limit of memory-bound kernels. Benchmarks and `moeinf doctor` call it.
 #pragma once
 
 #include <cstddef>
@@ -9,10 +9,10 @@
 
 namespace moeinf {
 
-// Reads every byte of data[0, nbytes) once, in tasks of `task_bytes` (a multiple of 4096) of which
-// each walks `streams` (1 to 8) equal parts side by side; which pattern is fastest differs between
-// machines. Returns the bitwise or of all 64-bit words, so that no read can be left out. `data`
-// must be aligned to 64 bytes and nbytes a multiple of task_bytes.
+// Reads every byte of data[0, nbytes) once, in tasks of `task_bytes` (a multiple of 4096). A task
+// reads `streams` (1 to 8) equal parts side by side; the fastest pattern differs between machines.
+// Returns the bitwise or of all 64-bit words, so the compiler cannot remove a read. `data` must be
+// aligned to 64 bytes, and nbytes must be a multiple of task_bytes.
 [[nodiscard]] uint64_t read_all(ThreadPool& pool, const std::byte* data, size_t nbytes,
                                 size_t task_bytes, int streams);
 

@@ -20,10 +20,10 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Runs the command line; errors a user can act on end in one line, without a traceback."""
+    """Runs the command line. An error that a user can act on is one line without a traceback."""
     try:
         _run()
-    except BrokenPipeError:  # piped into head: whoever reads has seen enough
+    except BrokenPipeError:  # the reader of a pipe, like head, has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -58,7 +58,7 @@ def _run() -> None:
 
 @contextmanager
 def quiet_interrupts() -> Iterator[None]:
-    """Ctrl-C ends the process at once: for imports, which lose or garble a KeyboardInterrupt."""
+    """Ctrl-C ends the process at once, because an import can lose a KeyboardInterrupt."""
     previous = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
         yield

@@ -1,4 +1,4 @@
-"""`moeinf doctor`: what this machine offers, measured in seconds, and what is missing."""
+"""`moeinf doctor`: facts about this machine, measured in seconds, and missing parts."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def command(
 
 
 def _copies(index: int) -> dict[str, Any]:
-    """DMA against gather on that GPU, kept for `ExpertCache`; or what stood in the way."""
+    """Times DMA against gather on that GPU and saves the result for `ExpertCache`."""
     try:
         device = _core.CudaDevice(index)
         measured = gather_tuning.measure(device)

@@ -1,4 +1,4 @@
-"""`moeinf info`: what experts a checkpoint has, and what share of them fits here."""
+"""`moeinf info`: the experts of a checkpoint, and the share of them that fits into memory."""
 
 from __future__ import annotations
 

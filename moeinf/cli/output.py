@@ -19,7 +19,7 @@ def print_json(value: Any) -> None:
 
 
 def print_facts(title: str, facts: Mapping[str, str]) -> None:
-    """Two columns: what, and how much."""
+    """Two columns: a name and its value."""
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in facts.items():
         table.add_row(name, value)
@@ -44,6 +44,6 @@ def human_bytes(count: float) -> str:
 
 
 def check_writable(path: Path | None) -> None:
-    """Before minutes of work: the folder that a result goes into is there."""
+    """Checks before minutes of work that the folder of a result exists."""
     if path is not None and not path.absolute().parent.is_dir():
         raise ValueError(f"{path}: cannot be written, for {path.parent} is not a folder")

@@ -21,10 +21,10 @@ def command(
         Path | None, typer.Option(help="Also write every picture as PNG into this folder.")
     ] = None,
 ) -> None:
-    """Writes one self-contained page: hit rates by policy and budget, and what routing is like."""
+    """Writes one self-contained page: hit rates by policy and budget, pictures of routing."""
     from moeinf.report import write_pngs, write_report
     from moeinf.report.analysis import analyse
-    from moeinf.report.figures import PICTURES  # fails at once where matplotlib is missing
+    from moeinf.report.figures import PICTURES  # fails at once if matplotlib is missing
 
     check_writable(output)
     console = Console(stderr=True)

@@ -68,7 +68,7 @@ def command(
         bool, typer.Option("--verify", help="Compare with every expert resident, to the bit.")
     ] = False,
 ) -> None:
-    """Writes text with most experts on disk, and says what that cost."""
+    """Writes text with most experts on disk, and reports hits, reads and time."""
     check_writable(record)
     with quiet_interrupts():
         from moeinf.integrations.transformers.generation import Request, generate

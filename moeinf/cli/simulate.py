@@ -1,4 +1,4 @@
-"""`moeinf simulate`: what hit rates policies reach on recorded traces."""
+"""`moeinf simulate`: hit rates of policies on recorded traces."""
 
 from __future__ import annotations
 

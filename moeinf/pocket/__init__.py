@@ -6,6 +6,6 @@ POCKET = Path(__file__).parent
 
 
 def model_name(checkpoint: Path) -> str:
-    """What a trace calls the model: its folder's name, not where it lies on this machine."""
+    """The name of a model in a trace: the name of its folder, without the path."""
     folder = checkpoint.resolve()
     return "moeinf's built-in model" if folder == POCKET.resolve() else folder.name

@@ -1,7 +1,7 @@
 """Pictures of traces: one self-contained HTML file that reads well on a phone and a laptop.
 
-`analysis` computes, `findings` says it in a sentence, `figures` draws (matplotlib, the `report`
-extra), `page` writes HTML.
+`analysis` computes the numbers, `findings` writes one sentence about each picture, `figures` draws
+them (matplotlib, the `report` extra), and `page` writes the HTML.
 """
 
 from moeinf.report.page import write_pngs, write_report

@@ -1,4 +1,4 @@
-"""What a report shows about a trace, as numbers."""
+"""The numbers that a report shows about a trace."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def analyse(
     shares: Sequence[int] = SHARES,
     progress: Callable[[str], None] = lambda done: None,
 ) -> Analysis:
-    """Simulates every policy at every budget and measures what the routing looks like."""
+    """Simulates every policy at every budget and measures properties of the routing."""
     kept = tuple(s for s in shares if round(trace.total_experts * s / 100) >= 1)
     results: dict[str, list[SimulationResult]] = {}
     for policy in policies:
@@ -63,7 +63,7 @@ def analyse(
 
 
 def reuse_distances(trace: Trace) -> Array:
-    """Tokens from one use of an expert to the next, for every reuse, in no order."""
+    """Tokens between two uses of an expert, for every reuse, in any order."""
     parts = []
     tokens = np.repeat(np.arange(trace.num_tokens), trace.top_k)
     for layer in range(trace.num_layers):
@@ -76,7 +76,7 @@ def reuse_distances(trace: Trace) -> Array:
 
 
 def adjacent_overlap(trace: Trace) -> Array:
-    """float64 [layers]: of the experts of a token, the share that the token before used too."""
+    """float64 [layers]: the share of a token's experts that the previous token used too."""
     same_sequence = trace.sequence[1:] == trace.sequence[:-1]
     now, before = trace.experts[1:][same_sequence], trace.experts[:-1][same_sequence]
     matches = (now[..., :, None] == before[..., None, :]) & (now >= 0)[..., None]
@@ -86,9 +86,9 @@ def adjacent_overlap(trace: Trace) -> Array:
 def predictor_quality(trace: Trace) -> dict[str, tuple[float, float]]:
     """Recall and precision of simple predictions of a token's experts, layer by layer.
 
-    Each predicts k experts from what came before: those of the previous token at the same layer,
-    the most used so far, or by transition, those that followed most often on the layer below.
-    Measured over the first decode tokens.
+    Each predictor names k experts from earlier routing. "previous": the experts of the previous
+    token at the same layer. "most used": the most used so far. "transition": those that followed
+    most often after the experts of the layer below. Measured over the first decode tokens.
     """
     decode = trace.experts[trace.phase == DECODE][:_PREDICTED_TOKENS]
     layers, width = trace.num_layers, trace.num_experts

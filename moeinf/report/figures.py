@@ -24,14 +24,14 @@ try:
 except ImportError as error:
     raise UnsupportedError("pictures need matplotlib: pip install 'moeinf[report]'") from error
 
-# For pages with a dark background; the other one is matplotlib's own.
+# Colours for a dark page. A light page uses the defaults of matplotlib.
 DARK: dict[Any, Any] = {
     "figure.facecolor": "#16181c", "axes.facecolor": "#16181c", "savefig.facecolor": "#16181c",
     "text.color": "#e6e6e6", "axes.labelcolor": "#e6e6e6", "axes.edgecolor": "#b0b0b0",
     "xtick.color": "#e6e6e6", "ytick.color": "#e6e6e6", "grid.color": "#b0b0b0",
 }  # fmt: skip
-# Okabe and Ito's colours, told apart by nearly everyone; belady, in the colour of the text, is the
-# line above all.
+# Okabe and Ito's colours, which nearly everyone can distinguish. belady, the upper limit, has the
+# colour of the text.
 STYLES: dict[str, dict[str, Any]] = {
     "lru": {"color": "#56B4E9", "marker": "o"},
     "lfu": {"color": "#009E73", "marker": "s"},
@@ -49,7 +49,7 @@ def style_of(policy: str) -> dict[str, Any]:
 
 
 def new_figure(height: float = 3.3) -> tuple[Figure, Axes]:
-    """Of a width at which 10 points come out as about 12 pixels on a phone."""
+    """A figure so wide that text of 10 points has about 12 pixels on a phone."""
     figure = Figure(figsize=(4.2, height), dpi=200, layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -69,7 +69,7 @@ def draw_hit_rates(results: dict[str, list[SimulationResult]], total_experts: in
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.set_ylim(0, 1.02)
-    # Two columns: the long names would not fit three.
+    # Two columns: long names do not fit into three.
     figure.legend(loc="outside upper center", ncols=2, fontsize=9, frameon=False)
     return figure
 
@@ -81,7 +81,7 @@ def hit_rates(analysis: Analysis) -> Figure:
 def heat_map(analysis: Analysis) -> Figure:
     figure, axes = new_figure()
     axes.grid(False)
-    # Experts in order of use within each layer: what matters is how uneven a layer is.
+    # Experts sorted by use within each layer, because the figure shows how uneven a layer is.
     image = axes.imshow(
         np.sort(analysis.heat, axis=1)[:, ::-1],
         aspect="auto",
@@ -169,7 +169,7 @@ class Picture:
     draw: Callable[[Analysis], Figure]
 
     def render(self, analysis: Analysis, kind: str, *, dark: bool = False) -> bytes:
-        """The picture as a file of that kind, svg or png; a PNG, which stands alone, says what."""
+        """The picture as svg or png. A PNG has a title, because no page explains it."""
         buffer = io.BytesIO()
         with rc_context(DARK if dark else None):
             figure = self.draw(analysis)

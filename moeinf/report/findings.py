@@ -1,4 +1,4 @@
-"""What each picture shows, in one sentence with the numbers of its trace."""
+"""One sentence about each picture, with the numbers of its trace."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ OPTIMUM = "belady"
 
 
 def rate_of(result: SimulationResult) -> float:
-    """Decode hit rate, or that of all steps where a trace has no decode tokens."""
+    """Decode hit rate, or the hit rate of all steps if a trace has no decode tokens."""
     rate = result.hit_rate_decode
     return float(rate if rate is not None else result.hit_rate_all or 0.0)
 
 
 def near_layer_share(analysis: Analysis) -> int:
-    """Which of the budgets is nearest to the one that single layers are shown at."""
+    """The simulated budget nearest to the budget of the picture by layer."""
     return min(range(len(analysis.shares)), key=lambda i: abs(analysis.shares[i] - LAYER_SHARE))
 
 

@@ -95,7 +95,7 @@ def _section(number: int, analysis: Analysis) -> str:
 
 
 def _figure(picture: Picture, analysis: Analysis) -> str:
-    """A picture in two colour schemes: what it says, the picture itself, how to read it."""
+    """A finding, the picture in two colour schemes, and how to read it."""
     light, dark = (
         "data:image/svg+xml;base64,"
         + base64.b64encode(picture.render(analysis, "svg", dark=is_dark)).decode("ascii")
@@ -113,7 +113,7 @@ def _figure(picture: Picture, analysis: Analysis) -> str:
 
 
 def _table(analysis: Analysis) -> str:
-    """A row per budget, for policies are few and a phone is narrow; the best online one is bold."""
+    """One row per budget, because a phone is narrow. The best online policy is bold."""
     online = [policy for policy in analysis.results if policy != OPTIMUM]
     head = "".join(f"<th>{html.escape(policy)}</th>" for policy in analysis.results)
     rows = ""

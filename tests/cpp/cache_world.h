@@ -1,5 +1,5 @@
-// Experts on disk whose every byte is known, and the one question all cache tests ask: does this
-// slot hold this expert?
+// Experts on disk with known bytes, and the question of all cache tests: does this slot hold this
+// expert?
 #pragma once
 
 #include <cstring>

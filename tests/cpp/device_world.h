@@ -1,5 +1,5 @@
-// A cache on the fake device, and readers of it: streams truly run beside the host, with random
-// delays, and a task queued on a reader's stream looks at the bytes when the device gets there.
+// A cache on the fake device, and readers of it. Streams run beside the host with random delays. A
+// task on a reader's stream checks the bytes at the time when the device reaches it.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// What a cache must hold after each step, told the slow way: whole histories, every score
-// recomputed from them. Shares no code with the cache.
+// The experts that a cache must hold after each step, computed slowly: it keeps whole histories and
+// computes every score from them. Shares no code with the cache.
 #pragma once
 
 #include <algorithm>

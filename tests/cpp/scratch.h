@@ -1,4 +1,4 @@
-// Files that vanish with the test, and random bytes to fill them with.
+// Files that are removed after the test, and random bytes for them.
 #pragma once
 
 #include <unistd.h>

@@ -1,5 +1,5 @@
-// A CUDA device over the fake driver: what is said where there is none, arenas that grow, shrink
-// and fail without loss, and the order of copies, which events alone make.
+// A CUDA device over the fake driver: errors without a device, arenas that grow, shrink and fail
+// without loss, and the order of copies, which only events ensure.
 #include <sys/wait.h>
 #include <unistd.h>
 

@@ -1,5 +1,5 @@
-// What the trial promises: it finds a gain, also a small one under noise; where there is none or a
-// loss it costs next to nothing in the long run; it follows a gain that turns into a loss.
+// The trial finds a gain, also a small one under noise. Without a gain it costs almost nothing in
+// the long run. It follows a gain that becomes a loss.
 #include <cmath>
 
 #include "check.h"

@@ -1,5 +1,5 @@
-// What a step costs the host that has all its experts: no allocation from begin() to release(),
-// whatever the policy. What it takes in time, and what a step that misses allocates, is printed.
+// Host cost of a step whose experts are all resident: no allocation from begin() to release(), for
+// any policy. Prints its time, and the allocations of a step that misses.
 #include <chrono>
 #include <cstdlib>
 #include <new>

@@ -1,6 +1,6 @@
-// Many threads, a tiny budget, prefetches, resizes and a file that keeps breaking: every byte that
-// is handed out must be right until it is given back, nothing may hang, and the books must balance.
-// Meant to be run under the sanitizers as well (see CONTRIBUTING.md).
+// Many threads, a tiny budget, prefetches, resizes and a file that fails again and again. Every
+// leased byte must be right until its release, no call may hang, and the statistics must add up.
+// Run it under the sanitizers too (see CONTRIBUTING.md).
 #include <array>
 #include <atomic>
 #include <chrono>

@@ -1,4 +1,4 @@
-// The copy engine: every byte in its place, demand first, callbacks exactly once.
+// The file reader: every byte in its place, demands first, callbacks exactly once.
 #include <atomic>
 #include <latch>
 #include <memory>

@@ -1,4 +1,4 @@
-// What a copy engine makes of files that are missing, changed or refuse to be read.
+// The file reader with files that are missing, changed or unreadable.
 #include <fcntl.h>
 #include <unistd.h>
 

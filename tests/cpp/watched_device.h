@@ -1,5 +1,5 @@
-// A device that calls another one, and tells a watcher when each call begins and ends: what lies
-// between is the driver's business, the rest is ours.
+// A device that forwards to another device and tells a watcher when each call begins and ends. The
+// time inside the calls is the driver's; the rest is ours.
 #pragma once
 
 #include <memory>

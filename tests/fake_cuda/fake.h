@@ -1,6 +1,6 @@
-// What the files of the fake driver share. It knows nothing of moeinf; the declarations follow
-// NVIDIA's documentation. No lock is taken on the way into a call, so that ThreadSanitizer sees
-// races of the callers, which a lock here would hide.
+// Shared by the files of the fake driver, which knows nothing of moeinf. The declarations follow
+// NVIDIA's documentation. A call takes no lock at its start: a lock would hide races of the callers
+// from ThreadSanitizer.
 #pragma once
 
 #include <atomic>

@@ -1,12 +1,12 @@
-// How tests steer the fake CUDA driver and ask what happened. Plain C, so that Python reaches it
-// through ctypes. The library that exports this is the one that MOEINF_CUDA_DRIVER names.
+// Tests control the fake CUDA driver with these functions and ask what happened. They are plain C,
+// so Python reaches them through ctypes. MOEINF_CUDA_DRIVER names the library that exports them.
 //
-// What it is true to: streams run truly beside each other and in order within themselves; events
-// have the driver's generations; one copy engine per direction serves all streams, urgent ones
-// first; device memory is accounted for in pieces; reserved memory without it cannot be copied to.
-// What it is stricter in: host memory must be registered and a copy lie within one registration
-// (CUDA copies pageable memory slowly), and only non-blocking streams can be made. What it is not:
-// the default stream waits for no other.
+// Like CUDA: streams run beside each other, and each in its own order. An event can be recorded
+// again. One copy engine per direction serves all streams, urgent ones first. Device memory is
+// counted in pieces, and reserved addresses without memory cannot be copied to. Stricter than CUDA:
+// host memory must be registered, a copy must lie within one registration (CUDA copies pageable
+// memory slowly), and only non-blocking streams can be made. Unlike CUDA: the default stream waits
+// for no other stream.
 #pragma once
 
 #include <stdint.h>

@@ -1,5 +1,5 @@
-// The link to the device: one engine each way, for which copies queue by urgency, then by age.
-// Its time is counted on a clock of its own, so that a thread that wakes late loses none of it.
+// The link to the device: one engine per direction. Copies queue by urgency, then by age. The link
+// has its own clock, so a thread that wakes up late loses no time of the link.
 #include <algorithm>
 #include <thread>
 

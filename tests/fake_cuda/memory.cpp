@@ -1,4 +1,4 @@
-// Device memory, which is RAM that cannot be touched until it is mapped, and page-locked RAM.
+// Device memory (RAM that cannot be accessed until it is mapped) and page-locked RAM.
 #include <sys/mman.h>
 
 #include <cstring>

@@ -84,9 +84,9 @@ def test_every_load_of_decode_weights_is_16_bytes_wide(form: dict[str, bool]) ->
 
 @pytest.mark.parametrize("kernel", ["gate_up_vector", "down_vector"])
 def test_lanes_find_their_operand_in_place(kernel: str) -> None:
-    """Nothing is handed from thread to thread inside the loops: that would take a tile of float32.
+    """Inside the loops no thread passes data to another one; that would need a tile of float32.
 
-    What there is serves the sums at the end: 32 bytes with Triton 3.9, 2 KiB with 3.6.
+    The shared memory of the sums at the end is small: 32 bytes with Triton 3.9, 2 KiB with 3.6.
     """
     case = next(case for case in compiling.default_cases(90) if case.kernel == kernel)
     config = dict(case.config)
@@ -96,7 +96,7 @@ def test_lanes_find_their_operand_in_place(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", ["gate_up_shared", "down_shared"])
 def test_weights_of_shared_experts_are_copied_ahead(kernel: str) -> None:
-    """At least two tiles of weights are under way while one is multiplied."""
+    """At least two tiles of weights are in flight while one is multiplied."""
     case = next(case for case in compiling.default_cases(90) if case.kernel == kernel)
     machine = compiling.compile_case(case, 90)
     config = dict(case.config)

@@ -1,7 +1,7 @@
 """A call of a known signature launches exactly what Triton's own dispatch would, without a GPU.
 
-Triton compiles and launches for an H100 with its own code; the driver under it only takes notes.
-Shown once: without strides, or without alignment, in a signature this fails for every seed.
+Triton compiles and launches for an H100 with its own code; the driver under it only notes calls.
+As a check of this test: a signature without strides, or without alignment, fails for every seed.
 """
 
 from __future__ import annotations

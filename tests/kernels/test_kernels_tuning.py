@@ -67,7 +67,7 @@ def test_the_same_question_is_answered_once(table: Path) -> None:
 
 
 def test_an_answer_belongs_to_all_who_ask() -> None:
-    """A call that changed it for its own number of routes would change it for every later one."""
+    """A call must not change a shared row for its own number of routes."""
     answer = tuning.config("down_vector", ("*",), dtype="bfloat16", hidden=64, intermediate=32)
     with pytest.raises(TypeError):
         answer["ROUTES"] = 1  # type: ignore[index]

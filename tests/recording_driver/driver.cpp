@@ -1,6 +1,6 @@
-// A libcuda.so.1 for Triton's own launcher where there is no GPU: modules load, nothing runs, and
-// the last launch is noted. Triton compiles its code against this one and calls it as it would the
-// real.
+// A libcuda.so.1 for Triton's own launcher without a GPU. Modules load, kernels do not run, and the
+// last launch is noted. Triton compiles its code against this library and calls it like the real
+// one.
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

@@ -1,7 +1,7 @@
 """These tests run the kernels themselves: on a GPU as they are, else under Triton's interpreter.
 
-The interpreter has to be chosen before Triton is imported, so without a GPU they are collected only
-in a process started with TRITON_INTERPRET=1; test_kernels_interpreted.py starts it.
+The interpreter must be chosen before Triton is imported. So without a GPU these tests are collected
+only in a process with TRITON_INTERPRET=1, which test_kernels_interpreted.py starts.
 """
 
 import os

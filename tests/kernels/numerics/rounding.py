@@ -22,7 +22,7 @@ def nearest_bfloat16(values: np.ndarray) -> np.ndarray:
 
 
 def install() -> None:
-    """Replaces the interpreter's cast, or raises RuntimeError where its inside has moved."""
+    """Replaces the interpreter's cast. Raises RuntimeError if this Triton has no such function."""
     import triton
     import triton.language as tl
     from triton.runtime import interpreter
