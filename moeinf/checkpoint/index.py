@@ -6,6 +6,7 @@ integration of a runtime. A store is made from it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,16 @@ class Slice:
 
     entry: TensorEntry
     offset: int
-    nbytes: int
     shape: tuple[int, ...]
 
     @classmethod
     def whole(cls, entry: TensorEntry) -> Slice:
         """All of a tensor that belongs to one expert."""
-        return cls(entry, 0, entry.nbytes, entry.shape)
+        return cls(entry, 0, entry.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.nbytes * math.prod(self.shape) // max(1, math.prod(self.entry.shape))
 
     def __str__(self) -> str:
         entry = self.entry
@@ -53,7 +57,7 @@ def split_fused(entry: TensorEntry, num_experts: int) -> list[Slice]:
     nbytes, rest = divmod(entry.nbytes, num_experts)
     if rest:
         raise CheckpointError(f"{entry}: its {entry.nbytes} bytes cannot be shared by its experts")
-    return [Slice(entry, e * nbytes, nbytes, entry.shape[1:]) for e in range(num_experts)]
+    return [Slice(entry, e * nbytes, entry.shape[1:]) for e in range(num_experts)]
 
 
 def build_index(found: Iterable[tuple[Address, TensorEntry]], num_experts: int) -> Index:
@@ -108,8 +112,10 @@ def check_alike(index: Index, form: ExpertForm, path: Path) -> tuple[str, ...]:
         matrices = ("gate_up", "down")
     else:
         matrices = ("gate", "up", "down")
-    first_module, (first, *_) = next(iter(index.items()))
-    count = len(index[first_module])
+    first_module, first_layer = next(iter(index.items()), ("", ()))
+    if not first_layer:
+        raise CheckpointError(f"{path}: the index holds no experts")
+    first, count = first_layer[0], len(first_layer)
     values = {(matrix, VALUES) for matrix in matrices}
     if values - first.keys():
         raise _unlike(f"{path}: {first_module}, expert 0", first, values)
@@ -126,9 +132,7 @@ def check_alike(index: Index, form: ExpertForm, path: Path) -> tuple[str, ...]:
             if expert.keys() != wanted:
                 raise _unlike(f"{path}: {module}, expert {number}", expert, wanted)
             for key, piece in expert.items():
-                model = first[key]
-                if piece.shape != model.shape or piece.entry.dtype != model.entry.dtype:
-                    raise CheckpointError(f"{piece} differs from {model}; experts must be alike")
+                _check_slice(piece, first[key])
     if len(set(formats.values())) > 1:
         raise CheckpointError(
             f"{first[matrices[0], VALUES]}: expected the format of {first['down', VALUES]}"
@@ -152,6 +156,17 @@ def format_of(expert: Expert, matrix: str) -> WeightFormat:
     raise CheckpointError(
         f"{values}{with_scales}: expected one of the weight formats {', '.join(FORMATS)}"
     )
+
+
+def _check_slice(piece: Slice, first: Slice) -> None:
+    """The slice is like that of the first expert, and lies within its tensor."""
+    if piece.shape != first.shape or piece.entry.dtype != first.entry.dtype:
+        raise CheckpointError(f"{piece} differs from {first}; experts must be alike")
+    end = piece.offset + piece.nbytes
+    if not 0 <= piece.offset <= end <= piece.entry.nbytes:
+        raise CheckpointError(
+            f"{piece}: bytes {piece.offset} to {end} leave the tensor's {piece.entry.nbytes}"
+        )
 
 
 def _unlike(where: str, expert: Expert, wanted: Set[tuple[str, str]]) -> CheckpointError:

@@ -75,14 +75,14 @@ class ExpertStore:
         self.form = form
         self.top_k = top_k
         self.modules = list(index)
-        self.num_experts = len(next(iter(index.values()), ()))
+        self._matrices = check_alike(index, form, checkpoint.path)
+        self.num_experts = len(index[self.modules[0]])
         if not 0 < top_k <= self.num_experts:
             raise CheckpointError(
                 f"{checkpoint.config_file}: routes to {top_k} experts per token, there are "
                 f"{self.num_experts}"
             )
         self._index = index
-        self._matrices = check_alike(index, form, checkpoint.path)
         self.layout = self._lay_out(interleaved)
         self._places = _places(self.layout, self._matrices)
 
