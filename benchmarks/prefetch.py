@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4, help="of random weights")
     parser.add_argument("--experts", type=int, default=32, help="per layer of random weights")
     parser.add_argument("--memory", default="25%", help="budget of experts, for each model")
-    parser.add_argument("--policy", default="lrfu")
+    parser.add_argument("--policy", default="decayed_lfu")
     parser.add_argument("--prompts", type=int, default=6)
     parser.add_argument("--tokens", type=int, default=48, help="new tokens per prompt")
     parser.add_argument("--json", type=Path)

@@ -1,6 +1,6 @@
-"""Two ways to have a say: priors for the live cache's policy, and a whole policy to simulate.
+"""Your own policy in two ways: priors for the live cache's policy, or a whole policy to simulate.
 
-Run it with a trace file, or without for a random trace: python examples/policy.py [TRACE]
+python examples/policy.py [TRACE]      # without a trace file: a random trace
 """
 
 import sys
@@ -11,7 +11,7 @@ import moeinf
 
 
 class MyPriors:
-    """Sees routing once per token; says how likely each expert is to come back soon."""
+    """Sees the routing once per token and returns how likely each expert is to return soon."""
 
     def __init__(self, trace: moeinf.Trace) -> None:
         self.heat = np.zeros((trace.num_layers, trace.num_experts))

@@ -164,7 +164,7 @@ def test_torch_and_numpy_see_the_pool_itself(world: World) -> None:
 def test_what_does_not_fit_is_refused_and_leaves_the_cache_usable(world: World) -> None:
     with pytest.raises(ValueError, match="1 to 18 slots, not 0"):
         world.cache(0)
-    with pytest.raises(ValueError, match="lru, lfu, lrfu"):
+    with pytest.raises(ValueError, match="lru, lfu, decayed_lfu"):
         world.cache(1, "random")
     cache = world.cache(2)
     with pytest.raises(CapacityError, match="3 experts at once does not fit into 2 slots"):
@@ -236,7 +236,7 @@ def test_prefetched_bytes_are_useful_or_wasted(world: World) -> None:
 
 
 def test_threads_share_a_tiny_cache(world: World, seed: int) -> None:
-    cache = world.cache(3, "lrfu")
+    cache = world.cache(3, "decayed_lfu")
     pool = torch.from_dlpack(cache)
     errors: list[BaseException] = []
 

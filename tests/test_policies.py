@@ -17,6 +17,7 @@ import moeinf
 from moeinf import _core
 from moeinf.errors import TraceError
 from moeinf.traces.eam import EAMC, activation_matrix
+from moeinf.traces.simulator import policy_names
 from moeinf.traces.trace import DECODE, PREFILL, Trace
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -179,22 +180,6 @@ def test_a_growing_matrix_finds_what_a_fresh_search_finds(seed: int) -> None:
     np.testing.assert_allclose(predicted, total / total.sum(1, keepdims=True), rtol=1e-5)
 
 
-def test_prefetch_goes_by_share_and_nearness(seed: int) -> None:
-    predicted = np.random.default_rng(seed).random((5, 7)).astype(np.float32)
-    predicted[3, 2] = 0
-    expected = sorted(
-        (
-            (-float(predicted[i, e]) * (1 - (i - 1) / 5), i * 7 + e)
-            for i in (2, 3, 4)
-            for e in range(7)
-            if predicted[i, e] > 0
-        ),
-    )
-    found = _core.prefetch_order(predicted, 1, 100)
-    assert [expert for _, expert in found] == [expert for _, expert in expected]
-    assert _core.prefetch_order(predicted, 1, 4) == found[:4]
-
-
 def test_a_collection_survives_its_file(tmp_path: Path, seed: int) -> None:
     collection = EAMC.from_traces([random_trace(seed)], capacity=9)
     collection.save(tmp_path / "c.safetensors")
@@ -244,18 +229,18 @@ def cyclic_trace(tokens: int) -> Trace:
     return Trace.from_arrays(tables[:, order].transpose(1, 0, 2), num_experts=2 * pairs)
 
 
-def test_best_learns_what_recency_and_frequency_cannot_see() -> None:
+def test_learned_learns_what_recency_and_frequency_cannot_see() -> None:
     trace = cyclic_trace(1500)
     rates = {
         policy: moeinf.simulate(trace, policy=policy, slots="50%").hit_rate_decode
-        for policy in ("lru", "lfu", "lrfu", "classlru", "learned", "belady")
+        for policy in policy_names()
     }
     assert rates["lru"] == 0.0
-    better = max(rates[policy] for policy in ("lru", "lfu", "lrfu", "classlru"))
+    better = max(rates[policy] for policy in ("lru", "lfu", "decayed_lfu", "classlru"))
     assert rates["learned"] > better + 0.5 * (rates["belady"] - better), rates
 
 
-def test_best_does_not_collapse_below_a_tokens_working_set() -> None:
+def test_learned_does_not_collapse_below_a_tokens_working_set() -> None:
     # Each layer has two favourites and a tail; lru hits nothing with fewer slots than layers * k.
     rng = np.random.default_rng(5)
     layers, tokens = 12, 400

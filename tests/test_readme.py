@@ -74,3 +74,13 @@ def test_the_files_that_a_page_links_to_exist(page: str) -> None:
     links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text(encoding="utf-8"))
     for link in links:
         assert link.startswith("http") or ((ROOT / page).parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "notes/" in page])
+def test_every_note_has_its_four_parts_and_its_files(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for entry in [] if page.endswith("README.md") else text.split("\n## ")[1:]:
+        heads = re.findall(r"^- \*\*(\w+)\*\*", entry, flags=re.M)
+        assert heads == ["Question", "Predicted", "Measured", "Decision"], entry.splitlines()[0]
+    for name in re.findall(r"`(?:benchmarks/results/)?(\w+\.json)`", text):
+        assert (ROOT / "benchmarks/results" / name).exists(), name

@@ -19,7 +19,7 @@ def prompt(seed: int, *shape: int) -> torch.Tensor:
     return torch.randint(0, COMMON["vocab_size"], shape, generator=generator)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", "classlru", "eam", "learned"])
+@pytest.mark.parametrize("policy", moeinf.policies())
 @pytest.mark.parametrize("slots", [1, 5, 12])
 def test_a_simulation_of_its_own_trace_counts_the_same(
     qwen3_folder: Path, policy: str, slots: int, seed: int

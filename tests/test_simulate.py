@@ -105,7 +105,7 @@ def test_no_policy_beats_belady_and_every_one_counts_the_same_accesses(seed: int
             assert result.accesses == best.accesses
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu", "classlru", "eam", "learned", "belady"])
+@pytest.mark.parametrize("policy", policy_names())
 def test_with_room_for_all_only_first_uses_miss(policy: str, seed: int) -> None:
     trace = random_trace(seed)
     used = {expert for _, needed in steps_of(trace) for expert in needed}

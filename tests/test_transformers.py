@@ -56,7 +56,7 @@ def test_logits_in_half_precision(dtype: torch.dtype, tmp_path: Path, seed: int)
     assert difference <= 0.05 * scale
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lrfu"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "decayed_lfu"])
 @pytest.mark.parametrize("slots", [1, 2, 5, 18])
 def test_output_is_identical_to_the_bit_for_every_budget_and_policy(
     qwen3_folder: Path, slots: int, policy: str, seed: int
@@ -149,7 +149,7 @@ def test_a_budget_below_one_slot(qwen3_folder: Path) -> None:
 
 
 def test_an_unknown_policy(qwen3_folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"psychic.*lrfu"):
+    with pytest.raises(ValueError, match=r"psychic.*decayed_lfu"):
         moeinf.load(qwen3_folder, policy="psychic")
 
 

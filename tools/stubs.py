@@ -39,6 +39,8 @@ def generate() -> str:
             node.body = [part for part in node.body if isinstance(part, ast.AnnAssign)]
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             _wrap_docstring(node)
+        if isinstance(node, ast.FunctionDef):
+            _complete_types(node.args)
     text = ast.unparse(tree)
     for long, short in NUMBERS.items():
         text = text.replace(long, short)
@@ -48,6 +50,20 @@ def generate() -> str:
             input=text, capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
     return HEAD + text
+
+
+def _complete_types(arguments: ast.arguments) -> None:
+    """pybind11 leaves `*args` without a type, and None out of the type of a nullable pointer."""
+    if arguments.vararg is not None:
+        arguments.vararg.annotation = ast.parse("typing.Any", mode="eval").body
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    pairs = zip(positional + arguments.kwonlyargs, defaults + arguments.kw_defaults, strict=True)
+    for argument, default in pairs:
+        if isinstance(default, ast.Constant) and default.value is None and argument.annotation:
+            text = ast.unparse(argument.annotation)
+            if text != "typing.Any" and not text.endswith("| None"):
+                argument.annotation = ast.parse(f"{text} | None", mode="eval").body
 
 
 def _wrap_docstring(node: ast.ClassDef | ast.FunctionDef) -> None:

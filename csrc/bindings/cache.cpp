@@ -16,6 +16,7 @@
 #include "base/error.h"
 #include "bindings/bindings.h"
 #include "bindings/dlpack.h"
+#include "bindings/ids.h"
 #include "cache/expert_cache.h"
 #include "policy/policy.h"
 #include "tier/device_transport.h"
@@ -25,19 +26,19 @@ namespace py = pybind11;
 namespace moeinf {
 namespace {
 
-using Ids = std::vector<int32_t>;
-
-int32_t checked_id(int64_t value) {
+template <class Id>
+Id checked_id(int64_t value) {
     if (value < std::numeric_limits<int32_t>::min() ||
         value > std::numeric_limits<int32_t>::max()) {
         throw Error(ErrorCode::kInvalid,
                     "an id must fit in 32 bits, found " + std::to_string(value));
     }
-    return static_cast<int32_t>(value);
+    return Id(value);
 }
 
 // An int32 or int64 array of one dimension, with any stride.
-Ids read_array(py::handle object) {
+template <class Id>
+std::vector<Id> read_array(py::handle object) {
     const py::buffer_info array = py::reinterpret_borrow<py::buffer>(object).request();
     const bool is_int = array.format.size() == 1 && std::strchr("ilq", array.format[0]) != nullptr;
     if (array.ndim != 1 || !is_int) {
@@ -46,13 +47,13 @@ Ids read_array(py::handle object) {
                         std::to_string(array.ndim) + " dimensions of format '" + array.format +
                         "'");
     }
-    Ids ids(static_cast<size_t>(array.shape[0]));
+    std::vector<Id> ids(static_cast<size_t>(array.shape[0]));
     const auto* item = static_cast<const char*>(array.ptr);
-    for (int32_t& id : ids) {
+    for (Id& id : ids) {
         if (array.itemsize == 8) {
             int64_t value;
             std::memcpy(&value, item, sizeof value);
-            id = checked_id(value);
+            id = checked_id<Id>(value);
         } else {
             std::memcpy(&id, item, sizeof id);
         }
@@ -61,19 +62,20 @@ Ids read_array(py::handle object) {
     return ids;
 }
 
-Ids read_ids(py::handle object) {
+template <class Id>
+std::vector<Id> read_ids(py::handle object) {
     if (!PyList_CheckExact(object.ptr()) && PyObject_CheckBuffer(object.ptr())) {
-        return read_array(object);
+        return read_array<Id>(object);
     }
     const auto items = py::reinterpret_steal<py::object>(
         PySequence_Fast(object.ptr(), "expected a sequence of ints or an integer array"));
     if (!items) throw py::error_already_set();
-    Ids ids(static_cast<size_t>(PySequence_Fast_GET_SIZE(items.ptr())));
+    std::vector<Id> ids(static_cast<size_t>(PySequence_Fast_GET_SIZE(items.ptr())));
     for (size_t i = 0; i < ids.size(); ++i) {
         PyObject* item = PySequence_Fast_GET_ITEM(items.ptr(), static_cast<Py_ssize_t>(i));
         const long long value = PyLong_AsLongLong(item);
         if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-        ids[i] = checked_id(value);
+        ids[i] = checked_id<Id>(value);
     }
     return ids;
 }
@@ -107,7 +109,8 @@ std::shared_ptr<ExpertCache> make_cache(std::shared_ptr<Catalog> catalog, int32_
 py::list rows_of(const std::vector<ReadyExpert>& ready) {
     py::list rows(ready.size());
     for (size_t i = 0; i < ready.size(); ++i) {
-        PyList_SET_ITEM(rows.ptr(), static_cast<Py_ssize_t>(i), PyLong_FromLong(ready[i].slot));
+        PyList_SET_ITEM(rows.ptr(), static_cast<Py_ssize_t>(i),
+                        PyLong_FromLong(number(ready[i].slot)));
     }
     return rows;
 }
@@ -118,10 +121,10 @@ struct PythonLease {
     std::vector<ReadyExpert> ready;  // of wait_all
 };
 
-PythonLease start(ExpertCache& cache, int32_t layer, py::handle experts, py::handle counts,
+PythonLease start(ExpertCache& cache, LayerId layer, py::handle experts, py::handle counts,
                   bool prefill, bool new_sequence, bool at_once) {
-    const Ids ids = read_ids(experts);
-    const Ids tokens = counts.is_none() ? Ids() : read_ids(counts);
+    const auto ids = read_ids<ExpertIndex>(experts);
+    const auto tokens = counts.is_none() ? std::vector<int32_t>() : read_ids<int32_t>(counts);
     if (!counts.is_none() && tokens.size() != ids.size()) {
         throw Error(ErrorCode::kInvalid, "expected " + std::to_string(ids.size()) +
                                              " counts, found " + std::to_string(tokens.size()));
@@ -138,13 +141,13 @@ PythonLease start(ExpertCache& cache, int32_t layer, py::handle experts, py::han
     return step;
 }
 
-std::optional<std::vector<std::pair<int32_t, int32_t>>> next(PythonLease& step) {
+std::optional<std::vector<std::pair<int32_t, SlotId>>> next(PythonLease& step) {
     std::vector<ReadyExpert> ready;
     {
         const py::gil_scoped_release released;
         if (!step.lease.next(ready)) return std::nullopt;
     }
-    std::vector<std::pair<int32_t, int32_t>> pairs;
+    std::vector<std::pair<int32_t, SlotId>> pairs;
     for (const ReadyExpert& one : ready) pairs.emplace_back(one.position, one.slot);
     return pairs;
 }
@@ -275,7 +278,7 @@ void bind_cache(py::module_& module) {
              py::arg("eamc") = py::none(), py::call_guard<py::gil_scoped_release>())
         .def(
             "begin",
-            [](ExpertCache& cache, int32_t layer, py::handle experts, py::handle counts,
+            [](ExpertCache& cache, LayerId layer, py::handle experts, py::handle counts,
                bool prefill, bool new_sequence) {
                 return start(cache, layer, experts, counts, prefill, new_sequence, false);
             },
@@ -285,7 +288,7 @@ void bind_cache(py::module_& module) {
             "routed to each. What slots cannot hold passes through two transit slots.")
         .def(
             "acquire",
-            [](ExpertCache& cache, int32_t layer, py::handle experts, py::handle counts,
+            [](ExpertCache& cache, LayerId layer, py::handle experts, py::handle counts,
                bool prefill, bool new_sequence) {
                 auto step = start(cache, layer, experts, counts, prefill, new_sequence, true);
                 py::list slots = rows_of(step.ready);
@@ -298,8 +301,8 @@ void bind_cache(py::module_& module) {
             "and their slots in the order of `experts`. Raises CapacityError where they cannot.")
         .def(
             "prefetch",
-            [](ExpertCache& cache, int32_t layer, py::handle experts) {
-                const Ids ids = read_ids(experts);
+            [](ExpertCache& cache, LayerId layer, py::handle experts) {
+                const auto ids = read_ids<ExpertIndex>(experts);
                 const py::gil_scoped_release released;
                 return cache.prefetch(layer, ids);
             },
@@ -307,8 +310,8 @@ void bind_cache(py::module_& module) {
             "Starts reading what is absent, best first. Returns the number of reads started.")
         .def(
             "predict",
-            [](ExpertCache& cache, int32_t layer, py::handle experts) {
-                const Ids ids = read_ids(experts);
+            [](ExpertCache& cache, LayerId layer, py::handle experts) {
+                const auto ids = read_ids<ExpertIndex>(experts);
                 const py::gil_scoped_release released;
                 cache.predict(layer, ids);
             },
@@ -320,7 +323,7 @@ void bind_cache(py::module_& module) {
         .def(
             "prediction_stats",
             [](const ExpertCache& cache) { return to_dict(cache.prediction_stats()); },
-            "Counts of predictions; see PredictionStats in csrc/cache/prefetcher.h.")
+            "Counts of predictions; see PredictionStats in csrc/prefetch/prefetcher.h.")
         .def("resize", &ExpertCache::resize, py::arg("slots"),
              py::call_guard<py::gil_scoped_release>(),
              "Waits for leases on slots that go. Views of their rows may not be touched any more; "
@@ -346,10 +349,10 @@ void bind_cache(py::module_& module) {
             [](ExpertCache& cache, py::handle rows) {
                 DeviceTransport* const transport = cache.device_transport();
                 if (transport == nullptr) return;
-                const Ids ids = read_ids(rows);
+                const auto ids = read_ids<SlotId>(rows);
                 const py::gil_scoped_release released;
-                for (const int32_t row : ids) {
-                    while (!transport->fences().arrived(row)) {
+                for (const SlotId slot : ids) {
+                    while (!transport->fences().arrived(slot)) {
                         std::this_thread::sleep_for(std::chrono::microseconds(20));
                         check_signals();
                     }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/ids.h"
 #include "cache/expert_cache.h"
 #include "policy/residency.h"
 
@@ -22,8 +23,8 @@ double seconds_since(Clock::time_point start) {
 
 // Mean seconds of a step of resident experts: begin, next until all are handed out, done for each,
 // release. One value per round.
-std::vector<double> time_hits(ExpertCache& cache, int32_t layer,
-                              const std::vector<int32_t>& experts, int32_t rounds,
+std::vector<double> time_hits(ExpertCache& cache, LayerId layer,
+                              const std::vector<ExpertIndex>& experts, int32_t rounds,
                               int32_t steps_per_round) {
     std::vector<double> means;
     std::vector<ReadyExpert> ready;
@@ -44,23 +45,23 @@ std::vector<double> time_hits(ExpertCache& cache, int32_t layer,
 std::vector<double> time_misses(const std::string& policy, int32_t num_layers, int32_t num_experts,
                                 int32_t slots, int32_t misses, int32_t rounds,
                                 int32_t steps_per_round) {
-    const PolicyShape shape{num_layers, num_experts};
+    const ModelShape shape{num_layers, num_experts};
     Residency residency(shape, slots, make_policy(policy, shape));
     std::mt19937 random(1);
-    Plan plan;
-    std::vector<int32_t> experts;
+    StepPlan plan;
+    std::vector<ExpertId> experts;
     const std::vector<int32_t> counts(static_cast<size_t>(misses), 1);
     std::vector<double> means;
     int64_t index = 0;
     for (int32_t round = -1; round < rounds; ++round) {  // the first only fills the slots
         Clock::duration spent{};
         for (int32_t i = 0; i < steps_per_round; ++i) {
-            const auto layer = static_cast<int32_t>(index % num_layers);
+            const auto layer = LayerId(index % num_layers);
             experts.clear();
             const auto first = static_cast<int32_t>(random() % static_cast<uint32_t>(num_experts));
             for (int32_t e = 0; e < num_experts && experts.size() < counts.size(); ++e) {
-                const int32_t expert = layer * num_experts + (first + e) % num_experts;
-                if (residency.slot_of(expert) < 0) experts.push_back(expert);
+                const ExpertId expert = shape.id(layer, ExpertIndex{(first + e) % num_experts});
+                if (!residency.resident(expert)) experts.push_back(expert);
             }
             const auto start = Clock::now();
             residency.plan({.index = index++,

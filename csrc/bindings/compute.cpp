@@ -10,6 +10,7 @@
 
 #include "base/error.h"
 #include "bindings/bindings.h"
+#include "bindings/ids.h"
 #include "compute/cpu_engine.h"
 #include "compute/expert_ffn.h"
 #include "probe/memory_read.h"
@@ -36,7 +37,7 @@ void fused_experts_raw(CpuEngine& engine, const FfnShape& shape, const FfnInput&
     FfnPass pass(engine, shape, input);
     std::vector<SlotOfExpert> ready;
     for (size_t p = 0; p < pass.experts().size(); ++p) {
-        const auto id = static_cast<size_t>(pass.experts()[p]);
+        const size_t id = index(pass.experts()[p]);
         ready.push_back({static_cast<int32_t>(p), at<const std::byte>(slots[id])});
     }
     pass.compute(ready);
@@ -122,8 +123,8 @@ void bind_compute(py::module_& module) {
              py::arg("shape"), py::arg("input"), py::keep_alive<1, 2>(), release())
         .def_property_readonly("experts",
                                [](const FfnPass& self) {
-                                   return std::vector<int32_t>(self.experts().begin(),
-                                                               self.experts().end());
+                                   return std::vector<ExpertIndex>(self.experts().begin(),
+                                                                   self.experts().end());
                                })
         .def_property_readonly("counts",
                                [](const FfnPass& self) {

@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "bindings/bindings.h"
+#include "bindings/ids.h"
 #include "cache/stream_step.h"
 #include "device/device.h"
 #include "probe/copy_timing.h"
@@ -64,7 +65,7 @@ void bind_device_reader(py::module_& module) {
              py::arg("cache"), py::arg("stream"))
         .def(
             "ask",
-            [](DeviceReader& reader, int32_t layer, uintptr_t ids, bool ids_are_int64,
+            [](DeviceReader& reader, LayerId layer, uintptr_t ids, bool ids_are_int64,
                int64_t tokens, int32_t top_k, uintptr_t map, bool prefill, bool new_sequence) {
                 reader.ask({.layer = layer,
                             .ids = reinterpret_cast<const std::byte*>(ids),

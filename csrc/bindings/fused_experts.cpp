@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "bindings/bindings.h"
+#include "bindings/ids.h"
 #include "cache/expert_cache.h"
 #include "compute/cpu_engine.h"
 #include "compute/expert_ffn.h"
@@ -32,7 +33,7 @@ void run_pass(ExpertCache& cache, FfnPass& pass, const StepRequest& request) {
 
 // A long prompt is cut so that scratch memory stays bounded; each part is a step of its own.
 void fused_experts(ExpertCache& cache, CpuEngine& engine, const FfnShape& shape, FfnInput input,
-                   int32_t layer, uintptr_t out, DType out_dtype, bool prefill, bool new_sequence) {
+                   LayerId layer, uintptr_t out, DType out_dtype, bool prefill, bool new_sequence) {
     const int64_t tokens = input.tokens;
     const int64_t most = FfnPass::tokens_per_pass(shape, input.top_k);
     const auto rows = [](const void* base, int64_t first, int64_t width, size_t element) {

@@ -10,8 +10,9 @@
 
 #include "base/error.h"
 #include "bindings/bindings.h"
+#include "bindings/ids.h"
 #include "policy/eam.h"
-#include "policy/policies/policies.h"
+#include "policy/lowest_scores.h"
 #include "trace/belady.h"
 #include "trace/simulator.h"
 
@@ -53,6 +54,12 @@ py::array_t<T> copied(std::span<const T> source) {
     return py::array_t<T>(static_cast<py::ssize_t>(source.size()), source.data());
 }
 
+py::array_t<int32_t> numbers(std::span<const ExpertId> experts) {
+    py::array_t<int32_t> out(static_cast<py::ssize_t>(experts.size()));
+    std::ranges::transform(experts, out.mutable_data(), number<ExpertId>);
+    return out;
+}
+
 // A policy written in Python: observe(step) and score(residents), for research only.
 class PythonPolicy final : public Policy {
 public:
@@ -71,7 +78,7 @@ public:
         py::dict seen;
         seen["index"] = step.index;
         seen["layer"] = step.layer;
-        seen["experts"] = copied(step.experts);
+        seen["experts"] = numbers(step.experts);
         seen["counts"] = copied(step.counts);
         seen["router"] = step.router.empty() ? py::object(py::none()) : copied(step.router);
         seen["prefill"] = step.prefill;
@@ -79,17 +86,15 @@ public:
         policy_.attr("observe")(py::module_::import("types").attr("SimpleNamespace")(**seen));
     }
 
-    size_t choose_victims(std::span<const int32_t> residents, std::span<const uint32_t> pinned,
-                          std::span<int32_t> victims) override {
+    size_t choose_victims(std::span<const ExpertId> residents, const Pins& pins,
+                          std::span<ExpertId> victims) override {
         candidates_.clear();
-        for (const int32_t expert : residents) {
-            if (expert >= 0 && pinned[static_cast<size_t>(expert)] == 0) {
-                candidates_.push_back(expert);
-            }
+        for (const ExpertId expert : residents) {
+            if (is_some(expert) && pins[expert] == 0) candidates_.push_back(expert);
         }
         py::gil_scoped_acquire gil;
         const auto scores = py::array_t<double, py::array::c_style | py::array::forcecast>(
-            policy_.attr("score")(copied(std::span<const int32_t>(candidates_))));
+            policy_.attr("score")(numbers(candidates_)));
         if (scores.ndim() != 1 || scores.size() != static_cast<py::ssize_t>(candidates_.size())) {
             throw Error(ErrorCode::kInvalid,
                         "score() of the policy: expected one value for each of " +
@@ -97,27 +102,21 @@ public:
                             std::to_string(scores.size()) + " in " + std::to_string(scores.ndim()) +
                             " dimensions");
         }
-        std::vector<std::pair<double, int32_t>> order;
-        for (size_t i = 0; i < candidates_.size(); ++i) {
-            const double score = scores.data()[i];
-            if (std::isnan(score)) {
-                throw Error(ErrorCode::kInvalid,
-                            "score() of the policy: expected numbers, found "
-                            "NaN for expert " +
-                                std::to_string(candidates_[i]));
-            }
-            order.emplace_back(score, candidates_[i]);
-        }
-        const size_t found = std::min(victims.size(), order.size());
-        std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(found),
-                          order.end());
-        for (size_t i = 0; i < found; ++i) victims[i] = order[i].second;
-        return found;
+        const double* next = scores.data();
+        const auto score_of = [&next](ExpertId expert) {
+            const double score = *next++;
+            if (!std::isnan(score)) return score;
+            throw Error(ErrorCode::kInvalid,
+                        "score() of the policy: expected numbers, found NaN for expert " +
+                            std::to_string(number(expert)));
+        };
+        return lowest_scores(candidates_, pins, score_of, scored_, victims);
     }
 
 private:
     py::object policy_;
-    std::vector<int32_t> candidates_;
+    std::vector<ExpertId> candidates_;
+    ScoredExperts<double> scored_;
 };
 
 std::unique_ptr<Policy> policy_for(const TraceView& trace, const py::object& policy,
@@ -132,7 +131,7 @@ std::unique_ptr<Policy> policy_for(const TraceView& trace, const py::object& pol
 
 // Calls `priors(first_token, end_token)` after every pass: float32 [all experts] or None.
 std::function<void(int64_t, int64_t, Policy&)> priors_hook(const py::object& priors,
-                                                           PolicyShape shape) {
+                                                           ModelShape shape) {
     if (priors.is_none()) return {};
     return [&priors, shape](int64_t first, int64_t end, Policy& policy) {
         py::gil_scoped_acquire gil;
@@ -165,7 +164,7 @@ py::dict simulate_arrays(const Array<int16_t>& experts, const Array<int32_t>& se
     if (step_misses) hooks.step_misses = &misses;
 
     std::unique_ptr<Policy> chosen = policy_for(trace, policy, eamc);
-    std::vector<LayerCounts> layers;
+    PerLayer<LayerCounts> layers;
     {
         py::gil_scoped_release release;
         layers = simulate(trace, slots, std::move(chosen), hooks);
@@ -173,7 +172,8 @@ py::dict simulate_arrays(const Array<int16_t>& experts, const Array<int32_t>& se
     py::dict result;
     const auto column = [&](const char* name, int64_t LayerCounts::* field) {
         py::array_t<int64_t> out(static_cast<py::ssize_t>(layers.size()));
-        for (size_t l = 0; l < layers.size(); ++l) out.mutable_data()[l] = layers[l].*field;
+        int64_t* next = out.mutable_data();
+        for (const LayerCounts& layer : layers) *next++ = layer.*field;
         result[name] = out;
     };
     column("decode_hits", &LayerCounts::decode_hits);
@@ -205,7 +205,7 @@ void bind_eam(py::module_& module) {
             "Layers, and experts per layer.")
         .def("entries",
              [](const EamCollection& self) {
-                 const PolicyShape shape = self.shape();
+                 const ModelShape shape = self.shape();
                  py::array_t<float> out({self.size(), shape.num_layers, shape.num_experts});
                  for (int32_t i = 0; i < self.size(); ++i) {
                      const auto entry = self.entry(i);
@@ -215,7 +215,7 @@ void bind_eam(py::module_& module) {
                  return out;
              })
         .def("predict", [](const EamCollection& self, const std::vector<int32_t>& matched) {
-            const PolicyShape shape = self.shape();
+            const ModelShape shape = self.shape();
             for (const int32_t index : matched) {
                 if (index < 0 || index >= self.size()) throw py::index_error();
             }
@@ -232,24 +232,13 @@ void bind_eam(py::module_& module) {
         .def(py::init<const EamCollection&>(), py::keep_alive<1, 2>())
         .def("restart", &EamMatch::restart)
         .def("add_row",
-             [](EamMatch& self, int32_t layer, const Array<int32_t>& experts,
-                const Array<int32_t>& counts) {
-                 self.add_row(layer, values(experts), values(counts));
-             })
+             [](EamMatch& self, LayerId layer, const std::vector<ExpertId>& experts,
+                const Array<int32_t>& counts) { self.add_row(layer, experts, values(counts)); })
         .def("nearest", [](EamMatch& self, int32_t count) {
             std::vector<int32_t> out;
             self.nearest(count, out);
             return out;
         });
-    module.def("prefetch_order", [](const Array<float>& predicted, int32_t layer, size_t limit) {
-        if (predicted.ndim() != 2) {
-            throw Error(ErrorCode::kInvalid, "predicted: expected [layers, experts]");
-        }
-        return prefetch_order(
-            values(predicted),
-            {static_cast<int32_t>(predicted.shape(0)), static_cast<int32_t>(predicted.shape(1))},
-            layer, limit);
-    });
 }
 
 }  // namespace
@@ -262,7 +251,6 @@ void bind_trace(py::module_& module) {
                   const Array<uint8_t>& phase, int32_t num_experts, const std::string& name) {
                    check_trace(view(experts, sequence, phase, std::nullopt, num_experts), name);
                });
-    module.def("policy_names", &policy_names, "The policies of the live cache.");
     module.def("simulate", &simulate_arrays, "experts"_a, "sequence"_a, "phase"_a, "router"_a,
                "num_experts"_a, "policy"_a, "slots"_a, "eamc"_a = py::none(),
                "priors"_a = py::none(), "progress"_a = py::none(), "step_misses"_a = false);

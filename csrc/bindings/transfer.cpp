@@ -13,6 +13,7 @@
 
 #include "base/error.h"
 #include "bindings/bindings.h"
+#include "bindings/ids.h"
 #include "layout/catalog.h"
 #include "memory/arena.h"
 #include "memory/slot_pool.h"
@@ -61,11 +62,11 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
                             values(expert, i, 3)});
         }
     }
-    return std::make_shared<Catalog>(num_layers, num_experts, slot_bytes, std::move(catalog_files),
-                                     std::move(flat));
+    return std::make_shared<Catalog>(ModelShape{num_layers, num_experts}, slot_bytes,
+                                     std::move(catalog_files), std::move(flat));
 }
 
-py::array_t<uint64_t> extents_of(const Catalog& catalog, int32_t expert) {
+py::array_t<uint64_t> extents_of(const Catalog& catalog, ExpertId expert) {
     const std::span<const Extent> extents = catalog.extents(expert);
     py::array_t<uint64_t> result({static_cast<py::ssize_t>(extents.size()), py::ssize_t{4}});
     auto values = result.mutable_unchecked<2>();
@@ -106,12 +107,12 @@ public:
     PythonEngine(std::shared_ptr<const Catalog> catalog, FileReaderOptions options)
         : catalog_(catalog), engine_(std::move(catalog), options) {}
 
-    std::shared_ptr<Ticket> submit(int32_t expert, std::shared_ptr<SlotPool> pool, int32_t slot,
+    std::shared_ptr<Ticket> submit(ExpertId expert, std::shared_ptr<SlotPool> pool, SlotId slot,
                                    Priority priority) {
-        if (slot < 0 || slot >= pool->slots()) {
+        if (!is_some(slot) || number(slot) >= pool->slots()) {
             throw Error(ErrorCode::kInvalid, "expected a slot below " +
                                                  std::to_string(pool->slots()) + ", found " +
-                                                 std::to_string(slot));
+                                                 std::to_string(number(slot)));
         }
         if (pool->slot_bytes() < catalog_->slot_bytes()) {
             throw Error(ErrorCode::kInvalid,
@@ -202,9 +203,9 @@ void bind_pool(py::module_& module) {
              py::call_guard<py::gil_scoped_release>())
         .def(
             "numpy",
-            [](const std::shared_ptr<SlotPool>& pool, int32_t slot) {
-                if (slot < 0 || slot >= pool->slots()) {
-                    throw py::index_error("slot " + std::to_string(slot) + " of " +
+            [](const std::shared_ptr<SlotPool>& pool, SlotId slot) {
+                if (!is_some(slot) || number(slot) >= pool->slots()) {
+                    throw py::index_error("slot " + std::to_string(number(slot)) + " of " +
                                           std::to_string(pool->slots()));
                 }
                 return py::array_t<uint8_t>({static_cast<py::ssize_t>(pool->slot_bytes())}, {1},
@@ -243,7 +244,7 @@ void bind_engine(py::module_& module) {
              py::arg("direct") = true, py::call_guard<py::gil_scoped_release>())
         .def(
             "submit",
-            [](PythonEngine& self, int32_t expert, std::shared_ptr<SlotPool> pool, int32_t slot,
+            [](PythonEngine& self, ExpertId expert, std::shared_ptr<SlotPool> pool, SlotId slot,
                bool prefetch) {
                 return self.submit(expert, std::move(pool), slot,
                                    prefetch ? Priority::kPrefetch : Priority::kDemand);

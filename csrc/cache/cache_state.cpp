@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <numeric>
 #include <utility>
 
 #include "base/error.h"
@@ -14,8 +13,9 @@ namespace {
 
 constexpr std::chrono::milliseconds kPollEvery{50};
 
-PolicyShape shape_of(const Catalog& catalog) {
-    return {catalog.num_layers(), catalog.num_experts()};
+template <class Iterator>
+void number_from(Iterator begin, Iterator end, int32_t first) {
+    for (; begin != end; ++begin) *begin = SlotId{first++};
 }
 
 std::shared_ptr<SlotPool> make_pool(const Catalog& catalog, int32_t slots, Device* device) {
@@ -32,7 +32,7 @@ std::shared_ptr<SlotPool> make_pool(const Catalog& catalog, int32_t slots, Devic
                                       slot_bytes, capacity, slots + ExpertCache::kTransitSlots);
 }
 
-const Eamc* checked_eamc(const ExpertCacheOptions& options, PolicyShape shape) {
+const Eamc* checked_eamc(const ExpertCacheOptions& options, ModelShape shape) {
     if (options.eamc == nullptr) return nullptr;
     if (options.policy != "eam" && options.prefetch != "eam") {
         throw Error(ErrorCode::kInvalid, "a collection is for 'eam': policy is '" + options.policy +
@@ -53,16 +53,16 @@ CacheState::CacheState(std::shared_ptr<const Catalog> the_catalog, ExpertCacheOp
     : catalog(std::move(the_catalog)),
       pool(make_pool(checked(catalog), options.slots, options.device.get())),
       poll(std::move(options.poll)),
-      residency(shape_of(*catalog), options.slots,
-                make_policy(options.policy, shape_of(*catalog),
-                            checked_eamc(options, shape_of(*catalog)))),
-      stats(static_cast<size_t>(catalog->num_layers())),
-      loads(static_cast<size_t>(catalog->total_experts())),
-      prefetched_unused(loads.size(), 0),
-      row_of_slot(loads.size()),
+      residency(
+          catalog->shape(), options.slots,
+          make_policy(options.policy, catalog->shape(), checked_eamc(options, catalog->shape()))),
+      stats(catalog->num_layers()),
+      loads(catalog->total_experts()),
+      prefetched_unused(loads.size()),
+      slot_table(loads.size()),
       seen(loads.size()) {
-    for (size_t i = 0; i < transit.size(); ++i) transit[i].row = static_cast<int32_t>(i);
-    std::iota(row_of_slot.begin(), row_of_slot.end(), ExpertCache::kTransitSlots);
+    for (size_t i = 0; i < transit.size(); ++i) transit[i].slot = SlotId(i);
+    number_from(slot_table.begin(), slot_table.end(), ExpertCache::kTransitSlots);
     if (options.device) {
         auto link = std::make_unique<DeviceTransport>(
             catalog, options.device, pool,
@@ -78,7 +78,7 @@ CacheState::CacheState(std::shared_ptr<const Catalog> the_catalog, ExpertCacheOp
     }
     const Prefetcher::Costs costs{static_cast<int64_t>(catalog->expert_bytes()),
                                   transport->delay_bytes()};
-    prefetcher = make_prefetcher(options.prefetch, shape_of(*catalog), costs, options.eamc.get());
+    prefetcher = make_prefetcher(options.prefetch, catalog->shape(), costs, options.eamc.get());
 }
 
 void CacheState::check_process() const {
@@ -110,26 +110,26 @@ void CacheState::wait(std::unique_lock<std::mutex>& lock) {
     lock.lock();
 }
 
-std::shared_ptr<Load> CacheState::start_load(int32_t expert, int32_t transit_slot,
+std::shared_ptr<Load> CacheState::start_load(ExpertId expert, int32_t transit_slot,
                                              Priority priority) {
     auto load = std::make_shared<Load>();
     load->expert = expert;
     load->transit = transit_slot;
     load->prefetch = priority == Priority::kPrefetch;
-    int32_t row = -1;
+    SlotId slot = SlotId::kNone;
     if (prefetcher) prefetcher->read_started(expert, !load->prefetch, seconds_now());
     if (transit_slot >= 0) {
-        row = transit[static_cast<size_t>(transit_slot)].row;
+        slot = transit[static_cast<size_t>(transit_slot)].slot;
         transit[static_cast<size_t>(transit_slot)].load = load;
     } else {
-        row = row_of(residency.slot_of(expert));
+        slot = slot_of(expert);
         residency.pin(expert);
-        load_of(expert) = load;
+        loads[expert] = load;
     }
     try {
         // The callback cannot overtake this assignment: it needs the lock we hold. The load lives
         // until then: its slot's owner, above, holds it. A small callback needs no memory.
-        load->transfer = transport->submit(expert, row, priority,
+        load->transfer = transport->submit(expert, slot, priority,
                                            [this, load = load.get()](const TransferPtr& transfer) {
                                                on_transfer_end(*load, *transfer);
                                            });
@@ -151,14 +151,14 @@ void CacheState::on_transfer_end(Load& load, const Transfer& transfer) {
     }
 }
 
-void CacheState::on_arrival(int32_t expert, Priority submitted) {
+void CacheState::on_arrival(ExpertId expert, Priority submitted) {
     const std::lock_guard lock(mutex);
     prefetcher->read_ended(expert, submitted == Priority::kDemand, true, seconds_now());
 }
 
 void CacheState::end_load(Load& load, Load::State state, std::string error) {
     const std::shared_ptr<Load> keep = std::move(
-        load.transit >= 0 ? transit[static_cast<size_t>(load.transit)].load : load_of(load.expert));
+        load.transit >= 0 ? transit[static_cast<size_t>(load.transit)].load : loads[load.expert]);
     load.state = state;
     load.error = std::move(error);
     load.transfer.reset();
@@ -177,7 +177,7 @@ void CacheState::end_load(Load& load, Load::State state, std::string error) {
         if (!complete) slot.owner = nullptr;
         if (complete && slot.owner == nullptr) passed(load.expert);
     } else if (complete) {
-        prefetched_unused[static_cast<size_t>(load.expert)] = load.prefetch && !load.wanted;
+        prefetched_unused[load.expert] = load.prefetch && !load.wanted;
         unpin(load.expert);
     } else {
         // Those who wait for it learn of the failure from the load; their pins end here.
@@ -188,51 +188,51 @@ void CacheState::end_load(Load& load, Load::State state, std::string error) {
 }
 
 void CacheState::start_prefetches() {
-    const std::span<const int32_t> experts = prefetcher->choose(residency);
+    const std::span<const ExpertId> experts = prefetcher->choose(residency);
     if (experts.empty()) return;
-    const std::span<const int32_t> expected = prefetcher->expected_residents();
-    for (const int32_t expert : expected) residency.pin(expert);
-    for (const int32_t expert : experts) {
+    const std::span<const ExpertId> expected = prefetcher->expected_residents();
+    for (const ExpertId expert : expected) residency.pin(expert);
+    for (const ExpertId expert : experts) {
         Placement placement{};
         if (!residency.place(expert, placement)) break;
         make_way(placement);
         start_load(expert, -1, Priority::kPrefetch);
-        prefetcher->fetched(expert, placement.evicted);
+        prefetcher->on_issued(expert, placement.evicted);
     }
-    for (const int32_t expert : expected) residency.unpin(expert);
+    for (const ExpertId expert : expected) residency.unpin(expert);
 }
 
 void CacheState::make_way(const Placement& placement) {
-    if (placement.evicted < 0) return;
-    int32_t& row = row_of(placement.slot);
-    leaves(placement.evicted, row);
+    if (!is_some(placement.evicted)) return;
+    SlotId& slot = slot_table[placement.frame];
+    leaves(placement.evicted, slot);
     if (resizing || !transport->copies_out(placement.evicted)) return;
-    // The slot takes the row of a transit slot that is free: what fills it need not wait for the
-    // copy out of the old one. That row is the transit slot's from now on, and what fills it next
-    // will wait. In turn, so that this is as late as can be.
+    // The frame takes the slot of a free transit: its fill need not wait for the copy out of the
+    // old one. That slot is the transit's from now on, and its next fill will wait. In turn, so
+    // that this is as late as can be.
     for (size_t i = 0; i < transit.size(); ++i) {
         Transit& spare = transit[next_spare++ % transit.size()];
-        if (spare.free()) return std::swap(row, spare.row);
+        if (spare.free()) return std::swap(slot, spare.slot);
     }
 }
 
-void CacheState::leaves(int32_t expert, int32_t row) {
-    transport->left(expert, row);
+void CacheState::leaves(ExpertId expert, SlotId slot) {
+    transport->left(expert, slot);
     LayerStats& layer = stats_of(expert);
     ++layer.evictions;
-    uint8_t& unused_yet = prefetched_unused[static_cast<size_t>(expert)];
+    uint8_t& unused_yet = prefetched_unused[expert];
     if (unused_yet) layer.prefetch_wasted_bytes += static_cast<int64_t>(catalog->expert_bytes());
     unused_yet = 0;
 }
 
-void CacheState::passed(int32_t expert) {
-    if (residency.slot_of(expert) < 0) transport->left(expert, -1);
+void CacheState::passed(ExpertId expert) {
+    if (!residency.resident(expert)) transport->left(expert, SlotId::kNone);
 }
 
-void CacheState::unpin(int32_t expert) {
+void CacheState::unpin(ExpertId expert) {
     residency.unpin(expert);
     if (residency.pinned(expert)) return;
-    if (residency.slot_of(expert) >= residency.slots()) {  // its slot has been closed
+    if (!residency.is_open(residency.frame_of(expert))) {  // its frame has been closed
         leaves(expert);
         residency.remove(expert);
     }
@@ -252,8 +252,8 @@ void CacheState::join(StepLease::Impl& lease, Member& member) {
     residency.pin(member.expert);
     --lease.pending;
     member.transit = -1;
-    member.row = row_of(residency.slot_of(member.expert));
-    if (const std::shared_ptr<Load>& load = load_of(member.expert)) {
+    member.slot = slot_of(member.expert);
+    if (const std::shared_ptr<Load>& load = loads[member.expert]) {
         member.state = Member::State::kLoading;
         member.load = load;
         ++load->waiting;
@@ -262,7 +262,7 @@ void CacheState::join(StepLease::Impl& lease, Member& member) {
         return;
     }
     member.state = Member::State::kReady;
-    uint8_t& unused_yet = prefetched_unused[static_cast<size_t>(member.expert)];
+    uint8_t& unused_yet = prefetched_unused[member.expert];
     if (unused_yet) {
         stats_of(member.expert).prefetch_useful_bytes +=
             static_cast<int64_t>(catalog->expert_bytes());
@@ -274,18 +274,18 @@ void CacheState::start_surplus(StepLease::Impl& lease) {
     for (size_t& i = lease.next_pending; lease.pending > 0; ++i) {
         Member& member = lease.members[i];
         if (member.state != Member::State::kPending) continue;
-        if (residency.slot_of(member.expert) >= 0) {  // another step has brought it since
+        if (residency.resident(member.expert)) {  // another step has brought it since
             join(lease, member);
             continue;
         }
         const auto free = std::find_if(transit.begin(), transit.end(), [&](const Transit& slot) {
-            return slot.free() && (stays(slot.row) || residency.occupied_closed_slots() > 0);
+            return slot.free() && (stays(slot.slot) || residency.occupied_closed_frames() > 0);
         });
         if (free == transit.end()) return;
         free->owner = &lease;
         --lease.pending;
         member.transit = static_cast<int32_t>(free - transit.begin());
-        member.row = free->row;
+        member.slot = free->slot;
         member.state = Member::State::kLoading;
         member.load = start_load(member.expert, member.transit, Priority::kDemand);
     }
@@ -329,7 +329,7 @@ void CacheState::hand_out(StepLease::Impl& lease, std::vector<ReadyExpert>& out)
     for (size_t i = 0; i < lease.members.size(); ++i) {
         Member& member = lease.members[i];
         if (member.state != Member::State::kReady) continue;
-        out.push_back({static_cast<int32_t>(i), member.row});
+        out.push_back({static_cast<int32_t>(i), member.slot});
         member.state = Member::State::kHeld;
         --lease.to_hand_out;
     }
@@ -360,9 +360,8 @@ bool CacheState::transit_never_frees() const {
     });
 }
 
-int32_t CacheState::slots_held_by_this_thread(const StepLease::Impl* besides,
-                                              int32_t from_slot) const {
-    std::vector<int32_t> rows;
+int32_t CacheState::slots_held_by_this_thread(const StepLease::Impl* besides, int32_t from) const {
+    std::vector<SlotId> slots;
     for (const StepLease::Impl* lease : active) {
         if (lease == besides || lease->thread != std::this_thread::get_id()) continue;
         for (const Member& member : lease->members) {
@@ -371,48 +370,48 @@ int32_t CacheState::slots_held_by_this_thread(const StepLease::Impl* besides,
                               member.state == Member::State::kHeld;
             if (!pins || (besides != nullptr && member.transit >= 0)) continue;
             const bool counts = member.transit >= 0
-                                    ? member.row >= from_slot + ExpertCache::kTransitSlots
-                                    : residency.slot_of(member.expert) >= from_slot;
+                                    ? number(member.slot) >= from + ExpertCache::kTransitSlots
+                                    : number(residency.frame_of(member.expert)) >= from;
             const bool shared =
                 besides != nullptr &&
                 std::any_of(besides->members.begin(), besides->members.end(),
                             [&](const Member& m) { return m.expert == member.expert; });
-            if (counts && !shared) rows.push_back(member.row);
+            if (counts && !shared) slots.push_back(member.slot);
         }
     }
-    std::sort(rows.begin(), rows.end());
-    return static_cast<int32_t>(std::unique(rows.begin(), rows.end()) - rows.begin());
+    std::sort(slots.begin(), slots.end());
+    return static_cast<int32_t>(std::unique(slots.begin(), slots.end()) - slots.begin());
 }
 
-void CacheState::gather_rows(int32_t slots) {
-    const int32_t rows = slots + ExpertCache::kTransitSlots;
-    int32_t other = slots;
-    for (int32_t slot = 0; slot < slots; ++slot) {
-        if (row_of(slot) < rows) continue;
-        while (row_of(other) >= rows) ++other;
-        residency.exchange(slot, other);
-        std::swap(row_of(slot), row_of(other));
+void CacheState::gather_slots(int32_t frames) {
+    const SlotId end{frames + ExpertCache::kTransitSlots};
+    auto other = IdRange<FrameId>(frames, static_cast<int32_t>(slot_table.size())).begin();
+    for (const FrameId frame : all_ids<FrameId>(frames)) {
+        if (slot_table[frame] < end) continue;
+        while (slot_table[*other] >= end) ++other;
+        residency.exchange(frame, *other);
+        std::swap(slot_table[frame], slot_table[*other]);
     }
 }
 
-bool CacheState::transit_has_rows_that_stay() {
+bool CacheState::transit_has_slots_that_stay() {
     bool all = true;
     for (Transit& slot : transit) {
-        if (stays(slot.row)) continue;
+        if (stays(slot.slot)) continue;
         if (!slot.free()) {
             all = false;
             continue;
         }
-        // Closed slots, empty now, have as many rows that stay as transit slots have that go.
-        std::swap(slot.row,
-                  *std::find_if(row_of_slot.begin() + residency.slots(), row_of_slot.end(),
-                                [&](int32_t row) { return stays(row); }));
+        // Closed frames, empty now, have as many slots that stay as transits have that go.
+        std::swap(slot.slot,
+                  *std::find_if(slot_table.begin() + residency.frames(), slot_table.end(),
+                                [&](SlotId one) { return stays(one); }));
         changed.notify_all();
     }
-    // The rows that go, by closed slot: in the order in which their memory will come back.
+    // The slots that go, by closed frame: in the order in which their memory will come back.
     if (all) {
-        std::iota(row_of_slot.begin() + residency.slots(), row_of_slot.end(),
-                  residency.slots() + ExpertCache::kTransitSlots);
+        number_from(slot_table.begin() + residency.frames(), slot_table.end(),
+                    residency.frames() + ExpertCache::kTransitSlots);
     }
     return all;
 }

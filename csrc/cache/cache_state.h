@@ -25,8 +25,8 @@ namespace moeinf {
 struct Load {
     enum class State : uint8_t { kReading, kComplete, kFailed };
 
-    int32_t expert = -1;   // flat id
-    int32_t transit = -1;  // index of its transit slot; -1: its slot is a resident's
+    ExpertId expert = ExpertId::kNone;
+    int32_t transit = -1;  // index of its transit slot; -1: its frame is a resident's
     bool prefetch = false;
     bool wanted = false;   // a step asked for it
     uint32_t waiting = 0;  // members that pin the expert until this ends
@@ -39,15 +39,15 @@ struct Load {
 struct Member {
     enum class State : uint8_t { kPending, kLoading, kReady, kHeld, kDone, kFailed };
 
-    int32_t expert = -1;  // flat id
-    int32_t row = -1;     // of the pool
+    ExpertId expert = ExpertId::kNone;
+    SlotId slot = SlotId::kNone;
     int32_t transit = -1;
     State state = State::kPending;
     std::shared_ptr<Load> load;  // kLoading only
 };
 
 struct StepLease::Impl {
-    int32_t layer = 0;
+    LayerId layer{0};
     std::vector<Member> members;
     size_t to_hand_out = 0;
     size_t pending = 0;               // members without a slot
@@ -79,13 +79,11 @@ struct CacheState {
     [[nodiscard]] bool forked() const noexcept { return process_generation() != generation; }
     void check_process() const;
 
-    [[nodiscard]] size_t layer_of(int32_t expert) const noexcept {
-        return static_cast<size_t>(expert / catalog->num_experts());
+    [[nodiscard]] LayerStats& stats_of(ExpertId expert) {
+        return stats[catalog->shape().layer_of(expert)];
     }
-    [[nodiscard]] LayerStats& stats_of(int32_t expert) { return stats[layer_of(expert)]; }
-    [[nodiscard]] int32_t& row_of(int32_t slot) { return row_of_slot[static_cast<size_t>(slot)]; }
-    [[nodiscard]] std::shared_ptr<Load>& load_of(int32_t expert) {
-        return loads[static_cast<size_t>(expert)];
+    [[nodiscard]] SlotId slot_of(ExpertId resident) const {
+        return slot_table[residency.frame_of(resident)];
     }
 
     // Starts what the transport has taken note of. Wants the lock not held; wait() does it, too.
@@ -96,18 +94,19 @@ struct CacheState {
 
     // Reads. The first also for a transit slot; the last two are callbacks of the transport and
     // take the lock themselves.
-    std::shared_ptr<Load> start_load(int32_t expert, int32_t transit, Priority priority);
+    std::shared_ptr<Load> start_load(ExpertId expert, int32_t transit, Priority priority);
     void end_load(Load& load, Load::State state, std::string error);
     void on_transfer_end(Load& load, const Transfer& transfer);
-    void on_arrival(int32_t expert, Priority submitted);  // on a device
+    void on_arrival(ExpertId expert, Priority submitted);  // on a device
 
     void start_prefetches();  // what the prefetcher chooses
 
     // Residents.
-    void leaves(int32_t expert, int32_t row = -1);  // the row that is filled anew; -1: it goes
+    // The slot that is filled anew; kNone: it goes.
+    void leaves(ExpertId expert, SlotId slot = SlotId::kNone);
     void make_way(const Placement& placement);
-    void passed(int32_t expert);  // through a transit slot, of which it has let go
-    void unpin(int32_t expert);
+    void passed(ExpertId expert);  // through a transit slot, of which it has let go
+    void unpin(ExpertId expert);
 
     // Members of a step.
     void fetch(StepLease::Impl& lease, Member& member, const Placement& placement);
@@ -120,14 +119,14 @@ struct CacheState {
     void end_lease(StepLease::Impl& lease);
     [[nodiscard]] bool transit_never_frees() const;
     [[nodiscard]] int32_t slots_held_by_this_thread(const StepLease::Impl* besides,
-                                                    int32_t from_slot) const;
+                                                    int32_t from) const;
 
-    // Shrinking: the first so many slots get rows that stay, before the others are closed; then
-    // transit slots do. False while one is in use.
-    void gather_rows(int32_t slots);
-    [[nodiscard]] bool transit_has_rows_that_stay();
-    [[nodiscard]] bool stays(int32_t row) const {
-        return row < residency.slots() + ExpertCache::kTransitSlots;
+    // Shrinking: the first so many frames get slots that stay, before the others are closed; then
+    // transits do. False while one is in use.
+    void gather_slots(int32_t frames);
+    [[nodiscard]] bool transit_has_slots_that_stay();
+    [[nodiscard]] bool stays(SlotId slot) const {
+        return number(slot) < residency.frames() + ExpertCache::kTransitSlots;
     }
 
     struct Seen {
@@ -135,7 +134,7 @@ struct CacheState {
         int32_t position = -1;
     };
     struct Transit {
-        int32_t row = -1;
+        SlotId slot = SlotId::kNone;
         const StepLease::Impl* owner = nullptr;
         std::shared_ptr<Load> load;  // while it is filled
         [[nodiscard]] bool free() const noexcept { return owner == nullptr && load == nullptr; }
@@ -150,21 +149,22 @@ struct CacheState {
     std::condition_variable changed;  // a read ended, a transit slot or a pin was given back
     Residency residency;
     std::unique_ptr<Prefetcher> prefetcher;  // null: no prefetch but what callers ask for
-    std::vector<LayerStats> stats;
-    std::vector<std::shared_ptr<Load>> loads;  // by flat expert: reads into residents' slots
-    std::vector<uint8_t> prefetched_unused;    // by flat expert
+    PerLayer<LayerStats> stats;
+    PerExpert<std::shared_ptr<Load>> loads;  // reads into residents' slots
+    PerExpert<uint8_t> prefetched_unused;
     std::array<Transit, ExpertCache::kTransitSlots> transit;
-    size_t next_spare = 0;                 // in transit: whose row a resident gets next
-    std::vector<int32_t> row_of_slot;      // of residents' slots, open or not; see make_way()
+    size_t next_spare = 0;                 // in transit: whose slot a resident gets next
+    PerFrame<SlotId> slot_table;           // of frames, open or not; see make_way()
     std::vector<StepLease::Impl*> active;  // steps in progress
     std::vector<std::unique_ptr<StepLease::Impl>> unused;  // finished ones, for reuse
     int32_t waiting_for_room = 0;  // threads that want to hear of every pin given back
     bool resizing = false;
     int64_t steps = 0;
     int64_t requests = 0;
-    std::vector<Seen> seen;  // by flat expert: where the request of that number names it
-    std::vector<int32_t> flat_ids, ones;  // scratch
-    Plan plan;                            // scratch
+    PerExpert<Seen> seen;            // where the request of that number names it
+    std::vector<ExpertId> flat_ids;  // scratch
+    std::vector<int32_t> ones;       // scratch
+    StepPlan plan;                   // scratch
 
     std::unique_ptr<Transport> transport;  // last: its threads use what is above
     DeviceTransport* on_device = nullptr;  // the same, where slots lie on a device

@@ -14,29 +14,22 @@ struct Dispose {
     }
 };
 
-int32_t check_layer(const Catalog& catalog, int32_t layer) {
-    if (layer < 0 || layer >= catalog.num_layers()) {
+void check_layer(const Catalog& catalog, LayerId layer) {
+    if (!is_some(layer) || number(layer) >= catalog.num_layers()) {
         throw Error(ErrorCode::kInvalid, "expected a layer in 0.." +
                                              std::to_string(catalog.num_layers() - 1) + ", found " +
-                                             std::to_string(layer));
+                                             std::to_string(number(layer)));
     }
-    return layer;
 }
 
-int32_t flat_id(const Catalog& catalog, int32_t layer, int32_t expert) {
-    if (expert < 0 || expert >= catalog.num_experts()) {
-        throw Error(ErrorCode::kInvalid,
-                    "expected experts in 0.." + std::to_string(catalog.num_experts() - 1) +
-                        " of layer " + std::to_string(layer) + ", found " + std::to_string(expert));
+ExpertId flat_id(const Catalog& catalog, LayerId layer, ExpertIndex expert) {
+    if (!is_some(expert) || number(expert) >= catalog.num_experts()) {
+        throw Error(ErrorCode::kInvalid, "expected experts in 0.." +
+                                             std::to_string(catalog.num_experts() - 1) +
+                                             " of layer " + std::to_string(number(layer)) +
+                                             ", found " + std::to_string(number(expert)));
     }
-    return layer * catalog.num_experts() + expert;
-}
-
-void check_length(const char* what, size_t found, size_t expected) {
-    if (found != 0 && found != expected) {
-        throw Error(ErrorCode::kInvalid, "expected " + std::to_string(expected) + " " + what +
-                                             ", found " + std::to_string(found));
-    }
+    return catalog.shape().id(layer, expert);
 }
 
 }  // namespace
@@ -53,29 +46,30 @@ StepLease ExpertCache::begin(const StepRequest& request) {
     const Catalog& catalog = *cache.catalog;
     const size_t count = request.experts.size();
     check_layer(catalog, request.layer);
-    check_length("counts", request.counts.size(), count);
-    check_length("router probabilities", request.router.size(),
-                 static_cast<size_t>(catalog.num_experts()));
+    if (!request.counts.empty() && request.counts.size() != count) {
+        throw Error(ErrorCode::kInvalid, "expected " + std::to_string(count) + " counts, found " +
+                                             std::to_string(request.counts.size()));
+    }
 
     StepLease step(state_);  // before the lock, which its destructor takes
     std::unique_lock lock(cache.mutex);
     ++cache.requests;
     cache.flat_ids.clear();
-    for (const int32_t expert : request.experts) {
-        const int32_t flat = flat_id(catalog, request.layer, expert);
-        CacheState::Seen& seen = cache.seen[static_cast<size_t>(flat)];
+    for (const ExpertIndex expert : request.experts) {
+        const ExpertId flat = flat_id(catalog, request.layer, expert);
+        CacheState::Seen& seen = cache.seen[flat];
         if (seen.request == cache.requests) {
-            throw Error(ErrorCode::kInvalid, "expert " + std::to_string(expert) + " of layer " +
-                                                 std::to_string(request.layer) +
-                                                 " is named twice in one step");
+            throw Error(ErrorCode::kInvalid,
+                        "expert " + std::to_string(number(expert)) + " of layer " +
+                            std::to_string(number(request.layer)) + " is named twice in one step");
         }
         seen = {cache.requests, static_cast<int32_t>(cache.flat_ids.size())};
         cache.flat_ids.push_back(flat);
     }
-    if (request.at_once && count > static_cast<size_t>(cache.residency.slots())) {
+    if (request.at_once && count > static_cast<size_t>(cache.residency.frames())) {
         throw Error(ErrorCode::kCapacity, "a step of " + std::to_string(count) +
                                               " experts at once does not fit into " +
-                                              std::to_string(cache.residency.slots()) + " slots");
+                                              std::to_string(cache.residency.frames()) + " slots");
     }
     if (cache.ones.size() < count) cache.ones.resize(count, 1);
 
@@ -109,18 +103,18 @@ StepLease ExpertCache::begin(const StepRequest& request) {
                     .counts = request.counts.empty()
                                   ? std::span<const int32_t>(cache.ones).first(count)
                                   : request.counts,
-                    .router = request.router,
+                    .router = {},
                     .prefill = request.prefill,
                     .new_sequence = request.new_sequence};
-    if (cache.prefetcher) cache.prefetcher->judge(seen, seconds_now());
+    if (cache.prefetcher) cache.prefetcher->on_step(seen, seconds_now());
     if (cache.on_device != nullptr) cache.on_device->host().observe(seen);
     cache.residency.plan(seen, cache.plan);
-    const auto member_of = [&](int32_t expert) -> Member& {
-        return lease.members[static_cast<size_t>(cache.seen[static_cast<size_t>(expert)].position)];
+    const auto member_of = [&](ExpertId expert) -> Member& {
+        return lease.members[static_cast<size_t>(cache.seen[expert].position)];
     };
-    LayerStats& stats = cache.stats[static_cast<size_t>(request.layer)];
-    for (const int32_t expert : cache.plan.hits) {
-        if (cache.load_of(expert) == nullptr) ++stats.hits;
+    LayerStats& stats = cache.stats[request.layer];
+    for (const ExpertId expert : cache.plan.hits) {
+        if (cache.loads[expert] == nullptr) ++stats.hits;
         cache.join(lease, member_of(expert));
     }
     for (const Placement& placement : cache.plan.placements) {
@@ -130,8 +124,9 @@ StepLease ExpertCache::begin(const StepRequest& request) {
     stats.misses = stats.accesses - stats.hits;
     if (!request.at_once) cache.start_surplus(lease);
     if (cache.prefetcher) {
-        for (const Placement& one : cache.plan.placements) cache.prefetcher->missed(one.expert);
-        for (const int32_t expert : cache.plan.surplus) cache.prefetcher->missed(expert);
+        for (const Placement& one : cache.plan.placements)
+            cache.prefetcher->on_demand_miss(one.expert);
+        for (const ExpertId expert : cache.plan.surplus) cache.prefetcher->on_demand_miss(expert);
         cache.prefetcher->look_ahead(seen, seconds_now());
         cache.start_prefetches();
     }
@@ -140,17 +135,17 @@ StepLease ExpertCache::begin(const StepRequest& request) {
     return step;
 }
 
-int32_t ExpertCache::prefetch(int32_t layer, std::span<const int32_t> experts) {
+int32_t ExpertCache::prefetch(LayerId layer, std::span<const ExpertIndex> experts) {
     CacheState& cache = *state_;
     cache.check_process();
     check_layer(*cache.catalog, layer);
-    for (const int32_t expert : experts) (void)flat_id(*cache.catalog, layer, expert);
+    for (const ExpertIndex expert : experts) (void)flat_id(*cache.catalog, layer, expert);
 
     std::unique_lock lock(cache.mutex);
     int32_t started = 0;
-    for (const int32_t expert : experts) {
-        const int32_t flat = flat_id(*cache.catalog, layer, expert);
-        if (cache.residency.slot_of(flat) >= 0) continue;
+    for (const ExpertIndex expert : experts) {
+        const ExpertId flat = flat_id(*cache.catalog, layer, expert);
+        if (cache.residency.resident(flat)) continue;
         Placement placement{};
         if (!cache.residency.place(flat, placement)) break;
         cache.make_way(placement);
@@ -162,16 +157,16 @@ int32_t ExpertCache::prefetch(int32_t layer, std::span<const int32_t> experts) {
     return started;
 }
 
-void ExpertCache::predict(int32_t layer, std::span<const int32_t> experts) {
+void ExpertCache::predict(LayerId layer, std::span<const ExpertIndex> experts) {
     CacheState& cache = *state_;
     cache.check_process();
     check_layer(*cache.catalog, layer);
-    std::vector<int32_t> flat;
-    for (const int32_t expert : experts) flat.push_back(flat_id(*cache.catalog, layer, expert));
+    std::vector<ExpertId> flat;
+    for (const ExpertIndex expert : experts) flat.push_back(flat_id(*cache.catalog, layer, expert));
 
     std::unique_lock lock(cache.mutex);
     if (!cache.prefetcher) return;
-    cache.prefetcher->hint(layer, flat);
+    cache.prefetcher->on_external(layer, flat);
     if (cache.prefetcher->is_next(layer)) cache.start_prefetches();
     lock.unlock();
     cache.flush();
@@ -180,7 +175,7 @@ void ExpertCache::predict(int32_t layer, std::span<const int32_t> experts) {
 bool ExpertCache::wants_predictions() const {
     state_->check_process();
     const std::lock_guard lock(state_->mutex);
-    return state_->prefetcher && state_->prefetcher->wants_hints();
+    return state_->prefetcher && state_->prefetcher->wants_external();
 }
 
 void ExpertCache::resize(int32_t slots) {
@@ -194,8 +189,8 @@ void ExpertCache::resize(int32_t slots) {
     }
     std::unique_lock lock(cache.mutex);
     while (cache.resizing) cache.wait(lock);
-    const int32_t before = cache.residency.slots();
-    if (slots < before) cache.gather_rows(slots);
+    const int32_t before = cache.residency.frames();
+    if (slots < before) cache.gather_slots(slots);
     const int32_t held = cache.slots_held_by_this_thread(nullptr, slots);
     if (held > 0) {
         throw Error(ErrorCode::kCapacity, "cannot shrink from " + std::to_string(before) + " to " +
@@ -214,17 +209,17 @@ void ExpertCache::resize(int32_t slots) {
     };
     try {
         if (slots < before) {
-            for (const int32_t expert :
+            for (const ExpertId expert :
                  cache.residency.residents().subspan(static_cast<size_t>(slots))) {
-                if (expert >= 0 && !cache.residency.pinned(expert)) cache.leaves(expert);
+                if (is_some(expert) && !cache.residency.pinned(expert)) cache.leaves(expert);
             }
             cache.residency.resize(slots);
             const Waiting waiting(cache.waiting_for_room);
-            while (cache.residency.occupied_closed_slots() > 0 ||
-                   !cache.transit_has_rows_that_stay()) {
+            while (cache.residency.occupied_closed_frames() > 0 ||
+                   !cache.transit_has_slots_that_stay()) {
                 cache.wait(lock);
             }
-            while (!cache.transport->idle(slots + kTransitSlots)) {  // their memory goes
+            while (!cache.transport->idle(SlotId{slots + kTransitSlots})) {  // their memory goes
                 lock.unlock();
                 cache.flush();
                 if (cache.poll) cache.poll();
@@ -275,7 +270,7 @@ void ExpertCache::reset_stats() {
     if (state_->on_device != nullptr) state_->on_device->reset_stats();
 }
 
-std::vector<LayerStats> ExpertCache::stats() const {
+PerLayer<LayerStats> ExpertCache::stats() const {
     state_->check_process();
     const std::lock_guard lock(state_->mutex);
     return state_->stats;
@@ -287,15 +282,15 @@ PredictionStats ExpertCache::prediction_stats() const {
     return state_->prefetcher ? state_->prefetcher->stats() : PredictionStats{};
 }
 
-std::vector<int32_t> ExpertCache::resident(int32_t layer) const {
+std::vector<ExpertIndex> ExpertCache::resident(LayerId layer) const {
     state_->check_process();
-    const int32_t per_layer = state_->catalog->num_experts();
-    const int32_t first = check_layer(*state_->catalog, layer) * per_layer;
+    check_layer(*state_->catalog, layer);
+    const ModelShape shape = state_->catalog->shape();
     const std::lock_guard lock(state_->mutex);
-    std::vector<int32_t> experts;
-    for (int32_t i = 0; i < per_layer; ++i) {
-        const bool there = state_->residency.slot_of(first + i) >= 0;
-        if (there && state_->load_of(first + i) == nullptr) experts.push_back(i);
+    std::vector<ExpertIndex> experts;
+    for (const ExpertId expert : shape.experts_of(layer)) {
+        const bool there = state_->residency.resident(expert);
+        if (there && state_->loads[expert] == nullptr) experts.push_back(shape.index_of(expert));
     }
     return experts;
 }
@@ -303,7 +298,7 @@ std::vector<int32_t> ExpertCache::resident(int32_t layer) const {
 int32_t ExpertCache::slots() const {
     state_->check_process();
     const std::lock_guard lock(state_->mutex);
-    return state_->residency.slots();
+    return state_->residency.frames();
 }
 
 const SlotPool& ExpertCache::pool() const noexcept {

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "base/ids.h"
 #include "device/device.h"
 #include "layout/catalog.h"
 #include "memory/slot_pool.h"
@@ -34,19 +35,18 @@ struct LayerStats {
 };
 
 struct StepRequest {
-    int32_t layer = 0;
-    std::span<const int32_t> experts = {};  // in-layer ids, distinct
-    std::span<const int32_t> counts = {};   // tokens routed to each; empty: one each
-    std::span<const float> router = {};     // optional, see Step
+    LayerId layer{0};
+    std::span<const ExpertIndex> experts = {};  // distinct
+    std::span<const int32_t> counts = {};       // tokens routed to each; empty: one each
     bool prefill = false;
     bool new_sequence = false;
-    bool at_once =
-        false;  // wait_all() will follow: experts wait for slots rather than pass through
+    // wait_all() will follow: experts wait for slots rather than pass through.
+    bool at_once = false;
 };
 
 struct ReadyExpert {
     int32_t position;  // index into StepRequest::experts
-    int32_t slot;      // row of the pool
+    SlotId slot;
 };
 
 class DeviceTransport;
@@ -113,7 +113,7 @@ struct ExpertCacheOptions {
 
 class ExpertCache {
 public:
-    // Rows of the pool beside those of residents: where surplus experts pass through, and where an
+    // Slots of the pool beside those of residents: where surplus experts pass through, and where an
     // expert is brought while the one it replaces is copied out.
     static constexpr int32_t kTransitSlots = 2;
 
@@ -132,12 +132,12 @@ public:
 
     // Starts reading what is absent, best first, where a slot may be had for it. Returns how many
     // reads it started. Never waits.
-    int32_t prefetch(int32_t layer, std::span<const int32_t> experts);
+    int32_t prefetch(LayerId layer, std::span<const ExpertIndex> experts);
 
     // A prediction of what the next step of `layer` will use, best first. The prefetcher decides
     // what becomes of it, and when: never before the step of the layer
     // before has its reads. Ignored where prefetch is "off".
-    void predict(int32_t layer, std::span<const int32_t> experts);
+    void predict(LayerId layer, std::span<const ExpertIndex> experts);
     // Is one worth making now? Only "external" ever wants them, and only while decoding.
     [[nodiscard]] bool wants_predictions() const;
 
@@ -155,13 +155,13 @@ public:
     [[nodiscard]] Eamc eamc() const;
 
     void reset_stats();
-    [[nodiscard]] std::vector<LayerStats> stats() const;  // one per layer
+    [[nodiscard]] PerLayer<LayerStats> stats() const;
     [[nodiscard]] PredictionStats prediction_stats() const;
-    [[nodiscard]] std::vector<int32_t> resident(int32_t layer) const;  // in-layer ids, bytes there
+    [[nodiscard]] std::vector<ExpertIndex> resident(LayerId layer) const;  // whose bytes are there
     [[nodiscard]] int32_t slots() const;
 
-    // Of the first kTransitSlots + slots() rows two are for transit, the others hold residents.
-    // Rows beyond may not be touched. The address stays the same across resizes.
+    // Of the first kTransitSlots + slots() slots two are for transit, the others hold residents.
+    // Slots beyond may not be touched. The address stays the same across resizes.
     [[nodiscard]] const SlotPool& pool() const noexcept;
     [[nodiscard]] std::shared_ptr<const SlotPool> shared_pool() const noexcept;
     [[nodiscard]] const Catalog& catalog() const noexcept;

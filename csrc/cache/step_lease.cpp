@@ -45,9 +45,9 @@ void check_alive(const StepLease::Impl& lease) {
     if (!lease.failure.empty()) throw Error(ErrorCode::kRead, lease.failure);
 }
 
-std::string name_of(const Catalog& catalog, int32_t expert) {
-    return "expert " + std::to_string(expert % catalog.num_experts()) + " of layer " +
-           std::to_string(expert / catalog.num_experts());
+std::string name_of(ModelShape shape, ExpertId expert) {
+    return "expert " + std::to_string(number(shape.index_of(expert))) + " of layer " +
+           std::to_string(number(shape.layer_of(expert)));
 }
 
 }  // namespace
@@ -65,11 +65,11 @@ void CacheState::gather(StepLease::Impl& lease, std::unique_lock<std::mutex>& lo
     const Waiting waiting(waiting_for_room);
     for (;;) {
         const int32_t held = slots_held_by_this_thread(&lease, 0);
-        if (count + held > residency.slots()) {
+        if (count + held > residency.frames()) {
             throw Error(
                 ErrorCode::kCapacity,
                 "a step of " + std::to_string(count) + " experts at once does not fit into " +
-                    std::to_string(residency.slots()) + " slots" +
+                    std::to_string(residency.frames()) + " slots" +
                     (held == 0
                          ? ""
                          : ", of which this thread's other leases hold " + std::to_string(held)));
@@ -77,7 +77,7 @@ void CacheState::gather(StepLease::Impl& lease, std::unique_lock<std::mutex>& lo
         int32_t missing = 0;
         int32_t evictable_members = 0;
         for (const Member& member : lease.members) {
-            if (residency.slot_of(member.expert) < 0) {
+            if (!residency.resident(member.expert)) {
                 ++missing;
             } else if (!residency.pinned(member.expert)) {
                 ++evictable_members;
@@ -124,7 +124,7 @@ bool StepLease::next(std::vector<ReadyExpert>& out) {
     cache.check_process();
     std::unique_lock lock(cache.mutex);
     lease.thread = std::this_thread::get_id();
-    Stall stall(cache.stats[static_cast<size_t>(lease.layer)].stall_seconds);
+    Stall stall(cache.stats[lease.layer].stall_seconds);
     for (;;) {
         cache.settle(lease);
         check_alive(lease);
@@ -145,7 +145,7 @@ bool StepLease::next(std::vector<ReadyExpert>& out) {
         const Waiting waiting(lease.waiting_for_transit);
         if (cache.transit_never_frees()) {
             throw Error(ErrorCode::kCapacity,
-                        name_of(*cache.catalog, lease.members[lease.next_pending].expert) +
+                        name_of(cache.catalog->shape(), lease.members[lease.next_pending].expert) +
                             " has to pass through a transit slot, and all " +
                             std::to_string(cache.transit.size()) +
                             " are held by steps whose threads wait: call done() before next()");
@@ -180,7 +180,7 @@ void StepLease::wait_all(std::vector<ReadyExpert>& out) {
     cache.check_process();
     std::unique_lock lock(cache.mutex);
     lease.thread = std::this_thread::get_id();
-    Stall stall(cache.stats[static_cast<size_t>(lease.layer)].stall_seconds);
+    Stall stall(cache.stats[lease.layer].stall_seconds);
     cache.settle(lease);
     check_alive(lease);
     if (lease.to_hand_out != lease.members.size()) {

@@ -100,20 +100,20 @@ void DeviceReader::read_ids() {
         }
         if (id < 0) continue;
         if (id >= num_experts) {
-            for (const int32_t expert : experts_) position_of_[static_cast<size_t>(expert)] = -1;
+            for (const ExpertIndex expert : experts_) position_of_[index(expert)] = -1;
             throw Error(ErrorCode::kInvalid,
                         "expected experts in 0.." + std::to_string(num_experts - 1) + " of layer " +
-                            std::to_string(step_.layer) + ", found " + std::to_string(id));
+                            std::to_string(number(step_.layer)) + ", found " + std::to_string(id));
         }
         int32_t& position = position_of_[static_cast<size_t>(id)];
         if (position < 0) {
             position = static_cast<int32_t>(experts_.size());
-            experts_.push_back(static_cast<int32_t>(id));
+            experts_.push_back(ExpertIndex(id));
             counts_.push_back(0);
         }
         ++counts_[static_cast<size_t>(position)];
     }
-    for (const int32_t expert : experts_) position_of_[static_cast<size_t>(expert)] = -1;
+    for (const ExpertIndex expert : experts_) position_of_[index(expert)] = -1;
 }
 
 void DeviceReader::begin() {
@@ -144,12 +144,12 @@ bool DeviceReader::next() {
     wave_.assign(ready_.begin(), end);
     ready_.erase(ready_.begin(), end);
 
-    const size_t index = ++maps_used_ % kMaps;
-    timeline_->synchronize(map_points_[index]);  // long passed, but for a step of many waves
-    auto* const map = reinterpret_cast<int32_t*>(maps_->data()) + index * position_of_.size();
+    const size_t turn = ++maps_used_ % kMaps;
+    timeline_->synchronize(map_points_[turn]);  // long passed, but for a step of many waves
+    auto* const map = reinterpret_cast<int32_t*>(maps_->data()) + turn * position_of_.size();
     std::fill_n(map, position_of_.size(), -1);
     for (const ReadyExpert& one : wave_) {
-        map[experts_[static_cast<size_t>(one.position)]] = one.slot;
+        map[number(experts_[static_cast<size_t>(one.position)])] = number(one.slot);
         fences.before_read(one.slot, timeline_->stream());
     }
     device_->copy_in(step_.map, reinterpret_cast<const std::byte*>(map),

@@ -1,5 +1,5 @@
 // Steps of one stream of a device: brings the router's choice to the host, has the experts brought
-// into rows, and tells the stream where they are. The only wait of the host is for the router's
+// into slots, and tells the stream where they are. The only wait of the host is for the router's
 // choice, and for files. Not thread-safe; one for each stream.
 #pragma once
 
@@ -15,7 +15,7 @@
 namespace moeinf {
 
 struct DeviceStep {
-    int32_t layer = 0;
+    LayerId layer{0};
     const std::byte* ids = nullptr;  // [tokens, top_k] on the device, in-layer; below 0: none
     bool ids_are_int64 = false;
     int64_t tokens = 0;
@@ -41,14 +41,14 @@ public:
     void begin();
 
     // False once every expert has been handed out. Else the map will hold, in the stream's order,
-    // the row of each expert of this wave and -1 for the others, and the stream waits for their
+    // the slot of each expert of this wave and -1 for the others, and the stream waits for their
     // bytes. Throws what StepLease::next throws.
     bool next();
 
     // Does the wave hold every expert of the step?
     [[nodiscard]] bool wave_is_whole() const noexcept { return wave_.size() == experts_.size(); }
 
-    // What reads the wave's rows has been enqueued: they may be reused behind it.
+    // What reads the wave's slots has been enqueued: they may be reused behind it.
     void done();
 
     void release() noexcept;
@@ -77,7 +77,8 @@ private:
     DeviceStep step_;
     std::optional<uint64_t> ids_point_;  // where the ids asked for will have come
     std::optional<StepLease> lease_;
-    std::vector<int32_t> experts_, counts_, position_of_;
+    std::vector<ExpertIndex> experts_;
+    std::vector<int32_t> counts_, position_of_;
     std::vector<ReadyExpert> ready_;  // handed out by the lease, not yet by us
     std::vector<ReadyExpert> wave_;
     bool more_ = false;

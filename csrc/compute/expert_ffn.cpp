@@ -122,7 +122,7 @@ void FfnPass::sort_routes(const Id* ids) {
         int32_t& at = position[static_cast<size_t>(id)];
         if (at < 0) {
             at = static_cast<int32_t>(experts_.size());
-            experts_.push_back(static_cast<int32_t>(id));
+            experts_.push_back(ExpertIndex(id));
             counts_.push_back(0);
         }
         ++counts_[static_cast<size_t>(at)];
@@ -165,7 +165,7 @@ void FfnPass::compute(std::span<const SlotOfExpert> ready) {
                     std::to_string(experts_.size()) + " experts");
         }
         if (computed_[p]) {
-            invalid("expert " + std::to_string(experts_[p]) + " was computed before");
+            invalid("expert " + std::to_string(number(experts_[p])) + " was computed before");
         }
         computed_[p] = true;
     }
@@ -261,7 +261,8 @@ void FfnPass::down(const SlotOfExpert& expert, int64_t first, int64_t count) con
 void FfnPass::finish(void* out, DType out_dtype) {
     for (size_t p = 0; p < computed_.size(); ++p) {
         if (!computed_[p]) {
-            invalid("finish() before expert " + std::to_string(experts_[p]) + " was computed");
+            invalid("finish() before expert " + std::to_string(number(experts_[p])) +
+                    " was computed");
         }
     }
     // One task sums about 64 KB, so that the call for a single token stays on its own thread.

@@ -17,6 +17,7 @@
 #include <span>
 #include <vector>
 
+#include "base/ids.h"
 #include "compute/cpu_engine.h"
 #include "compute/kernels.h"
 
@@ -60,7 +61,7 @@ public:
     FfnPass& operator=(const FfnPass&) = delete;
 
     // In-layer ids, distinct, in order of first appearance; and the routes to each.
-    [[nodiscard]] std::span<const int32_t> experts() const noexcept { return experts_; }
+    [[nodiscard]] std::span<const ExpertIndex> experts() const noexcept { return experts_; }
     [[nodiscard]] std::span<const int32_t> counts() const noexcept { return counts_; }
 
     // Computes every route of these experts; their slots are not read after it returns. Throws
@@ -91,7 +92,7 @@ private:
     const FfnInput input_;
     const DType act_dtype_;  // of the products' left operands
 
-    std::vector<int32_t> experts_;
+    std::vector<ExpertIndex> experts_;
     std::vector<int32_t> counts_;
     std::vector<bool> computed_;
     // Routes sorted by expert: `begin_[p]` is the row of the first route of position p; row_token_

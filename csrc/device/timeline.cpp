@@ -26,7 +26,7 @@ uint64_t Timeline::mark() {
 
 bool Timeline::reached_locked(uint64_t point) {
     if (point <= reached_) return true;
-    // The event may have been recorded anew since; where that is done, so is this.
+    // The event may stand for a newer point by now. If that is reached, this one is too.
     if (!device_->finished(event_of(point))) return false;
     reached_ = std::max(reached_, point);
     return true;
@@ -38,7 +38,7 @@ bool Timeline::reached(uint64_t point) {
 }
 
 void Timeline::hold_back(Stream other, uint64_t point) {
-    if (other == stream_) return;  // in order anyway
+    if (other == stream_) return;  // a stream keeps its own order
     const std::lock_guard lock(mutex_);
     if (!reached_locked(point)) device_->wait(other, event_of(point));
 }

@@ -1,7 +1,12 @@
-// A stream and the points on it that others wait for. Marking a point allocates nothing: events are
-// reused in a ring, and a point that the ring has passed stands for the mark that took its event.
-// Waiting for it then waits longer, never shorter. What a mark follows was enqueued before it, so
-// such waits cannot form a circle. Thread-safe.
+// A stream and points on it that other streams wait for. mark() allocates nothing, because only 64
+// events exist and are used in a ring:
+//
+//     point   1    2    3   ...   64   65   66
+//     event  [1]  [2]  [3]  ...  [0]  [1]  [2]     point 1 now shares the event of point 65
+//
+// An old point may be represented by the event of a newer one. Waiting for it is then correct but
+// may take longer. A deadlock is impossible, because all work before a mark was enqueued before the
+// mark. Thread-safe.
 #pragma once
 
 #include <array>
@@ -16,10 +21,10 @@ namespace moeinf {
 
 class Timeline {
 public:
-    // What a destructor waits for a device before it leaves memory in use to the process.
+    // How long a destructor waits for a device. After that the memory stays with the process.
     static constexpr std::chrono::seconds kShutdownTimeout{10};
 
-    // `own` streams are destroyed with the timeline.
+    // The timeline destroys its stream if `own` is true.
     Timeline(std::shared_ptr<Device> device, Stream stream, bool own);
     ~Timeline();
     Timeline(const Timeline&) = delete;
@@ -27,17 +32,17 @@ public:
 
     [[nodiscard]] Stream stream() const noexcept { return stream_; }
 
-    // The point behind everything enqueued so far; above 0, and growing.
+    // Marks the point behind all work that was enqueued so far. Points grow, from 1 on.
     uint64_t mark();
 
-    // Has the stream passed the point? 0 lies behind everybody.
+    // True if the stream has passed the point. Always true for 0.
     [[nodiscard]] bool reached(uint64_t point);
 
-    // `other` waits for the point, the host does not. Nothing is enqueued if it has been reached.
+    // Makes the stream `other` wait for the point. Enqueues nothing if it was reached already.
     void hold_back(Stream other, uint64_t point);
 
     void synchronize(uint64_t point);  // the host waits
-    // The host waits, but not for ever. False: not reached by then.
+    // The host waits for `patience` at most. False if the point was not reached.
     [[nodiscard]] bool reached_within(uint64_t point, std::chrono::milliseconds patience);
 
 private:

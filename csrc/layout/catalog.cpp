@@ -13,46 +13,46 @@ namespace {
     throw Error(ErrorCode::kInvalid, message);
 }
 
-std::string number(uint64_t value) {
+std::string text_of(uint64_t value) {
     return std::to_string(value);
 }
 
 // Which extent a message is about; spelled out only when there is a message.
 struct Place {
-    size_t flat;
-    size_t num_experts;
+    ModelShape shape;
+    ExpertId expert;
     size_t extent;
 
     std::string text() const {
-        return "layer " + number(flat / num_experts) + ", expert " + number(flat % num_experts) +
-               ", extent " + number(extent);
+        return "layer " + std::to_string(number(shape.layer_of(expert))) + ", expert " +
+               std::to_string(number(shape.index_of(expert))) + ", extent " + text_of(extent);
     }
 };
 
 void check_in_file(const Extent& extent, const std::vector<CatalogFile>& files,
                    const Place& place) {
     if (extent.file >= files.size()) {
-        invalid(place.text() + ": expected a file index below " + number(files.size()) +
-                ", found " + number(extent.file));
+        invalid(place.text() + ": expected a file index below " + text_of(files.size()) +
+                ", found " + text_of(extent.file));
     }
     const CatalogFile& file = files[extent.file];
     if (extent.nbytes == 0) {
-        invalid(place.text() + " at offset " + number(extent.file_offset) + " of " + file.path +
+        invalid(place.text() + " at offset " + text_of(extent.file_offset) + " of " + file.path +
                 ": expected at least 1 byte, found 0");
     }
     if (extent.file_offset > file.nbytes || extent.nbytes > file.nbytes - extent.file_offset) {
-        invalid(place.text() + ": " + number(extent.nbytes) + " bytes at offset " +
-                number(extent.file_offset) + " leave the file " + file.path + ", which has " +
-                number(file.nbytes) + " bytes");
+        invalid(place.text() + ": " + text_of(extent.nbytes) + " bytes at offset " +
+                text_of(extent.file_offset) + " leave the file " + file.path + ", which has " +
+                text_of(file.nbytes) + " bytes");
     }
 }
 
 void check_in_slot(const Extent& extent, uint64_t slot_bytes, const std::string& path,
                    const Place& place) {
     if (extent.slot_offset > slot_bytes || extent.nbytes > slot_bytes - extent.slot_offset) {
-        invalid(place.text() + " (" + path + " at offset " + number(extent.file_offset) + "): " +
-                number(extent.nbytes) + " bytes at slot offset " + number(extent.slot_offset) +
-                " leave the slot, which has " + number(slot_bytes) + " bytes");
+        invalid(place.text() + " (" + path + " at offset " + text_of(extent.file_offset) + "): " +
+                text_of(extent.nbytes) + " bytes at slot offset " + text_of(extent.slot_offset) +
+                " leave the slot, which has " + text_of(slot_bytes) + " bytes");
     }
 }
 
@@ -71,22 +71,22 @@ void check_overlap(std::span<const Extent> extents, const std::vector<CatalogFil
         if (end > after.slot_offset) {
             place.extent = order[i];
             invalid(place.text() + " (" + files[after.file].path + " at offset " +
-                    number(after.file_offset) + ") overlaps extent " + number(order[i - 1]) +
-                    " in the slot: expected a slot offset of at least " + number(end) + ", found " +
-                    number(after.slot_offset));
+                    text_of(after.file_offset) + ") overlaps extent " + text_of(order[i - 1]) +
+                    " in the slot: expected a slot offset of at least " + text_of(end) +
+                    ", found " + text_of(after.slot_offset));
         }
     }
 }
 
 }  // namespace
 
-Catalog::Catalog(int32_t num_layers, int32_t num_experts, uint64_t slot_bytes,
-                 std::vector<CatalogFile> files, std::vector<Extent> extents)
-    : num_layers_(num_layers),
-      num_experts_(num_experts),
+Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
+                 std::vector<Extent> extents)
+    : shape_(shape),
       slot_bytes_(slot_bytes),
       files_(std::move(files)),
       extents_(std::move(extents)) {
+    const auto [num_layers, num_experts] = shape;
     if (num_layers <= 0 || num_experts <= 0 ||
         num_experts > std::numeric_limits<int32_t>::max() / num_layers) {
         invalid(
@@ -96,16 +96,16 @@ Catalog::Catalog(int32_t num_layers, int32_t num_experts, uint64_t slot_bytes,
     }
     const size_t total = static_cast<size_t>(total_experts());
     if (extents_.empty() || extents_.size() % total != 0) {
-        invalid("expected the same number of extents, at least one, for each of " + number(total) +
-                " experts; found " + number(extents_.size()) + " extents");
+        invalid("expected the same number of extents, at least one, for each of " + text_of(total) +
+                " experts; found " + text_of(extents_.size()) + " extents");
     }
     extents_per_expert_ = extents_.size() / total;
 
     std::vector<size_t> order;
-    for (size_t flat = 0; flat < total; ++flat) {
-        const std::span<const Extent> own = this->extents(static_cast<int32_t>(flat));
+    for (const ExpertId expert : shape.experts()) {
+        const std::span<const Extent> own = this->extents(expert);
         uint64_t nbytes = 0;
-        Place place{flat, static_cast<size_t>(num_experts_), 0};
+        Place place{shape, expert, 0};
         for (size_t i = 0; i < own.size(); ++i) {
             place.extent = i;
             check_in_file(own[i], files_, place);
@@ -113,23 +113,22 @@ Catalog::Catalog(int32_t num_layers, int32_t num_experts, uint64_t slot_bytes,
             nbytes += own[i].nbytes;
         }
         check_overlap(own, files_, order, place);
-        if (flat == 0) expert_bytes_ = nbytes;
+        if (expert == ExpertId{0}) expert_bytes_ = nbytes;
         if (nbytes != expert_bytes_) {
             place.extent = 0;
             invalid(place.text() + " (" + files_[own[0].file].path + " at offset " +
-                    number(own[0].file_offset) + "): expected an expert of " +
-                    number(expert_bytes_) + " bytes like the first, found " + number(nbytes));
+                    text_of(own[0].file_offset) + "): expected an expert of " +
+                    text_of(expert_bytes_) + " bytes like the first, found " + text_of(nbytes));
         }
     }
 }
 
-std::span<const Extent> Catalog::extents(int32_t flat_expert) const {
-    if (flat_expert < 0 || flat_expert >= total_experts()) {
+std::span<const Extent> Catalog::extents(ExpertId expert) const {
+    if (!is_some(expert) || number(expert) >= total_experts()) {
         invalid("expected a flat expert id from 0 to " + std::to_string(total_experts() - 1) +
-                ", found " + std::to_string(flat_expert));
+                ", found " + std::to_string(number(expert)));
     }
-    return {extents_.data() + static_cast<size_t>(flat_expert) * extents_per_expert_,
-            extents_per_expert_};
+    return {extents_.data() + index(expert) * extents_per_expert_, extents_per_expert_};
 }
 
 }  // namespace moeinf

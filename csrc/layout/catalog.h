@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include "base/ids.h"
+
 namespace moeinf {
 
 // One range of a file and the place in a slot where it belongs.
@@ -28,22 +30,21 @@ public:
     // `extents` holds `extents_per_expert` entries for each flat expert id (layer * num_experts +
     // expert), in order. Throws Error(kInvalid) if an extent leaves its file or its slot, or if two
     // extents of one expert overlap in the slot.
-    Catalog(int32_t num_layers, int32_t num_experts, uint64_t slot_bytes,
-            std::vector<CatalogFile> files, std::vector<Extent> extents);
+    Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
+            std::vector<Extent> extents);
 
-    [[nodiscard]] int32_t num_layers() const noexcept { return num_layers_; }
-    [[nodiscard]] int32_t num_experts() const noexcept { return num_experts_; }  // per layer
-    [[nodiscard]] int32_t total_experts() const noexcept { return num_layers_ * num_experts_; }
+    [[nodiscard]] ModelShape shape() const noexcept { return shape_; }
+    [[nodiscard]] int32_t num_layers() const noexcept { return shape_.num_layers; }
+    [[nodiscard]] int32_t num_experts() const noexcept { return shape_.num_experts; }  // per layer
+    [[nodiscard]] int32_t total_experts() const noexcept { return shape_.total(); }
     [[nodiscard]] uint64_t slot_bytes() const noexcept { return slot_bytes_; }
     [[nodiscard]] const std::vector<CatalogFile>& files() const noexcept { return files_; }
-    [[nodiscard]] std::span<const Extent> extents(int32_t flat_expert) const;
-    [[nodiscard]] uint64_t expert_bytes() const noexcept {
-        return expert_bytes_;
-    }  // sum of extents
+    [[nodiscard]] std::span<const Extent> extents(ExpertId expert) const;
+    // The sum of the extents of any one expert.
+    [[nodiscard]] uint64_t expert_bytes() const noexcept { return expert_bytes_; }
 
 private:
-    int32_t num_layers_;
-    int32_t num_experts_;
+    ModelShape shape_;
     uint64_t slot_bytes_;
     uint64_t expert_bytes_ = 0;
     size_t extents_per_expert_ = 0;

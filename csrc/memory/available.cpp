@@ -24,7 +24,7 @@ std::optional<uint64_t> field(const std::string& path, const std::string& key) {
     return std::nullopt;
 }
 
-// A file that holds one number; none where it is missing or says "max".
+// The number in a file; none if the file is missing or says "max".
 std::optional<uint64_t> whole(const std::string& path) {
     std::ifstream file(path);
     uint64_t value = 0;
@@ -36,14 +36,14 @@ uint64_t available_in_group(const std::string& folder) {
     const auto limit = whole(folder + "/memory.max");
     const auto used = whole(folder + "/memory.current");
     if (!limit || !used) return kUnknown;
-    // Cached pages of files count as used but are given up under pressure.
+    // The group counts cached pages of files as used. The kernel drops them when memory is short.
     const uint64_t cache = field(folder + "/memory.stat", "inactive_file").value_or(0) +
                            field(folder + "/memory.stat", "active_file").value_or(0);
     const uint64_t held = *used > cache ? *used - cache : 0;
     return *limit > held ? *limit - held : 0;
 }
 
-// The least that any group from ours up to the root allows.
+// The smallest limit of all groups from this process's group up to the root.
 uint64_t available_in_groups() {
     std::ifstream membership("/proc/self/cgroup");
     std::string line;

@@ -1,13 +1,13 @@
-// How much RAM this process could still take. Arenas ask before they grow, so that a budget that
-// cannot be met is an error at once and not a killed process later. Never reserves anything.
+// How much RAM this process can still take. Arenas ask before they grow, so a budget that is too
+// large is an error at once; else the system would kill the process later. Reserves nothing.
 #pragma once
 
 #include <cstdint>
 
 namespace moeinf {
 
-// Bytes: what the kernel says is available plus free swap, or less where a control group (a
-// container) sets a lower limit. UINT64_MAX where the system does not tell.
+// Bytes that the kernel calls available, plus free swap. Less if a control group (a container) has
+// a lower limit. UINT64_MAX if the system does not say.
 [[nodiscard]] uint64_t available_memory();
 
 }  // namespace moeinf

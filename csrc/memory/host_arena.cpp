@@ -1,4 +1,5 @@
-// RAM behind an arena: a range of addresses is reserved once, its prefix made accessible as asked.
+// An arena of RAM: a range of addresses is reserved once, and commit() makes its first part
+// accessible.
 #include <sys/mman.h>
 
 #include <cerrno>
@@ -32,14 +33,14 @@ public:
                 "expected an arena of at least 1 byte and within the address space, found " +
                     std::to_string(nbytes) + " bytes");
         }
-        // One huge page more than asked for, so that the arena can begin at one.
+        // One huge page more, so the arena can begin at a huge page.
         mapped_bytes_ = round_up(nbytes, kHugePage) + kHugePage;
         mapped_ = mmap(nullptr, mapped_bytes_, PROT_NONE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (mapped_ == MAP_FAILED) out_of_memory("reserve an address range of", nbytes);
         data_ =
             reinterpret_cast<std::byte*>(round_up(reinterpret_cast<uintptr_t>(mapped_), kHugePage));
-        // Refused where the kernel has no huge pages; small ones do the same work.
+        // The kernel may have no huge pages. Small pages do the same work.
         (void)madvise(data_, round_up(nbytes, kHugePage), MADV_HUGEPAGE);
     }
 
@@ -76,7 +77,7 @@ private:
     }
 
     void shrink(size_t to, size_t from) {
-        // The pages go back first: even where protecting fails, nothing is held.
+        // Releases the pages first, so no memory stays in use if mprotect fails.
         if (madvise(data_ + to, from - to, MADV_DONTNEED) != 0 ||
             mprotect(data_ + to, from - to, PROT_NONE) != 0) {
             out_of_memory("give back", from - to);

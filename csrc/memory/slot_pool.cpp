@@ -29,8 +29,8 @@ SlotPool::SlotPool(std::unique_ptr<Arena> arena, uint64_t slot_bytes, int32_t ca
     resize(slots);
 }
 
-std::byte* SlotPool::slot(int32_t index) const noexcept {
-    return arena_->data() + static_cast<uint64_t>(index) * slot_bytes_;
+std::byte* SlotPool::slot(SlotId slot) const noexcept {
+    return arena_->data() + index(slot) * slot_bytes_;
 }
 
 void SlotPool::resize(int32_t slots) {

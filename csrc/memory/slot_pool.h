@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "base/ids.h"
 #include "memory/arena.h"
 
 namespace moeinf {
@@ -15,7 +16,7 @@ public:
     // `slot_bytes` must be a multiple of 4096.
     SlotPool(std::unique_ptr<Arena> arena, uint64_t slot_bytes, int32_t capacity, int32_t slots);
 
-    [[nodiscard]] std::byte* slot(int32_t index) const noexcept;
+    [[nodiscard]] std::byte* slot(SlotId slot) const noexcept;
     [[nodiscard]] std::byte* data() const noexcept { return arena_->data(); }
     [[nodiscard]] uint64_t slot_bytes() const noexcept { return slot_bytes_; }
     [[nodiscard]] int32_t slots() const noexcept { return slots_; }

@@ -9,38 +9,38 @@
 namespace moeinf {
 namespace {
 
-size_t at(int32_t index) {
-    return static_cast<size_t>(index);
+size_t extent(int32_t count) {
+    return static_cast<size_t>(count);
 }
 
 }  // namespace
 
-EamCollection::EamCollection(PolicyShape shape, int32_t capacity)
+EamCollection::EamCollection(ModelShape shape, int32_t capacity)
     : shape_(shape), capacity_(capacity) {
     if (capacity < 1) {
         throw Error(ErrorCode::kInvalid,
                     "a collection needs room for 1 matrix, not " + std::to_string(capacity));
     }
-    entries_.resize(at(shape.total()) * at(capacity));
-    columns_.resize(at(shape.total()) * at(capacity));
-    squares_.resize(at(shape.num_layers) * at(capacity));
+    entries_.resize(extent(shape.total()) * extent(capacity));
+    columns_.resize(entries_.size());
+    squares_.resize(extent(shape.num_layers) * extent(capacity));
 }
 
-std::span<const float> EamCollection::column(int32_t expert) const noexcept {
-    return {columns_.data() + at(expert) * at(capacity_), at(size_)};
+std::span<const float> EamCollection::column(ExpertId expert) const noexcept {
+    return {columns_.data() + index(expert) * extent(capacity_), extent(size_)};
 }
 
-std::span<const float> EamCollection::squares_through(int32_t layer) const noexcept {
-    return {squares_.data() + at(layer) * at(capacity_), at(size_)};
+std::span<const float> EamCollection::squares_through(LayerId layer) const noexcept {
+    return {squares_.data() + index(layer) * extent(capacity_), extent(size_)};
 }
 
 std::span<const float> EamCollection::entry(int32_t index) const noexcept {
-    const size_t size = at(shape_.total());
-    return {entries_.data() + at(index) * size, size};
+    const size_t width = extent(shape_.total());
+    return {entries_.data() + extent(index) * width, width};
 }
 
 void EamCollection::add(std::span<const float> matrix) {
-    if (matrix.size() != at(shape_.total())) {
+    if (matrix.size() != extent(shape_.total())) {
         throw Error(ErrorCode::kInvalid, "activation matrix: expected " +
                                              std::to_string(shape_.total()) + " values, found " +
                                              std::to_string(matrix.size()));
@@ -55,7 +55,7 @@ void EamCollection::add(std::span<const float> matrix) {
     }
     if (!any) throw Error(ErrorCode::kInvalid, "activation matrix: expected a use, found none");
 
-    int32_t index = size_;
+    int32_t target = size_;
     if (size_ == capacity_) {
         double best = -1.0;
         for (int32_t i = 0; i < size_; ++i) {
@@ -68,31 +68,30 @@ void EamCollection::add(std::span<const float> matrix) {
             const double similarity = product / std::sqrt(square);
             if (similarity > best) {
                 best = similarity;
-                index = i;
+                target = i;
             }
         }
     } else {
         ++size_;
     }
-    std::copy(matrix.begin(), matrix.end(),
-              entries_.begin() + static_cast<std::ptrdiff_t>(at(index) * at(shape_.total())));
+    std::copy(
+        matrix.begin(), matrix.end(),
+        entries_.begin() + static_cast<std::ptrdiff_t>(extent(target) * extent(shape_.total())));
     float squares = 0.0f;
-    for (int32_t layer = 0; layer < shape_.num_layers; ++layer) {
-        for (int32_t e = layer * shape_.num_experts; e < (layer + 1) * shape_.num_experts; ++e) {
-            const float value = matrix[at(e)];
-            columns_[at(e) * at(capacity_) + at(index)] = value;
+    for (const LayerId layer : shape_.layers()) {
+        for (const ExpertId expert : shape_.experts_of(layer)) {
+            const float value = matrix[index(expert)];
+            columns_[index(expert) * extent(capacity_) + extent(target)] = value;
             squares += value * value;
         }
-        squares_[at(layer) * at(capacity_) + at(index)] = squares;
+        squares_[index(layer) * extent(capacity_) + extent(target)] = squares;
     }
 }
 
-void check_shape(const Eamc& eamc, PolicyShape expected, std::string_view owner) {
+void check_shape(const Eamc& eamc, ModelShape expected, std::string_view owner) {
     for (const EamCollection* one : {&eamc.prefill, &eamc.decode}) {
-        const PolicyShape found = one->shape();
-        if (found.num_layers == expected.num_layers && found.num_experts == expected.num_experts) {
-            continue;
-        }
+        const ModelShape found = one->shape();
+        if (found == expected) continue;
         throw Error(ErrorCode::kInvalid,
                     "collection: expected " + std::to_string(expected.num_layers) + " layers of " +
                         std::to_string(expected.num_experts) + " experts as in " +
@@ -104,11 +103,11 @@ void check_shape(const Eamc& eamc, PolicyShape expected, std::string_view owner)
 EamMatch::EamMatch(const EamCollection& collection) : collection_(collection) {}
 
 void EamMatch::restart() {
-    layer_ = -1;
-    products_.assign(at(collection_.size()), 0.0f);
+    layer_ = LayerId::kNone;
+    products_.assign(extent(collection_.size()), 0.0f);
 }
 
-void EamMatch::add_row(int32_t layer, std::span<const int32_t> experts,
+void EamMatch::add_row(LayerId layer, std::span<const ExpertId> experts,
                        std::span<const int32_t> counts) {
     layer_ = layer;
     for (size_t i = 0; i < experts.size(); ++i) {
@@ -122,7 +121,7 @@ void EamMatch::add_row(int32_t layer, std::span<const int32_t> experts,
 
 void EamMatch::nearest(int32_t count, std::vector<int32_t>& out) {
     out.clear();
-    if (layer_ < 0 || products_.empty()) return;
+    if (!is_some(layer_) || products_.empty()) return;
     similarities_.resize(products_.size());
     const float* squares = collection_.squares_through(layer_).data();
     // The square of the cosine, but for the matrix's own norm, which all entries share.
@@ -139,8 +138,8 @@ void EamMatch::nearest(int32_t count, std::vector<int32_t>& out) {
     }
 }
 
-void normalise_rows(PolicyShape shape, std::span<float> matrix) {
-    const size_t width = at(shape.num_experts);
+void normalise_rows(ModelShape shape, std::span<float> matrix) {
+    const size_t width = extent(shape.num_experts);
     for (size_t first = 0; first < matrix.size(); first += width) {
         const auto row = matrix.subspan(first, width);
         float sum = 0.0f;
@@ -158,26 +157,6 @@ void predict_activations(const EamCollection& collection, std::span<const int32_
         for (size_t e = 0; e < values.size(); ++e) out[e] += values[e];
     }
     normalise_rows(collection.shape(), out);
-}
-
-std::vector<std::pair<float, int32_t>> prefetch_order(std::span<const float> predicted,
-                                                      PolicyShape shape, int32_t layer,
-                                                      size_t limit) {
-    std::vector<std::pair<float, int32_t>> order;
-    for (int32_t i = layer + 1; i < shape.num_layers; ++i) {
-        const float nearness =
-            1.0f - static_cast<float>(i - layer) / static_cast<float>(shape.num_layers);
-        for (int32_t e = i * shape.num_experts; e < (i + 1) * shape.num_experts; ++e) {
-            if (predicted[at(e)] > 0.0f) order.emplace_back(predicted[at(e)] * nearness, e);
-        }
-    }
-    const size_t kept = std::min(limit, order.size());
-    std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(kept), order.end(),
-                      [](const auto& a, const auto& b) {
-                          return a.first > b.first || (a.first == b.first && a.second < b.second);
-                      });
-    order.resize(kept);
-    return order;
 }
 
 }  // namespace moeinf

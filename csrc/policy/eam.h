@@ -18,23 +18,23 @@ namespace moeinf {
 class EamCollection {
 public:
     // Throws Error(kInvalid) unless capacity >= 1.
-    EamCollection(PolicyShape shape, int32_t capacity);
+    EamCollection(ModelShape shape, int32_t capacity);
 
     // `matrix` is row-major and holds counts. Throws Error(kInvalid) if its size is wrong, a value
     // is negative or not finite, or all are zero.
     void add(std::span<const float> matrix);
 
-    [[nodiscard]] PolicyShape shape() const noexcept { return shape_; }
+    [[nodiscard]] ModelShape shape() const noexcept { return shape_; }
     [[nodiscard]] int32_t size() const noexcept { return size_; }
     [[nodiscard]] int32_t capacity() const noexcept { return capacity_; }
     [[nodiscard]] std::span<const float> entry(int32_t index) const noexcept;
 
     // Values of one expert in all entries, and the squares of all entries' rows [0, layer] summed.
-    [[nodiscard]] std::span<const float> column(int32_t expert) const noexcept;
-    [[nodiscard]] std::span<const float> squares_through(int32_t layer) const noexcept;
+    [[nodiscard]] std::span<const float> column(ExpertId expert) const noexcept;
+    [[nodiscard]] std::span<const float> squares_through(LayerId layer) const noexcept;
 
 private:
-    PolicyShape shape_;
+    ModelShape shape_;
     int32_t capacity_;
     int32_t size_ = 0;
     std::vector<float> entries_;  // [capacity, experts of all layers]: a prediction reads by entry
@@ -48,7 +48,7 @@ struct Eamc {
 
     // Empty, with room for as many entries as the paper found to be of use.
     static constexpr int32_t kPaperCapacity = 120;
-    explicit Eamc(PolicyShape shape)
+    explicit Eamc(ModelShape shape)
         : prefill(shape, kPaperCapacity), decode(shape, kPaperCapacity) {}
     Eamc(EamCollection of_prefill, EamCollection of_decode)
         : prefill(std::move(of_prefill)), decode(std::move(of_decode)) {}
@@ -56,7 +56,7 @@ struct Eamc {
 
 // Throws Error(kInvalid), naming both, unless both collections are of this shape. `owner` is what
 // has the shape.
-void check_shape(const Eamc& eamc, PolicyShape expected, std::string_view owner);
+void check_shape(const Eamc& eamc, ModelShape expected, std::string_view owner);
 
 // Matches a matrix that grows by one row at a time against a collection. The scalar products are
 // kept up to date, so that a row of k experts costs k additions per entry.
@@ -68,7 +68,7 @@ public:
     void restart();
 
     // Adds the row of `layer` (flat ids and their counts); rows come in rising order.
-    void add_row(int32_t layer, std::span<const int32_t> experts, std::span<const int32_t> counts);
+    void add_row(LayerId layer, std::span<const ExpertId> experts, std::span<const int32_t> counts);
 
     // The `count` nearest entries by cosine distance over the rows so far, nearest first, ties by
     // index. An entry that is zero there is never near.
@@ -76,21 +76,15 @@ public:
 
 private:
     const EamCollection& collection_;
-    int32_t layer_ = -1;
+    LayerId layer_ = LayerId::kNone;
     std::vector<float> products_, similarities_;  // by entry
 };
 
 // Scales every row to sum 1; a row of zeros becomes uniform.
-void normalise_rows(PolicyShape shape, std::span<float> matrix);
+void normalise_rows(ModelShape shape, std::span<float> matrix);
 
 // Sum of the matched entries with normalised rows: what the requests most like this one used.
 void predict_activations(const EamCollection& collection, std::span<const int32_t> matched,
                          std::span<float> out);
-
-// Experts of the layers after `layer`, most urgent first: predicted share times
-// (1 - (i - layer) / L) for row i (section 5.1). At most `limit`; none that is predicted unused.
-std::vector<std::pair<float, int32_t>> prefetch_order(std::span<const float> predicted,
-                                                      PolicyShape shape, int32_t layer,
-                                                      size_t limit);
 
 }  // namespace moeinf

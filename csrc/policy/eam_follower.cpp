@@ -24,7 +24,7 @@ void EamFollower::observe(const Step& step) {
     if (step.new_sequence || step.layer <= layer_) phase.match.restart();
     layer_ = step.layer;
     for (size_t i = 0; i < step.experts.size(); ++i) {
-        phase.request[static_cast<size_t>(step.experts[i])] +=
+        phase.request[index(step.experts[i])] +=
             step.counts.empty() ? 1.0f : static_cast<float>(step.counts[i]);
     }
     phase.active = phase.active || !step.experts.empty();
@@ -46,12 +46,12 @@ Eamc EamFollower::collections() const {
     return all;
 }
 
-bool EamFollower::predict(int32_t layer, std::span<float> shares) const {
-    if (layer_ < 0) return false;
+bool EamFollower::predict(LayerId layer, std::span<float> shares) const {
+    if (!is_some(layer_)) return false;
     const Phase& phase = current();
-    const PolicyShape shape = phase.collection.shape();
+    const ModelShape shape = phase.collection.shape();
     const auto width = static_cast<size_t>(shape.num_experts);
-    const size_t first = static_cast<size_t>(layer) * width;
+    const size_t first = shape.begin_of(layer);
     std::fill(shares.begin(), shares.end(), 0.0f);
     const auto add = [&](std::span<const float> matrix) {
         for (size_t e = 0; e < width; ++e) shares[e] += matrix[first + e];

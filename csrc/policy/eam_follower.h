@@ -41,14 +41,14 @@ public:
     [[nodiscard]] Eamc collections() const;
 
     // Each expert's share of what `layer` is predicted to use. False before the first step.
-    bool predict(int32_t layer, std::span<float> shares) const;
+    bool predict(LayerId layer, std::span<float> shares) const;
 
 private:
     static void finish_request(Phase& phase);
 
     Phase phases_[2];  // prefill, decode
     size_t phase_ = 1;
-    int32_t layer_ = -1;  // of the latest step
+    LayerId layer_ = LayerId::kNone;  // of the latest step
 };
 
 }  // namespace moeinf

@@ -8,14 +8,14 @@ namespace {
 
 struct Row {
     std::string_view name;
-    std::unique_ptr<Policy> (*make)(PolicyShape);
+    std::unique_ptr<Policy> (*make)(ModelShape);
 };
 
 constexpr Row kPolicies[] = {
     // clang-format off
     {"lru", make_lru},
     {"lfu", make_lfu},
-    {"lrfu", make_lrfu},
+    {"decayed_lfu", make_decayed_lfu},
     {"classlru", make_classlru},
     {"eam", make_eam},
     {"learned", make_learned},
@@ -30,7 +30,7 @@ std::vector<std::string> policy_names() {
     return names;
 }
 
-std::unique_ptr<Policy> make_policy(std::string_view name, PolicyShape shape, const Eamc* eamc) {
+std::unique_ptr<Policy> make_policy(std::string_view name, ModelShape shape, const Eamc* eamc) {
     if (shape.num_layers < 1 || shape.num_experts < 1) {
         throw Error(ErrorCode::kInvalid, "a policy needs at least one layer and one expert, not " +
                                              std::to_string(shape.num_layers) + " layers of " +

@@ -10,6 +10,8 @@
 #include <string_view>
 #include <vector>
 
+#include "base/ids.h"
+
 namespace moeinf {
 
 struct Eamc;        // in eam.h
@@ -17,20 +19,17 @@ class EamFollower;  // in eam_follower.h
 
 // One (forward pass, layer): the distinct experts it routes to.
 struct Step {
-    int64_t index = 0;                 // steps seen so far
-    int32_t layer = 0;                 // MoE layer, 0-based
-    std::span<const int32_t> experts;  // distinct flat ids, in order of first appearance
-    std::span<const int32_t> counts;   // tokens routed to each of them
-    std::span<const float> router;     // mean router probability of all experts; empty if unknown
+    int64_t index = 0;  // steps seen so far
+    LayerId layer{0};
+    std::span<const ExpertId> experts;  // distinct, in order of first appearance
+    std::span<const int32_t> counts;    // tokens routed to each of them
+    std::span<const float> router;      // mean router probability of all experts; empty if unknown
     bool prefill = false;
     bool new_sequence = false;  // the first step of a request
 };
 
-struct PolicyShape {
-    int32_t num_layers;
-    int32_t num_experts;  // per layer
-    int32_t total() const noexcept { return num_layers * num_experts; }
-};
+// How many leases and reads hold each expert where it is.
+using Pins = PerExpert<uint32_t>;
 
 class Policy {
 public:
@@ -41,18 +40,18 @@ public:
     virtual void observe(const Step& step) = 0;
 
     // Writes up to `victims.size()` residents to evict, best first, and returns how many it found.
-    // `residents` are flat ids in slot order (-1: a free slot); an expert with pinned[expert] != 0
+    // `residents` come in the order of frames (kNone: a free one); an expert with pins[expert] != 0
     // may not be named. Deterministic: ties go to the lower flat id.
-    virtual size_t choose_victims(std::span<const int32_t> residents,
-                                  std::span<const uint32_t> pinned, std::span<int32_t> victims) = 0;
+    virtual size_t choose_victims(std::span<const ExpertId> residents, const Pins& pins,
+                                  std::span<ExpertId> victims) = 0;
 
-    // How many slots there are, before the first step and whenever that changes.
-    virtual void resized(int32_t /*slots*/) {}
+    // How many frames there are, before the first step and at each change.
+    virtual void resized(int32_t /*frames*/) {}
 
-    // Kept in step with residency: an expert got a slot (after observe() if a step needed it, alone
-    // if a prefetch brought it), or lost it for whatever reason.
-    virtual void inserted(int32_t /*expert*/) {}
-    virtual void evicted(int32_t /*expert*/) {}
+    // Kept in step with residency: an expert got a frame (after observe() if a step needed it,
+    // alone if a prefetch brought it), or lost it for any reason.
+    virtual void inserted(ExpertId /*expert*/) {}
+    virtual void evicted(ExpertId /*expert*/) {}
 
     // Host-side priors per flat expert in [0, 1], written at most once per token; most ignore them.
     virtual void set_priors(std::span<const float> /*priors*/) {}
@@ -66,7 +65,7 @@ std::vector<std::string> policy_names();
 
 // `eamc` is what the policies with a collection start from, of this shape; null: from nothing.
 // Throws Error(kInvalid), naming what exists, for an unknown name.
-std::unique_ptr<Policy> make_policy(std::string_view name, PolicyShape shape,
+std::unique_ptr<Policy> make_policy(std::string_view name, ModelShape shape,
                                     const Eamc* eamc = nullptr);
 
 }  // namespace moeinf

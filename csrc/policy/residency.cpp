@@ -7,162 +7,153 @@
 #include "base/error.h"
 
 namespace moeinf {
-namespace {
 
-constexpr size_t at(int32_t index) {
-    return static_cast<size_t>(index);
-}
-
-}  // namespace
-
-Residency::Residency(PolicyShape shape, int32_t slots, std::unique_ptr<Policy> policy)
-    : shape_(shape),
-      policy_(std::move(policy)),
-      slots_(0),
-      slot_of_(at(shape.total()), -1),
-      pins_(at(shape.total()), 0) {
+Residency::Residency(ModelShape shape, int32_t frames, std::unique_ptr<Policy> policy)
+    : policy_(std::move(policy)), frame_of_(shape.total(), FrameId::kNone), pins_(shape.total()) {
     if (policy_ == nullptr) throw Error(ErrorCode::kInvalid, "residency needs a policy");
-    resize(slots);
+    resize(frames);
 }
 
-void Residency::plan(const Step& step, Plan& out) {
+void Residency::plan(const Step& step, StepPlan& out) {
     policy_->observe(step);
     insert(step.experts, out);
 }
 
-void Residency::insert(std::span<const int32_t> experts, Plan& out) {
+void Residency::insert(std::span<const ExpertId> experts, StepPlan& out) {
     out.hits.clear();
     out.placements.clear();
     out.surplus.clear();
     missing_.clear();
-    for (const int32_t expert : experts) {
-        (slot_of(expert) >= 0 ? out.hits : missing_).push_back(expert);
+    for (const ExpertId expert : experts) {
+        (resident(expert) ? out.hits : missing_).push_back(expert);
     }
     if (missing_.empty()) return;
 
-    const size_t from_free = std::min(missing_.size(), free_slots_.size());
+    const size_t from_free = std::min(missing_.size(), free_frames_.size());
     size_t found = 0;
     if (from_free < missing_.size()) {
-        for (const int32_t expert : out.hits) pin(expert);
+        for (const ExpertId expert : out.hits) pin(expert);
         victims_.resize(missing_.size() - from_free);
-        found = policy_->choose_victims(residents_, pins_, victims_);
-        for (const int32_t expert : out.hits) unpin(expert);
+        found = policy_->choose_victims(residents(), pins_, victims_);
+        for (const ExpertId expert : out.hits) unpin(expert);
     }
 
     const size_t placed = from_free + found;
     out.placements.resize(placed);
     for (size_t i = 0; i < placed; ++i) {
-        int32_t slot;
-        int32_t evicted = -1;
         if (i < from_free) {
-            slot = free_slots_.back();
-            free_slots_.pop_back();
+            enter(missing_[i], take_free_frame(), ExpertId::kNone, out.placements[i]);
         } else {
-            evicted = victims_[i - from_free];
-            slot = slot_of(evicted);
+            const ExpertId victim = victims_[i - from_free];
+            enter(missing_[i], frame_of(victim), victim, out.placements[i]);
         }
-        enter(missing_[i], slot, evicted, out.placements[i]);
     }
     out.surplus.assign(missing_.begin() + static_cast<std::ptrdiff_t>(placed), missing_.end());
 }
 
-bool Residency::place(int32_t expert, Placement& out) {
-    if (!free_slots_.empty()) {
-        const int32_t slot = free_slots_.back();
-        free_slots_.pop_back();
-        enter(expert, slot, -1, out);
+bool Residency::place(ExpertId expert, Placement& out) {
+    if (has_free_frame()) {
+        enter(expert, take_free_frame(), ExpertId::kNone, out);
         return true;
     }
-    int32_t victim = -1;
-    if (policy_->choose_victims(residents_, pins_, {&victim, 1}) == 0) return false;
-    enter(expert, slot_of(victim), victim, out);
+    ExpertId victim = ExpertId::kNone;
+    if (policy_->choose_victims(residents(), pins_, {&victim, 1}) == 0) return false;
+    enter(expert, frame_of(victim), victim, out);
     return true;
 }
 
-void Residency::enter(int32_t expert, int32_t slot, int32_t evicted, Placement& out) {
-    if (evicted >= 0) {
-        // A wrong victim would mean wrong weights later, so it is worth a branch.
-        if (slot < 0 || pinned(evicted)) {
-            throw Error(ErrorCode::kInvalid, "policy '" + std::string(policy_->name()) +
-                                                 "' named expert " + std::to_string(evicted) +
-                                                 " as a victim, which is absent or pinned");
-        }
-        slot_of_[at(evicted)] = -1;
-        policy_->evicted(evicted);
-    }
-    slot_of_[at(expert)] = slot;
-    residents_[at(slot)] = expert;
-    policy_->inserted(expert);
-    out = {expert, slot, evicted};
+FrameId Residency::take_free_frame() noexcept {
+    const FrameId frame = free_frames_.back();
+    free_frames_.pop_back();
+    return frame;
 }
 
-void Residency::remove(int32_t expert) {
-    const int32_t slot = slot_of(expert);
-    slot_of_[at(expert)] = -1;
-    residents_[at(slot)] = -1;
+void Residency::enter(ExpertId expert, FrameId frame, ExpertId evicted, Placement& out) {
+    if (is_some(evicted)) {
+        // A wrong victim would mean wrong weights later, so it is worth a branch.
+        if (!is_some(frame) || pinned(evicted)) {
+            throw Error(ErrorCode::kInvalid, "policy '" + std::string(policy_->name()) +
+                                                 "' named expert " +
+                                                 std::to_string(number(evicted)) +
+                                                 " as a victim, which is absent or pinned");
+        }
+        frame_of_[evicted] = FrameId::kNone;
+        policy_->evicted(evicted);
+    }
+    frame_of_[expert] = frame;
+    residents_[frame] = expert;
+    policy_->inserted(expert);
+    out = {expert, frame, evicted};
+}
+
+void Residency::remove(ExpertId expert) {
+    const FrameId frame = frame_of(expert);
+    frame_of_[expert] = FrameId::kNone;
+    residents_[frame] = ExpertId::kNone;
     policy_->evicted(expert);
-    if (slot < slots_) {
-        free_slots_.push_back(slot);
+    if (is_open(frame)) {
+        free_frames_.push_back(frame);
     } else {
-        --occupied_closed_slots_;
-        drop_unused_closed_slots();
+        --occupied_closed_frames_;
+        drop_unused_closed_frames();
     }
 }
 
 int32_t Residency::room() const noexcept {
-    size_t room = free_slots_.size();
-    for (size_t slot = 0; slot < at(slots_); ++slot) {
-        if (residents_[slot] >= 0 && !pinned(residents_[slot])) ++room;
+    auto room = static_cast<int32_t>(free_frames_.size());
+    for (const FrameId frame : all_ids<FrameId>(frames_)) {
+        if (is_some(residents_[frame]) && !pinned(residents_[frame])) ++room;
     }
-    return static_cast<int32_t>(room);
+    return room;
 }
 
-void Residency::resize(int32_t slots) {
-    if (slots < 1) {
+void Residency::resize(int32_t frames) {
+    if (frames < 1) {
         throw Error(ErrorCode::kInvalid,
-                    "a cache needs at least 1 slot, not " + std::to_string(slots));
+                    "a cache needs at least 1 slot, not " + std::to_string(frames));
     }
-    const int32_t before = slots_;
-    slots_ = slots;
-    policy_->resized(slots);
-    if (slots > before) {
-        residents_.resize(std::max(residents_.size(), at(slots)), -1);
-        std::vector<int32_t> opened;
-        for (int32_t slot = slots - 1; slot >= before; --slot) {
-            if (residents_[at(slot)] < 0) {
-                opened.push_back(slot);
+    const int32_t before = std::exchange(frames_, frames);
+    policy_->resized(frames);
+    if (frames > before) {
+        const auto known = static_cast<int32_t>(residents_.size());
+        residents_.resize(std::max(known, frames), ExpertId::kNone);
+        std::vector<FrameId> opened;
+        for (const FrameId frame : IdRange<FrameId>(before, frames)) {
+            if (is_some(residents_[frame])) {
+                --occupied_closed_frames_;
             } else {
-                --occupied_closed_slots_;
+                opened.push_back(frame);
             }
         }
-        // Low slots are used first, so that a cache touches no more memory than it needs.
-        free_slots_.insert(free_slots_.begin(), opened.begin(), opened.end());
+        // Low frames are used first, so that a cache touches no more memory than it needs.
+        free_frames_.insert(free_frames_.begin(), opened.rbegin(), opened.rend());
     } else {
-        std::erase_if(free_slots_, [slots](int32_t slot) { return slot >= slots; });
-        for (int32_t slot = slots; slot < before; ++slot) {
-            if (residents_[at(slot)] >= 0) ++occupied_closed_slots_;
+        std::erase_if(free_frames_, [this](FrameId frame) { return !is_open(frame); });
+        for (const FrameId frame : IdRange<FrameId>(frames, before)) {
+            if (is_some(residents_[frame])) ++occupied_closed_frames_;
         }
-        // The last to leave takes the closed slots off the end.
-        for (size_t slot = at(slots); slot < residents_.size(); ++slot) {
-            const int32_t expert = residents_[slot];
-            if (expert >= 0 && !pinned(expert)) remove(expert);
+        // The last to leave takes the closed frames off the end.
+        for (FrameId frame{frames}; index(frame) < residents_.size();
+             frame = FrameId{number(frame) + 1}) {
+            const ExpertId expert = residents_[frame];
+            if (is_some(expert) && !pinned(expert)) remove(expert);
         }
     }
-    drop_unused_closed_slots();
+    drop_unused_closed_frames();
 }
 
-void Residency::exchange(int32_t slot, int32_t other) {
-    std::swap(residents_[at(slot)], residents_[at(other)]);
-    for (const int32_t one : {slot, other}) {
-        if (residents_[at(one)] >= 0) slot_of_[at(residents_[at(one)])] = one;
+void Residency::exchange(FrameId frame, FrameId other) {
+    std::swap(residents_[frame], residents_[other]);
+    for (const FrameId one : {frame, other}) {
+        if (is_some(residents_[one])) frame_of_[residents_[one]] = one;
     }
-    for (int32_t& free : free_slots_) {
-        if (free == slot || free == other) free = slot + other - free;
+    for (FrameId& free : free_frames_) {
+        if (free == frame || free == other) free = free == frame ? other : frame;
     }
 }
 
-void Residency::drop_unused_closed_slots() {
-    if (occupied_closed_slots_ == 0) residents_.resize(at(slots_));
+void Residency::drop_unused_closed_frames() {
+    if (occupied_closed_frames_ == 0) residents_.resize(frames_, ExpertId::kNone);
 }
 
 }  // namespace moeinf

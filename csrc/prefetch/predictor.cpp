@@ -8,7 +8,7 @@ namespace {
 
 struct Row {
     std::string_view name;
-    std::unique_ptr<Predictor> (*make)(PolicyShape);
+    std::unique_ptr<Predictor> (*make)(ModelShape);
 };
 
 constexpr Row kPredictors[] = {
@@ -25,7 +25,7 @@ std::vector<std::string> predictor_names() {
     return names;
 }
 
-std::unique_ptr<Predictor> make_predictor(std::string_view name, PolicyShape shape,
+std::unique_ptr<Predictor> make_predictor(std::string_view name, ModelShape shape,
                                           const Eamc* eamc) {
     if (shape.num_layers < 1 || shape.num_experts < 1) {
         throw Error(ErrorCode::kInvalid, "a predictor needs at least one layer and one expert");

@@ -27,7 +27,7 @@ public:
 
     // Writes how likely each expert of `layer` is to be used when the layer comes next, in [0, 1].
     // Layer 0 comes after the last. False, and nothing is written, where nothing is known.
-    virtual bool predict(int32_t layer, std::span<float> scores) = 0;
+    virtual bool predict(LayerId layer, std::span<float> scores) = 0;
 
     // Where it keeps a collection of activation matrices; null: it keeps none.
     [[nodiscard]] virtual const EamFollower* follower() const noexcept { return nullptr; }
@@ -37,7 +37,7 @@ public:
 std::vector<std::string> predictor_names();
 
 // As make_policy().
-std::unique_ptr<Predictor> make_predictor(std::string_view name, PolicyShape shape,
+std::unique_ptr<Predictor> make_predictor(std::string_view name, ModelShape shape,
                                           const Eamc* eamc = nullptr);
 
 }  // namespace moeinf

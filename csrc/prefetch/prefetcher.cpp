@@ -23,30 +23,30 @@ constexpr int32_t kSlotsPerPrefetch = 4;  // prefetches under way leave most slo
 
 }  // namespace
 
-Prefetcher::Prefetcher(PolicyShape shape, std::unique_ptr<Predictor> predictor, Costs costs)
+Prefetcher::Prefetcher(ModelShape shape, std::unique_ptr<Predictor> predictor, Costs costs)
     : shape_(shape),
       predictor_(std::move(predictor)),
       costs_(costs),
-      targets_(static_cast<size_t>(shape.num_layers)),
-      used_at_(static_cast<size_t>(shape.total()), -1),
+      layers_(shape.num_layers),
+      used_at_(shape.total(), -1),
       missed_before_(used_at_.size(), -1),
       reading_(used_at_.size(), 0),
       scores_(static_cast<size_t>(shape.num_experts)) {
     stats_.predictor = predictor_ == nullptr ? "external" : std::string(predictor_->name());
 }
 
-void Prefetcher::judge(const Step& step, double now) {
+void Prefetcher::on_step(const Step& step, double now) {
     measure_idle(step, now);
     if (step.new_sequence || step.layer <= layer_) start_pass(step, now);
     decoding_ = !step.prefill;
     layer_ = step.layer;
     ++step_;
-    for (const int32_t expert : step.experts) used_at_[static_cast<size_t>(expert)] = step_;
+    for (const ExpertId expert : step.experts) used_at_[expert] = step_;
 
-    Target& predicted = target(step.layer);
+    LayerPredictions& predicted = layers_[step.layer];
     if (!step.prefill) predicted.usual_experts = step.experts.size();
-    if (step.prefill || step.new_sequence || predicted.guesses.empty()) {
-        predicted.guesses.clear();
+    if (step.prefill || step.new_sequence || predicted.predictions.empty()) {
+        predicted.predictions.clear();
         return;
     }
     ++stats_.steps;
@@ -55,31 +55,31 @@ void Prefetcher::judge(const Step& step, double now) {
     judged_ = kForget * judged_ + 1;
     useful_ *= kForget;
     useless_ *= kForget;
-    for (const Guess& guess : predicted.guesses) {
-        const auto expert = static_cast<size_t>(guess.expert);
+    for (const Prediction& one : predicted.predictions) {
+        const ExpertId expert = one.expert;
         const bool used = used_at_[expert] == step_;
-        if (guess.latest) {
+        if (one.latest) {
             ++stats_.predicted;
             stats_.correct += used;
-            stats_.predicted_absent += guess.absent;
-            stats_.predicted_absent_used += guess.absent && used;
+            stats_.predicted_absent += one.absent;
+            stats_.predicted_absent_used += one.absent && used;
         }
-        if (guess.candidate) (used ? useful_ : useless_) += 1;
-        if (!guess.fetched) continue;
+        if (one.candidate) (used ? useful_ : useless_) += 1;
+        if (!one.fetched) continue;
         const bool late = reading_[expert] != 0;
         if (used) {
             stats_.late += late;
-            if (late) late_.push_back({guess.expert, now});
+            if (late) late_.push_back({one.expert, now});
             if (!late) saved_.add(1.0);
             // A miss would have driven it out as well.
-            if (guess.evicted >= 0) missed_before_[static_cast<size_t>(guess.evicted)] = -1;
+            if (is_some(one.evicted)) missed_before_[one.evicted] = -1;
         } else {
             const double delay =
                 static_cast<double>(costs_.delay_bytes) / static_cast<double>(costs_.expert_bytes);
             wasted_.add(late ? std::min(1.0, delay) : 0.0);
         }
     }
-    predicted.guesses.clear();
+    predicted.predictions.clear();
     predicted.fresh = false;
 }
 
@@ -96,16 +96,16 @@ void Prefetcher::start_pass(const Step& step, double now) {
 }
 
 void Prefetcher::measure_idle(const Step& step, double now) {
-    if (decoding_ && !step.prefill && !step.new_sequence && layer_ >= 0) {
+    if (decoding_ && !step.prefill && !step.new_sequence && is_some(layer_)) {
         const double idle =
             demands_ > 0 || !late_.empty() ? 0.0 : now - std::max(started_, demands_ended_);
-        double& usual = target(layer_).idle_seconds;
+        double& usual = layers_[layer_].idle_seconds;
         usual = usual < 0 ? idle : usual + kIdleRate * (idle - usual);
     }
 }
 
-void Prefetcher::missed(int32_t expert) {
-    int64_t& before = missed_before_[static_cast<size_t>(expert)];
+void Prefetcher::on_demand_miss(ExpertId expert) {
+    int64_t& before = missed_before_[expert];
     if (pass_ < before) wasted_.sum += 1.0;
     before = -1;
 }
@@ -118,20 +118,20 @@ void Prefetcher::look_ahead(const Step& step, double now) {
         return;
     }
     const double left = std::min(budget_, static_cast<double>(costs_.expert_bytes));
-    budget_ = std::max(0.0, target(step.layer).idle_seconds) * bandwidth() + left;
+    budget_ = std::max(0.0, layers_[step.layer].idle_seconds) * bandwidth() + left;
     if (predictor_ == nullptr) return;
     const int32_t reach = std::min(predictor_->reach(), shape_.num_layers);
     for (int32_t distance = 1; distance <= reach; ++distance) {
-        predict((step.layer + distance) % shape_.num_layers);
+        predict(shape_.after(step.layer, distance));
     }
 }
 
 // The likeliest experts of a layer, as many as it usually uses.
-void Prefetcher::predict(int32_t layer) {
+void Prefetcher::predict(LayerId layer) {
     if (!predictor_->predict(layer, scores_)) return;
-    const size_t usual = target(layer).usual_experts;
+    const size_t usual = layers_[layer].usual_experts;
     const size_t most = std::min(
-        {usual == 0 ? target(layer_).usual_experts : usual, kMaxPredicted, scores_.size()});
+        {usual == 0 ? layers_[layer_].usual_experts : usual, kMaxPredicted, scores_.size()});
     if (most == 0) return;
     best_.clear();
     for (size_t e = 0; e < scores_.size(); ++e) {
@@ -140,59 +140,59 @@ void Prefetcher::predict(int32_t layer) {
         if (best_.size() == most) best_.pop_back();
         auto place = best_.end();
         while (place != best_.begin() && (place - 1)->first < score) --place;
-        best_.insert(place, {score, static_cast<int32_t>(e)});
+        best_.insert(place, {score, shape_.id(layer, ExpertIndex(e))});
     }
     if (best_.empty()) return;
-    Target& predicted = start_prediction(layer);
+    LayerPredictions& predicted = start_prediction(layer);
     for (const auto& [score, expert] : best_) {
-        add_guess(predicted, layer * shape_.num_experts + expert, score);
+        add(predicted, expert, score);
     }
 }
 
-void Prefetcher::hint(int32_t layer, std::span<const int32_t> experts) {
-    Target& predicted = start_prediction(layer);
-    for (const int32_t expert : experts) add_guess(predicted, expert, 1.0f);
+void Prefetcher::on_external(LayerId layer, std::span<const ExpertId> experts) {
+    LayerPredictions& predicted = start_prediction(layer);
+    for (const ExpertId expert : experts) add(predicted, expert, 1.0f);
 }
 
 // Forgets an earlier prediction, but not what has been fetched for it.
-Prefetcher::Target& Prefetcher::start_prediction(int32_t layer) {
-    Target& predicted = target(layer);
-    std::erase_if(predicted.guesses, [](const Guess& guess) { return !guess.fetched; });
-    for (Guess& guess : predicted.guesses) guess.latest = false;
+Prefetcher::LayerPredictions& Prefetcher::start_prediction(LayerId layer) {
+    LayerPredictions& predicted = layers_[layer];
+    std::erase_if(predicted.predictions, [](const Prediction& one) { return !one.fetched; });
+    for (Prediction& one : predicted.predictions) one.latest = false;
     predicted.fresh = true;
     predicted.active = fetching_;
     return predicted;
 }
 
-void Prefetcher::add_guess(Target& target, int32_t expert, float score) {
-    const auto known = std::ranges::find(target.guesses, expert, &Guess::expert);
-    if (known == target.guesses.end()) {
-        target.guesses.push_back({expert, score, true, false, false, false, -1});
+void Prefetcher::add(LayerPredictions& to, ExpertId expert, float score) {
+    const auto known = std::ranges::find(to.predictions, expert, &Prediction::expert);
+    if (known == to.predictions.end()) {
+        to.predictions.push_back({expert, score, true, false, false, false, ExpertId::kNone});
     } else {
         known->score = score;
         known->latest = true;
     }
 }
 
-std::span<const int32_t> Prefetcher::choose(const Residency& residency) {
+std::span<const ExpertId> Prefetcher::choose(const Residency& residency) {
     const float least = least_score();
     chances_.clear();
     kept_.clear();
     wanted_.clear();
-    for (Target& predicted : targets_) {
-        for (Guess& guess : predicted.guesses) {
-            const bool absent = residency.slot_of(guess.expert) < 0;
-            if (guess.score >= least && !absent) kept_.push_back(guess.expert);
-            if (!predicted.fresh || !guess.latest || guess.fetched) continue;
-            guess.absent = absent;
-            if (guess.score >= least && absent) chances_.emplace_back(guess.score, &guess);
+    for (LayerPredictions& predicted : layers_) {
+        for (Prediction& one : predicted.predictions) {
+            const bool absent = !residency.resident(one.expert);
+            if (one.score >= least && !absent) kept_.push_back(one.expert);
+            if (!predicted.fresh || !one.latest || one.fetched) continue;
+            one.absent = absent;
+            if (one.score >= least && absent) chances_.emplace_back(one.score, &one);
         }
         predicted.fresh = false;
     }
-    std::ranges::stable_sort(chances_, std::greater(), &std::pair<float, Guess*>::first);
+    std::ranges::stable_sort(chances_, std::greater(), &std::pair<float, Prediction*>::first);
     const auto bytes = static_cast<double>(costs_.expert_bytes);
     const double under_way = bytes * prefetches_;
-    int32_t room = residency.slots() / kSlotsPerPrefetch - prefetches_;
+    int32_t room = residency.frames() / kSlotsPerPrefetch - prefetches_;
     for (const auto& chance : chances_) {
         if (budget_ - under_way < bytes || room-- <= 0) break;
         budget_ -= bytes;
@@ -202,27 +202,27 @@ std::span<const int32_t> Prefetcher::choose(const Residency& residency) {
     return wanted_;
 }
 
-void Prefetcher::fetched(int32_t expert, int32_t evicted) {
+void Prefetcher::on_issued(ExpertId expert, ExpertId evicted) {
     ++stats_.fetched;
-    for (Guess& guess : target(expert / shape_.num_experts).guesses) {
-        if (guess.expert != expert) continue;
-        guess.fetched = true;
-        guess.evicted = evicted;
+    for (Prediction& one : layers_[shape_.layer_of(expert)].predictions) {
+        if (one.expert != expert) continue;
+        one.fetched = true;
+        one.evicted = evicted;
     }
-    missed_before_[static_cast<size_t>(expert)] = -1;
-    if (evicted >= 0) missed_before_[static_cast<size_t>(evicted)] = pass_ + kRegretPasses;
+    missed_before_[expert] = -1;
+    if (is_some(evicted)) missed_before_[evicted] = pass_ + kRegretPasses;
 }
 
-void Prefetcher::read_started(int32_t expert, bool demand, double now) {
+void Prefetcher::read_started(ExpertId expert, bool demand, double now) {
     if (demands_ + prefetches_ == 0) {
         busy_since_ = now;
         busy_bytes_ = 0;
     }
     ++(demand ? demands_ : prefetches_);
-    if (!demand) reading_[static_cast<size_t>(expert)] = 1;
+    if (!demand) reading_[expert] = 1;
 }
 
-void Prefetcher::read_ended(int32_t expert, bool demand, bool complete, double now) {
+void Prefetcher::read_ended(ExpertId expert, bool demand, bool complete, double now) {
     --(demand ? demands_ : prefetches_);
     if (demand && demands_ == 0) demands_ended_ = now;
     if (complete) busy_bytes_ += static_cast<double>(costs_.expert_bytes);
@@ -231,7 +231,7 @@ void Prefetcher::read_ended(int32_t expert, bool demand, bool complete, double n
         read_seconds_ = kBandwidthKeep * read_seconds_ + (now - busy_since_);
     }
     if (demand) return;
-    reading_[static_cast<size_t>(expert)] = 0;
+    reading_[expert] = 0;
     std::erase_if(late_, [&](const Late& late) {
         if (late.expert != expert) return false;
         const double waited = now - late.since;
@@ -252,13 +252,13 @@ float Prefetcher::least_score() const noexcept {
     return std::clamp(static_cast<float>(pays), kMinScore, kGreatestScore);
 }
 
-bool Prefetcher::wants_hints() const noexcept {
+bool Prefetcher::wants_external() const noexcept {
     return predictor_ == nullptr && decoding_ &&
            (fetching_ || judged_ < kEnoughPredictions || pass_ % kHintPeriod == 0);
 }
 
-bool Prefetcher::is_next(int32_t layer) const noexcept {
-    return layer_ >= 0 && decoding_ && layer == (layer_ + 1) % shape_.num_layers;
+bool Prefetcher::is_next(LayerId layer) const noexcept {
+    return is_some(layer_) && decoding_ && layer == shape_.after(layer_, 1);
 }
 
 // Compares what predictions gain with what they cost, both in reads.
@@ -289,7 +289,7 @@ std::vector<std::string> prefetch_names() {
     return names;
 }
 
-std::unique_ptr<Prefetcher> make_prefetcher(std::string_view name, PolicyShape shape,
+std::unique_ptr<Prefetcher> make_prefetcher(std::string_view name, ModelShape shape,
                                             Prefetcher::Costs costs, const Eamc* eamc) {
     if (name == "off") return nullptr;
     const std::vector<std::string> names = prefetch_names();

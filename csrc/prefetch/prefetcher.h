@@ -52,60 +52,60 @@ public:
         int64_t delay_bytes;  // that a demand may have to wait for, having overtaken a prefetch
     };
 
-    // Without a predictor, what hint() is told is all that is known.
-    Prefetcher(PolicyShape shape, std::unique_ptr<Predictor> predictor, Costs costs);
+    // Without a predictor, what on_external() is told is all that is known.
+    Prefetcher(ModelShape shape, std::unique_ptr<Predictor> predictor, Costs costs);
 
     // A step, in this order: before its experts are placed; for each that gets a slot or passes
     // through; after its demand reads have been started.
-    void judge(const Step& step, double now);
-    void missed(int32_t expert);
+    void on_step(const Step& step, double now);
+    void on_demand_miss(ExpertId expert);
     void look_ahead(const Step& step, double now);
 
     // A prediction from outside, best first.
-    void hint(int32_t layer, std::span<const int32_t> experts);
+    void on_external(LayerId layer, std::span<const ExpertId> experts);
     // Is a prediction from outside for this pass worth making? Now and then also while off.
-    [[nodiscard]] bool wants_hints() const noexcept;
-    // True if the step just before this layer has begun, so that nothing stands before a hint.
-    [[nodiscard]] bool is_next(int32_t layer) const noexcept;
+    [[nodiscard]] bool wants_external() const noexcept;
+    // True if the step just before this layer has begun, so that nothing stands before an external
+    // prediction.
+    [[nodiscard]] bool is_next(LayerId layer) const noexcept;
 
     // Absent experts to prefetch now, best first. Each that is started is to be announced.
-    std::span<const int32_t> choose(const Residency& residency);
+    std::span<const ExpertId> choose(const Residency& residency);
     // Residents that none of them may drive out: those expected for what comes next.
-    [[nodiscard]] std::span<const int32_t> expected_residents() const noexcept { return kept_; }
-    void fetched(int32_t expert, int32_t evicted);
+    [[nodiscard]] std::span<const ExpertId> expected_residents() const noexcept { return kept_; }
+    void on_issued(ExpertId expert, ExpertId evicted);
 
-    void read_started(int32_t expert, bool demand, double now);
-    void read_ended(int32_t expert, bool demand, bool complete, double now);
+    void read_started(ExpertId expert, bool demand, double now);
+    void read_ended(ExpertId expert, bool demand, bool complete, double now);
 
     [[nodiscard]] PredictionStats stats() const;
     void reset_stats();
 
-    // Null: only what hint() is told.
+    // Null: only what on_external() is told.
     [[nodiscard]] const Predictor* predictor() const noexcept { return predictor_.get(); }
 
-    // For tests and stats: bytes the next steps may fetch, and the least score that is fetched.
-    [[nodiscard]] double budget_bytes() const noexcept { return budget_; }
+    // For tests: the least score that is fetched.
     [[nodiscard]] float least_score() const noexcept;
 
 private:
-    struct Guess {
-        int32_t expert;
+    struct Prediction {
+        ExpertId expert;
         float score;
         bool latest;     // of the latest prediction for its layer
         bool absent;     // was not resident when there was a chance to fetch it
         bool candidate;  // was worth fetching, and within the budget
         bool fetched;
-        int32_t evicted;  // by fetching it; -1: nobody
+        ExpertId evicted;  // by fetching it; kNone: nobody
     };
-    struct Target {  // by layer
-        std::vector<Guess> guesses;
+    struct LayerPredictions {
+        std::vector<Prediction> predictions;
         bool fresh = false;        // not yet chosen from
         bool active = false;       // predicted in a pass that fetches
         size_t usual_experts = 0;  // of the latest decode step
         double idle_seconds = -1;  // of the link after a step of this layer; below 0: not known
     };
     struct Late {
-        int32_t expert;
+        ExpertId expert;
         double since;
     };
     // A mean that forgets, and starts from a prior worth `weight` values.
@@ -125,30 +125,29 @@ private:
         }
     };
 
-    Target& target(int32_t layer) { return targets_[static_cast<size_t>(layer)]; }
     void start_pass(const Step& step, double now);
     void measure_idle(const Step& step, double now);
-    void predict(int32_t layer);
-    Target& start_prediction(int32_t layer);
-    static void add_guess(Target& target, int32_t expert, float score);
+    void predict(LayerId layer);
+    LayerPredictions& start_prediction(LayerId layer);
+    static void add(LayerPredictions& to, ExpertId expert, float score);
     [[nodiscard]] bool promising() const noexcept;
     [[nodiscard]] double bandwidth() const noexcept;
 
-    PolicyShape shape_;
+    ModelShape shape_;
     std::unique_ptr<Predictor> predictor_;
     Costs costs_;
-    std::vector<Target> targets_;
+    PerLayer<LayerPredictions> layers_;
     PredictionStats stats_;
 
-    int32_t layer_ = -1;  // of the latest step
+    LayerId layer_ = LayerId::kNone;  // of the latest step
     bool decoding_ = false;
     int64_t pass_ = 0;
     int64_t step_ = 0;
-    std::vector<int64_t> used_at_;        // by flat expert: the latest step that used it
-    std::vector<int64_t> missed_before_;  // by flat expert: driven out for nothing, if before pass
+    PerExpert<int64_t> used_at_;        // the latest step that used it
+    PerExpert<int64_t> missed_before_;  // driven out for nothing, if before pass
 
     // The link.
-    std::vector<uint8_t> reading_;          // by flat expert: a prefetch is under way
+    PerExpert<uint8_t> reading_;            // a prefetch is under way
     int32_t demands_ = 0, prefetches_ = 0;  // reads under way
     double started_ = 0, demands_ended_ = 0;
     double busy_since_ = 0, busy_bytes_ = 0;  // since something is under way
@@ -165,17 +164,17 @@ private:
     Mean wasted_{0.25, 8, 0.97};
     std::vector<Late> late_;
 
-    std::vector<float> scores_;                      // scratch
-    std::vector<std::pair<float, int32_t>> best_;    // scratch
-    std::vector<std::pair<float, Guess*>> chances_;  // scratch
-    std::vector<int32_t> wanted_, kept_;
+    std::vector<float> scores_;                           // scratch
+    std::vector<std::pair<float, ExpertId>> best_;        // scratch
+    std::vector<std::pair<float, Prediction*>> chances_;  // scratch
+    std::vector<ExpertId> wanted_, kept_;
 };
 
-// What `prefetch` may be: off, every predictor, and external for hints alone.
+// What `prefetch` may be: off, every predictor, and external for those from outside alone.
 std::vector<std::string> prefetch_names();
 
 // Null for "off". Throws Error(kInvalid), naming what exists, for an unknown name.
-std::unique_ptr<Prefetcher> make_prefetcher(std::string_view name, PolicyShape shape,
+std::unique_ptr<Prefetcher> make_prefetcher(std::string_view name, ModelShape shape,
                                             Prefetcher::Costs costs, const Eamc* eamc = nullptr);
 
 }  // namespace moeinf

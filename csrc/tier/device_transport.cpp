@@ -22,7 +22,7 @@ constexpr auto kPollCopies = 20us;
 // From the start of the slot to the end of its last segment: one copy for all.
 size_t copied_bytes(const Catalog& catalog) {
     size_t end = 0;
-    for (const Extent& extent : catalog.extents(0)) {
+    for (const Extent& extent : catalog.extents(ExpertId{0})) {
         end = std::max<size_t>(end, extent.slot_offset + extent.nbytes);
     }
     return round_up(end, kGatherUnit);
@@ -35,7 +35,7 @@ TimelinePtr own_timeline(const std::shared_ptr<Device>& device, bool urgent) {
 }  // namespace
 
 struct DeviceTransport::Job : Transfer {
-    int32_t row = -1;
+    SlotId slot = SlotId::kNone;
     Priority submitted = Priority::kDemand;
     Priority priority = Priority::kDemand;  // guarded by issuing_, as is all that follows
     TransferCallback done;
@@ -58,7 +58,7 @@ DeviceTransport::DeviceTransport(std::shared_ptr<const Catalog> catalog,
       prefetch_(own_timeline(device_, false)),
       out_(own_timeline(device_, false)),
       fences_(pool_->capacity()),
-      demoted_at_(static_cast<size_t>(catalog_->total_experts()), 0),
+      demoted_at_(catalog_->total_experts()),
       host_(std::make_unique<HostTier>(
           catalog_, *device_, std::move(host),
           [this](const TransferPtr& who, std::byte* bytes, const std::string& error) {
@@ -98,7 +98,7 @@ bool DeviceTransport::device_rests() {
                 return false;
         }
         const auto give_up = std::chrono::steady_clock::now() + Timeline::kShutdownTimeout;
-        while (!fences_.idle(0)) {  // streams of readers
+        while (!fences_.idle(SlotId{0})) {  // streams of readers
             if (std::chrono::steady_clock::now() > give_up) return false;
             std::this_thread::sleep_for(100us);
         }
@@ -108,29 +108,29 @@ bool DeviceTransport::device_rests() {
     return true;
 }
 
-TransferPtr DeviceTransport::submit(int32_t expert, int32_t row, Priority priority,
+TransferPtr DeviceTransport::submit(ExpertId expert, SlotId slot, Priority priority,
                                     TransferCallback done) {
     auto job = std::make_shared<Job>();
     TransferAccess::begin(*job, expert);
-    job->row = row;
+    job->slot = slot;
     job->submitted = job->priority = priority;
     job->done = std::move(done);
     const std::lock_guard lock(queues_);
-    requests_.push_back({Request::Kind::kFill, job, expert, row});
+    requests_.push_back({Request::Kind::kFill, job, expert, slot});
     queued_.store(true, std::memory_order_release);
     return job;
 }
 
 void DeviceTransport::promote(const TransferPtr& transfer) {
     const std::lock_guard lock(queues_);
-    requests_.push_back(
-        {Request::Kind::kPromote, std::static_pointer_cast<Job>(transfer), transfer->expert(), -1});
+    requests_.push_back({Request::Kind::kPromote, std::static_pointer_cast<Job>(transfer),
+                         transfer->expert(), SlotId::kNone});
     queued_.store(true, std::memory_order_release);
 }
 
-void DeviceTransport::left(int32_t expert, int32_t row) {
+void DeviceTransport::left(ExpertId expert, SlotId slot) {
     const std::lock_guard lock(queues_);
-    requests_.push_back({Request::Kind::kLeft, nullptr, expert, row});
+    requests_.push_back({Request::Kind::kLeft, nullptr, expert, slot});
     queued_.store(true, std::memory_order_release);
 }
 
@@ -155,11 +155,11 @@ void DeviceTransport::flush() noexcept {
     queued_.store(!requests_.empty(), std::memory_order_release);
 }
 
-// In the order in which they were noted: a demotion is enqueued before the row is filled anew.
+// In the order in which they were noted: a demotion is enqueued before the slot is filled anew.
 void DeviceTransport::carry_out(const Request& request, std::vector<JobPtr>& demands) {
     switch (request.kind) {
         case Request::Kind::kLeft:
-            return demote(request.expert, request.row);
+            return demote(request.expert, request.slot);
         case Request::Kind::kFill:
             return start(request.job, demands);
         case Request::Kind::kPromote:
@@ -216,7 +216,7 @@ void DeviceTransport::on_host_ready(const JobPtr& job, std::byte* bytes, const s
 
 // Enqueues the next `nbytes` of the expert.
 void DeviceTransport::enqueue(const JobPtr& job, size_t nbytes, Stream stream) {
-    device_->copy_in(pool_->slot(job->row) + job->copied, job->source + job->copied, nbytes,
+    device_->copy_in(pool_->slot(job->slot) + job->copied, job->source + job->copied, nbytes,
                      stream);
     job->copied += nbytes;
     const std::lock_guard lock(queues_);
@@ -231,11 +231,11 @@ void DeviceTransport::copy_demands(std::span<const JobPtr> demands) noexcept {
     for (const JobPtr& job : demands) {
         try {
             const Stream stream = demand_->stream();
-            out_->hold_back(stream, demoted_at_[static_cast<size_t>(job->expert())]);
+            out_->hold_back(stream, demoted_at_[job->expert()]);
             if (job->copied > 0) prefetch_->hold_back(stream, prefetch_->mark());
-            if (job->copied == 0) fences_.before_fill(job->row, stream);
+            if (job->copied == 0) fences_.before_fill(job->slot, stream);
             if (gather && job->copied == 0) {
-                parts.push_back({job->source, pool_->slot(job->row), copy_bytes_});
+                parts.push_back({job->source, pool_->slot(job->slot), copy_bytes_});
             } else {
                 enqueue(job, copy_bytes_ - job->copied, stream);
             }
@@ -255,7 +255,7 @@ void DeviceTransport::copy_demands(std::span<const JobPtr> demands) noexcept {
         }
         const uint64_t point = demand_->mark();
         for (const JobPtr& job : demands | std::views::filter(enqueued)) {
-            fences_.filled(job->row, demand_, point);
+            fences_.filled(job->slot, demand_, point);
             hold_until(job->expert(), demand_, point, job->submitted);
         }
     } catch (const std::exception& error) {
@@ -269,18 +269,18 @@ void DeviceTransport::copy_demands(std::span<const JobPtr> demands) noexcept {
     }
 }
 
-void DeviceTransport::demote(int32_t expert, int32_t row) {
+void DeviceTransport::demote(ExpertId expert, SlotId slot) {
     host_->set_on_device(expert, false);
-    if (row < 0) return;
+    if (!is_some(slot)) return;
     std::byte* const target = host_->take_over(expert);
     if (target == nullptr) return;
     try {
-        // No wait for the row's fill: while that was under way the host tier held the expert, and
+        // No wait for the slot's fill: while that was under way the host tier held the expert, and
         // would not have taken over what it holds.
-        device_->copy_out(target, pool_->slot(row), copy_bytes_, out_->stream());
+        device_->copy_out(target, pool_->slot(slot), copy_bytes_, out_->stream());
         const uint64_t point = out_->mark();
-        fences_.read(row, out_, point);
-        demoted_at_[static_cast<size_t>(expert)] = point;
+        fences_.read(slot, out_, point);
+        demoted_at_[expert] = point;
         hold_until(expert, out_, point);
         const std::lock_guard lock(queues_);
         stats_.demoted_bytes += static_cast<int64_t>(copy_bytes_);
@@ -298,12 +298,12 @@ void DeviceTransport::finish(const JobPtr& job, TransferState state, std::string
     if (done) done(job);
 }
 
-// Part of it may be under way on `timeline`: neither its bytes nor its row are free before that.
+// Part of it may be under way on `timeline`: neither its bytes nor its slot are free before that.
 void DeviceTransport::abandon(const JobPtr& job, const TimelinePtr& timeline,
                               const char* why) noexcept {
     try {
         const uint64_t point = timeline->mark();
-        fences_.filled(job->row, timeline, point);
+        fences_.filled(job->slot, timeline, point);
         hold_until(job->expert(), timeline, point);
     } catch (const std::exception&) {
         host_->release(job->expert());  // where nothing can be enqueued, nothing is under way
@@ -311,7 +311,7 @@ void DeviceTransport::abandon(const JobPtr& job, const TimelinePtr& timeline,
     finish(job, TransferState::kFailed, why);
 }
 
-void DeviceTransport::hold_until(int32_t expert, const TimelinePtr& timeline, uint64_t point,
+void DeviceTransport::hold_until(ExpertId expert, const TimelinePtr& timeline, uint64_t point,
                                  std::optional<Priority> arrives) {
     const std::lock_guard lock(queues_);
     held_.push_back({expert, timeline, point, arrives});
@@ -404,8 +404,8 @@ bool DeviceTransport::pump_prefetches() {
 void DeviceTransport::start_chunk(const JobPtr& job) {
     const Stream stream = prefetch_->stream();
     if (job->copied == 0) {
-        out_->hold_back(stream, demoted_at_[static_cast<size_t>(job->expert())]);
-        fences_.before_fill(job->row, stream);
+        out_->hold_back(stream, demoted_at_[job->expert()]);
+        fences_.before_fill(job->slot, stream);
         TransferAccess::set_state(*job, TransferState::kRunning);
     }
     const size_t nbytes = std::min(kChunkBytes, copy_bytes_ - job->copied);
@@ -413,7 +413,7 @@ void DeviceTransport::start_chunk(const JobPtr& job) {
     job->last_chunk = prefetch_->mark();
     window_.push_back({job->last_chunk, nbytes});
     window_bytes_ += nbytes;
-    if (job->copied == copy_bytes_) fences_.filled(job->row, prefetch_, job->last_chunk);
+    if (job->copied == copy_bytes_) fences_.filled(job->slot, prefetch_, job->last_chunk);
 }
 
 // Whose last chunk has arrived.

@@ -1,8 +1,8 @@
-// Rows in device memory, filled from the host tier by copies on streams of their own.
+// Slots in device memory, filled from the host tier by copies on streams of their own.
 //
 // Demands are enqueued at once, all of a flush together. Prefetches go in chunks, of which never
-// more than kWindowBytes are under way, so that a demand waits for one chunk at most. A row is
-// handed out as soon as its demand is enqueued: readers wait for the row's fences, not the host.
+// more than kWindowBytes are under way, so that a demand waits for one chunk at most. A slot is
+// handed out as soon as its demand is enqueued: readers wait for the slot's fences, not the host.
 //
 // Locks: `issuing_` for whoever enqueues (before the host tier's and the cache's), `queues_` for
 // what is noted under the cache's lock (after it).
@@ -43,7 +43,7 @@ public:
 
     // Told, with no lock of the cache held, when a transfer's bytes have arrived, which for a
     // demand is after it has ended.
-    using Arrived = std::function<void(int32_t expert, Priority submitted)>;
+    using Arrived = std::function<void(ExpertId expert, Priority submitted)>;
 
     // Experts of at most `gather_below` bytes are gathered where a flush has several.
     DeviceTransport(std::shared_ptr<const Catalog> catalog, std::shared_ptr<Device> device,
@@ -52,14 +52,14 @@ public:
     // What is queued ends as kCancelled; waits for copies under way, but not for ever.
     ~DeviceTransport() override;
 
-    TransferPtr submit(int32_t expert, int32_t row, Priority priority,
+    TransferPtr submit(ExpertId expert, SlotId slot, Priority priority,
                        TransferCallback done) override;
     void promote(const TransferPtr& transfer) override;
-    void left(int32_t expert, int32_t row) override;
-    bool copies_out(int32_t expert) override { return host_->wants(expert); }
+    void left(ExpertId expert, SlotId slot) override;
+    bool copies_out(ExpertId expert) override { return host_->wants(expert); }
     bool has_queued() const noexcept override { return queued_.load(std::memory_order_acquire); }
     void flush() noexcept override;
-    bool idle(int32_t first_row) override { return !has_queued() && fences_.idle(first_row); }
+    bool idle(SlotId first) override { return !has_queued() && fences_.idle(first); }
     const FileReader& files() const noexcept override { return host_->files(); }
     int64_t delay_bytes() const noexcept override { return static_cast<int64_t>(kWindowBytes); }
 
@@ -75,11 +75,11 @@ private:
     struct Request {  // noted under the cache's lock, carried out by flush()
         enum class Kind : uint8_t { kFill, kPromote, kLeft } kind;
         JobPtr job;
-        int32_t expert;
-        int32_t row;
+        ExpertId expert;
+        SlotId slot;
     };
     struct Held {  // an expert of the host tier, until its copy has passed the point
-        int32_t expert;
+        ExpertId expert;
         TimelinePtr timeline;
         uint64_t point;
         std::optional<Priority> arrives;  // none: nobody is told
@@ -93,10 +93,10 @@ private:
     void start(const JobPtr& job, std::vector<JobPtr>& demands);
     void on_host_ready(const JobPtr& job, std::byte* bytes, const std::string& error);
     void copy_demands(std::span<const JobPtr> demands) noexcept;
-    void demote(int32_t expert, int32_t row);
+    void demote(ExpertId expert, SlotId slot);
     void finish(const JobPtr& job, TransferState state, std::string error = {});
     void abandon(const JobPtr& job, const TimelinePtr& timeline, const char* why) noexcept;
-    void hold_until(int32_t expert, const TimelinePtr& timeline, uint64_t point,
+    void hold_until(ExpertId expert, const TimelinePtr& timeline, uint64_t point,
                     std::optional<Priority> arrives = {});
     void enqueue(const JobPtr& job, size_t nbytes, Stream stream);
 
@@ -133,7 +133,7 @@ private:
     std::deque<JobPtr> arriving_;    // prefetches of which every chunk is under way
     std::deque<Chunk> window_;       // chunks under way
     size_t window_bytes_ = 0;        // of these
-    std::vector<uint64_t> demoted_at_;  // by flat expert: the point of `out_` behind its demotion
+    PerExpert<uint64_t> demoted_at_;  // the point of `out_` behind its demotion
     bool ending_ = false;
 
     std::condition_variable_any wake_;  // with queues_

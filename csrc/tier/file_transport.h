@@ -1,4 +1,4 @@
-// Rows in RAM, filled from files.
+// Slots in RAM, filled from files.
 #pragma once
 
 #include <memory>
@@ -15,9 +15,9 @@ public:
                   FileReaderOptions options)
         : pool_(std::move(pool)), engine_(std::move(catalog), options) {}
 
-    TransferPtr submit(int32_t expert, int32_t row, Priority priority,
+    TransferPtr submit(ExpertId expert, SlotId slot, Priority priority,
                        TransferCallback done) override {
-        return engine_.submit(expert, pool_->slot(row), priority, std::move(done));
+        return engine_.submit(expert, pool_->slot(slot), priority, std::move(done));
     }
     void promote(const TransferPtr& transfer) override { engine_.promote(transfer); }
     const FileReader& files() const noexcept override { return engine_; }

@@ -34,14 +34,14 @@ HostTier::HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostT
     : catalog_(std::move(catalog)),
       exclusive_(options.exclusive),
       ready_(std::move(ready)),
-      entries_(static_cast<size_t>(catalog_->total_experts())) {
+      entries_(catalog_->total_experts()) {
     const int32_t asked = std::max(options.slots, kMinSlots);
     pool_ = make_pool(*catalog_, device, asked);
     const int32_t slots = pool_->slots();
     stats_.slots = slots;
     stats_.slots_refused = asked - slots;
     full_house_ = slots >= catalog_->total_experts();
-    const PolicyShape shape{catalog_->num_layers(), catalog_->num_experts()};
+    const ModelShape shape = catalog_->shape();
     residency_ = std::make_unique<Residency>(
         shape, slots, make_policy(options.policy, shape, options.eamc.get()));
     engine_ = std::make_unique<FileReader>(catalog_, options.copy);
@@ -58,24 +58,24 @@ HostTier::~HostTier() {
     engine_.reset();
 }
 
-std::byte* HostTier::address(int32_t expert) const {
-    return pool_->slot(residency_->slot_of(expert));
+std::byte* HostTier::address(ExpertId expert) const {
+    return pool_->slot(SlotId{number(residency_->frame_of(expert))});  // its frames stay in place
 }
 
 // True once the absent expert has a slot.
-bool HostTier::make_room(int32_t expert) {
-    while (exclusive_ && !residency_->has_free_slot() && !duplicates_.empty()) {
-        const int32_t other = duplicates_.front();
+bool HostTier::make_room(ExpertId expert) {
+    while (exclusive_ && !residency_->has_free_frame() && !duplicates_.empty()) {
+        const ExpertId other = duplicates_.front();
         duplicates_.pop_front();
-        const bool there = residency_->slot_of(other) >= 0 && entry(other).on_device;
+        const bool there = residency_->resident(other) && entries_[other].on_device;
         if (there && !residency_->pinned(other)) residency_->remove(other);
     }
     Placement placement{};
     return residency_->place(expert, placement);
 }
 
-void HostTier::note_duplicate(int32_t expert) {
-    if (exclusive_ && entry(expert).on_device && residency_->slot_of(expert) >= 0 &&
+void HostTier::note_duplicate(ExpertId expert) {
+    if (exclusive_ && entries_[expert].on_device && residency_->resident(expert) &&
         !residency_->pinned(expert)) {
         duplicates_.push_back(expert);
     }
@@ -83,9 +83,9 @@ void HostTier::note_duplicate(int32_t expert) {
 
 std::byte* HostTier::hold(const TransferPtr& who, Priority priority) {
     const std::lock_guard lock(mutex_);
-    const int32_t expert = who->expert();
-    Entry& one = entry(expert);
-    const bool present = residency_->slot_of(expert) >= 0;
+    const ExpertId expert = who->expert();
+    Entry& one = entries_[expert];
+    const bool present = residency_->resident(expert);
     if (present && one.reading == nullptr) {
         ++stats_.hits;
         residency_->pin(expert);
@@ -109,20 +109,20 @@ std::byte* HostTier::hold(const TransferPtr& who, Priority priority) {
     return nullptr;
 }
 
-void HostTier::start_read(int32_t expert, Priority priority) {
+void HostTier::start_read(ExpertId expert, Priority priority) {
     // The callback cannot overtake this assignment: it needs the lock we hold.
-    entry(expert).reading = engine_->submit(
+    entries_[expert].reading = engine_->submit(
         expert, address(expert), priority,
         [this, expert](const TransferPtr& transfer) { on_read(expert, *transfer); });
 }
 
-void HostTier::on_read(int32_t expert, const Transfer& transfer) {
+void HostTier::on_read(ExpertId expert, const Transfer& transfer) {
     std::vector<TransferPtr> waiting;
     std::byte* bytes = nullptr;
     std::string error;
     {
         const std::lock_guard lock(mutex_);
-        Entry& one = entry(expert);
+        Entry& one = entries_[expert];
         one.reading.reset();
         waiting.swap(one.waiting);
         if (transfer.state() == TransferState::kDone) {
@@ -146,11 +146,11 @@ void HostTier::serve_starved() {
         const std::lock_guard lock(mutex_);
         while (!starved_.empty() && !ending_) {
             Waiter& one = starved_.front();
-            const int32_t expert = one.who->expert();
-            const bool present = residency_->slot_of(expert) >= 0;
+            const ExpertId expert = one.who->expert();
+            const bool present = residency_->resident(expert);
             if (!present && !make_room(expert)) break;
             residency_->pin(expert);
-            Entry& target = entry(expert);
+            Entry& target = entries_[expert];
             if (present && target.reading == nullptr) {
                 served.emplace_back(std::move(one.who), address(expert));
             } else {
@@ -163,9 +163,9 @@ void HostTier::serve_starved() {
     for (const auto& [who, bytes] : served) ready_(who, bytes, {});
 }
 
-void HostTier::promote(int32_t expert) {
+void HostTier::promote(ExpertId expert) {
     const std::lock_guard lock(mutex_);
-    if (entry(expert).reading) return engine_->promote(entry(expert).reading);
+    if (entries_[expert].reading) return engine_->promote(entries_[expert].reading);
     const auto waiter = std::find_if(starved_.begin(), starved_.end(), [&](const Waiter& one) {
         return one.who->expert() == expert;
     });
@@ -179,7 +179,7 @@ void HostTier::promote(int32_t expert) {
     starved_.insert(before, std::move(one));
 }
 
-void HostTier::release(int32_t expert) {
+void HostTier::release(ExpertId expert) {
     {
         const std::lock_guard lock(mutex_);
         residency_->unpin(expert);
@@ -189,10 +189,9 @@ void HostTier::release(int32_t expert) {
     serve_starved();
 }
 
-std::byte* HostTier::take_over(int32_t expert) {
+std::byte* HostTier::take_over(ExpertId expert) {
     const std::lock_guard lock(mutex_);
-    if (!exclusive_ || residency_->slot_of(expert) >= 0 || !starved_.empty() ||
-        !make_room(expert)) {
+    if (!exclusive_ || residency_->resident(expert) || !starved_.empty() || !make_room(expert)) {
         return nullptr;
     }
     residency_->pin(expert);
@@ -200,13 +199,13 @@ std::byte* HostTier::take_over(int32_t expert) {
     return address(expert);
 }
 
-bool HostTier::wants(int32_t expert) const {
+bool HostTier::wants(ExpertId expert) const {
     if (!exclusive_) return false;
     const std::lock_guard lock(mutex_);
-    return residency_->slot_of(expert) < 0;
+    return !residency_->resident(expert);
 }
 
-void HostTier::drop(int32_t expert) {
+void HostTier::drop(ExpertId expert) {
     {
         const std::lock_guard lock(mutex_);
         residency_->unpin(expert);
@@ -215,9 +214,9 @@ void HostTier::drop(int32_t expert) {
     serve_starved();
 }
 
-void HostTier::set_on_device(int32_t expert, bool there) {
+void HostTier::set_on_device(ExpertId expert, bool there) {
     const std::lock_guard lock(mutex_);
-    entry(expert).on_device = there;
+    entries_[expert].on_device = there;
     note_duplicate(expert);
 }
 

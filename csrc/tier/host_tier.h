@@ -56,18 +56,18 @@ public:
     // Holds `who`'s expert until release(). Returns its bytes if they are here; else null, and
     // Ready is called from another thread, once, when they are. A failed one is not held.
     [[nodiscard]] std::byte* hold(const TransferPtr& who, Priority priority);
-    void promote(int32_t expert);  // someone waits for it now
-    void release(int32_t expert);
+    void promote(ExpertId expert);  // someone waits for it now
+    void release(ExpertId expert);
 
     // Room for an expert that leaves the device, held; null if it is here already, if there is no
     // room, or if this tier is not exclusive. drop() instead of release() if the copy failed.
-    [[nodiscard]] std::byte* take_over(int32_t expert);
-    void drop(int32_t expert);
+    [[nodiscard]] std::byte* take_over(ExpertId expert);
+    void drop(ExpertId expert);
 
     // Is what take_over() would be asked for missing here? It may yet change.
-    [[nodiscard]] bool wants(int32_t expert) const;
+    [[nodiscard]] bool wants(ExpertId expert) const;
 
-    void set_on_device(int32_t expert, bool there);
+    void set_on_device(ExpertId expert, bool there);
     void observe(const Step& step);
 
     [[nodiscard]] HostTierStats stats() const;
@@ -85,13 +85,12 @@ private:
         bool on_device = false;
     };
 
-    Entry& entry(int32_t expert) { return entries_[static_cast<size_t>(expert)]; }
-    [[nodiscard]] std::byte* address(int32_t expert) const;
-    [[nodiscard]] bool make_room(int32_t expert);
-    void note_duplicate(int32_t expert);
-    void start_read(int32_t expert, Priority priority);
+    [[nodiscard]] std::byte* address(ExpertId expert) const;
+    [[nodiscard]] bool make_room(ExpertId expert);
+    void note_duplicate(ExpertId expert);
+    void start_read(ExpertId expert, Priority priority);
     void serve_starved();
-    void on_read(int32_t expert, const Transfer& transfer);
+    void on_read(ExpertId expert, const Transfer& transfer);
 
     const std::shared_ptr<const Catalog> catalog_;
     const bool exclusive_;
@@ -100,9 +99,9 @@ private:
     mutable std::mutex mutex_;  // guards all below; after the cache's lock, before the engine's
     std::unique_ptr<SlotPool> pool_;
     std::unique_ptr<Residency> residency_;
-    std::vector<Entry> entries_;      // by flat expert
-    std::deque<int32_t> duplicates_;  // candidates: here and on the device when noted
-    std::deque<Waiter> starved_;      // all slots were held
+    PerExpert<Entry> entries_;
+    std::deque<ExpertId> duplicates_;  // candidates: here and on the device when noted
+    std::deque<Waiter> starved_;       // all slots were held
     HostTierStats stats_;
     bool ending_ = false;
     std::unique_ptr<FileReader> engine_;  // last: its threads use what is above

@@ -11,24 +11,24 @@ constexpr int64_t kPassesPerReport = 4096;
 
 }  // namespace
 
-std::vector<LayerCounts> simulate(const TraceView& trace, int32_t slots,
-                                  std::unique_ptr<Policy> policy, const SimulationHooks& hooks) {
+PerLayer<LayerCounts> simulate(const TraceView& trace, int32_t slots,
+                               std::unique_ptr<Policy> policy, const SimulationHooks& hooks) {
     // More slots than experts stay empty, and may be too many to remember.
     Residency residency(trace.shape(), std::min(slots, trace.shape().total()), std::move(policy));
-    std::vector<LayerCounts> layers(static_cast<size_t>(trace.layers));
+    PerLayer<LayerCounts> layers(trace.layers);
     StepReader reader(trace);
-    Plan plan;
+    StepPlan plan;
     int64_t passes = 0;
     for (Step step; reader.next(step);) {
         residency.plan(step, plan);
 
-        LayerCounts& counts = layers[static_cast<size_t>(step.layer)];
+        LayerCounts& counts = layers[step.layer];
         const auto accesses = static_cast<int64_t>(step.experts.size());
         const auto hits = static_cast<int64_t>(plan.hits.size());
         (step.prefill ? counts.prefill_accesses : counts.decode_accesses) += accesses;
         (step.prefill ? counts.prefill_hits : counts.decode_hits) += hits;
         for (const Placement& placement : plan.placements) {
-            counts.evictions += placement.evicted >= 0;
+            counts.evictions += is_some(placement.evicted);
         }
         if (hooks.step_misses != nullptr) {
             hooks.step_misses->push_back(static_cast<uint16_t>(accesses - hits));

@@ -30,7 +30,7 @@ struct SimulationHooks {
 };
 
 // The trace must have passed check_trace(). Throws Error(kInvalid) for fewer than one slot.
-std::vector<LayerCounts> simulate(const TraceView& trace, int32_t slots,
-                                  std::unique_ptr<Policy> policy, const SimulationHooks& hooks);
+PerLayer<LayerCounts> simulate(const TraceView& trace, int32_t slots,
+                               std::unique_ptr<Policy> policy, const SimulationHooks& hooks);
 
 }  // namespace moeinf

@@ -81,7 +81,7 @@ bool StepReader::next(Step& step) {
         if (end_ == trace_.tokens) return false;
         start_pass();
     }
-    const int32_t layer = layer_++;
+    const LayerId layer{layer_++};
     collect_experts(layer);
     if (!router_.empty()) average_router(layer);
     step.index = index_++;
@@ -90,7 +90,7 @@ bool StepReader::next(Step& step) {
     step.counts = counts_;
     step.router = router_;
     step.prefill = prefill_;
-    step.new_sequence = new_sequence_ && layer == 0;
+    step.new_sequence = new_sequence_ && number(layer) == 0;
     return true;
 }
 
@@ -107,12 +107,12 @@ void StepReader::start_pass() {
     }
 }
 
-void StepReader::collect_experts(int32_t layer) {
+void StepReader::collect_experts(LayerId layer) {
     experts_.clear();
     counts_.clear();
     const auto k = static_cast<size_t>(trace_.k);
     for (int64_t token = begin_; token < end_; ++token) {
-        const size_t row = static_cast<size_t>(token * trace_.layers + layer) * k;
+        const size_t row = static_cast<size_t>(token * trace_.layers + number(layer)) * k;
         for (const int16_t id : trace_.experts.subspan(row, k)) {
             if (id < 0) continue;
             const auto expert = static_cast<size_t>(id);
@@ -122,17 +122,17 @@ void StepReader::collect_experts(int32_t layer) {
             }
             seen_[expert] = index_;
             position_[expert] = static_cast<int32_t>(experts_.size());
-            experts_.push_back(layer * trace_.num_experts + id);
+            experts_.push_back(trace_.shape().id(layer, ExpertIndex{id}));
             counts_.push_back(1);
         }
     }
 }
 
-void StepReader::average_router(int32_t layer) {
+void StepReader::average_router(LayerId layer) {
     std::fill(router_.begin(), router_.end(), 0.0f);
     const auto width = static_cast<size_t>(trace_.num_experts);
     for (int64_t token = begin_; token < end_; ++token) {
-        const size_t row = static_cast<size_t>(token * trace_.layers + layer) * width;
+        const size_t row = static_cast<size_t>(token * trace_.layers + number(layer)) * width;
         for (size_t e = 0; e < width; ++e) router_[e] += half_to_float(trace_.router[row + e]);
     }
     for (float& mean : router_) mean /= static_cast<float>(end_ - begin_);

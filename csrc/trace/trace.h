@@ -22,7 +22,7 @@ struct TraceView {
     std::span<const uint8_t> phase;     // [tokens], 0 prefill, 1 decode
     std::span<const uint16_t> router;   // [tokens, layers, num_experts] float16 bits, or empty
 
-    [[nodiscard]] PolicyShape shape() const noexcept { return {layers, num_experts}; }
+    [[nodiscard]] ModelShape shape() const noexcept { return {layers, num_experts}; }
 };
 
 // Throws Error(kInvalid), naming `name`, the tensor, what was expected and what was found.
@@ -45,15 +45,16 @@ public:
 
 private:
     void start_pass();
-    void collect_experts(int32_t layer);
-    void average_router(int32_t layer);
+    void collect_experts(LayerId layer);
+    void average_router(LayerId layer);
 
     TraceView trace_;
     int64_t begin_ = 0, end_ = 0;  // tokens of the current pass
     int32_t layer_;                // next to be read
     int64_t index_ = 0;            // steps yielded
     bool prefill_ = false, new_sequence_ = false;
-    std::vector<int32_t> experts_, counts_;
+    std::vector<ExpertId> experts_;
+    std::vector<int32_t> counts_;
     std::vector<int32_t> position_;  // by in-layer expert: where it stands in experts_
     std::vector<int64_t> seen_;      // by in-layer expert: the last step that used it
     std::vector<float> router_;

@@ -16,10 +16,11 @@
 namespace moeinf {
 namespace {
 
-constexpr size_t kUsualAlignment = 4096;  // suffices on every common file system
+constexpr size_t kUsualAlignment = 4096;  // enough on every common file system
 constexpr size_t kMaxAlignment = size_t{64} << 10;
 
-// What the kernel says (Linux 6.1 and later, some file systems), else the usual; 0: not supported.
+// The kernel's answer (Linux 6.1 and later, some file systems), or kUsualAlignment; 0: not
+// supported.
 size_t stated_alignment(int descriptor) {
 #ifdef STATX_DIOALIGN
     struct statx status{};
@@ -45,7 +46,7 @@ bool reads_directly(int descriptor, size_t alignment) {
 }  // namespace
 
 size_t enable_direct_io(int descriptor) {
-    // tmpfs takes the flag on recent kernels and ignores it; its bytes are in memory anyway.
+    // tmpfs accepts the flag on recent kernels and ignores it. Its bytes are in memory already.
     struct statfs system{};
     if (fstatfs(descriptor, &system) != 0 || system.f_type == TMPFS_MAGIC) return 1;
 

@@ -204,15 +204,15 @@ FileReader::~FileReader() {
     impl_->cancel_all();
 }
 
-TransferPtr FileReader::submit(int32_t flat_expert, std::byte* slot, Priority priority,
+TransferPtr FileReader::submit(ExpertId expert, std::byte* slot, Priority priority,
                                TransferCallback done) {
     if (impl_->forked()) {
         throw Error(ErrorCode::kUnsupported,
                     "a copy engine does not survive a fork: make a new one in the child process");
     }
     auto job = std::make_shared<Job>();
-    TransferAccess::begin(*job, flat_expert);
-    job->plan = plan_reads(impl_->catalog->extents(flat_expert), impl_->options.chunk_bytes);
+    TransferAccess::begin(*job, expert);
+    job->plan = plan_reads(impl_->catalog->extents(expert), impl_->options.chunk_bytes);
     job->slot = slot;
     job->done = std::move(done);
     {

@@ -28,10 +28,10 @@ public:
     FileReader(const FileReader&) = delete;
     FileReader& operator=(const FileReader&) = delete;
 
-    // Starts reading every extent of `flat_expert` into the slot that begins at `slot`. `done` is
+    // Starts reading every extent of `expert` into the slot that begins at `slot`. `done` is
     // called from a worker thread, or from cancel() and the destructor for a transfer that never
     // ran. Throws Error(kUnsupported) in a forked child, where the engine has no threads.
-    [[nodiscard]] TransferPtr submit(int32_t flat_expert, std::byte* slot, Priority priority,
+    [[nodiscard]] TransferPtr submit(ExpertId expert, std::byte* slot, Priority priority,
                                      TransferCallback done);
 
     // Turns a queued or running prefetch into a demand. No effect on a finished transfer.

@@ -7,7 +7,7 @@
 namespace moeinf {
 namespace {
 
-// Reading over a gap this small costs less than another request.
+// To read a gap of this size costs less than a second request.
 constexpr uint64_t kMaxGap = 32 << 10;
 
 bool same_range(const Extent& before, uint64_t end, const Extent& after) {
@@ -26,7 +26,7 @@ void add_chunk(std::span<const Extent> extents, uint64_t begin, uint64_t end, Re
         chunk.end = std::max(chunk.end, to);
         ++chunk.num_pieces;
     }
-    if (chunk.num_pieces > 0) plan.chunks.push_back(chunk);  // else it fell into a gap
+    if (chunk.num_pieces > 0) plan.chunks.push_back(chunk);  // else it lies in a gap
 }
 
 // Cuts one range into chunks of nearly equal size.

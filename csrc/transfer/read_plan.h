@@ -1,5 +1,6 @@
-// Turns the extents of one expert into reads: extents that lie side by side in a file become one
-// range, and ranges are cut into chunks that several workers can read at once. Pure arithmetic.
+// Turns the extents of one expert into reads. Extents that lie side by side in a file become one
+// range. Ranges are cut into chunks that several workers can read at the same time. Only
+// arithmetic, no IO.
 #pragma once
 
 #include <cstddef>
@@ -18,7 +19,7 @@ struct Piece {
     uint64_t slot_offset;
 };
 
-// One read of one file: [begin, end), of which the pieces are wanted.
+// One read of one file: [begin, end). Only the bytes of the pieces are kept.
 struct Chunk {
     uint32_t file;
     uint64_t begin;
@@ -36,8 +37,8 @@ struct ReadPlan {
     }
 };
 
-// Chunks begin and end at multiples of this inside a range, so that direct reads of neighbouring
-// chunks share no block.
+// Inside a range chunks begin and end at multiples of this, so direct reads of neighbouring chunks
+// share no block.
 inline constexpr uint64_t kChunkAlignment = 4096;
 
 // Every chunk spans at most `chunk_bytes`, a multiple of kChunkAlignment.

@@ -22,7 +22,7 @@ std::string number(uint64_t value) {
 }
 
 int open_file(const std::string& path) {
-    // Non-blocking, so that a path which turns out to be a pipe cannot hang us here.
+    // Non-blocking, because opening a pipe would wait for its writer.
     const int descriptor = open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY);
     if (descriptor < 0) read_error(path, std::string("cannot be opened: ") + strerror(errno));
     return descriptor;
@@ -49,7 +49,7 @@ void read_fully(int descriptor, const std::string& path, const ReadRequest& requ
                 std::byte* out) {
     size_t have = 0;
     while (have < request.need) {
-        // A short direct read may end inside a block: that block is read again.
+        // A short direct read may end inside a block. Then the block is read again.
         const size_t from = round_down(have, request.alignment);
         const ssize_t count = pread(descriptor, out + from, request.capacity - from,
                                     static_cast<off_t>(request.offset + from));
@@ -77,7 +77,7 @@ SourceFile::SourceFile(const CatalogFile& file, bool allow_direct)
     }
     modified_ = status.st_mtim;
     if (allow_direct) alignment_ = enable_direct_io(descriptor_.number());
-    // Experts are read in no order: reading ahead of them would be waste.
+    // Experts are read in random order, so the kernel's read-ahead would be useless.
     if (!direct()) (void)posix_fadvise(descriptor_.number(), 0, 0, POSIX_FADV_RANDOM);
 }
 
@@ -124,7 +124,7 @@ void SourceFile::read_buffered(const Chunk& chunk, std::span<const Piece> pieces
         read_fully(descriptor_.number(), path_, {piece.file_offset, nbytes, nbytes, 1},
                    slot + piece.slot_offset);
     }
-    // Whole pages only are dropped, so the range is widened to them.
+    // The kernel drops whole pages only, so the range is rounded to pages.
     const uint64_t begin = round_down(chunk.begin, kChunkAlignment);
     (void)posix_fadvise(descriptor_.number(), static_cast<off_t>(begin),
                         static_cast<off_t>(round_up(chunk.end, kChunkAlignment) - begin),

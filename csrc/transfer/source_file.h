@@ -1,6 +1,6 @@
-// One file of experts, opened once for reading. Reads go past the page cache (O_DIRECT) where the
-// file system allows it and through it otherwise; either way nothing is left behind in it, for the
-// slots keep what matters. Thread-safe. Never writes.
+// One file of experts, opened once for reading. Reads go past the page cache (O_DIRECT) if the file
+// system allows it, and else through it. No byte stays in the page cache, because the slots keep
+// the experts. Thread-safe. Never writes.
 #pragma once
 
 #include <sys/stat.h>
@@ -29,7 +29,7 @@ private:
     int number_;
 };
 
-// A range to read: at least `need` bytes from `offset`, up to `capacity` where the file has them.
+// A range to read: at least `need` bytes from `offset`, and up to `capacity` if the file has them.
 struct ReadRequest {
     uint64_t offset;
     size_t need;
@@ -37,27 +37,27 @@ struct ReadRequest {
     size_t alignment;  // of every offset and length passed to the system; 1: none
 };
 
-// Reads it into `out`, resuming after short reads and signals. Throws Error(kRead), naming `path`,
-// where the system reports an error or the file ends first.
+// Reads the range into `out` and goes on after short reads and signals. Throws Error(kRead) with
+// `path` if the system reports an error or the file ends too early.
 void read_fully(int descriptor, const std::string& path, const ReadRequest& request,
                 std::byte* out);
 
 class SourceFile {
 public:
-    // Throws Error(kRead) if the file is missing, unreadable, not a regular file, or not of the
-    // size the catalog gives.
+    // Throws Error(kRead) if the file is missing, unreadable, not a regular file, or has another
+    // size than in the catalog.
     SourceFile(const CatalogFile& file, bool allow_direct);
 
     [[nodiscard]] bool direct() const noexcept { return alignment_ > 1; }
 
-    // Of file offsets, lengths and addresses in direct reads; 1 where reads are buffered.
+    // Of file offsets, lengths and addresses in direct reads. 1 if reads are buffered.
     [[nodiscard]] size_t alignment() const noexcept { return alignment_; }
     [[nodiscard]] uint64_t nbytes() const noexcept { return nbytes_; }
     [[nodiscard]] int descriptor() const noexcept { return descriptor_.number(); }
 
-    // Puts every piece in its place in `slot`. `bounce` is aligned, and large enough for the chunk
-    // widened to the alignment at both ends. Throws Error(kRead), also if the file has been changed
-    // since it was opened.
+    // Copies every piece to its place in `slot`. `bounce` is aligned and holds the chunk, rounded
+    // to the alignment at both ends. Throws Error(kRead) if a read fails or the file was changed
+    // after it was opened.
     void read(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
               std::span<std::byte> bounce) const;
 

@@ -9,6 +9,8 @@
 #include <string>
 #include <utility>
 
+#include "base/ids.h"
+
 namespace moeinf {
 
 enum class Priority : uint8_t { kDemand = 0, kPrefetch = 1 };
@@ -17,7 +19,7 @@ enum class TransferState : uint8_t { kQueued, kRunning, kDone, kFailed, kCancell
 
 class Transfer {
 public:
-    [[nodiscard]] int32_t expert() const noexcept { return expert_; }  // flat id
+    [[nodiscard]] ExpertId expert() const noexcept { return expert_; }
     [[nodiscard]] TransferState state() const noexcept {
         return state_.load(std::memory_order_acquire);
     }
@@ -25,14 +27,14 @@ public:
 
 private:
     friend struct TransferAccess;
-    int32_t expert_ = -1;
+    ExpertId expert_ = ExpertId::kNone;
     std::atomic<TransferState> state_{TransferState::kQueued};
     std::string error_;
 };
 
 // For what moves transfers, and for nobody else.
 struct TransferAccess {
-    static void begin(Transfer& transfer, int32_t expert) { transfer.expert_ = expert; }
+    static void begin(Transfer& transfer, ExpertId expert) { transfer.expert_ = expert; }
     static void set_state(Transfer& transfer, TransferState state) {
         transfer.state_.store(state, std::memory_order_release);
     }

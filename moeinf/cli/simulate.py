@@ -19,7 +19,7 @@ def command(
     traces: Annotated[list[Path], typer.Argument(help="Trace files.")],
     policy: Annotated[
         str, typer.Option(help=f"Policies, comma-separated: {', '.join(policy_names())}.")
-    ] = "lru,lfu,lrfu,classlru,eam,learned,belady",
+    ] = ",".join(policy_names()),
     slots: Annotated[
         str, typer.Option(help="Budgets, comma-separated: counts, or shares of all experts.")
     ] = "5%,10%,20%,30%",

@@ -10,12 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from moeinf.traces.eam import activation_matrix
-from moeinf.traces.simulator import SimulationResult, simulate
+from moeinf.traces.simulator import SimulationResult, policy_names, simulate
 from moeinf.traces.trace import DECODE, PREFILL, Trace
 
 Array = npt.NDArray[Any]
 
-POLICIES = ("lru", "lfu", "lrfu", "classlru", "eam", "learned", "belady")
 SHARES = (2, 5, 10, 15, 20, 30, 40, 50, 70)
 """Budgets in percent of all experts."""
 LAYER_SHARE = 10
@@ -39,14 +38,14 @@ class Analysis:
 def analyse(
     trace: Trace,
     *,
-    policies: Sequence[str] = POLICIES,
+    policies: Sequence[str] | None = None,
     shares: Sequence[int] = SHARES,
     progress: Callable[[str], None] = lambda done: None,
 ) -> Analysis:
     """Simulates every policy at every budget and measures properties of the routing."""
     kept = tuple(s for s in shares if round(trace.total_experts * s / 100) >= 1)
     results: dict[str, list[SimulationResult]] = {}
-    for policy in policies:
+    for policy in policies or policy_names():
         progress(f"{trace.name}: {policy}")
         results[policy] = [simulate(trace, policy=policy, slots=f"{share}%") for share in kept]
     heat = (activation_matrix(trace, PREFILL) + activation_matrix(trace, DECODE)).astype(float)

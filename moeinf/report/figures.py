@@ -14,7 +14,7 @@ from moeinf.errors import UnsupportedError
 from moeinf.report import findings
 from moeinf.report.analysis import Analysis
 from moeinf.report.findings import rate_of
-from moeinf.traces.simulator import SimulationResult
+from moeinf.traces.simulator import SimulationResult, policy_names
 
 try:
     from matplotlib import rc_context, rcParams
@@ -30,22 +30,28 @@ DARK: dict[Any, Any] = {
     "text.color": "#e6e6e6", "axes.labelcolor": "#e6e6e6", "axes.edgecolor": "#b0b0b0",
     "xtick.color": "#e6e6e6", "ytick.color": "#e6e6e6", "grid.color": "#b0b0b0",
 }  # fmt: skip
-# Okabe and Ito's colours, which nearly everyone can distinguish. belady, the upper limit, has the
-# colour of the text.
-STYLES: dict[str, dict[str, Any]] = {
-    "lru": {"color": "#56B4E9", "marker": "o"},
-    "lfu": {"color": "#009E73", "marker": "s"},
-    "lrfu": {"color": "#E69F00", "marker": "^"},
-    "classlru": {"color": "#CC79A7", "marker": "v"},
-    "eam": {"color": "#0072B2", "marker": "*", "markersize": 11, "linewidth": 2},
-    "learned": {"color": "#D55E00", "marker": "D", "linewidth": 2.5},
-    "belady": {"linestyle": "--", "linewidth": 2},
+# Okabe and Ito's colours, which nearly everyone can distinguish. One for each policy in the order of
+# the list, then from the start again with other markers.
+COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#0072B2", "#D55E00")
+MARKERS = "os^v*DPXp"
+# belady, in the colour of the text, is the line above all.
+EMPHASIS: dict[str, dict[str, Any]] = {
+    "eam": {"markersize": 11, "linewidth": 2},
+    "learned": {"linewidth": 2.5},
+    "belady": {"color": None, "marker": None, "linestyle": "--", "linewidth": 2},
 }
 LABELS = {"eam": "eam (MoE-Infinity)", "belady": "belady (needs the future)"}
 
 
 def style_of(policy: str) -> dict[str, Any]:
-    return {"color": rcParams["text.color"], **STYLES.get(policy, {})}
+    known = policy_names()
+    place = known.index(policy) if policy in known else len(known)
+    style = {
+        "color": COLOURS[place % len(COLOURS)],
+        "marker": MARKERS[place % len(MARKERS)],
+        **EMPHASIS.get(policy, {}),
+    }
+    return {**style, "color": style["color"] or rcParams["text.color"]}
 
 
 def new_figure(height: float = 3.3) -> tuple[Figure, Axes]:

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cache/expert_cache.h"
+#include "id_list.h"
 #include "scratch.h"
 
 // Two segments per expert, at odd offsets. Experts of odd in-layer id lie in a second file, which
@@ -49,8 +50,8 @@ struct CacheWorld {
             files.push_back({paths[i], contents[i].size()});
         }
         written = std::filesystem::last_write_time(paths[1]);
-        catalog = std::make_shared<const moeinf::Catalog>(layers, experts, shape.slot_bytes, files,
-                                                          extents);
+        catalog = std::make_shared<const moeinf::Catalog>(moeinf::ModelShape{layers, experts},
+                                                          shape.slot_bytes, files, extents);
     }
 
     [[nodiscard]] moeinf::ExpertCacheOptions options(int32_t slots, const std::string& policy,
@@ -67,12 +68,12 @@ struct CacheWorld {
         return moeinf::ExpertCache(catalog, options(slots, policy));
     }
 
-    [[nodiscard]] bool holds(const moeinf::ExpertCache& cache, int32_t row, int32_t layer,
-                             int32_t expert) const {
+    [[nodiscard]] bool holds(const moeinf::ExpertCache& cache, moeinf::SlotId slot, int32_t layer,
+                             moeinf::ExpertIndex expert) const {
         for (size_t segment = 0; segment < 2; ++segment) {
             const moeinf::Extent& extent =
-                extents[static_cast<size_t>(layer * experts + expert) * 2 + segment];
-            const std::byte* found = cache.pool().slot(row) + extent.slot_offset;
+                extents[static_cast<size_t>(layer * experts + number(expert)) * 2 + segment];
+            const std::byte* found = cache.pool().slot(slot) + extent.slot_offset;
             const std::byte* wanted = contents[extent.file].data() + extent.file_offset;
             // Not std::equal, which sanitizers watch byte by byte.
             if (std::memcmp(wanted, found, extent.nbytes) != 0) return false;

@@ -49,10 +49,12 @@ struct Look {
     static void run(void* data) {
         const std::unique_ptr<Look> look(static_cast<Look*>(data));
         for (int32_t expert = 0; expert < kDeviceExperts; ++expert) {
-            const int32_t row = look->map[expert];
-            if (row < 0) continue;
+            const moeinf::SlotId slot{look->map[expert]};
+            if (!is_some(slot)) continue;
             ++look->counts.seen;
-            if (!look->world.holds(look->cache, row, look->layer, expert)) ++look->counts.wrong;
+            if (!look->world.holds(look->cache, slot, look->layer, moeinf::ExpertIndex{expert})) {
+                ++look->counts.wrong;
+            }
         }
     }
 };
@@ -89,7 +91,7 @@ public:
         const auto layer =
             the_layer >= 0 ? the_layer : static_cast<int32_t>(random_() % kDeviceLayers);
         moeinf::DeviceStep step;
-        step.layer = layer;
+        step.layer = moeinf::LayerId{layer};
         step.ids = reinterpret_cast<const std::byte*>(shared_.ids());
         step.tokens = 1;
         step.top_k = static_cast<int32_t>(count);

@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "id_list.h"
 #include "layout/catalog.h"
 #include "scratch.h"
 #include "transfer/file_reader.h"
@@ -67,13 +68,14 @@ struct ExpertFiles {
             const std::string path = folder.write("file-" + std::to_string(i), contents[i]);
             files.push_back({path, contents[i].size()});
         }
-        catalog = std::make_shared<const Catalog>(1, experts, slot_bytes, files, extents);
+        catalog =
+            std::make_shared<const Catalog>(ModelShape{1, experts}, slot_bytes, files, extents);
     }
 
-    [[nodiscard]] std::vector<std::byte> expected(int32_t expert) const {
+    [[nodiscard]] std::vector<std::byte> expected(ExpertId expert) const {
         std::vector<std::byte> slot(slot_bytes, kPoison);
         for (size_t i = 0; i < per_expert; ++i) {
-            const Extent& extent = extents[static_cast<size_t>(expert) * per_expert + i];
+            const Extent& extent = extents[index(expert) * per_expert + i];
             std::memcpy(slot.data() + extent.slot_offset,
                         contents[extent.file].data() + extent.file_offset, extent.nbytes);
         }
@@ -96,7 +98,7 @@ struct LargeExperts {
     LargeExperts() {
         std::filesystem::resize_file(path, 2 * kBytes);
         catalog = std::make_shared<const Catalog>(
-            1, 2, kBytes, std::vector<CatalogFile>{{path, 2 * kBytes}},
+            ModelShape{1, 2}, kBytes, std::vector<CatalogFile>{{path, 2 * kBytes}},
             std::vector<Extent>{{0, 0, kBytes, 0}, {0, kBytes, kBytes, 0}});
     }
 };

@@ -12,7 +12,7 @@
 #include <vector>
 
 // Those it can tell; the others have tests of their own.
-inline const std::vector<std::string> kModelledPolicies{"lru", "lfu", "lrfu"};
+inline const std::vector<std::string> kModelledPolicies{"lru", "lfu", "decayed_lfu"};
 
 struct ResidencyModel {
     std::string policy;

@@ -20,7 +20,7 @@ using namespace moeinf;
 
 namespace {
 
-using Ids = std::vector<int32_t>;
+using Ids = Experts;
 using namespace std::chrono_literals;
 
 // Code and message of what `action` throws; kUnsupported and "" if nothing.
@@ -64,7 +64,7 @@ LayerStats total(const ExpertCache& cache) {
 void run_step(const CacheWorld& world, ExpertCache& cache, int32_t layer, const Ids& experts,
               bool new_sequence = false) {
     StepLease lease =
-        cache.begin({.layer = layer, .experts = experts, .new_sequence = new_sequence});
+        cache.begin({.layer = LayerId{layer}, .experts = experts, .new_sequence = new_sequence});
     std::vector<ReadyExpert> ready;
     std::set<int32_t> seen;
     while (lease.next(ready)) {
@@ -78,19 +78,19 @@ void run_step(const CacheWorld& world, ExpertCache& cache, int32_t layer, const 
     CHECK_EQ(seen.size(), experts.size());
 }
 
-Ids acquire(const CacheWorld& world, ExpertCache& cache, int32_t layer, const Ids& experts,
-            std::optional<StepLease>& lease) {
-    lease.emplace(cache.begin({.layer = layer, .experts = experts, .at_once = true}));
+IdList<SlotId> acquire(const CacheWorld& world, ExpertCache& cache, int32_t layer,
+                       const Ids& experts, std::optional<StepLease>& lease) {
+    lease.emplace(cache.begin({.layer = LayerId{layer}, .experts = experts, .at_once = true}));
     std::vector<ReadyExpert> ready;
     lease->wait_all(ready);
     CHECK_EQ(ready.size(), experts.size());
-    Ids rows;
+    IdList<SlotId> slots;
     for (size_t i = 0; i < ready.size(); ++i) {
         CHECK_EQ(static_cast<size_t>(ready[i].position), i);
         CHECK(world.holds(cache, ready[i].slot, layer, experts[i]));
-        rows.push_back(ready[i].slot);
+        slots.push_back(ready[i].slot);
     }
-    return rows;
+    return slots;
 }
 
 void check_matches_the_model(const std::string& policy, int32_t slots, uint64_t seed) {
@@ -105,19 +105,21 @@ void check_matches_the_model(const std::string& policy, int32_t slots, uint64_t 
             std::set<int32_t> chosen;
             const size_t k = token % 5 == 0 ? 6 : 1 + random() % 3;
             while (chosen.size() < k) chosen.insert(static_cast<int32_t>(random() % 6));
-            Ids experts(chosen.begin(), chosen.end());
+            Ids experts(chosen);
             std::shuffle(experts.begin(), experts.end(), random);
             const bool new_sequence = layer == 0 && token % 5 == 0;
             run_step(world, cache, layer, experts, new_sequence);
-            Ids flat;
-            for (int32_t e : experts) flat.push_back(layer * 6 + e);
+            std::vector<int> flat;
+            for (ExpertIndex e : experts) flat.push_back(layer * 6 + number(e));
             hits += model.take(layer, flat, new_sequence, {}).first;
             accesses += static_cast<int64_t>(flat.size());
             CHECK_EQ(total(cache).hits, hits);
             CHECK_EQ(total(cache).accesses, accesses);
             std::set<int32_t> resident;
             for (int32_t l = 0; l < 3; ++l) {
-                for (int32_t e : cache.resident(l)) resident.insert(l * 6 + e);
+                for (ExpertIndex e : cache.resident(LayerId{l})) {
+                    resident.insert(l * 6 + number(e));
+                }
             }
             CHECK(resident == model.resident);
         }
@@ -133,12 +135,12 @@ void check_leases_survive_pressure(uint64_t seed) {
     const CacheWorld world(2, 8, seed);
     ExpertCache cache = world.cache(3, "lru");
     std::optional<StepLease> held;
-    const Ids rows = acquire(world, cache, 1, {4, 7}, held);
+    const IdList<SlotId> slots = acquire(world, cache, 1, {4, 7}, held);
     for (int round = 0; round < 20; ++round) {
         run_step(world, cache, round % 2, {0, 1, 2, 3, 5});
-        (void)cache.prefetch(0, Ids{6, 7});
-        CHECK(world.holds(cache, rows[0], 1, 4));
-        CHECK(world.holds(cache, rows[1], 1, 7));
+        (void)cache.prefetch(LayerId{0}, Ids{6, 7});
+        CHECK(world.holds(cache, slots[0], 1, ExpertIndex{4}));
+        CHECK(world.holds(cache, slots[1], 1, ExpertIndex{7}));
     }
     held->release();
     check_throws(ErrorCode::kInvalid, "released", [&] { held->done(0); });
@@ -153,7 +155,7 @@ void check_capacity(uint64_t seed) {
     std::optional<StepLease> held;
     std::optional<StepLease> more;
     check_throws(ErrorCode::kCapacity, "3 experts", [&] {
-        (void)cache.begin({.layer = 0, .experts = Ids{1, 2, 3}, .at_once = true});
+        (void)cache.begin({.layer = LayerId{0}, .experts = Ids{1, 2, 3}, .at_once = true});
     });
     CHECK_EQ(total(cache).accesses, int64_t{0});
     (void)acquire(world, cache, 0, {0, 1}, held);
@@ -162,7 +164,7 @@ void check_capacity(uint64_t seed) {
     (void)acquire(world, cache, 0, {1, 0}, more);  // what the thread holds already it may share
     run_step(world, cache, 0, {5, 6, 7});          // through transit
     // Two transit slots handed out, both undone: nothing can come any more.
-    StepLease greedy = cache.begin({.layer = 0, .experts = Ids{3, 4, 5}});
+    StepLease greedy = cache.begin({.layer = LayerId{0}, .experts = Ids{3, 4, 5}});
     std::vector<ReadyExpert> ready;
     while (ready.size() < 2) CHECK(greedy.next(ready));
     check_throws(ErrorCode::kCapacity, "transit", [&] { (void)greedy.next(ready); });
@@ -182,11 +184,11 @@ void check_two_threads_in_transit(uint64_t seed) {
     std::latch both(2);
     std::atomic<int> refused = 0;
     const auto greedy = [&](const Ids& experts) {
-        StepLease lease = cache.begin({.layer = 0, .experts = Ids{experts[0]}});
+        StepLease lease = cache.begin({.layer = LayerId{0}, .experts = Ids{experts[0]}});
         std::vector<ReadyExpert> ready;
         (void)lease.next(ready);
         both.arrive_and_wait();
-        StepLease second = cache.begin({.layer = 0, .experts = Ids{experts[1]}});
+        StepLease second = cache.begin({.layer = LayerId{0}, .experts = Ids{experts[1]}});
         const auto [code, message] = thrown_by([&] { (void)second.next(ready); });
         if (!message.empty() && code == ErrorCode::kCapacity) ++refused;
     };
@@ -201,24 +203,27 @@ void check_bad_requests(uint64_t seed) {
     const CacheWorld world(2, 4, seed);
     ExpertCache cache = world.cache(2, "lfu");
     check_throws(ErrorCode::kInvalid, "0..1, found 2",
-                 [&] { (void)cache.begin({.layer = 2, .experts = Ids{0}}); });
+                 [&] { (void)cache.begin({.layer = LayerId{2}, .experts = Ids{0}}); });
     check_throws(ErrorCode::kInvalid, "found -1",
-                 [&] { (void)cache.begin({.layer = -1, .experts = Ids{0}}); });
+                 [&] { (void)cache.begin({.layer = LayerId{-1}, .experts = Ids{0}}); });
     check_throws(ErrorCode::kInvalid, "found 4",
-                 [&] { (void)cache.begin({.layer = 0, .experts = Ids{0, 4}}); });
+                 [&] { (void)cache.begin({.layer = LayerId{0}, .experts = Ids{0, 4}}); });
     check_throws(ErrorCode::kInvalid, "expert 3 of layer 1 is named twice",
-                 [&] { (void)cache.begin({.layer = 1, .experts = Ids{3, 0, 3}}); });
-    check_throws(ErrorCode::kInvalid, "expected 2 counts, found 1",
-                 [&] { (void)cache.begin({.layer = 1, .experts = Ids{3, 0}, .counts = Ids{1}}); });
-    check_throws(ErrorCode::kInvalid, "found -7", [&] { (void)cache.prefetch(0, Ids{-7}); });
-    check_throws(ErrorCode::kInvalid, "found 9", [&] { (void)cache.resident(9); });
+                 [&] { (void)cache.begin({.layer = LayerId{1}, .experts = Ids{3, 0, 3}}); });
+    check_throws(ErrorCode::kInvalid, "expected 2 counts, found 1", [&] {
+        (void)cache.begin(
+            {.layer = LayerId{1}, .experts = Ids{3, 0}, .counts = std::vector<int32_t>{1}});
+    });
+    check_throws(ErrorCode::kInvalid, "found -7",
+                 [&] { (void)cache.prefetch(LayerId{0}, Ids{-7}); });
+    check_throws(ErrorCode::kInvalid, "found 9", [&] { (void)cache.resident(LayerId{9}); });
     check_throws(ErrorCode::kInvalid, "not 0", [&] { cache.resize(0); });
     check_throws(ErrorCode::kInvalid, "not 9", [&] { cache.resize(9); });
     check_throws(ErrorCode::kInvalid, "not 9", [&] { (void)world.cache(9, "lru"); });
-    check_throws(ErrorCode::kInvalid, "lrfu", [&] { (void)world.cache(1, "nope"); });
+    check_throws(ErrorCode::kInvalid, "decayed_lfu", [&] { (void)world.cache(1, "nope"); });
     CHECK_EQ(total(cache).accesses, int64_t{0});
     run_step(world, cache, 1, {});
-    StepLease lease = cache.begin({.layer = 0, .experts = Ids{1}});
+    StepLease lease = cache.begin({.layer = LayerId{0}, .experts = Ids{1}});
     check_throws(ErrorCode::kInvalid, "not handed out", [&] { lease.done(0); });
     check_throws(ErrorCode::kInvalid, "position 1", [&] { lease.done(1); });
 }
@@ -230,7 +235,8 @@ void check_failed_reads(uint64_t seed) {
     world.cut_odd_file();
     run_step(world, cache, 0, {1, 2});
     for (const bool at_once : {false, true}) {
-        StepLease lease = cache.begin({.layer = 0, .experts = Ids{4, 3}, .at_once = at_once});
+        StepLease lease =
+            cache.begin({.layer = LayerId{0}, .experts = Ids{4, 3}, .at_once = at_once});
         std::vector<ReadyExpert> ready;
         const auto wait = [&] {
             if (at_once) {
@@ -247,16 +253,16 @@ void check_failed_reads(uint64_t seed) {
         check_throws(ErrorCode::kRead, "file-1",
                      [&] { run_step(world, cache, 0, {0, 2, 4, 5, 7, 9, 11}); });
     }
-    (void)cache.prefetch(0, Ids{3, 5});
+    (void)cache.prefetch(LayerId{0}, Ids{3, 5});
     run_step(world, cache, 0, {0, 2, 4, 6, 8});
     for (const int32_t expert : {3, 5}) {  // which also outwaits the prefetches
         check_throws(ErrorCode::kRead, "file-1", [&] { run_step(world, cache, 0, {expert}); });
     }
-    for (const int32_t e : cache.resident(0)) CHECK(e % 2 == 0);
+    for (const ExpertIndex e : cache.resident(LayerId{0})) CHECK(number(e) % 2 == 0);
     world.heal_odd_file();
     run_step(world, cache, 0, {3, 5, 7, 9, 11});
     run_step(world, cache, 0, {0, 1, 2, 3, 4, 5});
-    CHECK_EQ(cache.resident(0).size(), size_t{3});
+    CHECK_EQ(cache.resident(LayerId{0}).size(), size_t{3});
 }
 
 // Several steps wait for one read: it happens once, and if it fails each is told.
@@ -271,8 +277,8 @@ void check_one_read_for_all(uint64_t seed) {
             std::vector<std::jthread> threads;
             for (int i = 0; i < 4; ++i) {
                 threads.emplace_back([&] {
-                    StepLease lease =
-                        cache.begin({.layer = 0, .experts = Ids{1, 3, 5, 7, 9, 11, 13, 15}});
+                    StepLease lease = cache.begin(
+                        {.layer = LayerId{0}, .experts = Ids{1, 3, 5, 7, 9, 11, 13, 15}});
                     start.arrive_and_wait();
                     std::vector<ReadyExpert> ready;
                     const auto [code, message] = thrown_by([&] { lease.wait_all(ready); });
@@ -290,15 +296,15 @@ void check_one_read_for_all(uint64_t seed) {
 }
 
 void wait_until_resident(const ExpertCache& cache, int32_t layer, size_t count) {
-    while (cache.resident(layer).size() < count) std::this_thread::sleep_for(1ms);
+    while (cache.resident(LayerId{layer}).size() < count) std::this_thread::sleep_for(1ms);
 }
 
 void check_prefetch(uint64_t seed) {
     const CacheWorld world(2, 8, seed);
     const auto bytes = static_cast<int64_t>(world.catalog->expert_bytes());
     ExpertCache cache = world.cache(4, "lru");
-    CHECK_EQ(cache.prefetch(1, Ids{0, 1, 2, 0}), 3);
-    CHECK_EQ(cache.prefetch(1, Ids{0, 1, 2}), 0);
+    CHECK_EQ(cache.prefetch(LayerId{1}, Ids{0, 1, 2, 0}), 3);
+    CHECK_EQ(cache.prefetch(LayerId{1}, Ids{0, 1, 2}), 0);
     wait_until_resident(cache, 1, 3);
     CHECK_EQ(total(cache).prefetch_bytes, 3 * bytes);
     run_step(world, cache, 1, {1, 0});
@@ -308,20 +314,20 @@ void check_prefetch(uint64_t seed) {
     CHECK_EQ(total(cache).prefetch_wasted_bytes, bytes);
     CHECK_EQ(total(cache).evictions, int64_t{3});
     // Asked for while still on its way, or just there: useful either way.
-    CHECK_EQ(cache.prefetch(1, Ids{3}), 1);
+    CHECK_EQ(cache.prefetch(LayerId{1}, Ids{3}), 1);
     run_step(world, cache, 1, {3});
     CHECK_EQ(total(cache).prefetch_bytes, 4 * bytes);
     CHECK_EQ(total(cache).prefetch_useful_bytes, 3 * bytes);
     CHECK_EQ(total(cache).demand_bytes, 4 * bytes);
     // Unused ones go to waste with their slots.
-    CHECK_EQ(cache.prefetch(1, Ids{4, 5, 6, 7}), 4);
+    CHECK_EQ(cache.prefetch(LayerId{1}, Ids{4, 5, 6, 7}), 4);
     wait_until_resident(cache, 1, 4);
     cache.resize(1);
     CHECK_EQ(total(cache).prefetch_wasted_bytes, 4 * bytes);
     // Every slot leased: nothing to be had, and no harm done.
     std::optional<StepLease> held;
     (void)acquire(world, cache, 0, {2}, held);
-    CHECK_EQ(cache.prefetch(1, Ids{0, 1}), 0);
+    CHECK_EQ(cache.prefetch(LayerId{1}, Ids{0, 1}), 0);
 }
 
 void check_resize(uint64_t seed) {
@@ -330,9 +336,9 @@ void check_resize(uint64_t seed) {
     const std::byte* const address = cache.pool().data();
     cache.resize(12);
     run_step(world, cache, 0, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11});
-    CHECK_EQ(cache.resident(0).size(), size_t{12});
+    CHECK_EQ(cache.resident(LayerId{0}).size(), size_t{12});
     cache.resize(5);
-    CHECK_EQ(cache.resident(0).size(), size_t{5});
+    CHECK_EQ(cache.resident(LayerId{0}).size(), size_t{5});
     cache.resize(9);
     CHECK_EQ(cache.slots(), 9);
     CHECK(cache.pool().data() == address);
@@ -341,7 +347,7 @@ void check_resize(uint64_t seed) {
     cache.reset_stats();
     std::optional<StepLease> held;
     Ids nine{0, 1, 2, 3, 4, 5, 6, 7, 8};
-    const Ids rows = acquire(world, cache, 0, nine, held);
+    const IdList<SlotId> slots = acquire(world, cache, 0, nine, held);
     std::atomic<bool> shrunk = false;
     std::jthread shrinking([&] {
         cache.resize(1);
@@ -350,11 +356,11 @@ void check_resize(uint64_t seed) {
     while (cache.slots() != 1) std::this_thread::sleep_for(1ms);
     run_step(world, cache, 0, {9, 10, 11});
     CHECK(!shrunk);
-    for (size_t i = 0; i < nine.size(); ++i) CHECK(world.holds(cache, rows[i], 0, nine[i]));
+    for (size_t i = 0; i < nine.size(); ++i) CHECK(world.holds(cache, slots[i], 0, nine[i]));
     held.reset();
     shrinking.join();
     CHECK(shrunk);
-    CHECK_EQ(cache.resident(0).size(), size_t{1});
+    CHECK_EQ(cache.resident(LayerId{0}).size(), size_t{1});
     run_step(world, cache, 0, nine);
 }
 
@@ -368,7 +374,7 @@ void check_poll(uint64_t seed) {
         if (interrupt) throw Interrupted();
     }));
     std::optional<StepLease> held;
-    const Ids rows = acquire(world, cache, 0, {0, 1, 2, 3}, held);
+    const IdList<SlotId> slots = acquire(world, cache, 0, {0, 1, 2, 3}, held);
     interrupt = true;
     const auto interrupted = [&](const auto& action) {
         bool caught = false;
@@ -389,22 +395,23 @@ void check_poll(uint64_t seed) {
     }));
     CHECK(total(cache).stall_seconds > 0);
     interrupt = false;
-    for (int32_t i = 0; i < 4; ++i) CHECK(world.holds(cache, rows[static_cast<size_t>(i)], 0, i));
+    for (int32_t i = 0; i < 4; ++i)
+        CHECK(world.holds(cache, slots[static_cast<size_t>(i)], 0, ExpertIndex{i}));
     held.reset();
     run_step(world, cache, 0, {0, 1, 2, 3, 4, 5, 6, 7});
-    CHECK_EQ(cache.resident(0).size(), size_t{4});
+    CHECK_EQ(cache.resident(LayerId{0}).size(), size_t{4});
 }
 
 void check_lifetimes(uint64_t seed) {
     const CacheWorld world(1, 16, seed);
     Ids all(16);
-    for (int32_t i = 0; i < 16; ++i) all[static_cast<size_t>(i)] = i;
+    for (int32_t i = 0; i < 16; ++i) all[static_cast<size_t>(i)] = ExpertIndex{i};
     for (int round = 0; round < 20; ++round) {
         // A lease dropped with its reads in flight, and a cache dropped with prefetches in flight.
-        auto cache = std::make_unique<ExpertCache>(world.catalog, world.options(8, "lrfu"));
-        (void)cache->prefetch(0, all);
-        (void)cache->begin({.layer = 0, .experts = all});
-        StepLease outlives = cache->begin({.layer = 0, .experts = Ids{3, 9}});
+        auto cache = std::make_unique<ExpertCache>(world.catalog, world.options(8, "decayed_lfu"));
+        (void)cache->prefetch(LayerId{0}, all);
+        (void)cache->begin({.layer = LayerId{0}, .experts = all});
+        StepLease outlives = cache->begin({.layer = LayerId{0}, .experts = Ids{3, 9}});
         StepLease moved = std::move(outlives);
         cache.reset();
         std::vector<ReadyExpert> ready;
@@ -417,7 +424,8 @@ void check_fork(uint64_t seed) {
     const CacheWorld world(1, 4, seed);
     auto cache = std::make_unique<ExpertCache>(world.catalog, world.options(2, "lru"));
     run_step(world, *cache, 0, {1, 2});
-    auto lease = std::make_unique<StepLease>(cache->begin({.layer = 0, .experts = Ids{0}}));
+    auto lease =
+        std::make_unique<StepLease>(cache->begin({.layer = LayerId{0}, .experts = Ids{0}}));
     const pid_t child = fork();
     if (child == 0) {
         int refused = 0;
@@ -426,7 +434,7 @@ void check_fork(uint64_t seed) {
             const auto [code, message] = thrown_by(action);
             if (!message.empty() && code == ErrorCode::kUnsupported) ++refused;
         };
-        check([&] { (void)cache->begin({.layer = 0, .experts = Ids{1}}); });
+        check([&] { (void)cache->begin({.layer = LayerId{0}, .experts = Ids{1}}); });
         check([&] { (void)lease->next(ready); });
         check([&] { (void)cache->stats(); });
         lease.reset();

@@ -94,7 +94,7 @@ struct Layer {
                       top_k, experts});
         std::vector<SlotOfExpert> ready;
         for (size_t p = 0; p < pass.experts().size(); ++p) {
-            const auto expert = static_cast<size_t>(pass.experts()[p]);
+            const size_t expert = index(pass.experts()[p]);
             ready.push_back({static_cast<int32_t>(p),
                              reinterpret_cast<const std::byte*>(slots[expert].data())});
         }

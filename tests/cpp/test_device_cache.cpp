@@ -2,7 +2,6 @@
 // for the order of copies and readers.
 #include <chrono>
 #include <cstdlib>
-#include <numeric>
 #include <thread>
 
 #include "base/error.h"
@@ -99,17 +98,17 @@ struct Stepper {
     ExpertCache& cache;
     int64_t wrong = 0;
 
-    void wait_for(int32_t row) {
+    void wait_for(SlotId slot) {
         SlotFences& fences = cache.device_transport()->fences();
-        while (!fences.arrived(row)) std::this_thread::sleep_for(20us);
+        while (!fences.arrived(slot)) std::this_thread::sleep_for(20us);
     }
-    void step(int32_t layer, std::span<const int32_t> experts) {
-        StepLease lease = cache.begin({.layer = layer, .experts = experts});
+    void step(int32_t layer, std::span<const ExpertIndex> experts) {
+        StepLease lease = cache.begin({.layer = LayerId{layer}, .experts = experts});
         std::vector<ReadyExpert> ready;
         while (lease.next(ready)) {
             for (const ReadyExpert& one : ready) {
                 wait_for(one.slot);
-                const int32_t expert = experts[static_cast<size_t>(one.position)];
+                const ExpertIndex expert = experts[static_cast<size_t>(one.position)];
                 wrong += world.holds(cache, one.slot, layer, expert) ? 0 : 1;
                 lease.done(one.position);
             }
@@ -120,10 +119,8 @@ struct Stepper {
     HostTierStats host() { return cache.device_transport()->host().stats(); }
 };
 
-std::vector<int32_t> ids(int32_t first, int32_t count) {
-    std::vector<int32_t> all(static_cast<size_t>(count));
-    std::iota(all.begin(), all.end(), first);
-    return all;
+Experts ids(int32_t first, int32_t count) {
+    return Experts(std::views::iota(first, first + count));
 }
 
 // What only passed through the device has not come to stay: RAM lets go of what did.
@@ -201,7 +198,7 @@ void test_a_row_is_not_idle_before_its_copy_out(const CacheWorld& world,
                                                 const std::shared_ptr<Device>& device) {
     struct Watch final : DeviceWatcher {
         void call_begins() override {
-            if (std::this_thread::get_id() == thread) idle = idle || transport->idle(0);
+            if (std::this_thread::get_id() == thread) idle = idle || transport->idle(SlotId{0});
         }
         void call_ends() override {}
         std::thread::id thread;
@@ -210,9 +207,10 @@ void test_a_row_is_not_idle_before_its_copy_out(const CacheWorld& world,
     } watch;
     FullTiers tiers(world, std::make_shared<WatchedDevice>(device, watch));
     watch.transport = tiers.cache.device_transport();
-    CHECK(watch.transport->idle(0));
-    watch.transport->left(kDeviceExperts - FullTiers::kSlots / 2, ExpertCache::kTransitSlots);
-    CHECK(!watch.transport->idle(0));
+    CHECK(watch.transport->idle(SlotId{0}));
+    watch.transport->left(ExpertId{kDeviceExperts - FullTiers::kSlots / 2},
+                          SlotId{ExpertCache::kTransitSlots});
+    CHECK(!watch.transport->idle(SlotId{0}));
     watch.thread = std::this_thread::get_id();
     watch.transport->flush();
     watch.thread = {};
@@ -241,18 +239,18 @@ void test_a_leased_row_outlives_a_resize(const CacheWorld& world,
     constexpr int32_t kFewer = 4;
     int32_t refused = 0, shrunk = 0;
     for (int32_t i = 0; i < 500 && (refused == 0 || shrunk == 0); ++i) {
-        const std::vector<int32_t> experts = ids(i * 7 % 30, FullTiers::kSlots + 1);
+        const Experts experts = ids(i * 7 % 30, FullTiers::kSlots + 1);
         for (int32_t other = 0; other < 3; ++other) {
             tiers.stepper.step(1 - i % 2, ids((i * 11 + other * 8) % 30, 6));
         }
         tiers.stepper.step(i % 2, std::span(experts).first(5));
-        StepLease lease = tiers.cache.begin({.layer = i % 2, .experts = experts});
+        StepLease lease = tiers.cache.begin({.layer = LayerId{i % 2}, .experts = experts});
         std::vector<ReadyExpert> ready;
         while (lease.next(ready)) {
         }
-        const std::vector<int32_t> kept = tiers.cache.resident(i % 2);
+        const std::vector<ExpertIndex> kept = tiers.cache.resident(LayerId{i % 2});
         const ReadyExpert passing = *std::find_if(ready.begin(), ready.end(), [&](const auto& one) {
-            const int32_t expert = experts[static_cast<size_t>(one.position)];
+            const ExpertIndex expert = experts[static_cast<size_t>(one.position)];
             return std::find(kept.begin(), kept.end(), expert) == kept.end();
         });
         for (const ReadyExpert& one : ready) {
@@ -266,7 +264,7 @@ void test_a_leased_row_outlives_a_resize(const CacheWorld& world,
             CHECK(error.code() == ErrorCode::kCapacity);
             fits = false;
         }
-        CHECK_EQ(fits, passing.slot < kFewer + ExpertCache::kTransitSlots);
+        CHECK_EQ(fits, passing.slot < SlotId{kFewer + ExpertCache::kTransitSlots});
         CHECK_EQ(tiers.cache.slots(), fits ? kFewer : FullTiers::kSlots);
         ++(fits ? shrunk : refused);
         CHECK(world.holds(tiers.cache, passing.slot, i % 2,
@@ -285,17 +283,17 @@ void test_a_row_that_goes_takes_nobody_new(const CacheWorld& world,
                                            const std::shared_ptr<Device>& device) {
     FullTiers tiers(world, device);
     constexpr int32_t kFewer = 4;
-    constexpr int32_t kRows = kFewer + ExpertCache::kTransitSlots;
+    constexpr SlotId kEnd{kFewer + ExpertCache::kTransitSlots};
     bool tried = false;
     for (int32_t i = 0; i < 500 && !tried; ++i) {
         tiers.stepper.step(i % 2, ids(i * 7 % 20, 5));  // so that what does not fit comes last
-        const std::vector<int32_t> experts = ids(i * 7 % 20, 20);
-        StepLease lease = tiers.cache.begin({.layer = i % 2, .experts = experts});
+        const Experts experts = ids(i * 7 % 20, 20);
+        StepLease lease = tiers.cache.begin({.layer = LayerId{i % 2}, .experts = experts});
         std::vector<ReadyExpert> ready;
         while (ready.size() < FullTiers::kSlots + ExpertCache::kTransitSlots) {
             CHECK(lease.next(ready));
         }
-        if (ready[FullTiers::kSlots].slot < kRows && ready.back().slot < kRows) continue;
+        if (ready[FullTiers::kSlots].slot < kEnd && ready.back().slot < kEnd) continue;
         tried = true;
         std::thread shrinking([&] { tiers.cache.resize(kFewer); });
         while (tiers.cache.slots() != kFewer) std::this_thread::sleep_for(1ms);
@@ -303,7 +301,7 @@ void test_a_row_that_goes_takes_nobody_new(const CacheWorld& world,
         ready.clear();
         while (lease.next(ready)) {
             for (const ReadyExpert& one : ready) {
-                CHECK(one.slot < kRows);
+                CHECK(one.slot < kEnd);
                 lease.done(one.position);
             }
             ready.clear();
@@ -322,9 +320,7 @@ void test_a_demand_overtakes(const CacheWorld& world, const std::shared_ptr<Devi
     Counts counts;
     Reader reader(world, cache, device, counts, 3);
     fake_cuda_set_link(FAKE_CUDA_TO_DEVICE, 5e6, 0);  // 2 ms each
-    std::vector<int32_t> others;
-    for (int32_t i = 0; i < kDeviceExperts; ++i) others.push_back(i);
-    (void)cache->prefetch(0, others);
+    (void)cache->prefetch(LayerId{0}, ids(0, kDeviceExperts));
     std::this_thread::sleep_for(20ms);
     (void)reader.step(1, 1);  // of the other layer
     reader.reader().synchronize();
@@ -355,7 +351,8 @@ void test_ids_may_be_given_up(const CacheWorld& world, const std::shared_ptr<Dev
         const Shared shared(*device);
         DeviceReader reader(cache, stream);
         std::fill_n(shared.ids(), 4000, 1);
-        DeviceStep step{.layer = 0, .ids = reinterpret_cast<const std::byte*>(shared.ids())};
+        DeviceStep step{.layer = LayerId{0},
+                        .ids = reinterpret_cast<const std::byte*>(shared.ids())};
         step.map = reinterpret_cast<std::byte*>(shared.map());
         step.top_k = 1;
         step.tokens = 1;
@@ -379,7 +376,7 @@ void test_a_capture_is_left_alone(const CacheWorld& world, const std::shared_ptr
     fake_cuda_reset(1);
     ExpertCache cache(world.catalog, device_options(world, device, 80, 80, false, false));
     fake_cuda_set_link(FAKE_CUDA_TO_DEVICE, 5e6, 0);  // 2 ms each
-    (void)cache.prefetch(0, ids(0, 20));
+    (void)cache.prefetch(LayerId{0}, ids(0, 20));
     fake_cuda_set_capturing(1);
     const uint64_t before = fake_cuda_calls("cuEventQuery");
     std::this_thread::sleep_for(20ms);
@@ -394,8 +391,7 @@ void test_a_copy_that_never_ends(const CacheWorld& world, const std::shared_ptr<
     auto cache = std::make_shared<ExpertCache>(world.catalog,
                                                device_options(world, device, 4, 80, false, false));
     fake_cuda_hang_next_event();
-    const std::vector<int32_t> some{1, 2};
-    (void)cache->prefetch(0, some);
+    (void)cache->prefetch(LayerId{0}, Experts{1, 2});
     std::this_thread::sleep_for(20ms);
     std::thread rescue([] {
         std::this_thread::sleep_for(200ms);

@@ -11,7 +11,8 @@
 // - the wait for idle rows in ExpertCache::resize,
 // - read() in DeviceTransport::demote (a fill waits for the copy out of its row),
 // - `resizing` and free() in CacheState::make_way (rows are not exchanged then, nor a leased one),
-// - gather_rows() and transit_has_rows_that_stay() in ExpertCache::resize, and what the latter does
+// - gather_slots() and transit_has_slots_that_stay() in ExpertCache::resize, and what the latter
+// does
 //   to the rows of closed slots.
 #include <atomic>
 #include <chrono>
@@ -46,8 +47,9 @@ void test_bytes_under_delays(const CacheWorld& world, const std::shared_ptr<Devi
             std::atomic<bool> over = false;
             std::thread disturbance([&, noise = std::mt19937_64(seed + 1)]() mutable {
                 while (!over) {
-                    std::vector<int32_t> some{static_cast<int32_t>(noise() % kDeviceExperts)};
-                    (void)cache->prefetch(static_cast<int32_t>(noise() % kDeviceLayers), some);
+                    const Experts some{static_cast<int32_t>(noise() % kDeviceExperts)};
+                    const LayerId layer{static_cast<int32_t>(noise() % kDeviceLayers)};
+                    (void)cache->prefetch(layer, some);
                     if (form.slots > 1 && noise() % 4 == 0) {
                         cache->resize(
                             1 + static_cast<int32_t>(noise() % static_cast<uint64_t>(form.slots)));

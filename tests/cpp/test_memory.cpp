@@ -142,19 +142,19 @@ void a_limit_of_the_system_is_an_error_too() {
 void slots_lie_side_by_side_and_stay_where_they_are() {
     constexpr uint64_t kSlot = 3 * kPage;
     SlotPool pool(make_host_arena(kSlot * 4), kSlot, 4, 2);
-    std::byte* const first = pool.slot(0);
+    std::byte* const first = pool.slot(SlotId{0});
     CHECK(first == pool.data());
-    CHECK(pool.slot(1) == first + kSlot);
-    std::memset(pool.slot(0), 1, kSlot);
-    std::memset(pool.slot(1), 2, kSlot);
-    CHECK(!readable(pool.slot(2)));
+    CHECK(pool.slot(SlotId{1}) == first + kSlot);
+    std::memset(pool.slot(SlotId{0}), 1, kSlot);
+    std::memset(pool.slot(SlotId{1}), 2, kSlot);
+    CHECK(!readable(pool.slot(SlotId{2})));
     pool.resize(4);
     CHECK_EQ(pool.slots(), 4);
-    CHECK(readable(pool.slot(3) + kSlot - 1));
+    CHECK(readable(pool.slot(SlotId{3}) + kSlot - 1));
     pool.resize(1);
-    CHECK(pool.slot(0) == first);
+    CHECK(pool.slot(SlotId{0}) == first);
     CHECK(first[kSlot - 1] == std::byte{1});
-    CHECK(!readable(pool.slot(1)));
+    CHECK(!readable(pool.slot(SlotId{1})));
     CHECK(contains(message_of(ErrorCode::kCapacity, [&] { pool.resize(5); }),
                    "at most 4 slots cannot have 5"));
     (void)message_of(ErrorCode::kInvalid, [&] { pool.resize(-1); });

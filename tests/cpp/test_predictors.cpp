@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "check.h"
+#include "id_list.h"
 #include "prefetch/predictor.h"
 #include "scratch.h"
 
@@ -131,9 +132,10 @@ void check(const std::string& name, uint64_t seed) {
                     step.counts.push_back(step.prefill ? 1 + draw(9) : 1);
                 }
                 history.push_back(step);
+                const FlatExperts experts(step.experts);
                 predictor->observe({.index = int64_t(history.size()) - 1,
-                                    .layer = layer,
-                                    .experts = step.experts,
+                                    .layer = LayerId{layer},
+                                    .experts = experts,
                                     .counts = step.counts,
                                     .router = {},
                                     .prefill = step.prefill,
@@ -142,7 +144,7 @@ void check(const std::string& name, uint64_t seed) {
                 for (int ahead = 1; ahead <= std::min(predictor->reach(), kLayers); ++ahead) {
                     const int target = (layer + ahead) % kLayers;
                     std::vector<float> scores(kExperts, -1.0f);
-                    const bool known = predictor->predict(target, scores);
+                    const bool known = predictor->predict(LayerId{target}, scores);
                     CHECK_EQ(known, name != "eam" || target > layer);
                     if (!known) continue;
                     const Row expected = name == "previous"     ? previous(history, target)

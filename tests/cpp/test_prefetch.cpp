@@ -15,14 +15,14 @@ using namespace moeinf;
 
 namespace {
 
-using Ids = std::vector<int32_t>;
+using Ids = FlatExperts;
 
 constexpr int32_t kLayers = 4;
 constexpr int32_t kExperts = 8;
 constexpr int32_t kSlots = 6;  // less than a token uses: lru alone never hits
 constexpr int64_t kBytes = 1000;
 constexpr double kRead = 0.004;  // seconds per expert
-constexpr PolicyShape kShape{kLayers, kExperts};
+constexpr ModelShape kShape{kLayers, kExperts};
 
 // A link that carries one expert at a time, demand first, and a clock that steps through it.
 class Machine {
@@ -52,24 +52,24 @@ public:
 
     void step(int32_t layer, const Ids& experts, double compute, bool prefill = false,
               bool new_sequence = false) {
-        const Ids counts(experts.size(), 1);
+        const std::vector<int32_t> counts(experts.size(), 1);
         const Step step{.index = steps++,
-                        .layer = layer,
+                        .layer = LayerId{layer},
                         .experts = experts,
                         .counts = counts,
                         .router = {},
                         .prefill = prefill,
                         .new_sequence = new_sequence};
         const double before = now;
-        prefetcher->judge(step, now);
-        Plan plan;
+        prefetcher->on_step(step, now);
+        StepPlan plan;
         residency.plan(step, plan);
         for (const Placement& one : plan.placements) {
-            prefetcher->missed(one.expert);
+            prefetcher->on_demand_miss(one.expert);
             start(one.expert, demands_, true);
         }
-        for (const int32_t expert : plan.surplus) prefetcher->missed(expert);
-        for (const int32_t hit : plan.hits) {
+        for (const ExpertId expert : plan.surplus) prefetcher->on_demand_miss(expert);
+        for (const ExpertId hit : plan.hits) {
             residency.pin(hit);
             // Late: what is left of it is waited for.
             const auto late = std::ranges::find(prefetches_, hit, &Read::expert);
@@ -86,7 +86,7 @@ public:
         pass_time(0, true);
         stalled += now - before;
         pass_time(now + compute, false);
-        for (const int32_t hit : plan.hits) residency.unpin(hit);
+        for (const ExpertId hit : plan.hits) residency.unpin(hit);
         for (const Placement& one : plan.placements) residency.unpin(one.expert);
     }
 
@@ -97,18 +97,18 @@ public:
         // What the idle time carries, and what it left over before: never more than two of each.
         CHECK(static_cast<double>(wanted.size()) <= 2 * (compute / kRead + 1));
         CHECK(wanted.size() + prefetches_.size() <= size_t(kSlots) / 4);
-        for (const int32_t expert : expected) residency.pin(expert);
-        for (const int32_t expert : wanted) {
-            CHECK(residency.slot_of(expert) < 0);
+        for (const ExpertId expert : expected) residency.pin(expert);
+        for (const ExpertId expert : wanted) {
+            CHECK(!residency.resident(expert));
             Placement placement{};
             if (!residency.place(expert, placement)) break;
             CHECK(std::ranges::find(experts, placement.evicted) == experts.end());
             CHECK(std::ranges::find(expected, placement.evicted) == expected.end());
             start(expert, prefetches_, false);
-            prefetcher->fetched(expert, placement.evicted);
+            prefetcher->on_issued(expert, placement.evicted);
             ++fetched;
         }
-        for (const int32_t expert : expected) residency.unpin(expert);
+        for (const ExpertId expert : expected) residency.unpin(expert);
     }
 
     double now = 0, stalled = 0;
@@ -118,11 +118,11 @@ public:
 
 private:
     struct Read {
-        int32_t expert;
+        ExpertId expert;
         double left = kRead;
     };
 
-    void start(int32_t expert, std::deque<Read>& queue, bool demand) {
+    void start(ExpertId expert, std::deque<Read>& queue, bool demand) {
         residency.pin(expert);
         prefetcher->read_started(expert, demand, now);
         queue.push_back({expert});
@@ -204,7 +204,7 @@ void check_hints_are_counted() {
             for (int32_t layer = 0; layer < kLayers; ++layer) {
                 if (layer > 0) {  // one right, one wrong
                     const Ids hint{layer * kExperts + 2, layer * kExperts + 7};
-                    machine.prefetcher->hint(layer, hint);
+                    machine.prefetcher->on_external(LayerId{layer}, hint);
                 }
                 machine.step(layer, same(layer, token), 0.01);
             }
@@ -233,10 +233,10 @@ void check_dear_hints_are_refused() {
         for (int token = 0; token < tokens; ++token) {
             for (int32_t layer = 0; layer < kLayers; ++layer) {
                 machine.step(layer, same(layer, token), 0.01);
-                if (!machine.prefetcher->wants_hints()) continue;
+                if (!machine.prefetcher->wants_external()) continue;
                 ++asked;
                 const int32_t next = (layer + 1) % kLayers;
-                machine.prefetcher->hint(next, same(next, token));
+                machine.prefetcher->on_external(LayerId{next}, same(next, token));
                 machine.prefetch(same(layer, token), 0.01);
                 machine.pass_time(machine.now + 0.02, false);
             }
@@ -253,13 +253,13 @@ void check_dear_hints_are_refused() {
 // Real reads: every byte is right whatever is prefetched, and the books balance.
 void check_live(const std::string& name, uint64_t seed) {
     const CacheWorld world(3, 6, seed);
-    ExpertCacheOptions options = world.options(5, "lrfu");
+    ExpertCacheOptions options = world.options(5, "decayed_lfu");
     options.prefetch = name;
     ExpertCache cache(world.catalog, options);
     std::mt19937_64 random(seed);
-    const Ids held_experts{5};
+    const Experts held_experts{5};
     std::vector<ReadyExpert> held_ready;
-    StepLease held = cache.begin({.layer = 2, .experts = held_experts, .at_once = true});
+    StepLease held = cache.begin({.layer = LayerId{2}, .experts = held_experts, .at_once = true});
     held.wait_all(held_ready);
     int64_t accesses = 1;
     for (int token = 0; token < 150; ++token) {
@@ -268,10 +268,10 @@ void check_live(const std::string& name, uint64_t seed) {
             while (chosen.size() < 2) {
                 chosen.insert(static_cast<int32_t>(random() % (token % 50 < 30 ? 2 : 6)));
             }
-            const Ids experts(chosen.begin(), chosen.end());
+            const Experts experts(chosen);
             accesses += 2;
-            if (cache.wants_predictions()) cache.predict(layer, experts);
-            StepLease lease = cache.begin({.layer = layer,
+            if (cache.wants_predictions()) cache.predict(LayerId{layer}, experts);
+            StepLease lease = cache.begin({.layer = LayerId{layer},
                                            .experts = experts,
                                            .prefill = token % 50 == 0,
                                            .new_sequence = token % 50 == 0 && layer == 0});
@@ -282,7 +282,7 @@ void check_live(const std::string& name, uint64_t seed) {
             for (const ReadyExpert& one : ready) {
                 CHECK(world.holds(cache, one.slot, layer, experts[size_t(one.position)]));
             }
-            CHECK(world.holds(cache, held_ready.at(0).slot, 2, 5));
+            CHECK(world.holds(cache, held_ready.at(0).slot, 2, ExpertIndex{5}));
         }
     }
     held.release();

@@ -6,7 +6,8 @@
 
 #include "base/error.h"
 #include "check.h"
-#include "policy/policies/policies.h"
+#include "id_list.h"
+#include "policy/policy.h"
 #include "policy/residency.h"
 #include "residency_model.h"
 
@@ -18,11 +19,11 @@ void check_against_model(const std::string& policy, int layers, int experts, int
                          bool pins_and_prefetches, uint32_t seed) {
     std::mt19937 random(seed);
     const auto below = [&](int n) { return static_cast<int>(random() % static_cast<uint32_t>(n)); };
-    const PolicyShape shape{layers, experts};
+    const ModelShape shape{layers, experts};
     Residency residency(shape, slots, make_policy(policy, shape));
     ResidencyModel model{policy, layers, experts, static_cast<size_t>(slots), -1, -1, 0,
                          {},     {},     {}};
-    Plan plan;
+    StepPlan plan;
     Placement placement;
     for (int t = 0; t < tokens; ++t) {
         const bool prefill = below(8) == 0;
@@ -32,11 +33,11 @@ void check_against_model(const std::string& policy, int layers, int experts, int
                 for (int e : std::set<int>(model.resident)) {
                     if (below(4) == 0) held.insert(e);
                 }
-                for (int e : held) residency.pin(e);
+                for (int e : held) residency.pin(ExpertId{e});
                 const int wanted = below(shape.total());
                 if (model.resident.count(wanted) == 0) {
                     const bool had = model.admit(wanted, held);
-                    CHECK_EQ(residency.place(wanted, placement), had);
+                    CHECK_EQ(residency.place(ExpertId{wanted}, placement), had);
                 }
             }
             // Skewed, so that policies have something to find out.
@@ -45,13 +46,14 @@ void check_against_model(const std::string& policy, int layers, int experts, int
             while (chosen.size() < std::min<size_t>(k, static_cast<size_t>(experts))) {
                 chosen.insert(layer * experts + std::min(below(experts), below(experts)));
             }
-            std::vector<int32_t> members(chosen.begin(), chosen.end());
+            std::vector<int> members(chosen.begin(), chosen.end());
             std::shuffle(members.begin(), members.end(), random);
             const std::vector<int32_t> counts(members.size(), 1);
             const bool new_sequence = layer == 0 && prefill;
+            const FlatExperts experts_of_step(members);
             residency.plan({.index = static_cast<int64_t>(t) * layers + layer,
-                            .layer = layer,
-                            .experts = members,
+                            .layer = LayerId{layer},
+                            .experts = experts_of_step,
                             .counts = counts,
                             .router = {},
                             .prefill = prefill,
@@ -63,14 +65,14 @@ void check_against_model(const std::string& policy, int layers, int experts, int
             CHECK_EQ(plan.hits.size() + plan.placements.size() + plan.surplus.size(),
                      members.size());
             std::set<int> resident;
-            for (int32_t slot = 0; slot < residency.slots(); ++slot) {
-                const int32_t e = residency.residents()[static_cast<size_t>(slot)];
-                if (e < 0) continue;
-                resident.insert(e);
-                CHECK_EQ(residency.slot_of(e), slot);
+            for (const FrameId frame : all_ids<FrameId>(residency.frames())) {
+                const ExpertId e = residency.residents()[index(frame)];
+                if (!is_some(e)) continue;
+                resident.insert(number(e));
+                CHECK_EQ(residency.frame_of(e), frame);
             }
             CHECK(resident == model.resident);
-            for (int e : held) residency.unpin(e);
+            for (int e : held) residency.unpin(ExpertId{e});
             if (failed_checks > 0) {
                 std::cerr << policy << ", " << slots << " slots, seed " << seed << ", token " << t
                           << ", layer " << layer << "\n";
@@ -83,55 +85,55 @@ void check_against_model(const std::string& policy, int layers, int experts, int
 // 200,000 tokens later the weights have been scaled down many times; the choice must still be that
 // of the most recent uses, and what was never used again must still leave first.
 void check_long_decay() {
-    const PolicyShape shape{1, 4};
-    auto policy = make_policy("lrfu", shape);
-    const std::vector<int32_t> once{3}, residents{0, 1, 2, 3};
-    const std::vector<uint32_t> pins(4, 0);
-    const auto observe = [&](int64_t index, const std::vector<int32_t>& experts) {
+    const ModelShape shape{1, 4};
+    auto policy = make_policy("decayed_lfu", shape);
+    const FlatExperts once{3}, residents{0, 1, 2, 3};
+    const Pins pins(4);
+    const auto observe = [&](int64_t index, const FlatExperts& experts) {
         policy->observe(
-            {.index = index, .layer = 0, .experts = experts, .counts = {}, .router = {}});
+            {.index = index, .layer = LayerId{0}, .experts = experts, .counts = {}, .router = {}});
     };
     observe(0, once);
-    for (const int32_t expert : residents) policy->inserted(expert);
+    for (const ExpertId expert : residents) policy->inserted(expert);
     for (int i = 1; i < 200000; ++i) observe(i, {i % 3});
-    std::vector<int32_t> victims(4);
+    FlatExperts victims(4);
     CHECK_EQ(policy->choose_victims(residents, pins, victims), size_t{4});
-    CHECK((victims == std::vector<int32_t>{3, 2, 0, 1}));  // 1 was used last, 3 never again
+    CHECK((victims == FlatExperts{3, 2, 0, 1}));  // 1 was used last, 3 never again
 }
 
 void check_shrinking() {
-    const PolicyShape shape{1, 8};
+    const ModelShape shape{1, 8};
     Residency residency(shape, 4, make_policy("lru", shape));
     Placement placement;
-    for (int32_t e = 0; e < 4; ++e) CHECK(residency.place(e, placement));
-    const int32_t held = residency.residents()[3];
-    const int32_t kept = residency.residents()[0];
+    for (int32_t e = 0; e < 4; ++e) CHECK(residency.place(ExpertId{e}, placement));
+    const ExpertId held = residency.residents()[3];
+    const ExpertId kept = residency.residents()[0];
     residency.pin(held);
     residency.resize(1);
-    // slots: [kept | closed: free, free, held]
-    CHECK_EQ(residency.slots(), 1);
-    CHECK_EQ(residency.occupied_closed_slots(), 1);
-    CHECK_EQ(residency.slot_of(held), 3);
-    CHECK_EQ(residency.slot_of(kept), 0);
-    CHECK(residency.place(7, placement));
+    // frames: [kept | closed: free, free, held]
+    CHECK_EQ(residency.frames(), 1);
+    CHECK_EQ(residency.occupied_closed_frames(), 1);
+    CHECK_EQ(residency.frame_of(held), FrameId{3});
+    CHECK_EQ(residency.frame_of(kept), FrameId{0});
+    CHECK(residency.place(ExpertId{7}, placement));
     CHECK_EQ(placement.evicted, kept);
-    residency.pin(7);
-    CHECK(!residency.place(6, placement));  // only the closed slots have room
+    residency.pin(ExpertId{7});
+    CHECK(!residency.place(ExpertId{6}, placement));  // only the closed frames have room
     residency.resize(3);
-    CHECK(residency.place(6, placement));
-    CHECK(residency.place(5, placement));
-    CHECK_EQ(residency.occupied_closed_slots(), 1);
+    CHECK(residency.place(ExpertId{6}, placement));
+    CHECK(residency.place(ExpertId{5}, placement));
+    CHECK_EQ(residency.occupied_closed_frames(), 1);
     residency.unpin(held);
     residency.remove(held);
-    CHECK_EQ(residency.occupied_closed_slots(), 0);
+    CHECK_EQ(residency.occupied_closed_frames(), 0);
     CHECK_EQ(residency.residents().size(), size_t{3});
     residency.resize(4);
     CHECK(residency.place(held, placement));
-    CHECK_EQ(placement.slot, 3);
+    CHECK_EQ(placement.frame, FrameId{3});
 }
 
 void check_errors() {
-    const PolicyShape shape{2, 4};
+    const ModelShape shape{2, 4};
     const auto message = [](auto action) -> std::string {
         try {
             action();

@@ -7,8 +7,8 @@
 
 #include "base/error.h"
 #include "check.h"
+#include "id_list.h"
 #include "policy/policies/learned_kernels.h"
-#include "policy/policies/policies.h"
 #include "policy/residency.h"
 #include "trace/belady.h"
 #include "trace/simulator.h"
@@ -18,7 +18,7 @@ using namespace moeinf;
 namespace {
 
 struct Recorded {
-    PolicyShape shape;
+    ModelShape shape;
     int32_t k;
     std::vector<int16_t> experts;
     std::vector<int32_t> sequence;
@@ -37,7 +37,7 @@ struct Recorded {
     }
 };
 
-Recorded random_trace(std::mt19937& random, PolicyShape shape, int32_t k, int tokens) {
+Recorded random_trace(std::mt19937& random, ModelShape shape, int32_t k, int tokens) {
     Recorded trace{shape, k, {}, {}, {}};
     std::vector<int16_t> ids(static_cast<size_t>(shape.num_experts));
     for (int t = 0; t < tokens; ++t) {
@@ -62,7 +62,7 @@ void simulation_counts_what_residency_did(std::mt19937& random) {
     const Recorded trace = random_trace(random, {6, 13}, 3, 160);
     for (const std::string& name : policy_names()) {
         Residency residency({6, 13}, 19, make_policy(name, {6, 13}));
-        Plan plan;
+        StepPlan plan;
         int64_t hits = 0;
         StepReader reader(trace.view());
         for (Step step; reader.next(step);) {
@@ -79,34 +79,34 @@ void simulation_counts_what_residency_did(std::mt19937& random) {
 }
 
 // No order of prefetches, pins, removals and resizes makes a policy name an absent or pinned
-// expert (residency throws if it does), and no expert sits in two slots.
+// expert (residency throws if it does), and no expert sits in two frames.
 void policies_survive_whatever_an_owner_does(std::mt19937& random) {
-    const PolicyShape shape{5, 9};
+    const ModelShape shape{5, 9};
     const Recorded trace = random_trace(random, shape, 3, 120);
     for (const std::string& name : policy_names()) {
         Residency residency(shape, 12, make_policy(name, shape));
-        Plan plan;
-        std::vector<int32_t> pinned;
+        StepPlan plan;
+        std::vector<ExpertId> pinned;
         std::vector<float> priors(static_cast<size_t>(shape.total()), 0.5f);
         StepReader reader(trace.view());
         for (Step step; reader.next(step);) {
             residency.plan(step, plan);
-            for (const int32_t expert : pinned) residency.unpin(expert);
+            for (const ExpertId expert : pinned) residency.unpin(expert);
             pinned.clear();
             const auto total = static_cast<uint32_t>(shape.total());
-            const auto any = static_cast<int32_t>(random() % total);
+            const ExpertId any{static_cast<int32_t>(random() % total)};
             switch (random() % 6) {
                 case 0: {
                     Placement placement;
-                    if (residency.slot_of(any) < 0) residency.place(any, placement);
+                    if (!residency.resident(any)) residency.place(any, placement);
                     break;
                 }
                 case 1:
-                    if (residency.slot_of(any) >= 0) residency.remove(any);
+                    if (residency.resident(any)) residency.remove(any);
                     break;
                 case 2:
-                    for (const int32_t expert : residency.residents()) {
-                        if (expert >= 0 && random() % 3 == 0) {
+                    for (const ExpertId expert : residency.residents()) {
+                        if (is_some(expert) && random() % 3 == 0) {
                             residency.pin(expert);
                             pinned.push_back(expert);
                         }
@@ -122,34 +122,35 @@ void policies_survive_whatever_an_owner_does(std::mt19937& random) {
                 default:
                     break;
             }
-            std::set<int32_t> seen;
-            for (const int32_t expert : residency.residents()) {
-                if (expert >= 0) CHECK(seen.insert(expert).second);
+            std::set<ExpertId> seen;
+            for (const ExpertId expert : residency.residents()) {
+                if (is_some(expert)) CHECK(seen.insert(expert).second);
             }
         }
     }
 }
 
 // Whole batches and prompts route to every expert of a layer; estimates must stay numbers.
-void best_takes_steps_of_any_size() {
-    const PolicyShape shape{4, 200};
+void learned_takes_steps_of_any_size() {
+    const ModelShape shape{4, 200};
     Residency residency(shape, 300, make_policy("learned", shape));
     std::mt19937 random(3);
-    Plan plan;
+    StepPlan plan;
     int64_t hits = 0;
     for (int64_t index = 0; index < 4000; ++index) {
-        std::vector<int32_t> experts, counts;
+        FlatExperts experts;
+        std::vector<int32_t> counts;
         const auto layer = static_cast<int32_t>(index % 4);
         const uint32_t size = index % 9 == 0 ? 200 : random() % 40;
         std::set<int32_t> distinct;
         while (distinct.size() < size) distinct.insert(static_cast<int32_t>(random() % 200));
         for (const int32_t e : distinct) {
-            experts.push_back(layer * 200 + e);
+            experts.push_back(ExpertId{layer * 200 + e});
             counts.push_back(1 + static_cast<int32_t>(random() % 4000));
         }
         Step step;
         step.index = index;
-        step.layer = layer;
+        step.layer = LayerId{layer};
         step.experts = experts;
         step.counts = counts;
         step.prefill = index % 3 == 0;
@@ -272,7 +273,7 @@ int main() {
     std::mt19937 random(seed);
     simulation_counts_what_residency_did(random);
     policies_survive_whatever_an_owner_does(random);
-    best_takes_steps_of_any_size();
+    learned_takes_steps_of_any_size();
     every_instruction_set_gives_the_same_bits(random);
     a_bad_trace_is_refused();
     return test_result();

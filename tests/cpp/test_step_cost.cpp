@@ -99,11 +99,12 @@ int64_t allocated_by(const std::string& what, Step step) {
 
 void test_in_ram(const CacheWorld& world, const std::string& policy) {
     ExpertCache cache = world.cache(kLayers * kExperts, policy);
-    std::vector<int32_t> experts(8);
+    Experts experts(8);
     std::vector<ReadyExpert> ready;
     const auto step = [&](int32_t i) {
-        for (int32_t e = 0; e < 8; ++e) experts[size_t(e)] = (5 * i + 3 * e) % kExperts;
-        StepLease lease = cache.begin({.layer = i % kLayers, .experts = experts});
+        for (int32_t e = 0; e < 8; ++e)
+            experts[size_t(e)] = ExpertIndex{(5 * i + 3 * e) % kExperts};
+        StepLease lease = cache.begin({.layer = LayerId{i % kLayers}, .experts = experts});
         while (lease.next(ready)) {
             for (const ReadyExpert& one : ready) lease.done(one.position);
             ready.clear();
@@ -128,7 +129,7 @@ void test_on_a_device(const CacheWorld& world, const std::shared_ptr<Device>& de
         DeviceReader reader(cache, stream);
         const auto step = [&](int32_t i) {
             for (int32_t e = 0; e < width; ++e) ids[e] = (5 * i + 3 * e) % kExperts;
-            reader.ask({.layer = i % kLayers,
+            reader.ask({.layer = LayerId{i % kLayers},
                         .ids = shared->data(),
                         .tokens = 1,
                         .top_k = width,

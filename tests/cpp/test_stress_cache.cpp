@@ -1,7 +1,6 @@
 // Many threads, a tiny budget, prefetches, resizes and a file that fails again and again. Every
 // leased byte must be right until its release, no call may hang, and the statistics must add up.
 // Run it under the sanitizers too (see CONTRIBUTING.md).
-#include <array>
 #include <atomic>
 #include <chrono>
 #include <set>
@@ -51,19 +50,19 @@ public:
 private:
     size_t below(size_t n) { return random_() % n; }
 
-    std::vector<int32_t> some_experts(size_t most) {
+    Experts some_experts(size_t most) {
         std::set<int32_t> chosen;
         const size_t count = 1 + below(most);
         while (chosen.size() < count) {
             chosen.insert(static_cast<int32_t>(std::min(below(kExperts), below(kExperts))));
         }
-        std::vector<int32_t> experts(chosen.begin(), chosen.end());
+        Experts experts(chosen);
         std::shuffle(experts.begin(), experts.end(), random_);
         return experts;
     }
 
-    void check(const ReadyExpert& ready, int32_t layer, const std::vector<int32_t>& experts) {
-        const int32_t expert = experts[static_cast<size_t>(ready.position)];
+    void check(const ReadyExpert& ready, int32_t layer, const Experts& experts) {
+        const ExpertIndex expert = experts[static_cast<size_t>(ready.position)];
         if (!world_.holds(cache_, ready.slot, layer, expert)) ++counts_.wrong_bytes;
         std::this_thread::yield();
         if (!world_.holds(cache_, ready.slot, layer, expert)) ++counts_.wrong_bytes;
@@ -72,10 +71,10 @@ private:
 
     void step() {
         const auto layer = static_cast<int32_t>(below(kLayers));
-        if (below(3) == 0) (void)cache_.prefetch(layer, some_experts(3));
+        if (below(3) == 0) (void)cache_.prefetch(LayerId{layer}, some_experts(3));
         const bool at_once = below(2) == 0;
-        const std::vector<int32_t> experts = some_experts(at_once ? 3 : below(8) == 0 ? 10 : 4);
-        StepLease lease = cache_.begin({.layer = layer,
+        const Experts experts = some_experts(at_once ? 3 : below(8) == 0 ? 10 : 4);
+        StepLease lease = cache_.begin({.layer = LayerId{layer},
                                         .experts = experts,
                                         .new_sequence = below(10) == 0,
                                         .at_once = at_once});
@@ -115,7 +114,7 @@ void stress(const std::string& policy, const std::string& prefetch, uint64_t see
             while (!stop.stop_requested()) {
                 cache.resize(static_cast<int32_t>(1 + random() % 6));
                 (void)cache.stats();
-                (void)cache.resident(0);
+                (void)cache.resident(LayerId{0});
                 std::this_thread::sleep_for(2ms);
             }
         });
@@ -145,11 +144,12 @@ void stress(const std::string& policy, const std::string& prefetch, uint64_t see
     cache.resize(1);
     for (int32_t layer = 0; layer < kLayers; ++layer) {
         for (int32_t expert = 0; expert < kExperts; ++expert) {
-            const std::array<int32_t, 1> experts{expert};
-            StepLease lease = cache.begin({.layer = layer, .experts = experts, .at_once = true});
+            const Experts experts{expert};
+            StepLease lease =
+                cache.begin({.layer = LayerId{layer}, .experts = experts, .at_once = true});
             std::vector<ReadyExpert> ready;
             lease.wait_all(ready);
-            CHECK(world.holds(cache, ready.at(0).slot, layer, expert));
+            CHECK(world.holds(cache, ready.at(0).slot, layer, ExpertIndex{expert}));
             ++counts.asked;
         }
     }
@@ -157,9 +157,9 @@ void stress(const std::string& policy, const std::string& prefetch, uint64_t see
     int64_t resident = 0;
     const auto nbytes = static_cast<int64_t>(world.catalog->expert_bytes());
     for (int32_t layer = 0; layer < kLayers; ++layer) {
-        const LayerStats stats = cache.stats()[static_cast<size_t>(layer)];
+        const LayerStats stats = cache.stats()[LayerId{layer}];
         accesses += stats.accesses;
-        resident += static_cast<int64_t>(cache.resident(layer).size());
+        resident += static_cast<int64_t>(cache.resident(LayerId{layer}).size());
         CHECK_EQ(stats.hits + stats.misses, stats.accesses);
         // The last to be read was demanded, so whatever was prefetched has met its fate.
         CHECK_EQ(stats.prefetch_useful_bytes + stats.prefetch_wasted_bytes, stats.prefetch_bytes);
@@ -177,7 +177,7 @@ void stress(const std::string& policy, const std::string& prefetch, uint64_t see
 int main() {
     const uint64_t seed = drawn_seed();
     stress("lru", "off", seed);
-    stress("lrfu", "previous", seed);
+    stress("decayed_lfu", "previous", seed);
     stress("learned", "transition", seed);
     return test_result();
 }

@@ -23,20 +23,20 @@ public:
             experts_.push_back(transfer->expert());
         };
     }
-    std::vector<int32_t> experts() {
+    std::vector<ExpertId> experts() {
         const std::lock_guard guard(lock_);
         return experts_;
     }
 
 private:
     std::mutex lock_;
-    std::vector<int32_t> experts_;
+    std::vector<ExpertId> experts_;
 };
 
 // Holds the engine's only worker inside a callback until opened.
 class Gate {
 public:
-    Gate(FileReader& engine, int32_t expert, std::byte* slot) {
+    Gate(FileReader& engine, ExpertId expert, std::byte* slot) {
         transfer_ = engine.submit(expert, slot, Priority::kDemand, [this](const TransferPtr&) {
             entered_.count_down();
             open_.wait();
@@ -65,14 +65,14 @@ void every_byte_lands_in_its_place(std::mt19937_64& random) {
             FileReader engine(world.catalog, options);
             for (int32_t i = 0; i < 12; ++i) {
                 const Priority priority = random() % 2 ? Priority::kDemand : Priority::kPrefetch;
-                transfers.push_back(
-                    engine.submit(i % 6, slots[static_cast<size_t>(i)].data(), priority, {}));
+                transfers.push_back(engine.submit(
+                    ExpertId{i % 6}, slots[static_cast<size_t>(i)].data(), priority, {}));
             }
             for (const TransferPtr& transfer : transfers) wait_until_finished(transfer);
         }
         for (int32_t i = 0; i < 12; ++i) {
             CHECK(transfers[static_cast<size_t>(i)]->state() == TransferState::kDone);
-            CHECK(slots[static_cast<size_t>(i)] == world.expected(i % 6));
+            CHECK(slots[static_cast<size_t>(i)] == world.expected(ExpertId{i % 6}));
         }
     }
 }
@@ -83,10 +83,10 @@ void demands_go_before_prefetches_and_promotion_makes_one(std::mt19937_64& rando
     Order order;
     {
         FileReader engine(world.catalog, {1, kPage, true});
-        Gate gate(engine, 0, slots[0].data());
+        Gate gate(engine, ExpertId{0}, slots[0].data());
         const auto submit = [&](int32_t expert, Priority priority) {
-            return engine.submit(expert, slots[static_cast<size_t>(expert)].data(), priority,
-                                 order.note());
+            return engine.submit(ExpertId{expert}, slots[static_cast<size_t>(expert)].data(),
+                                 priority, order.note());
         };
         const auto first = submit(1, Priority::kPrefetch);
         const auto promoted = submit(2, Priority::kPrefetch);
@@ -101,7 +101,7 @@ void demands_go_before_prefetches_and_promotion_makes_one(std::mt19937_64& rando
         }
         engine.promote(first);  // nor on what is over
     }
-    CHECK(order.experts() == (std::vector<int32_t>{4, 2, 5, 1, 3}));
+    CHECK(order.experts() == (FlatExperts{4, 2, 5, 1, 3}));
 }
 
 // With one worker, a demand that ends before a prefetch which ran already when it was submitted
@@ -114,15 +114,15 @@ void a_demand_overtakes_a_running_prefetch_at_the_next_chunk() {
         Order order;
         FileReader engine(large.catalog, {1, kPage, true});
         const auto prefetch =
-            engine.submit(0, large.slots[0].data(), Priority::kPrefetch, order.note());
+            engine.submit(ExpertId{0}, large.slots[0].data(), Priority::kPrefetch, order.note());
         while (prefetch->state() == TransferState::kQueued) std::this_thread::yield();
         CHECK(!engine.cancel(prefetch));
         const auto demand =
-            engine.submit(1, large.slots[1].data(), Priority::kDemand, order.note());
+            engine.submit(ExpertId{1}, large.slots[1].data(), Priority::kDemand, order.note());
         wait_until_finished(demand);
         wait_until_finished(prefetch);
         while (order.experts().size() < 2) std::this_thread::yield();
-        overtook = order.experts() == std::vector<int32_t>{1, 0};
+        overtook = order.experts() == FlatExperts{1, 0};
     }
     CHECK(overtook);
 }
@@ -134,13 +134,13 @@ void what_is_cancelled_never_touches_its_slot(std::mt19937_64& random) {
     std::atomic<int> calls{0};
     {
         FileReader engine(world.catalog, {1, kPage, true});
-        Gate gate(engine, 0, slots[0].data());
+        Gate gate(engine, ExpertId{0}, slots[0].data());
         const auto cancelled = engine.submit(
-            1, slots[1].data(), Priority::kPrefetch, [&](const TransferPtr& transfer) {
+            ExpertId{1}, slots[1].data(), Priority::kPrefetch, [&](const TransferPtr& transfer) {
                 CHECK(transfer->state() == TransferState::kCancelled);
                 ++calls;
             });
-        const auto kept = engine.submit(2, slots[2].data(), Priority::kPrefetch, {});
+        const auto kept = engine.submit(ExpertId{2}, slots[2].data(), Priority::kPrefetch, {});
         CHECK(engine.cancel(cancelled));
         CHECK_EQ(calls.load(), 1);
         CHECK(!engine.cancel(cancelled));
@@ -150,7 +150,7 @@ void what_is_cancelled_never_touches_its_slot(std::mt19937_64& random) {
     }
     CHECK_EQ(calls.load(), 1);
     CHECK(slots[1] == untouched);
-    CHECK(slots[2] == world.expected(2));
+    CHECK(slots[2] == world.expected(ExpertId{2}));
 }
 
 void the_destructor_cancels_what_waits_and_ends_what_runs(std::mt19937_64& random) {
@@ -159,9 +159,9 @@ void the_destructor_cancels_what_waits_and_ends_what_runs(std::mt19937_64& rando
     std::vector slots(4, untouched);
     std::atomic<int> cancelled{0};
     auto engine = std::make_unique<FileReader>(world.catalog, FileReaderOptions{1, kPage, true});
-    Gate gate(*engine, 0, slots[0].data());
+    Gate gate(*engine, ExpertId{0}, slots[0].data());
     for (const int32_t expert : {1, 2, 3}) {
-        (void)engine->submit(expert, slots[static_cast<size_t>(expert)].data(),
+        (void)engine->submit(ExpertId{expert}, slots[static_cast<size_t>(expert)].data(),
                              expert == 1 ? Priority::kDemand : Priority::kPrefetch,
                              [&](const TransferPtr& transfer) {
                                  cancelled += transfer->state() == TransferState::kCancelled;
@@ -172,7 +172,7 @@ void the_destructor_cancels_what_waits_and_ends_what_runs(std::mt19937_64& rando
     gate.open();
     destroyer.join();
     CHECK_EQ(cancelled.load(), 3);
-    CHECK(slots[0] == world.expected(0));
+    CHECK(slots[0] == world.expected(ExpertId{0}));
     for (const size_t i : {1, 2, 3}) CHECK(slots[i] == untouched);
 }
 
@@ -182,7 +182,7 @@ void a_running_transfer_stops_with_its_engine() {
     TransferPtr transfer;
     {
         FileReader engine(large.catalog, {2, kPage, true});
-        transfer = engine.submit(0, large.slots[0].data(), Priority::kDemand,
+        transfer = engine.submit(ExpertId{0}, large.slots[0].data(), Priority::kDemand,
                                  [&](const TransferPtr&) { ++calls; });
         while (transfer->state() == TransferState::kQueued) std::this_thread::yield();
     }
@@ -203,7 +203,7 @@ void many_threads_submit_promote_and_cancel(std::mt19937_64& random) {
                 std::mt19937_64 own(seed);
                 for (int round = 0; round < kRounds; ++round) {
                     std::vector slot(world.slot_bytes, kPoison);
-                    const auto expert = static_cast<int32_t>(own() % 7);
+                    const ExpertId expert{static_cast<int32_t>(own() % 7)};
                     std::latch done(1);
                     const auto transfer = engine.submit(
                         expert, slot.data(), own() % 2 ? Priority::kDemand : Priority::kPrefetch,

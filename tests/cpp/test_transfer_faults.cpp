@@ -31,7 +31,7 @@ int descriptor_of(const std::string& path) {
     return -1;
 }
 
-std::string failure_of(FileReader& engine, int32_t expert, std::byte* slot) {
+std::string failure_of(FileReader& engine, ExpertId expert, std::byte* slot) {
     std::atomic<int> calls{0};
     const auto transfer =
         engine.submit(expert, slot, Priority::kDemand, [&](const TransferPtr&) { ++calls; });
@@ -55,7 +55,7 @@ void a_read_that_fails_fails_its_transfer_and_leaves_the_engine_usable(std::mt19
         const int saved = dup(descriptor);
         const int folder = open(".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
         CHECK(dup2(folder, descriptor) >= 0);
-        const std::string refused = failure_of(engine, 0, slot.data());
+        const std::string refused = failure_of(engine, ExpertId{0}, slot.data());
         CHECK(contains(refused, world.files[0].path + ": reading "));
         CHECK(contains(refused, "Is a directory"));
         CHECK(dup2(saved, descriptor) >= 0);
@@ -63,10 +63,10 @@ void a_read_that_fails_fails_its_transfer_and_leaves_the_engine_usable(std::mt19
         close(folder);
 
         std::fill(slot.begin(), slot.end(), kPoison);
-        const auto transfer = engine.submit(0, slot.data(), Priority::kDemand, {});
+        const auto transfer = engine.submit(ExpertId{0}, slot.data(), Priority::kDemand, {});
         wait_until_finished(transfer);
         CHECK(transfer->state() == TransferState::kDone);
-        CHECK(slot == world.expected(0));
+        CHECK(slot == world.expected(ExpertId{0}));
     }
 }
 
@@ -76,18 +76,18 @@ void nothing_is_written_after_a_failure_was_reported() {
     std::filesystem::resize_file(large.path, LargeExperts::kBytes / 2);
     std::atomic<int> calls{0};
     const std::vector poison(LargeExperts::kBytes, kPoison);
-    const auto transfer =
-        engine.submit(0, large.slots[0].data(), Priority::kDemand, [&](const TransferPtr&) {
-            large.slots[0] = poison;
-            ++calls;
-        });
+    const auto transfer = engine.submit(ExpertId{0}, large.slots[0].data(), Priority::kDemand,
+                                        [&](const TransferPtr&) {
+                                            large.slots[0] = poison;
+                                            ++calls;
+                                        });
     while (calls == 0) std::this_thread::yield();
     CHECK(transfer->state() == TransferState::kFailed);
     CHECK(contains(transfer->error(), large.path));
     CHECK(contains(transfer->error(), std::to_string(2 * LargeExperts::kBytes)) ||
           contains(transfer->error(),
                    "the file ends at " + std::to_string(LargeExperts::kBytes / 2)));
-    (void)failure_of(engine, 1, large.slots[1].data());
+    (void)failure_of(engine, ExpertId{1}, large.slots[1].data());
     CHECK(large.slots[0] == poison);
     CHECK_EQ(calls.load(), 1);
 }
@@ -124,9 +124,9 @@ void what_cannot_be_opened_is_named() {
     const ScratchFolder folder;
     const std::string path = folder.write("present", std::vector(100, std::byte{1}));
     const auto failure = [](const std::string& name, uint64_t nbytes) -> std::string {
-        const auto catalog =
-            std::make_shared<const Catalog>(1, 1, 100, std::vector<CatalogFile>{{name, nbytes}},
-                                            std::vector<Extent>{{0, 0, 100, 0}});
+        const auto catalog = std::make_shared<const Catalog>(
+            ModelShape{1, 1}, 100, std::vector<CatalogFile>{{name, nbytes}},
+            std::vector<Extent>{{0, 0, 100, 0}});
         try {
             const FileReader engine(catalog, {});
         } catch (const Error& error) {
@@ -160,7 +160,7 @@ void settings_that_cannot_work_are_refused(std::mt19937_64& random) {
     for (const int32_t expert : {-1, 1}) {
         bool refused = false;
         try {
-            (void)engine.submit(expert, &slot, Priority::kDemand, {});
+            (void)engine.submit(ExpertId{expert}, &slot, Priority::kDemand, {});
         } catch (const Error& error) {
             refused = error.code() == ErrorCode::kInvalid;
         }

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "policy/policies/policies.h"
+#include "policy/policies/recency_lists.h"
 
 namespace moeinf {
 namespace {
@@ -20,12 +21,8 @@ constexpr int32_t kTokensPerHalving = 128;
 
 class ClassLru final : public Policy {
 public:
-    explicit ClassLru(PolicyShape shape)
-        : ends_(shape.total()),
-          counts_(static_cast<size_t>(shape.total()), 0),
-          nodes_(static_cast<size_t>(shape.total() + kClasses)) {
-        for (int32_t c = 0; c < kClasses; ++c) node(ends_ + c) = {ends_ + c, ends_ + c, -1};
-    }
+    explicit ClassLru(ModelShape shape)
+        : shape_(shape), counts_(shape.total()), residents_(shape.total(), kClasses) {}
 
     std::string_view name() const noexcept override { return "classlru"; }
 
@@ -33,111 +30,82 @@ public:
         if (step.new_sequence || step.layer <= layer_) start_token();
         layer_ = step.layer;
         now_ = step.index;
-        for (const int32_t expert : step.experts) {
-            ++counts_[static_cast<size_t>(expert)];
-            if (node(expert).next < 0) continue;  // absent; inserted() will link it
-            unlink(expert);
-            link(expert);
+        for (const ExpertId expert : step.experts) {
+            ++counts_[expert];
+            if (!residents_.contains(expert)) continue;  // inserted() will add it
+            residents_.remove(expert);
+            add(expert, now_);
         }
     }
 
-    size_t choose_victims(std::span<const int32_t> /*residents*/, std::span<const uint32_t> pinned,
-                          std::span<int32_t> victims) override {
-        std::array<int32_t, kClasses> heads;
-        for (int32_t c = 0; c < kClasses; ++c) heads[at(c)] = next_unpinned(ends_ + c, pinned);
+    size_t choose_victims(std::span<const ExpertId> /*residents*/, const Pins& pins,
+                          std::span<ExpertId> victims) override {
+        const auto unpinned = [&](ExpertId expert) {
+            while (is_some(expert) && pins[expert] != 0) expert = residents_.newer(expert);
+            return expert;
+        };
+        struct Head {
+            ExpertId expert;
+            int64_t age;  // times 2^(kClasses - 1 - class): compared without division
+        };
+        std::array<Head, kClasses> heads;
+        const auto set_head = [&](int32_t list, ExpertId from) {
+            const ExpertId expert = unpinned(from);
+            const int64_t age = is_some(expert) ? now_ - residents_.last_use(expert) : -1;
+            heads[static_cast<size_t>(list)] = {expert, age << (kClasses - 1 - list)};
+        };
+        for (int32_t list = 0; list < kClasses; ++list) set_head(list, residents_.oldest(list));
         size_t found = 0;
         for (; found < victims.size(); ++found) {
-            int32_t oldest = -1;
-            for (int32_t c = 0; c < kClasses; ++c) {
-                if (heads[at(c)] >= ends_) continue;  // nobody left in this class
-                if (oldest < 0 || leaves_before(c, heads[at(c)], oldest, heads[at(oldest)])) {
-                    oldest = c;
-                }
-            }
-            if (oldest < 0) break;
-            victims[found] = heads[at(oldest)];
-            heads[at(oldest)] = next_unpinned(heads[at(oldest)], pinned);
+            // A list without a head has a negative age.
+            const auto oldest = std::ranges::min_element(heads, [](const Head& a, const Head& b) {
+                return a.age > b.age || (a.age == b.age && a.expert < b.expert);
+            });
+            if (!is_some(oldest->expert)) break;
+            victims[found] = oldest->expert;
+            set_head(static_cast<int32_t>(oldest - heads.begin()),
+                     residents_.newer(oldest->expert));
         }
         return found;
     }
 
     // One that a prefetch brings in counts as used by the latest step.
-    void inserted(int32_t expert) override { link(expert); }
-    void evicted(int32_t expert) override { unlink(expert); }
+    void inserted(ExpertId expert) override { add(expert, now_); }
+    void evicted(ExpertId expert) override { residents_.remove(expert); }
 
 private:
-    struct Node {
-        int32_t previous = -1;  // older
-        int32_t next = -1;      // newer; -1: not in a list
-        int64_t last_use = -1;  // step index
-    };
-
-    static constexpr size_t at(int32_t index) { return static_cast<size_t>(index); }
-    Node& node(int32_t expert) { return nodes_[at(expert)]; }
-
-    int32_t class_of(int32_t expert) const {
-        const uint32_t count = std::max(1u, counts_[at(expert)]);
-        return std::min(static_cast<int32_t>(std::bit_width(count)) - 1, kClasses - 1);
-    }
-
-    // age / 2^class compared without division.
-    bool leaves_before(int32_t class_a, int32_t a, int32_t class_b, int32_t b) {
-        const int64_t age_a = (now_ - node(a).last_use) << (kClasses - 1 - class_a);
-        const int64_t age_b = (now_ - node(b).last_use) << (kClasses - 1 - class_b);
-        return age_a > age_b || (age_a == age_b && a < b);
-    }
-
-    int32_t next_unpinned(int32_t from, std::span<const uint32_t> pinned) {
-        int32_t next = node(from).next;
-        while (next < ends_ && pinned[at(next)] != 0) next = node(next).next;
-        return next;
+    void add(ExpertId expert, int64_t last_use) {
+        const uint32_t count = std::max(1u, counts_[expert]);
+        const int32_t list = std::min(static_cast<int32_t>(std::bit_width(count)), kClasses) - 1;
+        residents_.add(expert, list, last_use);
     }
 
     void start_token() {
         ++tokens_;
         if (tokens_ == 0 || tokens_ % kTokensPerHalving != 0) return;
         by_age_.clear();
-        for (int32_t expert = 0; expert < ends_; ++expert) {
-            if (node(expert).next >= 0) by_age_.emplace_back(node(expert).last_use, expert);
+        for (const ExpertId expert : shape_.experts()) {
+            if (!residents_.contains(expert)) continue;
+            by_age_.emplace_back(residents_.last_use(expert), expert);
+            residents_.remove(expert);
         }
-        std::sort(by_age_.begin(), by_age_.end());
-        for (const auto& [age, expert] : by_age_) unlink(expert);
         for (uint32_t& count : counts_) count /= 2;
-        for (const auto& [last_use, expert] : by_age_) link_as_newest(expert, last_use);
+        std::sort(by_age_.begin(), by_age_.end());
+        for (const auto& [last_use, expert] : by_age_) add(expert, last_use);
     }
 
-    void unlink(int32_t expert) {
-        Node& gone = node(expert);
-        node(gone.previous).next = gone.next;
-        node(gone.next).previous = gone.previous;
-        gone.next = -1;
-    }
-
-    void link(int32_t expert) { link_as_newest(expert, now_); }
-
-    // Among the experts of one step a list is sorted by id; a step has few.
-    void link_as_newest(int32_t expert, int64_t last_use) {
-        const int32_t end = ends_ + class_of(expert);
-        int32_t older = node(end).previous;
-        while (node(older).last_use == last_use && older > expert) older = node(older).previous;
-        const int32_t newer = node(older).next;
-        node(expert) = {older, newer, last_use};
-        node(older).next = expert;
-        node(newer).previous = expert;
-    }
-
-    int32_t ends_;                  // index of the first list's end; one per class
-    std::vector<uint32_t> counts_;  // by flat expert
-    std::vector<Node> nodes_;       // by flat expert, then the ends
+    ModelShape shape_;
+    PerExpert<uint32_t> counts_;
+    RecencyLists residents_;  // one list per class
     int64_t now_ = 0;
-    int64_t tokens_ = -1;                              // index of the current one
-    int32_t layer_ = 0;                                // of the latest step
-    std::vector<std::pair<int64_t, int32_t>> by_age_;  // scratch
+    int64_t tokens_ = -1;                               // index of the current one
+    LayerId layer_{0};                                  // of the latest step
+    std::vector<std::pair<int64_t, ExpertId>> by_age_;  // scratch
 };
 
 }  // namespace
 
-std::unique_ptr<Policy> make_classlru(PolicyShape shape) {
+std::unique_ptr<Policy> make_classlru(ModelShape shape) {
     return std::make_unique<ClassLru>(shape);
 }
 

@@ -3,10 +3,10 @@
 // early layers, which prefetching covers worst, are favoured.
 //
 // Ties go to the lower flat id. How the prediction is made is said in eam_follower.h.
-#include <algorithm>
 #include <utility>
 
 #include "policy/eam_follower.h"
+#include "policy/lowest_scores.h"
 #include "policy/policies/policies.h"
 
 namespace moeinf {
@@ -20,7 +20,7 @@ public:
         : shape_(from.decode.shape()),
           follower_(std::move(from)),
           predicted_(static_cast<size_t>(shape_.total())),
-          scores_(predicted_.size()) {}
+          scores_(shape_.total()) {}
 
     std::string_view name() const noexcept override { return "eam"; }
 
@@ -30,20 +30,11 @@ public:
         stale_ = stale_ || phase.nearest != matched_ || &phase != scored_ || matched_.empty();
     }
 
-    size_t choose_victims(std::span<const int32_t> residents, std::span<const uint32_t> pinned,
-                          std::span<int32_t> victims) override {
+    size_t choose_victims(std::span<const ExpertId> residents, const Pins& pins,
+                          std::span<ExpertId> victims) override {
         if (stale_) score();
-        candidates_.clear();
-        for (const int32_t expert : residents) {
-            if (expert < 0 || pinned[static_cast<size_t>(expert)] != 0) continue;
-            candidates_.emplace_back(scores_[static_cast<size_t>(expert)], expert);
-        }
-        const size_t found = std::min(victims.size(), candidates_.size());
-        std::partial_sort(candidates_.begin(),
-                          candidates_.begin() + static_cast<std::ptrdiff_t>(found),
-                          candidates_.end());
-        for (size_t i = 0; i < found; ++i) victims[i] = candidates_[i].second;
-        return found;
+        const auto score_of = [this](ExpertId expert) { return scores_[expert]; };
+        return lowest_scores(residents, pins, score_of, candidates_, victims);
     }
 
     const EamFollower* follower() const noexcept override { return &follower_; }
@@ -59,27 +50,29 @@ private:
         } else {
             predict_activations(phase.collection, matched_, predicted_);
         }
-        for (int32_t expert = 0; expert < shape_.total(); ++expert) {
-            const float layer = static_cast<float>(expert / shape_.num_experts);
-            scores_[static_cast<size_t>(expert)] =
-                (predicted_[static_cast<size_t>(expert)] + kEpsilon) *
-                (1.0f - layer / static_cast<float>(shape_.num_layers));
+        for (const LayerId layer : shape_.layers()) {
+            const float favour =
+                1.0f - static_cast<float>(number(layer)) / static_cast<float>(shape_.num_layers);
+            for (const ExpertId expert : shape_.experts_of(layer)) {
+                scores_[expert] = (predicted_[index(expert)] + kEpsilon) * favour;
+            }
         }
         stale_ = false;
     }
 
-    PolicyShape shape_;
+    ModelShape shape_;
     EamFollower follower_;
     const EamFollower::Phase* scored_ = nullptr;  // what predicted_ and scores_ were made from
     std::vector<int32_t> matched_;
     bool stale_ = true;
-    std::vector<float> predicted_, scores_;              // by flat expert
-    std::vector<std::pair<float, int32_t>> candidates_;  // scratch
+    std::vector<float> predicted_;  // by flat expert
+    PerExpert<float> scores_;
+    ScoredExperts<float> candidates_;  // scratch
 };
 
 }  // namespace
 
-std::unique_ptr<Policy> make_eam(PolicyShape shape) {
+std::unique_ptr<Policy> make_eam(ModelShape shape) {
     return make_eam(Eamc(shape));
 }
 

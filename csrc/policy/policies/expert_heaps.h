@@ -11,7 +11,44 @@
 #include <utility>
 #include <vector>
 
+#include "policy/policy.h"
+
 namespace moeinf {
+
+// The order of policies that score value[expert] * factor[layer]: within a layer all scores share
+// one factor, so that a layer's order is that of its values and changes only with them. Two unequal
+// values of a layer may round to one score; they keep their order. Ties go to the lower flat id.
+template <class Value>
+struct ScaledOrder {
+    struct Key {
+        Value score;
+        int32_t layer;
+        Value value;
+        ExpertId expert;
+        bool operator<(const Key& other) const {
+            if (score < other.score) return true;
+            if (score > other.score) return false;
+            if (layer != other.layer) return layer < other.layer;
+            if (value != other.value) return value < other.value;
+            return expert < other.expert;
+        }
+    };
+
+    explicit ScaledOrder(ModelShape shape) : values(shape.total()), factors(shape.num_layers) {}
+
+    Key key(int32_t layer, ExpertId expert) const {
+        const Value value = values[expert];
+        return {value * factors[LayerId{layer}], layer, value, expert};
+    }
+    bool before(ExpertId a, ExpertId b) const {
+        const Value value_a = values[a];
+        const Value value_b = values[b];
+        return value_a < value_b || (value_a == value_b && a < b);
+    }
+
+    PerExpert<Value> values;
+    PerLayer<Value> factors;
+};
 
 // Group g holds experts of flat ids [g * per_group, (g + 1) * per_group). An Order says who leaves
 // first: `before(a, b)` for two experts of one group, a strict total order; `key(group, expert)`
@@ -26,28 +63,26 @@ public:
           items_(static_cast<size_t>(groups * per_group)),
           positions_(items_.size(), -1) {}
 
-    void add(int32_t expert) {
-        int32_t& size = sizes_[static_cast<size_t>(expert / per_group_)];
-        const int32_t base = expert - expert % per_group_;
-        rise(expert, base, base + size++);
+    void add(ExpertId expert) {
+        const int32_t base = base_of(expert);
+        rise(expert, base, base + size_of(expert)++);
     }
 
-    void remove(int32_t expert) {
-        int32_t& size = sizes_[static_cast<size_t>(expert / per_group_)];
-        const int32_t base = expert - expert % per_group_;
-        const int32_t hole = position(expert);
-        const int32_t last = item(base + --size);
-        position(expert) = -1;
+    void remove(ExpertId expert) {
+        const int32_t base = base_of(expert);
+        const int32_t size = --size_of(expert);
+        const int32_t hole = positions_[expert];
+        const ExpertId last = item(base + size);
+        positions_[expert] = -1;
         if (last == expert) return;
         rise(last, base, hole);
         sink(last, base, size);
     }
 
     // To be called for every expert whose place in the order rose.
-    void raised(int32_t expert) {
-        if (position(expert) < 0) return;  // absent
-        sink(expert, expert - expert % per_group_,
-             sizes_[static_cast<size_t>(expert / per_group_)]);
+    void raised(ExpertId expert) {
+        if (positions_[expert] < 0) return;  // absent
+        sink(expert, base_of(expert), size_of(expert));
     }
 
     // To be called when any number of experts changed places, or only experts of one group.
@@ -65,7 +100,7 @@ public:
     // Fills `victims` with the lowest that are not pinned, lowest first, and returns how many there
     // were. Learned first from the roots: nobody is below its parent. The frontier has about as
     // many as there are groups: scanning it for each victim is faster than keeping it in order.
-    size_t lowest(std::span<const uint32_t> pinned, std::span<int32_t> victims) {
+    size_t lowest(const Pins& pins, std::span<ExpertId> victims) {
         frontier_.clear();
         for (int32_t group = 0; group < static_cast<int32_t>(sizes_.size()); ++group) {
             if (sizes_[static_cast<size_t>(group)] > 0) reach(group, group * per_group_);
@@ -76,8 +111,8 @@ public:
             const auto [key, group, at] = *lowest;
             *lowest = frontier_.back();
             frontier_.pop_back();
-            const int32_t expert = item(at);
-            if (pinned[static_cast<size_t>(expert)] == 0) victims[found++] = expert;
+            const ExpertId expert = item(at);
+            if (pins[expert] == 0) victims[found++] = expert;
             const int32_t base = group * per_group_;
             const int32_t end = base + sizes_[static_cast<size_t>(group)];
             const int32_t child = base + 2 * (at - base) + 1;
@@ -88,7 +123,7 @@ public:
 
 private:
     struct Candidate {
-        decltype(std::declval<const Order&>().key(0, 0)) key;
+        decltype(std::declval<const Order&>().key(0, ExpertId{0})) key;
         int32_t group;
         int32_t at;
         bool operator<(const Candidate& other) const { return key < other.key; }
@@ -98,15 +133,20 @@ private:
         frontier_.push_back({order_.key(group, item(at)), group, at});
     }
 
-    int32_t& item(int32_t at) { return items_[static_cast<size_t>(at)]; }
-    int32_t& position(int32_t expert) { return positions_[static_cast<size_t>(expert)]; }
-
-    void put(int32_t expert, int32_t at) {
-        item(at) = expert;
-        position(expert) = at;
+    ExpertId& item(int32_t at) { return items_[static_cast<size_t>(at)]; }
+    int32_t& size_of(ExpertId expert) {
+        return sizes_[static_cast<size_t>(number(expert) / per_group_)];
+    }
+    [[nodiscard]] int32_t base_of(ExpertId expert) const {
+        return number(expert) - number(expert) % per_group_;
     }
 
-    void rise(int32_t expert, int32_t base, int32_t at) {
+    void put(ExpertId expert, int32_t at) {
+        item(at) = expert;
+        positions_[expert] = at;
+    }
+
+    void rise(ExpertId expert, int32_t base, int32_t at) {
         while (at > base) {
             const int32_t parent = base + (at - base - 1) / 2;
             if (!order_.before(expert, item(parent))) break;
@@ -116,8 +156,8 @@ private:
         put(expert, at);
     }
 
-    void sink(int32_t expert, int32_t base, int32_t size) {
-        int32_t at = position(expert);
+    void sink(ExpertId expert, int32_t base, int32_t size) {
+        int32_t at = positions_[expert];
         for (;;) {
             int32_t child = base + 2 * (at - base) + 1;
             if (child >= base + size) break;
@@ -132,9 +172,28 @@ private:
     const Order& order_;
     int32_t per_group_;
     std::vector<int32_t> sizes_;       // by group
-    std::vector<int32_t> items_;       // each group's heap lies at its experts' own ids
-    std::vector<int32_t> positions_;   // by flat expert, index into items_, -1: absent
+    std::vector<ExpertId> items_;      // each group's heap lies at its experts' own ids
+    PerExpert<int32_t> positions_;     // index into items_, -1: absent
     std::vector<Candidate> frontier_;  // scratch
+};
+
+// A policy that evicts the lowest of an Order. A subclass changes the order as it sees steps.
+template <class Order>
+class OrderedPolicy : public Policy {
+public:
+    size_t choose_victims(std::span<const ExpertId> /*residents*/, const Pins& pins,
+                          std::span<ExpertId> victims) override {
+        return residents_.lowest(pins, victims);
+    }
+    void inserted(ExpertId expert) override { residents_.add(expert); }
+    void evicted(ExpertId expert) override { residents_.remove(expert); }
+
+protected:
+    OrderedPolicy(int32_t groups, int32_t per_group, Order order)
+        : order_(std::move(order)), residents_(groups, per_group, order_) {}
+
+    Order order_;
+    ExpertHeaps<Order> residents_;
 };
 
 }  // namespace moeinf

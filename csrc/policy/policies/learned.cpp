@@ -19,7 +19,6 @@
 #include <cmath>
 #include <utility>
 
-#include "policy/policies/decayed_frequency.h"
 #include "policy/policies/expert_heaps.h"
 #include "policy/policies/learned_kernels.h"
 #include "policy/policies/policies.h"
@@ -36,62 +35,31 @@ constexpr int32_t kContexts = 3;            // own layer, one below, two below
 constexpr int64_t kContextBytes = 128 << 20;
 constexpr float kPriorStep = 0.02f;
 
-struct Order {
-    struct Key {
-        float score;
-        int32_t layer;
-        float value;
-        int32_t expert;
-        bool operator<(const Key& other) const {
-            if (score < other.score) return true;
-            if (score > other.score) return false;
-            if (layer != other.layer) return layer < other.layer;
-            if (value != other.value) return value < other.value;
-            return expert < other.expert;
-        }
-    };
-
-    Key key(int32_t layer, int32_t expert) const {
-        const float value = values[static_cast<size_t>(expert)];
-        return {value * discount[static_cast<size_t>(layer)], layer, value, expert};
-    }
-    bool before(int32_t a, int32_t b) const {
-        const float value_a = values[static_cast<size_t>(a)];
-        const float value_b = values[static_cast<size_t>(b)];
-        return value_a < value_b || (value_a == value_b && a < b);
-    }
-
-    std::vector<float> values;    // by flat expert
-    std::vector<float> discount;  // by layer, seen from that of the latest step
-};
-
 // Uses of each expert and visits of its layer, both decayed at every visit.
 struct Rates {
-    explicit Rates(PolicyShape shape)
-        : uses(static_cast<size_t>(shape.total())), visits(static_cast<size_t>(shape.num_layers)) {}
+    explicit Rates(ModelShape shape) : uses(shape.total()), visits(shape.num_layers) {}
 
-    std::vector<float> uses;    // by flat expert
-    std::vector<float> visits;  // by layer
+    PerExpert<float> uses;
+    PerLayer<float> visits;
 };
 
-class Learned final : public Policy {
+class Learned final : public OrderedPolicy<ScaledOrder<float>> {
 public:
-    explicit Learned(PolicyShape shape)
-        : shape_(shape),
-          order_{std::vector<float>(static_cast<size_t>(shape.total())),
-                 std::vector<float>(static_cast<size_t>(shape.num_layers), 1.0f)},
-          residents_(shape.num_layers, shape.num_experts, order_),
-          slots_(shape.total()),
+    explicit Learned(ModelShape shape)
+        : OrderedPolicy(shape.num_layers, shape.num_experts, ScaledOrder<float>(shape)),
+          shape_(shape),
+          frames_(shape.total()),
           experts_per_step_(std::max(1.0f, static_cast<float>(shape.num_experts) / 16.0f)),
           fast_(shape),
           slow_(shape),
           sequence_(shape),
-          unused_for_(static_cast<size_t>(shape.total()), 1000.0f),
-          bias_(static_cast<size_t>(shape.total())),
-          layers_(static_cast<size_t>(shape.num_layers)),
+          unused_for_(shape.total(), 1000.0f),
+          bias_(shape.total()),
+          layers_(shape.num_layers),
           counts_(static_cast<size_t>(shape.num_experts)),
           sums_(counts_.size()),
           errors_(counts_.size()) {
+        std::fill(order_.factors.begin(), order_.factors.end(), 1.0f);
         const int64_t bytes_per_context = 4LL * shape.total() * shape.num_experts;
         contexts_ = static_cast<int32_t>(
             std::min<int64_t>(kContexts, kContextBytes / std::max<int64_t>(1, bytes_per_context)));
@@ -117,20 +85,13 @@ public:
         gather_context(step.layer);
         prefetch(context_);
         count_uses(step);
-        prefetch(layers_[static_cast<size_t>(step.layer)].context);
+        prefetch(layers_[step.layer].context);
         estimate(step.layer);
-        if (layers_[static_cast<size_t>(step.layer)].visited) learn(step.layer);
+        if (layers_[step.layer].visited) learn(step.layer);
         finish(step.layer);
     }
 
-    size_t choose_victims(std::span<const int32_t> /*residents*/, std::span<const uint32_t> pinned,
-                          std::span<int32_t> victims) override {
-        return residents_.lowest(pinned, victims);
-    }
-
-    void resized(int32_t slots) override { slots_ = slots; }
-    void inserted(int32_t expert) override { residents_.add(expert); }
-    void evicted(int32_t expert) override { residents_.remove(expert); }
+    void resized(int32_t frames) override { frames_ = frames; }
 
     // Priors enter as one more term, their log odds; its weight is learned from how well they did.
     void set_priors(std::span<const float> priors) override {
@@ -150,15 +111,12 @@ private:
     struct Layer {
         bool visited = false;
         int64_t pass = -1;             // of the latest visit
-        std::vector<int32_t> set;      // in-layer ids of that visit, if it says anything
+        std::vector<ExpertId> set;     // of that visit, if it says anything
         std::vector<int32_t> context;  // rows of context_weights_ behind the estimates made then
     };
 
-    size_t base(int32_t layer) const {
-        return static_cast<size_t>(layer) * static_cast<size_t>(shape_.num_experts);
-    }
-    float* row(int32_t index) {
-        return context_weights_.data() + static_cast<size_t>(index) * counts_.size();
+    float* row(int32_t context) {
+        return context_weights_.data() + static_cast<size_t>(context) * counts_.size();
     }
 
     void start_pass() {
@@ -173,10 +131,10 @@ private:
     }
 
     // Sets the discounts as seen from this layer.
-    void visit(int32_t layer) {
+    void visit(LayerId layer) {
         layer_ = layer;
         const auto layers = static_cast<float>(shape_.num_layers);
-        const float horizon = 0.5f * static_cast<float>(slots_) / (layers * experts_per_step_) + 1;
+        const float horizon = 0.5f * static_cast<float>(frames_) / (layers * experts_per_step_) + 1;
         if (horizon != horizon_) {
             horizon_ = horizon;
             discount_per_token_ = std::exp(-1.0f / horizon);
@@ -187,27 +145,27 @@ private:
             }
         }
         // The layers above come at distances from 1, then the others, this one last.
-        const auto below = order_.discount.begin() + layer + 1;
-        const auto next =
-            std::copy_n(by_distance_.begin() + 1, order_.discount.end() - below, below);
-        std::copy_n(by_distance_.begin() + 1 + (next - below), layer + 1, order_.discount.begin());
+        PerLayer<float>& factors = order_.factors;
+        const auto below = factors.begin() + number(layer) + 1;
+        const auto next = std::copy_n(by_distance_.begin() + 1, factors.end() - below, below);
+        std::copy_n(by_distance_.begin() + 1 + (next - below), number(layer) + 1, factors.begin());
     }
 
     // A prefill step of n tokens stands for n visits. Steps do not say how many tokens they had;
     // the largest count of the pass so far comes close.
     void count_uses(const Step& step) {
         std::fill(counts_.begin(), counts_.end(), 0.0f);
-        const size_t from = base(step.layer);
+        const size_t from = shape_.begin_of(step.layer);
         if (step.prefill) {
             for (const int32_t n : step.counts) tokens_ = std::max(tokens_, static_cast<float>(n));
         }
         for (size_t i = 0; i < step.experts.size(); ++i) {
             const bool many = step.prefill && i < step.counts.size();
-            counts_[static_cast<size_t>(step.experts[i]) - from] =
+            counts_[index(step.experts[i]) - from] =
                 many ? static_cast<float>(step.counts[i]) / tokens_ : 1.0f;
         }
         const auto add = [&](Rates& rates, float keep, float gain) {
-            float& visits = rates.visits[static_cast<size_t>(step.layer)];
+            float& visits = rates.visits[step.layer];
             visits = keep * visits + gain;
             kernels_.decay(rates.uses.data() + from, counts_.data(), keep, gain, counts_.size());
         };
@@ -222,42 +180,40 @@ private:
     }
 
     void remember_set(const Step& step) {
-        Layer& layer = layers_[static_cast<size_t>(step.layer)];
+        Layer& layer = layers_[step.layer];
         layer.pass = pass_;
         layer.set.clear();
         if (step.prefill || step.experts.size() > kMaxSet) return;
-        const auto from = static_cast<int32_t>(base(step.layer));
-        for (const int32_t expert : step.experts) layer.set.push_back(expert - from);
+        layer.set.assign(step.experts.begin(), step.experts.end());
     }
 
     // Fills context_ with the rows of the experts just active here and in the layers below.
-    void gather_context(int32_t l) {
+    void gather_context(LayerId layer) {
         ++visit_;
         context_.clear();
-        for (int32_t below = 0; below < std::min(contexts_, l + 1); ++below) {
-            const Layer& source = layers_[static_cast<size_t>(l - below)];
+        for (int32_t below = 0; below < std::min(contexts_, number(layer) + 1); ++below) {
+            const Layer& source = layers_[LayerId{number(layer) - below}];
             if (source.pass != pass_) break;
-            const int32_t first = below * shape_.total() + (l - below) * shape_.num_experts;
-            for (const int32_t expert : source.set) {
-                context_.push_back(first + expert);
-                context_rows_[static_cast<size_t>(first + expert)].visit = visit_;
+            for (const ExpertId expert : source.set) {
+                const int32_t context = below * shape_.total() + number(expert);
+                context_.push_back(context);
+                context_rows_[static_cast<size_t>(context)].visit = visit_;
             }
         }
     }
 
     // The weights of a large model lie in memory, not in a cache.
     void prefetch(const std::vector<int32_t>& rows) {
-        for (const int32_t index : rows) {
-            const float* weights = row(index);
+        for (const int32_t context : rows) {
+            const float* weights = row(context);
             for (size_t e = 0; e < counts_.size(); e += 16) __builtin_prefetch(weights + e);
-            __builtin_prefetch(&context_rows_[static_cast<size_t>(index)]);
+            __builtin_prefetch(&context_rows_[static_cast<size_t>(context)]);
         }
     }
 
     // Fills sums_ with the new estimates before the logistic function.
-    void estimate(int32_t l) {
-        const size_t from = base(l);
-        const auto layer = static_cast<size_t>(l);
+    void estimate(LayerId layer) {
+        const size_t from = shape_.begin_of(layer);
         const float mean_rate = experts_per_step_ / static_cast<float>(shape_.num_experts);
         kernels_.begin_sums(
             {.fast = fast_.uses.data() + from,
@@ -274,15 +230,15 @@ private:
             kernels_.add(sums_.data(), prior_odds_.data() + from, prior_weight_, sums_.size());
         }
         rows_.clear();
-        for (const int32_t index : context_) rows_.push_back(row(index));
+        for (const int32_t context : context_) rows_.push_back(row(context));
         kernels_.add_rows(sums_.data(), rows_.data(), rows_.size(), sums_.size());
     }
 
     // One gradient step on the estimates of the previous visit. The new estimates, in sums_, move
     // along where they share weights with them.
-    void learn(int32_t l) {
-        const size_t from = base(l);
-        Layer& layer = layers_[static_cast<size_t>(l)];
+    void learn(LayerId id) {
+        const size_t from = shape_.begin_of(id);
+        const Layer& layer = layers_[id];
         kernels_.outcomes(counts_.data(), sums_.data(), order_.values.data() + from,
                           discount_per_token_, errors_.data(), errors_.size());
         const float share = static_cast<float>(kUsualContext) /
@@ -290,12 +246,12 @@ private:
         float shared_step = kBiasStep;
         rows_.clear();
         rates_.clear();
-        for (const int32_t index : layer.context) {
-            ContextRow& source = context_rows_[static_cast<size_t>(index)];
+        for (const int32_t context : layer.context) {
+            ContextRow& source = context_rows_[static_cast<size_t>(context)];
             source.uses += 1.0f;
             const float rate =
                 share * kContextStep / std::sqrt(1.0f + kContextSlowdown * source.uses);
-            rows_.push_back(row(index));
+            rows_.push_back(row(context));
             rates_.push_back(rate);
             if (source.visit == visit_) shared_step += rate;
         }
@@ -312,25 +268,23 @@ private:
         }
     }
 
-    void finish(int32_t l) {
-        const size_t from = base(l);
+    void finish(LayerId id) {
+        const size_t from = shape_.begin_of(id);
         kernels_.logistic(sums_.data(), order_.values.data() + from, sums_.size());
         if (!prior_odds_.empty()) {
             std::copy_n(prior_odds_.data() + from, sums_.size(), used_prior_odds_.data() + from);
         }
-        Layer& layer = layers_[static_cast<size_t>(l)];
+        Layer& layer = layers_[id];
         layer.visited = true;
         layer.context.swap(context_);
-        residents_.rebuild(l);
+        residents_.rebuild(number(id));
     }
 
     const learned::Kernels& kernels_ = learned::fastest_kernels();
-    PolicyShape shape_;
-    Order order_;
-    ExpertHeaps<Order> residents_;
-    int32_t slots_;
+    ModelShape shape_;
+    int32_t frames_;
 
-    int32_t layer_ = -1;  // of the latest step
+    LayerId layer_ = LayerId::kNone;  // of the latest step
     int64_t pass_ = 0;
     uint32_t visit_ = 0;   // steps seen; may wrap
     float tokens_ = 1.0f;  // of the pass, at least
@@ -342,12 +296,12 @@ private:
     std::vector<float> by_distance_;
 
     Rates fast_, slow_, sequence_;
-    std::vector<float> unused_for_;  // visits since the latest use, by flat expert
-    std::vector<float> bias_;        // by flat expert
+    PerExpert<float> unused_for_;  // visits since the latest use
+    PerExpert<float> bias_;
     int32_t contexts_ = 0;
     std::vector<float> context_weights_;  // [contexts, experts, num_experts of the target's layer]
     std::vector<ContextRow> context_rows_;  // [contexts, experts]
-    std::vector<Layer> layers_;
+    PerLayer<Layer> layers_;
     float prior_weight_ = 0.3f;
     std::vector<float> prior_odds_, used_prior_odds_;  // by flat expert; empty without priors
 
@@ -359,7 +313,7 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Policy> make_learned(PolicyShape shape) {
+std::unique_ptr<Policy> make_learned(ModelShape shape) {
     return std::make_unique<Learned>(shape);
 }
 

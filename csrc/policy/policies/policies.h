@@ -9,12 +9,12 @@
 
 namespace moeinf {
 
-std::unique_ptr<Policy> make_lru(PolicyShape shape);
-std::unique_ptr<Policy> make_lfu(PolicyShape shape);
-std::unique_ptr<Policy> make_lrfu(PolicyShape shape);
-std::unique_ptr<Policy> make_classlru(PolicyShape shape);
-std::unique_ptr<Policy> make_eam(PolicyShape shape);  // starts with empty collections
+std::unique_ptr<Policy> make_lru(ModelShape shape);
+std::unique_ptr<Policy> make_lfu(ModelShape shape);
+std::unique_ptr<Policy> make_decayed_lfu(ModelShape shape);
+std::unique_ptr<Policy> make_classlru(ModelShape shape);
+std::unique_ptr<Policy> make_eam(ModelShape shape);  // starts with empty collections
 std::unique_ptr<Policy> make_eam(Eamc from);
-std::unique_ptr<Policy> make_learned(PolicyShape shape);
+std::unique_ptr<Policy> make_learned(ModelShape shape);
 
 }  // namespace moeinf

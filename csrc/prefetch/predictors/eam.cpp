@@ -31,10 +31,10 @@ public:
 
     [[nodiscard]] int32_t reach() const noexcept override { return kReach; }
 
-    bool predict(int32_t layer, std::span<float> scores) override {
+    bool predict(LayerId layer, std::span<float> scores) override {
         if (layer <= layer_ || !follower_.predict(layer, scores)) return false;
-        const float nearness =
-            1.0f - static_cast<float>(layer - layer_) / static_cast<float>(shape_.num_layers);
+        const float nearness = 1.0f - static_cast<float>(number(layer) - number(layer_)) /
+                                          static_cast<float>(shape_.num_layers);
         for (float& score : scores) score = std::min(1.0f, score * experts_) * nearness;
         return true;
     }
@@ -42,15 +42,15 @@ public:
     const EamFollower* follower() const noexcept override { return &follower_; }
 
 private:
-    PolicyShape shape_;
+    ModelShape shape_;
     EamFollower follower_;
-    int32_t layer_ = -1;    // of the latest step
-    float experts_ = 0.0f;  // of the latest step
+    LayerId layer_ = LayerId::kNone;  // of the latest step
+    float experts_ = 0.0f;            // of the latest step
 };
 
 }  // namespace
 
-std::unique_ptr<Predictor> make_eam_predictor(PolicyShape shape) {
+std::unique_ptr<Predictor> make_eam_predictor(ModelShape shape) {
     return make_eam_predictor(Eamc(shape));
 }
 

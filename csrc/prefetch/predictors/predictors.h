@@ -1,5 +1,5 @@
 // One maker per predictor. A new one is one file in this folder, one line here, and one row of the
-// table in cache/predictor.cpp.
+// table in prefetch/predictor.cpp.
 #pragma once
 
 #include <memory>
@@ -9,9 +9,9 @@
 
 namespace moeinf {
 
-std::unique_ptr<Predictor> make_previous_predictor(PolicyShape shape);
-std::unique_ptr<Predictor> make_transition_predictor(PolicyShape shape);
-std::unique_ptr<Predictor> make_eam_predictor(PolicyShape shape);  // with empty collections
+std::unique_ptr<Predictor> make_previous_predictor(ModelShape shape);
+std::unique_ptr<Predictor> make_transition_predictor(ModelShape shape);
+std::unique_ptr<Predictor> make_eam_predictor(ModelShape shape);  // with empty collections
 std::unique_ptr<Predictor> make_eam_predictor(Eamc from);
 
 }  // namespace moeinf

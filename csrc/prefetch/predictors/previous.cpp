@@ -12,8 +12,7 @@ constexpr float kKeep = 0.5f;
 
 class Previous final : public Predictor {
 public:
-    explicit Previous(PolicyShape shape)
-        : shape_(shape), uses_(static_cast<size_t>(shape.total())) {}
+    explicit Previous(ModelShape shape) : shape_(shape), uses_(shape.total()) {}
 
     std::string_view name() const noexcept override { return "previous"; }
 
@@ -25,28 +24,27 @@ public:
         }
         for (size_t i = 0; i < step.experts.size(); ++i) {
             const float use = step.prefill && !step.counts.empty() ? float(step.counts[i]) : most;
-            uses_[static_cast<size_t>(step.experts[i])] += (1.0f - kKeep) * use / most;
+            uses_[step.experts[i]] += (1.0f - kKeep) * use / most;
         }
     }
 
-    bool predict(int32_t layer, std::span<float> scores) override {
+    bool predict(LayerId layer, std::span<float> scores) override {
         std::ranges::copy(row(layer), scores.begin());
         return true;
     }
 
 private:
-    std::span<float> row(int32_t layer) {
-        const auto width = static_cast<size_t>(shape_.num_experts);
-        return std::span(uses_).subspan(static_cast<size_t>(layer) * width, width);
+    std::span<float> row(LayerId layer) {
+        return {uses_.data() + shape_.begin_of(layer), static_cast<size_t>(shape_.num_experts)};
     }
 
-    PolicyShape shape_;
-    std::vector<float> uses_;  // by flat expert
+    ModelShape shape_;
+    PerExpert<float> uses_;
 };
 
 }  // namespace
 
-std::unique_ptr<Predictor> make_previous_predictor(PolicyShape shape) {
+std::unique_ptr<Predictor> make_previous_predictor(ModelShape shape) {
     return std::make_unique<Previous>(shape);
 }
 

@@ -14,9 +14,9 @@ constexpr size_t kMaxSet = 32;  // a larger one says little, and prompts are lar
 
 class Transition final : public Predictor {
 public:
-    explicit Transition(PolicyShape shape)
+    explicit Transition(ModelShape shape)
         : shape_(shape),
-          uses_(static_cast<size_t>(shape.total())),
+          uses_(shape.total()),
           used_next_(uses_.size() * static_cast<size_t>(shape.num_experts)) {}
 
     std::string_view name() const noexcept override { return "transition"; }
@@ -29,10 +29,10 @@ public:
         if (usable) latest_.assign(step.experts.begin(), step.experts.end());
     }
 
-    bool predict(int32_t layer, std::span<float> scores) override {
+    bool predict(LayerId layer, std::span<float> scores) override {
         if (!follows(layer)) return false;
         std::ranges::fill(scores, 0.0f);
-        for (const int32_t expert : latest_) {
+        for (const ExpertId expert : latest_) {
             const float* next = row(expert);
             for (size_t b = 0; b < scores.size(); ++b) scores[b] += next[b];
         }
@@ -42,38 +42,37 @@ public:
     }
 
 private:
-    float* row(int32_t expert) {
-        return used_next_.data() +
-               static_cast<size_t>(expert) * static_cast<size_t>(shape_.num_experts);
+    float* row(ExpertId expert) {
+        return used_next_.data() + index(expert) * static_cast<size_t>(shape_.num_experts);
     }
 
-    [[nodiscard]] bool follows(int32_t layer) const {
-        return !latest_.empty() && layer == (layer_ + 1) % shape_.num_layers;
+    [[nodiscard]] bool follows(LayerId layer) const {
+        return !latest_.empty() && layer == shape_.after(layer_, 1);
     }
 
     void learn(const Step& step) {
-        const int32_t first = step.layer * shape_.num_experts;
-        for (const int32_t expert : latest_) {
-            float& uses = uses_[static_cast<size_t>(expert)];
+        const size_t first = shape_.begin_of(step.layer);
+        for (const ExpertId expert : latest_) {
+            float& uses = uses_[expert];
             uses += 1.0f;
             // As if it had once been seen before with nothing after it.
             const float rate = std::max(kSlowestRate, 1.0f / (uses + 1.0f));
             float* next = row(expert);
             for (int32_t b = 0; b < shape_.num_experts; ++b) next[b] *= 1.0f - rate;
-            for (const int32_t used : step.experts) next[used - first] += rate;
+            for (const ExpertId used : step.experts) next[index(used) - first] += rate;
         }
     }
 
-    PolicyShape shape_;
-    int32_t layer_ = -1;            // of the latest step
-    std::vector<int32_t> latest_;   // its experts, if it says anything
-    std::vector<float> uses_;       // by flat expert: steps it has learned from
-    std::vector<float> used_next_;  // [flat expert, expert of the next layer]
+    ModelShape shape_;
+    LayerId layer_ = LayerId::kNone;  // of the latest step
+    std::vector<ExpertId> latest_;    // its experts, if it says anything
+    PerExpert<float> uses_;           // steps that each has learned from
+    std::vector<float> used_next_;    // [flat expert, expert of the next layer]
 };
 
 }  // namespace
 
-std::unique_ptr<Predictor> make_transition_predictor(PolicyShape shape) {
+std::unique_ptr<Predictor> make_transition_predictor(ModelShape shape) {
     return std::make_unique<Transition>(shape);
 }
 

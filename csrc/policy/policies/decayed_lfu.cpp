@@ -1,0 +1,72 @@
+// Decayed frequency with layer distance: evicts the minimum of EMA * (1 - 0.5 * d / L), EMA <- 0.95
+// * EMA + (1 if used) per token, d the layers that are computed before the expert's layer comes
+// again, L the number of layers; ties go to the lower flat id. A token is a forward pass: it begins
+// where the layer does not rise or a sequence starts. Each step that uses an expert counts once,
+// however many tokens it routes there.
+//
+// Rather than decaying every average at every token, a use counts for more the later it comes: with
+// `unit` growing by 1 / 0.95 per token and weight += unit at each use, weight / unit is the EMA.
+// Scores are only compared, so that the division is left out.
+#include "policy/policies/expert_heaps.h"
+#include "policy/policies/policies.h"
+
+namespace moeinf {
+namespace {
+
+constexpr double kGrowthPerToken = 1.0 / 0.95;
+// Scaling by a power of two is exact. A weight that nothing adds to reaches zero after some 14,000
+// tokens.
+constexpr double kRescaleAbove = 0x1p64;
+constexpr double kRescaleBy = 0x1p-64;
+
+class DecayedLfu final : public OrderedPolicy<ScaledOrder<double>> {
+public:
+    explicit DecayedLfu(ModelShape shape)
+        : OrderedPolicy(shape.num_layers, shape.num_experts, ScaledOrder<double>(shape)),
+          shape_(shape) {
+        visit(LayerId{shape.num_layers - 1});  // before the first step every layer is to come
+    }
+
+    std::string_view name() const noexcept override { return "decayed_lfu"; }
+
+    void observe(const Step& step) override {
+        if (step.new_sequence || step.layer <= layer_) start_token();
+        if (step.layer != layer_) visit(step.layer);
+        for (const ExpertId expert : step.experts) {
+            order_.values[expert] += unit_;
+            residents_.raised(expert);
+        }
+    }
+
+private:
+    void start_token() {
+        unit_ *= kGrowthPerToken;
+        if (unit_ <= kRescaleAbove) return;
+        unit_ *= kRescaleBy;
+        for (double& weight : order_.values) weight *= kRescaleBy;
+        residents_.rebuild();  // small weights may have become equal
+    }
+
+    // Sets the factors as seen from this layer. Its own turn is now: its other experts wait for the
+    // whole next token.
+    void visit(LayerId current) {
+        layer_ = current;
+        for (const LayerId layer : shape_.layers()) {
+            const int32_t ahead = number(layer) - number(current);
+            const int32_t distance = ahead > 0 ? ahead : ahead + shape_.num_layers;
+            order_.factors[layer] = 1.0 - 0.5 * distance / shape_.num_layers;
+        }
+    }
+
+    ModelShape shape_;
+    double unit_ = 1.0;
+    LayerId layer_{0};  // of the latest step
+};
+
+}  // namespace
+
+std::unique_ptr<Policy> make_decayed_lfu(ModelShape shape) {
+    return std::make_unique<DecayedLfu>(shape);
+}
+
+}  // namespace moeinf
