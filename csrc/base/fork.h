@@ -1,12 +1,11 @@
-// Tells a forked child from its parent at the cost of a load, for calls too frequent to ask the
-// system each time.
+// Detects that the process was forked. Costs one memory read, where getpid() is a system call.
 #pragma once
 
 #include <cstdint>
 
 namespace moeinf {
 
-// The same number throughout a process, another in a child forked from it after the first call.
+// Constant in a process. A child that is forked after the first call has another number.
 [[nodiscard]] int64_t process_generation() noexcept;
 
 }  // namespace moeinf

@@ -5,7 +5,7 @@
 
 namespace moeinf {
 
-// The least multiple of `unit` that is not below `value`.
+// The smallest multiple of `unit` that is not below `value`.
 [[nodiscard]] constexpr size_t round_up(size_t value, size_t unit) {
     return (value + unit - 1) / unit * unit;
 }

@@ -19,8 +19,20 @@ import torch
 from moeinf import _core
 from moeinf.cache.devices import torch_device
 from moeinf.checkpoint.store import ExpertStore
+from moeinf.errors import UnsupportedError
 from moeinf.experts import torch_products
-from moeinf.experts.cpu import check_form, check_tensors
+from moeinf.experts.cpu import check_tensors
+from moeinf.kernels.forms import ExpertForm, Gate
+
+
+def _check_form(store: ExpertStore) -> None:
+    """The kernels are called for one form of experts alone."""
+    form, layout = store.form, store.layout
+    if form != ExpertForm(Gate(activation=form.gate.activation)) or layout.gate.values.step > 1:
+        raise UnsupportedError(
+            f"{store.checkpoint.path}: on a GPU, expected experts of the form act(gate) * up, "
+            f"without biases and with gate before up; found {form}"
+        )
 
 
 class CudaExperts:
@@ -30,7 +42,7 @@ class CudaExperts:
     """
 
     def __init__(self, store: ExpertStore, core: _core.ExpertCache, device: _core.CudaDevice):
-        check_form(store)
+        _check_form(store)
         self.store = store
         self.core = core
         self.is_fake = device.is_fake
