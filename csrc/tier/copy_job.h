@@ -10,7 +10,7 @@ namespace moeinf {
 
 inline constexpr const char* kEnding = "the cache is being closed";
 
-// All but the constants is guarded by the link's `issuing`.
+// The link's `issuing` guards all members but the constants.
 struct DeviceLink::CopyJob final : FillWaiter {
     CopyJob(DeviceLink& the_link, FillPtr the_fill)
         : FillWaiter(&the_link, the_fill->expert),
@@ -21,7 +21,7 @@ struct DeviceLink::CopyJob final : FillWaiter {
 
     void on_pinned(const PinnedExpert& pinned, const std::string& error) noexcept override;
 
-    // The stream waits for a demotion that still brings the bytes to RAM.
+    // Makes the stream wait for a demotion that still brings the bytes to RAM.
     void wait_for_source(Stream stream) const {
         if (source.behind) source.behind->hold_back(stream, source.point);
     }
@@ -30,7 +30,7 @@ struct DeviceLink::CopyJob final : FillWaiter {
     const SlotId slot;
     FillPtr fill;  // null once it has ended
     Priority priority;
-    PinnedExpert source;  // without bytes until RAM has them
+    PinnedExpert source;  // without bytes until they are in RAM
     size_t copied = 0;
     uint64_t last_chunk = 0;  // point of the prefetches' timeline, once all is enqueued
 };

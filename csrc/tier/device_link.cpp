@@ -15,7 +15,7 @@ namespace {
 
 constexpr size_t kGatherUnit = 16;  // bytes; slots are larger multiples of it
 
-// From the start of the slot to the end of its last segment: one copy for all.
+// Bytes from the start of the slot to the end of its last segment: one copy moves all segments.
 size_t copied_bytes(const Catalog& catalog) {
     size_t end = 0;
     for (const Extent& extent : catalog.extents(ExpertId{0})) {
@@ -46,14 +46,14 @@ DeviceLink::DeviceLink(Tier& tier, std::shared_ptr<Device> device, std::shared_p
       holds_(tier.catalog()->total_experts()),
       worker_([this](const std::stop_token& stop) { work(stop); }) {}
 
-// In the order in which they were noted: a demotion is enqueued before its slot is filled anew.
+// Executes commands in their order, so a demotion is enqueued before the next fill of its slot.
 void DeviceLink::execute(std::span<const Command> commands) noexcept {
     const auto demotes = [this](const Command& command) {
         return command.kind == Command::Kind::kEvict && is_some(command.slot) &&
                host_->accepts_demotion(command.expert);
     };
     if (std::any_of(commands.begin(), commands.end(), demotes)) {
-        (void)unpin_passed();  // what has arrived makes room for what leaves
+        (void)unpin_passed();  // experts that have arrived make room for demotions
     }
     for (const Command& command : commands) {
         switch (command.kind) {
@@ -130,7 +130,7 @@ void DeviceLink::queue_prefetch(const CopyJobPtr& job) {
     wake_worker();
 }
 
-// Enqueues the next `nbytes` of the expert.
+// Enqueues a copy of the next `nbytes` of the expert.
 void DeviceLink::enqueue(const CopyJobPtr& job, size_t nbytes, Stream stream) {
     device_->copy_in(tier_.pool().slot(job->slot) + job->copied, job->source.bytes + job->copied,
                      nbytes, stream);
@@ -140,7 +140,7 @@ void DeviceLink::enqueue(const CopyJobPtr& job, size_t nbytes, Stream stream) {
     stats_.copied_bytes += static_cast<int64_t>(nbytes);
 }
 
-// All of them, then one point for all.
+// Enqueues all copies and marks one point after them.
 void DeviceLink::copy_demands(std::span<const CopyJobPtr> demands) noexcept {
     const bool gather = demands.size() > 1 && copy_bytes_ <= gather_below_;
     std::vector<GatherPart> parts;
@@ -191,20 +191,20 @@ void DeviceLink::demote(ExpertId expert, SlotId slot) {
     uint64_t point = 0;
     bool enqueued = false;
     try {
-        // No wait for the slot's fill: while that was under way RAM had the expert pinned, and
-        // would not have accepted it.
+        // No wait for the slot's fill is needed: RAM pins an expert while it is filled, and a
+        // pinned expert is not accepted for demotion.
         device_->copy_out(target, tier_.pool().slot(slot), copy_bytes_, out_->stream());
         enqueued = true;
         point = out_->mark();
         fences_.read(slot, out_, point);
     } catch (const std::exception&) {
         try {
-            // Neither the bytes nor the slot are free before this copy is over. Where nothing can
-            // be enqueued, nothing is under way.
+            // The bytes and the slot are in use until this copy is over. If nothing can be
+            // enqueued, no copy is in flight.
             if (enqueued) out_->synchronize(out_->mark());
         } catch (const std::exception&) {
         }
-        return host_->abort_demotion(expert);  // the files still have it
+        return host_->abort_demotion(expert);  // the expert is still in the files
     }
     host_->demotion_enqueued(expert, out_, point);
     add_in_flight({expert, out_, point, true, {}});
@@ -224,7 +224,7 @@ void DeviceLink::set_holder(ExpertId expert, bool holds) {
     holds ? host_->add_holder(expert) : host_->remove_holder(expert);
 }
 
-// Part of it may be under way on `timeline`: neither its bytes nor its slot are free before that.
+// A part of the copy may be in flight on `timeline`. Its bytes and its slot are in use until then.
 void DeviceLink::abandon(const CopyJobPtr& job, const TimelinePtr& timeline,
                          const char* why) noexcept {
     try {
@@ -232,7 +232,7 @@ void DeviceLink::abandon(const CopyJobPtr& job, const TimelinePtr& timeline,
         fences_.filled(job->slot, timeline, point);
         unpin_behind(job, timeline, point, {});
     } catch (const std::exception&) {
-        host_->unpin(job->expert);  // where nothing can be enqueued, nothing is under way
+        host_->unpin(job->expert);  // if nothing can be enqueued, no copy is in flight
     }
     finish(job, why);
 }

@@ -1,15 +1,18 @@
-// Fills the slots of a tier in device memory from a RAM tier, by copies on streams of its own.
+// Fills the slots of a tier in device memory from a RAM tier, by copies on its own streams.
 //
-// Demands are enqueued at once, all of a flush together. Prefetches go in chunks, of which never
-// more than kWindowBytes are under way, so that a demand waits for one chunk at most. A demand's
-// fill ends as soon as its copy is enqueued: readers wait for the slot's fences, not the host.
+// All demands of a flush are enqueued together and at once. Prefetches are cut into chunks. At most
+// kWindowBytes of chunks are in flight, so a demand waits for one chunk at most. The fill of a
+// demand ends when its copy is enqueued: the readers' streams wait for the slot's fences, the host
+// does not.
 //
 // A copy job:
 //
-//   command -> pinned in RAM? --yes--> kDemand:   enqueued as one; its fill ends; unpinned behind
-//   it
-//                    |                 kPrefetch: queued -> chunks under way -> arrived; fill ends
-//                    no: waits there for on_pinned            (promoted: the rest as a demand)
+//   command --> is the expert pinned in RAM?
+//                 | no: waits in RAM for on_pinned()
+//                 v yes
+//   kDemand:   one copy is enqueued --> the fill ends --> RAM unpins when the copy has passed
+//   kPrefetch: queued --> chunks in flight --> arrived --> the fill ends
+//                 promoted: the rest is copied as a demand
 #pragma once
 
 #include <condition_variable>
@@ -41,16 +44,16 @@ class DeviceLink final : public Source {
 public:
     static constexpr size_t kWindowBytes = size_t{4} << 20;
     static constexpr size_t kChunkBytes = kWindowBytes / 2;
-    static constexpr size_t kMaxChunks = 16;  // under way: small ones cost a demand latency
+    static constexpr size_t kMaxChunks = 16;  // in flight: many small chunks would delay a demand
 
-    // Told, with no lock of a tier held, when a fill's bytes have arrived, which for a demand is
-    // after it has ended.
+    // Called when the bytes of a fill have arrived, while no lock of a tier is held. For a demand
+    // this is after the fill has ended.
     using Arrived = std::function<void(ExpertId expert, Priority submitted)>;
 
-    // Experts of at most `gather_below` bytes are gathered where a flush has several.
+    // A flush with several experts of at most `gather_below` bytes gathers them with one kernel.
     DeviceLink(Tier& tier, std::shared_ptr<Device> device, std::shared_ptr<HostTier> host,
                size_t gather_below, Arrived arrived);
-    // What is queued fails; waits for copies under way, but not for ever.
+    // Queued jobs fail. Waits for copies in flight, but only for a limited time.
     ~DeviceLink() override;
 
     [[nodiscard]] bool accepts_demotion(ExpertId expert) const override {
@@ -69,16 +72,16 @@ public:
 private:
     struct CopyJob;
     using CopyJobPtr = std::shared_ptr<CopyJob>;
-    struct InFlight {  // a copy; its expert is pinned in RAM until the timeline has passed the
-                       // point
+    // A copy in flight. Its expert is pinned in RAM until the timeline has passed the point.
+    struct InFlight {
         ExpertId expert;
         TimelinePtr timeline;
         uint64_t point;
         bool is_demotion;
-        std::optional<Priority> arrives;  // none: nobody is told
+        std::optional<Priority> arrives;  // none: no call of `arrived`
     };
     struct Chunk {
-        uint64_t point;  // of prefetch_, behind it
+        uint64_t point;  // of prefetch_, after the chunk
         size_t nbytes;
     };
 
@@ -113,30 +116,30 @@ private:
     Tier& tier_;
     const std::shared_ptr<Device> device_;
     const std::shared_ptr<HostTier> host_;
-    const size_t copy_bytes_;  // of one expert, gaps between segments included
+    const size_t copy_bytes_;  // of one expert, with the gaps between its segments
     const size_t gather_below_;
     const Arrived arrived_;
     const TimelinePtr demand_, prefetch_, out_;
     SlotFences fences_;
 
-    mutable std::mutex queues_;  // guards up to the next blank line
+    mutable std::mutex queues_;  // guards the members up to the next blank line
     std::vector<InFlight> in_flight_;
     LinkStats stats_;
     bool awake_ = false;
     std::condition_variable_any wake_;
 
     // Guarded by `issuing`.
-    std::vector<CopyJobPtr> demands_;    // of the commands being carried out
-    std::deque<CopyJobPtr> prefetches_;  // pinned in RAM; the first may be under way
-    std::deque<CopyJobPtr> arriving_;    // prefetches of which every chunk is under way
-    std::deque<Chunk> window_;           // chunks under way
-    size_t window_bytes_ = 0;            // of these
-    PerExpert<uint8_t> holds_;           // does RAM know that the device holds it?
+    std::vector<CopyJobPtr> demands_;    // of the commands in execution
+    std::deque<CopyJobPtr> prefetches_;  // pinned in RAM; the first may be in flight
+    std::deque<CopyJobPtr> arriving_;    // prefetches whose chunks are all in flight
+    std::deque<Chunk> window_;           // chunks in flight
+    size_t window_bytes_ = 0;            // of the window
+    PerExpert<uint8_t> holds_;           // 1: RAM knows that the device holds it
     size_t waiting_in_host_ = 0;         // jobs that on_pinned will be called for
-    std::condition_variable_any told_;   // one of them has been
+    std::condition_variable_any told_;   // on_pinned has been called
     bool ending_ = false;
 
-    std::jthread worker_;  // last: it uses what is above
+    std::jthread worker_;  // last: it uses the members above
 };
 
 }  // namespace moeinf

@@ -1,5 +1,5 @@
-// The worker of a device's link, which unpins in RAM what copies have passed and keeps the window
-// of prefetches full; and the end of a link.
+// The worker thread of a device's link: it unpins experts in RAM when their copies have passed, and
+// keeps the window of prefetches full. Also the destruction of a link.
 #include <sys/prctl.h>
 
 #include <algorithm>
@@ -22,7 +22,7 @@ constexpr auto kPollCopies = 20us;
 
 void DeviceLink::work(const std::stop_token& stop) {
 #ifdef __linux__
-    (void)prctl(PR_SET_TIMERSLACK, 1000UL);  // else 20 us of sleep are 70
+    (void)prctl(PR_SET_TIMERSLACK, 1000UL);  // without this, a sleep of 20 us takes 70
 #endif
     device_->leave_captures_alone();
     while (!stop.stop_requested()) {
@@ -40,13 +40,14 @@ void DeviceLink::work(const std::stop_token& stop) {
     }
 }
 
-// True if copies are still under way.
+// True if copies are still in flight.
 bool DeviceLink::unpin_passed() {
     std::vector<InFlight> passed;
     bool holding = false;
     {
         const std::lock_guard lock(queues_);
-        const Timeline* late = nullptr;  // has not passed this point, nor any after it
+        const Timeline* late =
+            nullptr;  // has not passed this point, so it has not passed later ones
         uint64_t late_point = 0;
         std::erase_if(in_flight_, [&](const InFlight& copy) {
             if (copy.timeline.get() == late && copy.point >= late_point) return false;
@@ -57,7 +58,8 @@ bool DeviceLink::unpin_passed() {
                     return false;
                 }
             } catch (const std::exception&) {
-                return false;  // a device in this state moves nothing; the destructor decides
+                return false;  // the device reports errors and moves nothing; the destructor
+                               // decides
             }
             passed.push_back(copy);
             return true;
@@ -71,7 +73,7 @@ bool DeviceLink::unpin_passed() {
     return holding;
 }
 
-// True if prefetches are queued or under way.
+// True if prefetches are queued or in flight.
 bool DeviceLink::pump_prefetches() {
     const std::lock_guard lock(issuing);
     end_prefetches();
@@ -105,7 +107,7 @@ void DeviceLink::start_chunk(const CopyJobPtr& job) {
     if (job->copied == copy_bytes_) fences_.filled(job->slot, prefetch_, job->last_chunk);
 }
 
-// Those whose last chunk has arrived.
+// Ends the prefetches whose last chunk has arrived.
 void DeviceLink::end_prefetches() {
     while (!window_.empty() && prefetches_passed(window_.front().point)) {
         window_bytes_ -= window_.front().nbytes;
@@ -145,14 +147,17 @@ DeviceLink::~DeviceLink() {
             --waiting_in_host_;
             ended.push_back(std::static_pointer_cast<CopyJob>(waiter));
         }
-        told_.wait(lock, [this] { return waiting_in_host_ == 0; });  // those being told now
+        told_.wait(lock, [this] {
+            return waiting_in_host_ == 0;
+        });  // calls of on_pinned() that have begun
         for (const CopyJobPtr& job : ended) finish(job, kEnding);
         for (Command& command : take_commands()) {
             if (command.kind == Command::Kind::kFill) tier_.end_fill(*command.fill, kEnding);
         }
         for (const ExpertId expert : tier_.catalog()->shape().experts()) set_holder(expert, false);
     }
-    // Memory under a copy must stay. Where the device never gets there, it is left to the process.
+    // Memory under a copy must stay. If the device never ends the copy, the memory stays with the
+    // process.
     if (drain()) {
         give_back_pins(pinned);
     } else {
@@ -162,7 +167,7 @@ DeviceLink::~DeviceLink() {
     host_->flush();
 }
 
-// Waits, but not for ever, until the device has done all that it was given.
+// Waits for a limited time until the device has done all of its work.
 bool DeviceLink::drain() {
     try {
         for (const TimelinePtr& timeline : {demand_, prefetch_, out_}) {
@@ -171,12 +176,12 @@ bool DeviceLink::drain() {
             }
         }
         const auto give_up = std::chrono::steady_clock::now() + Timeline::kShutdownTimeout;
-        while (!fences_.idle(SlotId{0})) {  // streams of readers
+        while (!fences_.idle(SlotId{0})) {  // the readers' streams
             if (std::chrono::steady_clock::now() > give_up) return false;
             std::this_thread::sleep_for(100us);
         }
     } catch (const std::exception&) {
-        // A device that only answers with errors copies nothing any more.
+        // A device that only reports errors copies nothing any more.
     }
     return true;
 }

@@ -26,7 +26,7 @@ void FileSource::execute(std::span<const Command> commands) noexcept {
 
 void FileSource::start(const FillPtr& fill) noexcept {
     try {
-        // The tier holds the fill until it has ended. A small callback needs no memory.
+        // The tier holds the fill until it has ended. A callback this small is not allocated.
         fill->job = reader_.submit(
             fill->expert, tier_.pool().slot(fill->slot), fill->priority,
             [this, fill = fill.get()](const TransferPtr& transfer) { on_read(*fill, *transfer); });

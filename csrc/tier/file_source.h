@@ -16,7 +16,7 @@ public:
     FileSource(Tier& tier, FileReaderOptions options);
 
     [[nodiscard]] const FileReader& files() const noexcept { return reader_; }
-    // What may stand before a demand that overtakes a prefetch.
+    // The bytes of prefetches that a demand may have to wait for.
     [[nodiscard]] int64_t delay_bytes() const noexcept;
 
 private:

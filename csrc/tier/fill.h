@@ -1,12 +1,10 @@
-// One expert on its way into one slot of a tier, and who waits for it.
+// One expert on its way into one slot of a tier, and its waiters.
 //
-//                     +-- its last byte is there, or enqueued --> kComplete: the slot has the
-//                     expert
-//   start -> kUnderWay
-//                     +-- the source says what went wrong ------> kFailed: the slot is free again
+//   kUnderWay --> kComplete   all bytes are there or enqueued: the slot has the expert
+//       +-------> kFailed     the source reports an error: the slot is free again
 //
-// While a fill is under way it pins its expert. Each of those who wait for it has a pin of its own;
-// these pins end with the fill if it fails, and stay if it completes.
+// A fill pins its expert while it is under way. Each waiter has a pin of its own. These pins end
+// with the fill if it fails, and stay if it completes.
 #pragma once
 
 #include <cstdint>
@@ -20,8 +18,8 @@
 
 namespace moeinf {
 
-// Where a pinned expert lies in a tier. The bytes are there once `behind` has passed `point`; they
-// are there now if it is null.
+// The place of a pinned expert in a tier. The bytes are there when `behind` has passed `point`, or
+// now if `behind` is null.
 struct PinnedExpert {
     std::byte* bytes = nullptr;
     TimelinePtr behind;
@@ -37,10 +35,10 @@ public:
     FillWaiter& operator=(const FillWaiter&) = delete;
 
     // Called once, from any thread, with no lock held. The expert is pinned for this waiter, unless
-    // `error` says what went wrong.
+    // `error` is not empty.
     virtual void on_pinned(const PinnedExpert& pinned, const std::string& error) noexcept = 0;
 
-    const void* const owner;  // who withdraws all of its waiters when it goes
+    const void* const owner;  // withdraws all of its waiters in its destructor
     const ExpertId expert;
 };
 using FillWaiterPtr = std::shared_ptr<FillWaiter>;
@@ -56,9 +54,9 @@ struct Fill {
     bool from_above = false;                // a demotion fills it, not the source
     uint32_t waiting = 0;                   // pins that end if it fails
     State state = State::kUnderWay;
-    std::string error;                   // of a failed one
+    std::string error;                   // of a failed fill
     std::vector<FillWaiterPtr> waiters;  // each is counted in `waiting`
-    std::shared_ptr<void> job;           // its source's own, guarded by Source::issuing
+    std::shared_ptr<void> job;           // belongs to its source; Source::issuing guards it
 };
 using FillPtr = std::shared_ptr<Fill>;
 

@@ -9,8 +9,8 @@
 namespace moeinf {
 namespace {
 
-// As many slots of pinned memory as can be had. It grows in parts, for pinning takes a second for
-// some gigabytes, and none of it is done twice.
+// As many slots of pinned memory as the system allows. The memory grows in parts, because pinning
+// takes about a second for a few gigabytes and no part should be pinned twice.
 std::shared_ptr<SlotPool> make_pool(const Catalog& catalog, Device& device, int32_t wanted) {
     constexpr int32_t kParts = 16;
     const uint64_t slot_bytes = catalog.slot_bytes();
@@ -22,7 +22,7 @@ std::shared_ptr<SlotPool> make_pool(const Catalog& catalog, Device& device, int3
         while (pool->slots() < wanted) pool->resize(std::min(wanted, pool->slots() + part));
     } catch (const Error& error) {
         if (error.code() != ErrorCode::kCapacity) throw;
-        // Not all that there is: ids, maps and torch need some too.
+        // Leaves a part of the pinnable memory to ids, maps and torch.
         pool->resize(std::max(HostTier::kMinSlots, pool->slots() - part));
     }
     return pool;
@@ -34,7 +34,7 @@ std::string words_of(const Catalog& catalog) {
            (catalog.files().empty() ? "no file" : catalog.files().front().path);
 }
 
-// In a forked child the tier stays as it is: no thread of it exists there, and locks may be torn.
+// A forked child leaves the tier unchanged: its threads do not exist there, and a lock may be held.
 struct Dispose {
     int64_t generation = process_generation();
     void operator()(HostTier* tier) const {
@@ -139,7 +139,7 @@ void HostTier::wait_for_fill(FillWaiterPtr waiter, Priority priority) {
     fill->waiters.push_back(std::move(waiter));
 }
 
-// Demands wait before prefetches, each in their order.
+// Demands stand before prefetches, each in the order of arrival.
 void HostTier::add_starving(FillWaiterPtr waiter, Priority priority) {
     const auto behind = std::find_if(starving_.begin(), starving_.end(),
                                      [&](const Starving& one) { return one.priority > priority; });
@@ -166,12 +166,12 @@ void HostTier::on_fill_ended(Fill& fill) {
 void HostTier::after_fill() noexcept {
     {
         const std::lock_guard lock(tier_->mutex);
-        serve_starving();  // if it failed, its slot is free
+        serve_starving();  // a failed fill has freed its slot
     }
     flush();
 }
 
-// Those who were refused for want of a slot and can have one now.
+// Gives slots to the waiters that had none.
 void HostTier::serve_starving() {
     while (!starving_.empty()) {
         Starving& next = starving_.front();
@@ -204,7 +204,7 @@ void HostTier::drop_pin(ExpertId expert) {
     tier_->unpin(expert);
     if (tier_->residency().pinned(expert)) return;
     const auto demotion = demotion_of(expert);
-    if (demotion != demotions_.end()) {  // a lost one, else its copy had a pin
+    if (demotion != demotions_.end()) {  // a lost demotion; a running one would have a pin
         tier_->residency().remove(expert);
         demotions_.erase(demotion);
     }
@@ -266,7 +266,7 @@ std::byte* HostTier::accept_demotion(ExpertId expert) {
         return nullptr;
     }
     tier_->start_fill(expert, Priority::kPrefetch, true);
-    tier_->residency().pin(expert);  // of the copy
+    tier_->residency().pin(expert);  // for the copy
     ++stats_.demoted;
     return tier_->address(expert);
 }
@@ -292,7 +292,7 @@ void HostTier::end_demotion(ExpertId expert, bool arrived) {
     if (arrived) {
         demotions_.erase(demotion);
     } else {
-        demotion->lost = true;  // who pins it still waits for a point that never comes, and fails
+        demotion->lost = true;  // its waiters wait for a point that never comes, and fail
     }
     drop_pin(expert);
     serve_starving();

@@ -1,6 +1,6 @@
-// A tier in page-locked RAM between the files and the devices. Its owner makes it; any number of
-// device links share it, so that an expert is read and pinned in RAM once for all of them. Every
-// copy in either direction pins its expert, so that the bytes under it cannot change.
+// A tier in page-locked RAM between the files and the devices. Its owner makes it. Any number of
+// device links share it, so an expert is read and pinned in RAM once for all of them. A copy in
+// either direction pins its expert, so the copied bytes cannot change.
 //
 // An expert in it:
 //
@@ -10,10 +10,10 @@
 //     |                                                              v
 //     |  accept_demotion          demotion_enqueued                here, may be evicted
 //     +------------------> coming --------------> here, its bytes behind a point of the link
-//              abort_demotion: absent again; or being read, if someone waits
+//              abort_demotion: absent again, or being read if a waiter exists
 //
-// Thread-safe. Every function but flush() only takes note and may be called with a link's issuing
-// lock held; it is followed by a flush() with no lock held.
+// Thread-safe. All functions but flush() only note commands, and may be called with a link's
+// issuing lock held. A flush() with no lock held must follow.
 #pragma once
 
 #include <atomic>
@@ -33,8 +33,8 @@ namespace moeinf {
 struct HostTierOptions {
     int32_t slots = 0;  // at least kMinSlots are taken
     std::string policy = "learned";
-    // An expert that a device holds too is evicted first, and one that the last device evicts comes
-    // here.
+    // Experts that a device holds too are evicted first. An expert that the last device evicts
+    // comes back to this tier.
     bool exclusive = false;
     FileReaderOptions read;
     std::shared_ptr<const Eamc> eamc;  // see ExpertCacheOptions
@@ -42,8 +42,8 @@ struct HostTierOptions {
 
 struct HostTierStats {
     int32_t slots = 0;
-    int32_t slots_refused = 0;  // asked for, but not to be had as pinned memory
-    int64_t hits = 0;           // experts asked for that were here
+    int32_t slots_refused = 0;  // asked for, but the system refused to pin them
+    int64_t hits = 0;           // of the experts asked for, in this tier
     int64_t misses = 0;
     int64_t read_bytes = 0;  // from files
     int64_t demoted = 0;     // experts accepted from a device
@@ -51,10 +51,10 @@ struct HostTierStats {
 
 class HostTier final : private Tier::Owner {
 public:
-    static constexpr int32_t kMinSlots = 4;  // reads and copies overlap
+    static constexpr int32_t kMinSlots = 4;  // so reads and copies can overlap
 
-    // `device` page-locks the memory, for every device of its driver. Takes fewer slots where
-    // pinned memory is refused. Throws Error(kCapacity) if not even kMinSlots can be had.
+    // `device` page-locks the memory for all devices of its driver. Takes fewer slots if the system
+    // refuses pinned memory. Throws Error(kCapacity) for fewer than kMinSlots.
     static std::shared_ptr<HostTier> make(std::shared_ptr<const Catalog> catalog, Device& device,
                                           HostTierOptions options);
     ~HostTier() override;
@@ -65,21 +65,23 @@ public:
     // forked child.
     void check_serves(const Catalog& catalog) const;
 
-    // Pins the waiter's expert. Returns where it is if it is here; else the waiter is told, once.
+    // Pins the waiter's expert. Returns its place if it is in this tier; else on_pinned() is called
+    // once.
     [[nodiscard]] std::optional<PinnedExpert> pin(FillWaiterPtr waiter, Priority priority);
-    void promote(const FillWaiter& waiter);  // a step waits for it now
+    void promote(const FillWaiter& waiter);  // a step waits for its expert now
     void unpin(ExpertId expert);
-    // All waiters of an owner that have not been told, nor are being told now. They will not be.
+    // Removes and returns all waiters of an owner whose on_pinned() has not been called or begun.
     [[nodiscard]] std::vector<FillWaiterPtr> withdraw(const void* owner);
 
-    // A device holds the expert from now on, or does no more.
+    // A device holds the expert from now on, or no longer holds it.
     void add_holder(ExpertId expert);
     void remove_holder(ExpertId expert);
 
-    // Would an expert that its only holder evicts be taken? It may yet change.
+    // True if accept_demotion() would take the expert now. Only a hint: no lock is kept.
     [[nodiscard]] bool accepts_demotion(ExpertId expert) const;
-    // Where the bytes of an expert that no device holds any more may be copied to, pinned; null if
-    // they are not wanted. One of the next three follows; end_demotion also follows the second.
+    // A pinned place for the bytes of an expert that no device holds any more; null if this tier
+    // does not want them. One of the next three calls must follow; end_demotion() also follows
+    // demotion_enqueued().
     [[nodiscard]] std::byte* accept_demotion(ExpertId expert);
     void abort_demotion(ExpertId expert);  // nothing has been enqueued
     void demotion_enqueued(ExpertId expert, TimelinePtr timeline, uint64_t point);
@@ -87,7 +89,7 @@ public:
 
     void observe(const Step& step);
 
-    // Starts reads, and tells waiters. No lock may be held.
+    // Starts reads and calls waiters. The caller holds no lock.
     void flush() noexcept;
 
     [[nodiscard]] HostTierStats stats() const;
@@ -95,7 +97,7 @@ public:
     [[nodiscard]] const FileReader& files() const noexcept { return files_->files(); }
 
 private:
-    struct Starving {  // no slot could be had for it
+    struct Starving {  // no slot was free for it
         FillWaiterPtr waiter;
         Priority priority;
     };
@@ -104,11 +106,11 @@ private:
         PinnedExpert pinned;
         std::string error;
     };
-    struct Demotion {  // copies under way
+    struct Demotion {  // copies in flight
         ExpertId expert;
         TimelinePtr timeline;
         uint64_t point;
-        bool lost;  // the copy never ended: the bytes may not be used
+        bool lost;  // the copy did not end: its bytes must not be used
     };
 
     HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostTierOptions options);

@@ -41,7 +41,7 @@ void Source::flush() noexcept {
         }
         execute(executing_);
         executing_.clear();
-        // Only now: until then a slot has work on its way to it that no fence knows of.
+        // Cleared only now, because no fence knows the work of a command before it is enqueued.
         const std::lock_guard queue(mutex_);
         has_commands_.store(!commands_.empty(), std::memory_order_release);
     }

@@ -22,22 +22,22 @@ public:
     // Only take note. Called under the tier's lock.
     void fill(FillPtr fill);
     void promote(FillPtr fill);  // a prefetch becomes a demand
-    // An expert leaves the slot that it filled. kNone: the slot goes too, or holds it no more.
+    // The expert is evicted from the slot. kNone: the slot goes too, or no longer holds the expert.
     void on_evict(ExpertId expert, SlotId slot);
 
-    // Has something been noted that has not been carried out?
+    // True if a command was noted and not executed.
     [[nodiscard]] bool has_commands() const noexcept {
         return has_commands_.load(std::memory_order_acquire);
     }
 
-    // Carries out what was noted. Called with no lock held. A command that fails ends as a failed
+    // Executes the noted commands. Called with no lock held. A command that fails ends as a failed
     // fill.
     void flush() noexcept;
 
-    // Would the bytes of an expert that leaves be copied out of its slot? It may yet change.
+    // True if the bytes of an evicted expert would be copied out of its slot. Only a hint.
     [[nodiscard]] virtual bool accepts_demotion(ExpertId /*expert*/) const { return false; }
 
-    // Is nothing under way on slots from `first` on? Asked before their memory is given back.
+    // True if no work is in flight on slots from `first` on. Asked before their memory is released.
     [[nodiscard]] virtual bool is_idle(SlotId /*first*/) { return !has_commands(); }
 
 protected:
@@ -51,14 +51,14 @@ protected:
     // `hears_evictions`: on_evict becomes a command; without it, nothing.
     explicit Source(bool hears_evictions) : hears_evictions_(hears_evictions) {}
 
-    // Called with `issuing` held. The second is called after that, with no lock held.
+    // execute() is called with `issuing` held; after_execute() follows with no lock held.
     virtual void execute(std::span<const Command> commands) noexcept = 0;
     virtual void after_execute() noexcept {}
 
-    // What has been noted and not carried out, for a destructor.
+    // The commands that were noted and not executed, for a destructor.
     [[nodiscard]] std::vector<Command> take_commands();
 
-    std::mutex issuing;  // whoever enqueues work holds it
+    std::mutex issuing;  // held while work is enqueued
 
 private:
     void note(Command command);

@@ -32,9 +32,9 @@ void Tier::evict_for(const Placement& placement) {
     SlotId& slot = slot_table_[placement.frame];
     evict(placement.evicted, slot);
     if (staging_.empty() || resizing || !source_->accepts_demotion(placement.evicted)) return;
-    // The frame takes the slot of a free staging slot: its fill need not wait for the copy out of
-    // the old slot. That one becomes the staging slot, and its next fill will wait. They take
-    // turns, so that this is as late as can be.
+    // The frame takes the slot of a free staging slot, so its fill need not wait for the copy out
+    // of the old slot. The old slot becomes the staging slot, and the next fill of it will wait.
+    // Staging slots take turns (round-robin), so the old slot is used again as late as possible.
     for (size_t i = 0; i < staging_.size(); ++i) {
         Staging& spare = staging_[next_staging_++ % staging_.size()];
         if (spare.is_free()) return std::swap(slot, spare.slot);
@@ -126,7 +126,7 @@ void Tier::end(Fill& fill, std::string error) {
     } else if (complete) {
         unpin(fill.expert);
     } else {
-        // Those who wait for it learn of the failure from the fill; their pins end here.
+        // Waiters see the failure in the fill. Their pins end here.
         for (uint32_t pins = fill.waiting + 1; pins > 0; --pins) residency_.unpin(fill.expert);
         residency_.remove(fill.expert);
     }
@@ -134,7 +134,8 @@ void Tier::end(Fill& fill, std::string error) {
 }
 
 std::optional<int32_t> Tier::claim_staging() {
-    // A slot that goes takes nobody new, but where all that stay belong to frames yet to be empty.
+    // A slot that goes gets no new expert, unless all slots that stay belong to frames that are not
+    // empty yet.
     const auto usable = [&](const Staging& staging) {
         return staging.is_free() &&
                (stays(staging.slot) || residency_.occupied_closed_frames() > 0);
@@ -151,13 +152,13 @@ void Tier::release_staging(int32_t staging, ExpertId expert) {
     changed.notify_all();
 }
 
-// It has passed through a staging slot, which may hold another expert from now on.
+// The expert has passed through a staging slot, which may hold another expert from now on.
 void Tier::on_bypassed(ExpertId expert) {
     if (!residency_.resident(expert)) source_->on_evict(expert, SlotId::kNone);
 }
 
 void Tier::wait(std::unique_lock<std::mutex>& lock, const std::function<void()>& poll) {
-    if (source_->has_commands()) {  // what starts now may be all there is to wait for
+    if (source_->has_commands()) {  // the wait may be for a fill that starts only now
         lock.unlock();
         source_->flush();
         lock.lock();
@@ -207,7 +208,7 @@ void Tier::close_frames(std::unique_lock<std::mutex>& lock, int32_t frames,
     }
 }
 
-// False while a staging slot whose memory goes is in use.
+// False while a staging slot is in use whose memory will be released.
 bool Tier::give_staging_slots_that_stay() {
     bool all = true;
     const auto closed = slot_table_.begin() + residency_.frames();
@@ -217,12 +218,13 @@ bool Tier::give_staging_slots_that_stay() {
             all = false;
             continue;
         }
-        // Closed frames, empty now, have as many slots that stay as staging slots have that go.
+        // The closed frames are empty. They have as many slots that stay as there are staging slots
+        // that go.
         std::swap(staging.slot, *std::find_if(closed, slot_table_.end(),
                                               [&](SlotId slot) { return stays(slot); }));
         changed.notify_all();
     }
-    // The slots that go, by closed frame: in the order in which their memory will come back.
+    // Gives the slots that go to closed frames, in the order in which their memory will return.
     if (all) {
         int32_t next = slots_with(residency_.frames());
         for (auto slot = closed; slot != slot_table_.end(); ++slot) *slot = SlotId{next++};

@@ -1,19 +1,22 @@
-// A tier: a pool of slots, which expert sits in which of them, what is on its way there, and a
-// source that fills them. A cache runs its steps on the tier in the fastest memory; HostTier makes
-// a tier in RAM serve the devices above it.
+// A tier: a pool of slots, a map of the experts in them, the fills on their way there, and a source
+// that fills them. A cache runs its steps on the tier in the fastest memory. HostTier makes a tier
+// in RAM that serves the devices above it.
 //
-// A slot is a place in the pool. Residency deals in frames; the slot table says in which slot the
-// expert of a frame lies. The staging slots belong to no frame: through them an expert passes that
-// no frame can keep, and into one of them an expert is brought while the one that it replaces is
-// still being copied out.
+// A slot is a place in the pool. Residency knows frames, and the slot table gives the slot of each
+// frame. Staging slots belong to no frame. An expert that no frame can keep passes through a
+// staging slot. An expert is also filled into one while its victim is still being copied out of its
+// slot:
 //
-// Locks, in the order in which they are taken; each may be missing:
+//   before   frame 7 -> slot 9 (victim)      staging 0 -> slot 1 (free)
+//   after    frame 7 -> slot 1 (new expert)  staging 0 -> slot 9 (victim, being copied out)
+//
+// Locks, in the order in which they are taken; a thread need not take all of them:
 //   1. Source::issuing of a device's link, or of the files
 //   2. Tier::mutex of the tier that this source fills
 //   3. Tier::mutex of the RAM tier below a device's link
 //   4. the queues of sources and of the file reader; the fences of slots, then timelines
-// A thread that holds 1 of a link never takes 1 of another source: HostTier::flush, which reads
-// files and calls the links that wait, is called with no lock held.
+// A thread that holds lock 1 of one source never takes lock 1 of another one: HostTier::flush,
+// which starts reads and calls the links that wait, is called with no lock held.
 #pragma once
 
 #include <condition_variable>
@@ -34,12 +37,12 @@ namespace moeinf {
 
 class Tier {
 public:
-    // Told of what happens. The first three are called under the tier's lock.
+    // Is told of events. The first three functions are called under the tier's lock.
     class Owner {
     public:
         virtual ~Owner() = default;
         virtual void on_fill_started(const Fill& /*fill*/) {}
-        // Before pins and slots change; the tier holds the fill until this returns.
+        // Called before pins and slots change. The tier holds the fill until this returns.
         virtual void on_fill_ended(Fill& /*fill*/) {}
         virtual void on_evicted(ExpertId /*expert*/) {}
         virtual void after_fill() noexcept {}  // with the lock released
@@ -47,7 +50,7 @@ public:
 
     Tier(std::shared_ptr<const Catalog> catalog, std::shared_ptr<SlotPool> pool,
          std::unique_ptr<Policy> policy, int32_t frames, int32_t staging_slots, Owner& owner);
-    // Before anything else is called.
+    // Must be the first call.
     void connect(std::unique_ptr<Source> source) { source_ = std::move(source); }
 
     [[nodiscard]] const std::shared_ptr<const Catalog>& catalog() const noexcept {
@@ -57,11 +60,11 @@ public:
     [[nodiscard]] const std::shared_ptr<SlotPool>& shared_pool() const noexcept { return pool_; }
     [[nodiscard]] Source& source() const noexcept { return *source_; }
 
-    // Never held while anything waits or bytes move.
+    // Never held during a wait or while bytes move.
     mutable std::mutex mutex;
-    std::condition_variable changed;  // a fill ended, a staging slot or a pin was given back
+    std::condition_variable changed;  // a fill ended, or a staging slot or a pin was released
 
-    // A source says that a fill is over; `error` is empty if the bytes are there. Takes the lock.
+    // A source ends a fill. `error` is empty if the bytes are there. Takes the lock.
     void end_fill(Fill& fill, std::string error) noexcept;
 
     // Everything below is called under the lock.
@@ -79,31 +82,31 @@ public:
         return pool_->slot(slot_of(resident));
     }
 
-    // Residents. An expert that has been placed is filled at once.
+    // Residents. The fill of a placed expert must start at once.
     void evict_for(const Placement& placement);
     const FillPtr& start_fill(ExpertId expert, Priority priority, bool from_above = false);
-    // The source takes over a fill that nobody above makes any more.
+    // The source takes over a fill from above that was given up.
     void fill_from_source(const FillPtr& fill);
-    // Pins it. Returns the fill that has to end first; null if its bytes are there.
+    // Pins the expert. Returns the fill that must end first, or null if the bytes are there.
     FillPtr join(ExpertId expert, bool demand);
     void promote(const FillPtr& fill);
-    void leave(ExpertId expert, const FillPtr& joined);  // the opposite; null: its bytes are there
+    void leave(ExpertId expert, const FillPtr& joined);  // undoes join(); null: the bytes are there
     void unpin(ExpertId expert);
     void end(Fill& fill, std::string error);
 
-    // Staging slots, by index. A claimed one is its claimer's until released; a fill that fails
-    // releases it.
+    // Staging slots, by index. A claimed one belongs to its claimer until it is released. A failed
+    // fill releases it.
     [[nodiscard]] int32_t staging_slots() const { return static_cast<int32_t>(staging_.size()); }
     [[nodiscard]] std::optional<int32_t> claim_staging();
     [[nodiscard]] bool is_claimed(int32_t staging) const { return staging_at(staging).claimed; }
     FillPtr start_staged_fill(int32_t staging, ExpertId expert, Priority priority);
     void release_staging(int32_t staging, ExpertId expert);
 
-    // Releases the lock, waits for `changed` and takes it again; carries out what has been noted.
-    // Calls `poll` about every 50 ms, with the lock released.
+    // Executes the noted commands if there are any; else waits for `changed` and calls `poll` about
+    // every 50 ms. The lock is released meanwhile.
     void wait(std::unique_lock<std::mutex>& lock, const std::function<void()>& poll);
 
-    // While one lives, every pin given back is announced. Goes after the lock.
+    // While one lives, every released pin is announced. Declare it after the lock.
     class RoomWatch {
     public:
         explicit RoomWatch(Tier& tier) : tier_(tier) { ++tier_.room_watches_; }
@@ -120,7 +123,7 @@ public:
 
     // Resizing, in this order: compact, then shrink or grow. The first frames get slots that stay.
     void compact(int32_t frames);
-    // Closes frames, and waits until nothing is left in or on its way to slots that go.
+    // Closes frames. Waits until the slots that go are empty and no fill is on its way to them.
     void close_frames(std::unique_lock<std::mutex>& lock, int32_t frames,
                       const std::function<void()>& poll);
     void set_frames(int32_t frames) { residency_.resize(frames); }
@@ -140,7 +143,7 @@ private:
     [[nodiscard]] Staging& staging_at(int32_t staging) {
         return staging_[static_cast<size_t>(staging)];
     }
-    // Does the slot keep its memory when the frames that are closed now go?
+    // True if the slot keeps its memory after the closed frames are removed.
     [[nodiscard]] bool stays(SlotId slot) const {
         return number(slot) < slots_with(residency_.frames());
     }
@@ -155,9 +158,9 @@ private:
     PerExpert<FillPtr> fills_;     // into residents' slots
     PerFrame<SlotId> slot_table_;  // of open and closed frames
     std::vector<Staging> staging_;
-    size_t next_staging_ = 0;  // whose slot a frame gets next
+    size_t next_staging_ = 0;  // the staging slot that the next frame exchanges with
     int32_t room_watches_ = 0;
-    std::unique_ptr<Source> source_;  // last: its threads use what is above
+    std::unique_ptr<Source> source_;  // last: its threads use the members above
 };
 
 }  // namespace moeinf
