@@ -145,10 +145,6 @@ class ExpertStore:
         """Bytes of all experts as they lie in the files."""
         return self.layout.nbytes * self.num_layers * self.num_experts
 
-    @property
-    def activation(self) -> str:
-        return self.form.gate.activation
-
     def tensor_names(self) -> set[str]:
         """The checkpoint's names of every tensor that belongs to an expert."""
         return {
