@@ -164,7 +164,7 @@ void check_capacity(uint64_t seed) {
                  [&] { (void)acquire(world, cache, 0, {2}, more); });
     (void)acquire(world, cache, 0, {1, 0}, more);  // what the thread holds already it may share
     run_step(world, cache, 0, {5, 6, 7});          // through staging
-    // Two transit slots handed out, both undone: nothing can come any more.
+    // Two staging slots are handed out and neither is released: no expert can come any more.
     StepLease greedy = cache.begin_step({.layer = LayerId{0}, .experts = Ids{3, 4, 5}});
     std::vector<ReadyExpert> ready;
     while (ready.size() < 2) CHECK(greedy.wait_ready(ready));
@@ -176,8 +176,9 @@ void check_capacity(uint64_t seed) {
     CHECK_EQ(cache.slots(), 2);
 }
 
-// Each of two threads holds a transit slot and wants another: one of them is told, none hangs.
-void check_two_threads_in_transit(uint64_t seed) {
+// Each of two threads holds a staging slot and wants another: one of them gets an error, none
+// hangs.
+void check_two_threads_in_staging_slots(uint64_t seed) {
     const CacheWorld world(1, 8, seed);
     ExpertCache cache = world.cache(1, "lru");
     std::optional<StepLease> held;
@@ -249,7 +250,7 @@ void check_failed_reads(uint64_t seed) {
         check_throws(ErrorCode::kRead, "file-1", wait);
         check_throws(ErrorCode::kRead, "file-1", wait);
     }
-    // In transit, too; and a step that fails there gives its transit slots back.
+    // Also in a staging slot; and a step that fails there releases its staging slots.
     for (int round = 0; round < 4; ++round) {
         check_throws(ErrorCode::kRead, "file-1",
                      [&] { run_step(world, cache, 0, {0, 2, 4, 5, 7, 9, 11}); });
@@ -461,7 +462,7 @@ int main() {
     }
     check_leases_survive_pressure(seed);
     check_capacity(seed);
-    check_two_threads_in_transit(seed);
+    check_two_threads_in_staging_slots(seed);
     check_bad_requests(seed);
     check_failed_reads(seed);
     check_one_read_for_all(seed);
