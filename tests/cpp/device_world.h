@@ -76,7 +76,7 @@ public:
           random_(seed),
           stream_(device->create_stream(false)),
           shared_(*device),
-          reader_(std::make_unique<moeinf::DeviceReader>(cache_, stream_)) {
+          reader_(std::make_unique<moeinf::StepStream>(cache_, stream_)) {
         void* context = nullptr;  // for cuLaunchHostFunc on this thread
         CHECK_EQ(cuDevicePrimaryCtxRetain(&context, device->index()), 0);
         CHECK_EQ(cuCtxPushCurrent_v2(context), 0);
@@ -96,24 +96,22 @@ public:
         std::copy_n(all.begin(), count, shared_.ids());
         const auto layer =
             the_layer >= 0 ? the_layer : static_cast<int32_t>(random_() % kDeviceLayers);
-        moeinf::DeviceStep step;
+        moeinf::RoutedStep step;
         step.layer = moeinf::LayerId{layer};
         step.ids = reinterpret_cast<const std::byte*>(shared_.ids());
         step.tokens = 1;
         step.top_k = static_cast<int32_t>(count);
         step.map = reinterpret_cast<std::byte*>(shared_.map());
-        reader_->ask(step);
-        if (random_() % 8 == 0) reader_->ask(step);  // what was asked for may be given up
-        reader_->begin();
-        while (reader_->next()) {
+        reader_->copy_ids(step);
+        if (random_() % 8 == 0) reader_->copy_ids(step);  // ids may be given up
+        for (auto wave = reader_->begin(); wave; wave = reader_->next()) {
             auto look =
                 std::make_unique<Look>(Look{world_, *cache_, counts_, shared_.map(), layer});
             CHECK_EQ(cuLaunchHostFunc(stream_, Look::run, look.release()), 0);
-            reader_->done();
         }
         return static_cast<int64_t>(count);
     }
-    moeinf::DeviceReader& reader() { return *reader_; }
+    moeinf::StepStream& reader() { return *reader_; }
 
 private:
     const CacheWorld& world_;
@@ -123,7 +121,7 @@ private:
     std::mt19937_64 random_;
     const moeinf::Stream stream_;
     const Shared shared_;
-    std::unique_ptr<moeinf::DeviceReader> reader_;
+    std::unique_ptr<moeinf::StepStream> reader_;
 };
 
 inline moeinf::ExpertCacheOptions device_options(const CacheWorld& world,
