@@ -150,8 +150,9 @@ class CudaExperts:
             "routes": routes,
         }
         if self._triton is None:
+            matrices = self.store.layout.matrices(torch.from_dlpack(self.core))
             return torch_products.expert_routes(
-                hidden, ids, views["gate_up"], views["down"], **options
+                hidden, ids, matrices, self.store.form, expert_map=expert_map, routes=routes
             )
         wave: torch.Tensor = self._triton.expert_routes(
             hidden,

@@ -6,46 +6,53 @@ its routes, and a sum in the order of the router follows. Slow: it reads the map
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
+from moeinf.checkpoint.formats import FORMATS, SCALES, VALUES
+from moeinf.kernels.forms import ExpertForm, ExpertMatrices, Matrix
+from moeinf.kernels.gates import reference
 
 
 def expert_routes(
     hidden: torch.Tensor,
     ids: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    matrices: ExpertMatrices,
+    form: ExpertForm,
     *,
     expert_map: torch.Tensor,
-    activation: str,
     routes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Writes routes[t, j] [T, k, H], float32, for every route whose expert has a row in the map.
+    """Writes routes[t, j] [T, k, H], float32, for every route whose expert has a slot in the map.
 
-    hidden [T, H], ids [T, k] experts or -1, gate_up [S, 2I, H], down [S, H, I], expert_map [E]
-    expert -> row or -1. An expert's tokens are one product each, whatever the wave it comes in.
+    hidden [T, H], ids [T, k] experts or -1, expert_map [E] expert -> slot or -1. An expert's tokens
+    are one product each, whatever the wave it comes in.
     """
     if routes is None:
         shape = (*ids.shape, hidden.shape[1])
         routes = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-    act = ACTIVATIONS[activation]
-    for expert, row in enumerate(expert_map.tolist()):
-        if row < 0:
+    for expert, slot in enumerate(expert_map.tolist()):
+        if slot < 0:
             continue
         token, place = (ids == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(hidden[token].float(), gate_up[row].float()).chunk(2, dim=1)
-        routes[token, place] = F.linear(act(gate) * up, down[row].float())
+        gate, up = matrices.gate, matrices.up
+        first = product(hidden[token].float(), [gate] if up is None else [gate, up], slot)
+        inner = reference(form.gate, *first.split(gate.values.shape[1], dim=1))
+        routes[token, place] = product(inner, [matrices.down], slot)
     return routes
+
+
+def product(x: torch.Tensor, matrices: list[Matrix], slot: int) -> torch.Tensor:
+    """x W^T + bias in float32, of one slot, for the rows of all matrices as one product."""
+    weights, biases = [], []
+    for matrix in matrices:
+        parts = {VALUES: matrix.values[slot]}
+        if matrix.scales is not None:
+            parts[SCALES] = matrix.scales[slot]
+        weights.append(FORMATS[matrix.format].dequantise(parts).float())
+        if matrix.bias is not None:
+            biases.append(matrix.bias[slot].float())
+    return F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
 
 
 def combine(
