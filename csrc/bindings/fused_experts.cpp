@@ -17,16 +17,16 @@ namespace moeinf {
 namespace {
 
 void run_call(ExpertCache& cache, ExpertFfnCall& call, const StepRequest& request) {
-    StepLease step = cache.begin(request);
+    StepLease step = cache.begin_step(request);
     std::vector<ReadyExpert> ready;
     std::vector<SlotOfExpert> slots;
-    while (step.next(ready)) {
+    while (step.wait_ready(ready)) {
         slots.clear();
         for (const ReadyExpert& expert : ready) {
             slots.push_back({expert.position, cache.pool().slot(expert.slot)});
         }
         call.compute(slots);
-        for (const ReadyExpert& expert : ready) step.done(expert.position);
+        for (const ReadyExpert& expert : ready) step.release(expert.position);
         ready.clear();
     }
 }

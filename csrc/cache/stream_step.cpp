@@ -6,7 +6,7 @@
 
 #include "base/error.h"
 #include "base/round.h"
-#include "tier/device_transport.h"
+#include "tier/device_link.h"
 
 namespace moeinf {
 namespace {
@@ -24,19 +24,19 @@ std::unique_ptr<Arena> pinned(Device& device, size_t nbytes) {
     return arena;
 }
 
-DeviceTransport& transport_of(const std::shared_ptr<ExpertCache>& cache) {
-    if (cache == nullptr || cache->device_transport() == nullptr) {
+DeviceLink& link_of(const std::shared_ptr<ExpertCache>& cache) {
+    if (cache == nullptr || cache->device_link() == nullptr) {
         throw Error(ErrorCode::kInvalid, "a device reader needs a cache with slots on a device");
     }
-    return *cache->device_transport();
+    return *cache->device_link();
 }
 
 }  // namespace
 
 DeviceReader::DeviceReader(std::shared_ptr<ExpertCache> cache, Stream stream)
     : cache_(std::move(cache)),
-      transport_(transport_of(cache_)),
-      device_(transport_.device()),
+      link_(link_of(cache_)),
+      device_(link_.device()),
       timeline_(std::make_shared<Timeline>(device_, stream, false)),
       position_of_(static_cast<size_t>(cache_->catalog().num_experts()), -1) {
     maps_ = pinned(*device_, kMaps * position_of_.size() * sizeof(int32_t));
@@ -118,22 +118,22 @@ void DeviceReader::read_ids() {
 
 void DeviceReader::begin() {
     read_ids();
-    lease_.emplace(cache_->begin({.layer = step_.layer,
-                                  .experts = experts_,
-                                  .counts = counts_,
-                                  .prefill = step_.prefill,
-                                  .new_sequence = step_.new_sequence}));
+    lease_.emplace(cache_->begin_step({.layer = step_.layer,
+                                       .experts = experts_,
+                                       .counts = counts_,
+                                       .prefill = step_.prefill,
+                                       .new_sequence = step_.new_sequence}));
     more_ = true;
 }
 
 bool DeviceReader::next() {
     if (!lease_) throw Error(ErrorCode::kInvalid, "next() without a step");
     if (!wave_.empty()) done();
-    if (ready_.empty() && more_) more_ = lease_->next(ready_);
+    if (ready_.empty() && more_) more_ = lease_->wait_ready(ready_);
     if (ready_.empty()) return false;
 
     // Everything that has arrived, else some of what is on its way.
-    SlotFences& fences = transport_.fences();
+    SlotFences& fences = link_.fences();
     auto end = ready_.end();
     if (ready_.size() > kMaxArriving) {
         end = std::stable_partition(ready_.begin(), ready_.end(), [&](const ReadyExpert& one) {
@@ -161,12 +161,12 @@ void DeviceReader::done() {
     if (wave_.empty()) return;
     const uint64_t point = timeline_->mark();
     map_points_[maps_used_ % kMaps] = point;
-    for (const ReadyExpert& one : wave_) transport_.fences().read(one.slot, timeline_, point);
+    for (const ReadyExpert& one : wave_) link_.fences().read(one.slot, timeline_, point);
     if (wave_is_whole()) {  // as most are: one lock for all
         lease_->release();
         more_ = false;
     } else {
-        for (const ReadyExpert& one : wave_) lease_->done(one.position);
+        for (const ReadyExpert& one : wave_) lease_->release(one.position);
     }
     wave_.clear();
 }

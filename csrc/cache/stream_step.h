@@ -66,7 +66,7 @@ private:
     void reserve(size_t id_bytes);
 
     const std::shared_ptr<ExpertCache> cache_;
-    DeviceTransport& transport_;
+    DeviceLink& link_;
     const std::shared_ptr<Device> device_;
     const TimelinePtr timeline_;
     std::unique_ptr<Arena> maps_;  // pinned, int32 [kMaps, num_experts]

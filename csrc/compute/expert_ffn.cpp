@@ -12,19 +12,20 @@
 namespace moeinf {
 namespace {
 
-// Routes that share one walk over a block of weight rows.
+// Routes that share one pass over a block of weight rows.
 constexpr int64_t kRowsPerWalk = 64;
 // A block is a multiple of this many weight rows, a multiple in turn of every tile's width.
 constexpr int64_t kBlockRows = 48;
 // Gate values (and up values) that one task holds at a time.
 constexpr int64_t kGateValues = kRowsPerWalk * kBlockRows;
-// The most bytes of a block: where weights are walked once, long blocks let prefetching reach its
-// stride; where they are walked again, the block must stay in the L2 cache with the activations.
+// The most bytes of a block. Weights that are read once profit from long blocks, where the hardware
+// prefetcher works best. Weights that are read again must stay in the L2 cache with the
+// activations.
 constexpr int64_t kStreamBytes = 768 << 10;
 constexpr int64_t kRewalkBytes = 192 << 10;
-// `down` writes its results where they stay.
+// `down` writes its results to their final place.
 constexpr int64_t kAnyValues = int64_t{1} << 40;
-// How finely the rest of the work is cut.
+// The size of the tasks of all other work.
 constexpr int64_t kSharesPerThread = 4;
 constexpr int64_t kMaxTopK = 64;
 constexpr size_t kAlign = 64;
@@ -247,7 +248,8 @@ void ExpertFfnCall::compute(std::span<const SlotOfExpert> ready) {
 }
 
 // Cuts the `rows` weight rows of each expert into blocks, and calls block(expert, first, count) for
-// each. Blocks shrink towards the end of the work, so that no thread waits long for the last one.
+// each. Blocks become smaller towards the end of the work, so no thread waits long for the last
+// one.
 template <class Block>
 void ExpertFfnCall::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows, int64_t row_bytes,
                                int64_t most_values, const Block& block) {
@@ -372,7 +374,7 @@ void ExpertFfnCall::finish(void* out, DType out_dtype) {
                     " was computed");
         }
     }
-    // One task sums about 64 KB, so that the call for a single token stays on its own thread.
+    // One task sums about 64 KB, so a call for a single token stays on its thread.
     const int64_t row_bytes = std::max<int64_t>(1, input_.top_k * expert_.hidden() * 4);
     const int64_t step = std::max<int64_t>(1, (int64_t{64} << 10) / row_bytes);
     const size_t out_row = static_cast<size_t>(expert_.hidden()) * dtype_bytes(out_dtype);

@@ -3,13 +3,13 @@
 //   out[t] = sum over j of topk_weights[t][j] * expert(topk_ids[t][j])(hidden[t])
 //   expert(x) = down(gate function(gate(x), up(x))); each matrix may have a bias
 //
-// An ExpertFfnCall is one such call. It says which experts it needs, computes any of them whenever
-// their bytes are at hand, in any order and grouping, and sums up at the end, always in order of j.
-// The result has the same bits however the experts came and however many threads worked. The call
-// knows nothing of caches: its user holds the slots.
+// An ExpertFfnCall is one such call. It names the experts that it needs, computes any of them when
+// their bytes are ready, in any order and grouping, and sums at the end, always in the order of j.
+// The result has the same bits for every order of experts and every number of threads. The call
+// knows no cache: its user holds the slots.
 //
-// Memory: one 32-bit row of `hidden` for each route and one row of `intermediate`; a long prompt is
-// cut into calls by the user, see tokens_per_call().
+// Memory: one 32-bit row of `hidden` and one row of `intermediate` for each route. The user divides
+// a long prompt into several calls, see tokens_per_call().
 #pragma once
 
 #include <cstddef>
@@ -26,7 +26,7 @@
 
 namespace moeinf {
 
-// What an expert computes, and where its matrices lie in a slot.
+// The computation of an expert, and the place of its matrices in a slot.
 struct ExpertFfn {
     // gate and up [intermediate, hidden], down [hidden, intermediate]. Throws Error(kInvalid),
     // naming the matrix, for sizes that do not fit together, for offsets and strides that its

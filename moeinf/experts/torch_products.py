@@ -25,8 +25,8 @@ def expert_routes(
 ) -> torch.Tensor:
     """Writes routes[t, j] [T, k, H], float32, for every route whose expert has a slot in the map.
 
-    hidden [T, H], ids [T, k] experts or -1, expert_map [E] expert -> slot or -1. An expert's tokens
-    are one product each, whatever the wave it comes in.
+    hidden [T, H], ids [T, k] experts or -1, expert_map [E] expert -> slot or -1. The tokens of an
+    expert are one product, in whatever wave it comes.
     """
     if routes is None:
         shape = (*ids.shape, hidden.shape[1])

@@ -104,9 +104,9 @@ void test_in_ram(const CacheWorld& world, const std::string& policy) {
     const auto step = [&](int32_t i) {
         for (int32_t e = 0; e < 8; ++e)
             experts[size_t(e)] = ExpertIndex{(5 * i + 3 * e) % kExperts};
-        StepLease lease = cache.begin({.layer = LayerId{i % kLayers}, .experts = experts});
-        while (lease.next(ready)) {
-            for (const ReadyExpert& one : ready) lease.done(one.position);
+        StepLease lease = cache.begin_step({.layer = LayerId{i % kLayers}, .experts = experts});
+        while (lease.wait_ready(ready)) {
+            for (const ReadyExpert& one : ready) lease.release(one.position);
             ready.clear();
         }
         lease.release();
