@@ -91,7 +91,8 @@ std::shared_ptr<ExpertCache> make_cache(std::shared_ptr<Catalog> catalog, int32_
                                         bool direct, std::string prefetch,
                                         std::shared_ptr<Device> device, int32_t host_slots,
                                         bool exclusive, size_t gather_below,
-                                        std::optional<Eamc> eamc) {
+                                        std::optional<Eamc> eamc,
+                                        std::shared_ptr<HostTier> host_tier) {
     ExpertCacheOptions options;
     options.slots = slots;
     options.policy = std::move(policy);
@@ -99,6 +100,7 @@ std::shared_ptr<ExpertCache> make_cache(std::shared_ptr<Catalog> catalog, int32_
     options.copy = {threads, chunk_bytes, direct};
     options.poll = check_signals;
     options.device = std::move(device);
+    options.host_tier = std::move(host_tier);
     options.host_slots = host_slots;
     options.exclusive = exclusive;
     options.gather_below = gather_below;
@@ -206,15 +208,8 @@ const Device* device_of(const ExpertCache& cache) {
 py::object host_stats(const ExpertCache& cache) {
     DeviceLink* const link = cache.device_link();
     if (link == nullptr) return py::none();
-    const HostTierStats host = link->host().stats();
     const LinkStats copies = link->stats();
-    py::dict row;
-    row["slots"] = host.slots;
-    row["slots_refused"] = host.slots_refused;
-    row["hits"] = host.hits;
-    row["misses"] = host.misses;
-    row["read_bytes"] = host.read_bytes;
-    row["demoted"] = host.demoted;
+    py::dict row = to_dict(link->host().stats());
     row["demoted_bytes"] = copies.demoted_bytes;
     row["copied_bytes"] = copies.copied_bytes;
     row["copies"] = copies.copies;
@@ -275,7 +270,8 @@ void bind_cache(py::module_& module) {
              py::arg("chunk_bytes") = 0, py::arg("direct") = true, py::arg("prefetch") = "off",
              py::arg("device") = py::none(), py::arg("host_slots") = 0,
              py::arg("exclusive") = false, py::arg("gather_below") = 0,
-             py::arg("eamc") = py::none(), py::call_guard<py::gil_scoped_release>())
+             py::arg("eamc") = py::none(), py::arg("host_tier") = py::none(),
+             py::call_guard<py::gil_scoped_release>())
         .def(
             "begin",
             [](ExpertCache& cache, LayerId layer, py::handle experts, py::handle counts,
@@ -285,7 +281,7 @@ void bind_cache(py::module_& module) {
             py::arg("layer"), py::arg("experts"), py::arg("counts") = py::none(),
             py::arg("prefill") = false, py::arg("new_sequence") = false,
             "Starts a step and never waits. experts: distinct ids within the layer; counts: tokens "
-            "routed to each. What slots cannot hold passes through two transit slots.")
+            "routed to each. What slots cannot hold passes through two staging slots.")
         .def(
             "acquire",
             [](ExpertCache& cache, LayerId layer, py::handle experts, py::handle counts,

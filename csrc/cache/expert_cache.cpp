@@ -106,7 +106,8 @@ StepLease ExpertCache::begin_step(const StepRequest& request) {
                                   : request.counts,
                     .router = {},
                     .prefill = request.prefill,
-                    .new_sequence = request.new_sequence};
+                    .new_sequence = request.new_sequence,
+                    .caller = request.caller};
     if (cache.prefetcher) cache.prefetcher->on_step(seen, seconds_now());
     if (cache.link != nullptr) cache.link->host().observe(seen);
     cache.tier.residency().plan(seen, cache.plan);

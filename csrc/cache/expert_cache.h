@@ -39,6 +39,7 @@ struct StepRequest {
     std::span<const int32_t> counts = {};       // tokens routed to each; empty: one each
     bool prefill = false;
     bool new_sequence = false;
+    int64_t caller = 0;  // see Step
     // acquire_all() will follow: experts wait for slots rather than pass through.
     bool all_at_once = false;
 };

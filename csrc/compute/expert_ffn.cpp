@@ -81,7 +81,8 @@ void check_matrix(const Matrix& matrix, int64_t rows, int64_t cols, const std::s
     }
 }
 
-void check(const FfnInput& input) {
+// Returns the number of experts.
+int32_t check(const FfnInput& input) {
     if (input.tokens < 0 || input.top_k < 0 || input.num_experts < 0) {
         invalid("tokens, top_k and num_experts must not be negative");
     }
@@ -94,6 +95,7 @@ void check(const FfnInput& input) {
         invalid(std::to_string(input.tokens) + " tokens of " + std::to_string(input.top_k) +
                 " experts are too many for one call");
     }
+    return input.num_experts;
 }
 
 std::string place(int64_t route, int64_t top_k) {
@@ -144,15 +146,15 @@ ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const F
                        (!expert.up || as_it_is(kernels_, input, *expert.up))
                    ? DType::kBF16
                    : DType::kF32),
-      inner_dtype_(as_it_is(kernels_, input, expert.down) ? DType::kBF16 : DType::kF32) {
-    check(input_);
+      inner_dtype_(as_it_is(kernels_, input, expert.down) ? DType::kBF16 : DType::kF32),
+      routing_(check(input)) {
     if (input_.ids_are_int64) {
         sort_routes(static_cast<const int64_t*>(input_.topk_ids));
     } else {
         sort_routes(static_cast<const int32_t*>(input_.topk_ids));
     }
     read_topk_weights();
-    computed_.assign(experts_.size(), false);
+    computed_.assign(routing_.experts().size(), false);
 
     const bool widened = x_dtype_ != input_.hidden_dtype;
     const auto routes = row_token_.size();
@@ -180,31 +182,17 @@ ExpertFfnCall::~ExpertFfnCall() {
 
 template <class Id>
 void ExpertFfnCall::sort_routes(const Id* ids) {
-    const int64_t routes = input_.tokens * input_.top_k;
-    std::vector<int32_t> position(static_cast<size_t>(input_.num_experts), -1);
-    for (int64_t i = 0; i < routes; ++i) {
-        const Id id = ids[i];
-        if (id == -1) continue;
-        if (id < 0 || id >= input_.num_experts) {
-            invalid("expert id " + std::to_string(id) + " at " + place(i, input_.top_k) +
-                    " is outside [-1, " + std::to_string(input_.num_experts) + ")");
-        }
-        int32_t& at = position[static_cast<size_t>(id)];
-        if (at < 0) {
-            at = static_cast<int32_t>(experts_.size());
-            experts_.push_back(ExpertIndex(id));
-            counts_.push_back(0);
-        }
-        ++counts_[static_cast<size_t>(at)];
-    }
-    begin_.assign(experts_.size() + 1, 0);
-    for (size_t p = 0; p < experts_.size(); ++p) begin_[p + 1] = begin_[p] + counts_[p];
+    routing_.read(ids, input_.tokens, input_.top_k);
+    const std::span<const int32_t> counts = routing_.counts();
+    begin_.assign(counts.size() + 1, 0);
+    for (size_t p = 0; p < counts.size(); ++p) begin_[p + 1] = begin_[p] + counts[p];
     std::vector<int32_t> next(begin_.begin(), begin_.end() - 1);
+    const int64_t routes = input_.tokens * input_.top_k;
     row_token_.resize(static_cast<size_t>(begin_.back()));
     row_of_route_.assign(static_cast<size_t>(routes), -1);
     for (int64_t i = 0; i < routes; ++i) {
-        if (ids[i] == -1) continue;
-        const int32_t at = position[static_cast<size_t>(ids[i])];
+        const int32_t at = routing_.position_of(ids[i]);
+        if (at < 0) continue;
         const int32_t row = next[static_cast<size_t>(at)]++;
         row_token_[static_cast<size_t>(row)] = static_cast<int32_t>(i / input_.top_k);
         row_of_route_[static_cast<size_t>(i)] = row;
@@ -226,12 +214,13 @@ void ExpertFfnCall::read_topk_weights() {
 void ExpertFfnCall::compute(std::span<const SlotOfExpert> ready) {
     for (const SlotOfExpert& expert : ready) {
         const auto p = static_cast<size_t>(expert.position);
-        if (expert.position < 0 || p >= experts_.size()) {
+        if (expert.position < 0 || p >= routing_.experts().size()) {
             invalid("position " + std::to_string(expert.position) + " of " +
-                    std::to_string(experts_.size()) + " experts");
+                    std::to_string(routing_.experts().size()) + " experts");
         }
         if (computed_[p]) {
-            invalid("expert " + std::to_string(number(experts_[p])) + " was computed before");
+            invalid("expert " + std::to_string(number(routing_.experts()[p])) +
+                    " was computed before");
         }
         computed_[p] = true;
     }
@@ -261,7 +250,7 @@ void ExpertFfnCall::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows
     std::vector<Task> tasks;
     int64_t left = static_cast<int64_t>(ready.size()) * rows;
     for (const SlotOfExpert& expert : ready) {
-        const int64_t routes = counts_[static_cast<size_t>(expert.position)];
+        const int64_t routes = routing_.counts()[static_cast<size_t>(expert.position)];
         const int64_t most_bytes = routes <= kRowsPerWalk ? kStreamBytes : kRewalkBytes;
         const int64_t most =
             std::min(most_bytes / row_bytes, most_values / std::min(routes, kRowsPerWalk));
@@ -370,7 +359,7 @@ void ExpertFfnCall::down(const SlotOfExpert& expert, int64_t first, int64_t coun
 void ExpertFfnCall::finish(void* out, DType out_dtype) {
     for (size_t p = 0; p < computed_.size(); ++p) {
         if (!computed_[p]) {
-            invalid("finish() before expert " + std::to_string(number(experts_[p])) +
+            invalid("finish() before expert " + std::to_string(number(routing_.experts()[p])) +
                     " was computed");
         }
     }

@@ -18,7 +18,7 @@
 #include <span>
 #include <vector>
 
-#include "base/ids.h"
+#include "base/routing.h"
 #include "compute/cpu_engine.h"
 #include "compute/gate.h"
 #include "compute/kernels.h"
@@ -46,7 +46,7 @@ struct ExpertFfn {
 struct FfnInput {
     const void* hidden = nullptr;  // [tokens, hidden]
     DType hidden_dtype = DType::kF32;
-    const void* topk_ids = nullptr;      // [tokens, top_k], -1 = no expert
+    const void* topk_ids = nullptr;      // [tokens, top_k], see Routing
     bool ids_are_int64 = true;           // else int32
     const void* topk_weights = nullptr;  // [tokens, top_k]
     DType topk_weights_dtype = DType::kF32;
@@ -62,16 +62,18 @@ struct SlotOfExpert {
 
 class ExpertFfnCall {
 public:
-    // Throws Error(kInvalid) for an id outside [-1, num_experts), naming token, position and id,
-    // and for a NaN or infinite weight of a routed expert.
+    // Throws Error(kInvalid) for an id that Routing refuses, and for a NaN or infinite weight of a
+    // routed expert.
     ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input);
     ~ExpertFfnCall();
     ExpertFfnCall(const ExpertFfnCall&) = delete;
     ExpertFfnCall& operator=(const ExpertFfnCall&) = delete;
 
     // In-layer ids, distinct, in order of first appearance; and the routes to each.
-    [[nodiscard]] std::span<const ExpertIndex> experts() const noexcept { return experts_; }
-    [[nodiscard]] std::span<const int32_t> counts() const noexcept { return counts_; }
+    [[nodiscard]] std::span<const ExpertIndex> experts() const noexcept {
+        return routing_.experts();
+    }
+    [[nodiscard]] std::span<const int32_t> counts() const noexcept { return routing_.counts(); }
 
     // Computes every route of these experts; their slots are not read after it returns. Throws
     // Error(kInvalid) for a position out of range or computed before.
@@ -105,8 +107,7 @@ private:
     const DType x_dtype_;      // of the tokens, as gate and up take them
     const DType inner_dtype_;  // of the gate function's values, as down takes them
 
-    std::vector<ExpertIndex> experts_;
-    std::vector<int32_t> counts_;
+    Routing routing_;
     std::vector<bool> computed_;
     // Routes sorted by expert: `begin_[p]` is the row of the first route of position p; row_token_
     // maps rows to tokens, row_of_route_ maps t * top_k + j to rows (-1: no expert).

@@ -92,37 +92,6 @@ void test_exclusive_tiers_add_up(const CacheWorld& world, const std::shared_ptr<
     CHECK_EQ(counts.wrong.load(), 0);
 }
 
-// Steps of a host that waits for the bytes: no stream reads, so every copy is the cache's own.
-struct Stepper {
-    const CacheWorld& world;
-    ExpertCache& cache;
-    int64_t wrong = 0;
-
-    void wait_for(SlotId slot) {
-        SlotFences& fences = cache.device_link()->fences();
-        while (!fences.arrived(slot)) std::this_thread::sleep_for(20us);
-    }
-    void step(int32_t layer, std::span<const ExpertIndex> experts) {
-        StepLease lease = cache.begin_step({.layer = LayerId{layer}, .experts = experts});
-        std::vector<ReadyExpert> ready;
-        while (lease.wait_ready(ready)) {
-            for (const ReadyExpert& one : ready) {
-                wait_for(one.slot);
-                const ExpertIndex expert = experts[static_cast<size_t>(one.position)];
-                wrong += world.holds(cache, one.slot, layer, expert) ? 0 : 1;
-                lease.release(one.position);
-            }
-            ready.clear();
-        }
-        std::this_thread::sleep_for(2ms);  // until RAM has been told of what has arrived
-    }
-    HostTierStats host() { return cache.device_link()->host().stats(); }
-};
-
-Experts ids(int32_t first, int32_t count) {
-    return Experts(std::views::iota(first, first + count));
-}
-
 // What only passed through the device has not come to stay: RAM lets go of what did.
 void test_what_passes_through_stays_in_ram(const CacheWorld& world,
                                            const std::shared_ptr<Device>& device) {
@@ -339,8 +308,8 @@ void test_a_demand_overtakes(const CacheWorld& world, const std::shared_ptr<Devi
     fake_cuda_reset(1);
 }
 
-// Ids that were asked for and given up are still on their way when more are asked for than had
-// room: where they go stays until they have come. Shown once: without the wait in DeviceReader::ask
+// Ids that were copied and given up are still on their way when more are copied than had room:
+// where they go stays until they have come. Shown once: without the wait in StepStream::copy_ids
 // the fake driver finds a copy to memory that is no longer registered.
 void test_ids_may_be_given_up(const CacheWorld& world, const std::shared_ptr<Device>& device) {
     fake_cuda_reset(1);
@@ -349,20 +318,19 @@ void test_ids_may_be_given_up(const CacheWorld& world, const std::shared_ptr<Dev
     const Stream stream = device->create_stream(false);
     {
         const Shared shared(*device);
-        DeviceReader reader(cache, stream);
+        StepStream reader(cache, stream);
         std::fill_n(shared.ids(), 4000, 1);
-        DeviceStep step{.layer = LayerId{0},
+        RoutedStep step{.layer = LayerId{0},
                         .ids = reinterpret_cast<const std::byte*>(shared.ids())};
         step.map = reinterpret_cast<std::byte*>(shared.map());
         step.top_k = 1;
         step.tokens = 1;
         fake_cuda_set_link(FAKE_CUDA_TO_HOST, 0, 5'000'000);
-        reader.ask(step);
+        reader.copy_ids(step);
         step.tokens = 4000;
-        reader.ask(step);
-        reader.begin();
-        CHECK(reader.next());
-        CHECK(reader.wave_is_whole());
+        reader.copy_ids(step);
+        const auto wave = reader.begin();
+        CHECK(wave && wave->whole);
         reader.release();
         reader.synchronize();
     }

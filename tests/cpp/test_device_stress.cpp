@@ -3,7 +3,7 @@
 //
 // Shown once, by taking each out in turn: this test finds wrong bytes, or the fake device a copy to
 // memory that has gone, without
-// - before_read() in DeviceReader::next (a reader waits for the fill),
+// - before_read() in StepStream::take_wave (a reader waits for the fill),
 // - before_fill() in DeviceLink::copy_demands (a fill waits for the row's past),
 // - the readers' points in SlotFences::before_fill,
 // - the wait for a copy's point in DeviceLink::release_passed (RAM is held for its copy),

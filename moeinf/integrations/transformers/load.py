@@ -16,6 +16,7 @@ import torch
 from moeinf import _core
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
+from moeinf.cache.passes import ForwardPass
 from moeinf.checkpoint.families import parse
 from moeinf.checkpoint.folder import Checkpoint, read_tensor
 from moeinf.checkpoint.headers import TensorEntry
@@ -150,9 +151,11 @@ class ServedExperts:
         past = kwargs.get("past_key_values")
         begins = past is None or past.get_seq_length() == 0
         self.cache.begin_pass(
-            prefill=begins or (tokens is not None and tokens.shape[1] > 1),
-            new_sequence=begins,
-            batch=1 if tokens is None else tokens.shape[0],
+            ForwardPass(
+                prefill=begins or (tokens is not None and tokens.shape[1] > 1),
+                new_sequence=begins,
+                batch=1 if tokens is None else tokens.shape[0],
+            )
         )
 
 
