@@ -43,6 +43,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     library.fake_cuda_reset(ctypes.c_uint64(1))
     library.fake_cuda_set_device_count(2)
     yield library
+    gc.collect()  # what a failed or cyclic test left on the second GPU
     library.fake_cuda_reset(ctypes.c_uint64(1))
 
 
