@@ -34,7 +34,7 @@ CORE = {
     "trace": "base policy",
     "compute": "base layout",
     "cuda": "base memory device",
-    "probe": "base layout memory device transfer compute",
+    "probe": "base layout memory device policy prefetch transfer tier cache compute",
     "bindings": "base layout memory device policy prefetch transfer tier cache trace compute cuda "
     "probe",
 }
