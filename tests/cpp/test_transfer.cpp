@@ -17,8 +17,8 @@ namespace {
 // Who finished, in order. Callbacks may come from any thread.
 class Order {
 public:
-    TransferCallback note() {
-        return [this](const TransferPtr& transfer) {
+    ReadCallback note() {
+        return [this](const ReadJobPtr& transfer) {
             const std::lock_guard guard(lock_);
             experts_.push_back(transfer->expert());
         };
@@ -37,7 +37,7 @@ private:
 class Gate {
 public:
     Gate(FileReader& engine, ExpertId expert, std::byte* slot) {
-        transfer_ = engine.submit(expert, slot, Priority::kDemand, [this](const TransferPtr&) {
+        transfer_ = engine.submit(expert, slot, Priority::kDemand, [this](const ReadJobPtr&) {
             entered_.count_down();
             open_.wait();
         });
@@ -48,7 +48,7 @@ public:
 private:
     std::latch entered_{1};
     std::latch open_{1};
-    TransferPtr transfer_;
+    ReadJobPtr transfer_;
 };
 
 void every_byte_lands_in_its_place(std::mt19937_64& random) {
@@ -60,7 +60,7 @@ void every_byte_lands_in_its_place(std::mt19937_64& random) {
         options.chunk_bytes = kPage * (1 + random() % 40);
         options.direct = random() % 4 != 0;
         std::vector<std::vector<std::byte>> slots(12, std::vector(world.slot_bytes, kPoison));
-        std::vector<TransferPtr> transfers;
+        std::vector<ReadJobPtr> transfers;
         {
             FileReader engine(world.catalog, options);
             for (int32_t i = 0; i < 12; ++i) {
@@ -68,10 +68,10 @@ void every_byte_lands_in_its_place(std::mt19937_64& random) {
                 transfers.push_back(engine.submit(
                     ExpertId{i % 6}, slots[static_cast<size_t>(i)].data(), priority, {}));
             }
-            for (const TransferPtr& transfer : transfers) wait_until_finished(transfer);
+            for (const ReadJobPtr& transfer : transfers) wait_until_finished(transfer);
         }
         for (int32_t i = 0; i < 12; ++i) {
-            CHECK(transfers[static_cast<size_t>(i)]->state() == TransferState::kDone);
+            CHECK(transfers[static_cast<size_t>(i)]->state() == ReadState::kDone);
             CHECK(slots[static_cast<size_t>(i)] == world.expected(ExpertId{i % 6}));
         }
     }
@@ -115,7 +115,7 @@ void a_demand_overtakes_a_running_prefetch_at_the_next_chunk() {
         FileReader engine(large.catalog, {1, kPage, true});
         const auto prefetch =
             engine.submit(ExpertId{0}, large.slots[0].data(), Priority::kPrefetch, order.note());
-        while (prefetch->state() == TransferState::kQueued) std::this_thread::yield();
+        while (prefetch->state() == ReadState::kQueued) std::this_thread::yield();
         CHECK(!engine.cancel(prefetch));
         const auto demand =
             engine.submit(ExpertId{1}, large.slots[1].data(), Priority::kDemand, order.note());
@@ -135,11 +135,11 @@ void what_is_cancelled_never_touches_its_slot(std::mt19937_64& random) {
     {
         FileReader engine(world.catalog, {1, kPage, true});
         Gate gate(engine, ExpertId{0}, slots[0].data());
-        const auto cancelled = engine.submit(
-            ExpertId{1}, slots[1].data(), Priority::kPrefetch, [&](const TransferPtr& transfer) {
-                CHECK(transfer->state() == TransferState::kCancelled);
-                ++calls;
-            });
+        const auto cancelled = engine.submit(ExpertId{1}, slots[1].data(), Priority::kPrefetch,
+                                             [&](const ReadJobPtr& transfer) {
+                                                 CHECK(transfer->state() == ReadState::kCancelled);
+                                                 ++calls;
+                                             });
         const auto kept = engine.submit(ExpertId{2}, slots[2].data(), Priority::kPrefetch, {});
         CHECK(engine.cancel(cancelled));
         CHECK_EQ(calls.load(), 1);
@@ -163,8 +163,8 @@ void the_destructor_cancels_what_waits_and_ends_what_runs(std::mt19937_64& rando
     for (const int32_t expert : {1, 2, 3}) {
         (void)engine->submit(ExpertId{expert}, slots[static_cast<size_t>(expert)].data(),
                              expert == 1 ? Priority::kDemand : Priority::kPrefetch,
-                             [&](const TransferPtr& transfer) {
-                                 cancelled += transfer->state() == TransferState::kCancelled;
+                             [&](const ReadJobPtr& transfer) {
+                                 cancelled += transfer->state() == ReadState::kCancelled;
                              });
     }
     std::jthread destroyer([&] { engine.reset(); });
@@ -179,16 +179,16 @@ void the_destructor_cancels_what_waits_and_ends_what_runs(std::mt19937_64& rando
 void a_running_transfer_stops_with_its_engine() {
     LargeExperts large;
     std::atomic<int> calls{0};
-    TransferPtr transfer;
+    ReadJobPtr transfer;
     {
         FileReader engine(large.catalog, {2, kPage, true});
         transfer = engine.submit(ExpertId{0}, large.slots[0].data(), Priority::kDemand,
-                                 [&](const TransferPtr&) { ++calls; });
-        while (transfer->state() == TransferState::kQueued) std::this_thread::yield();
+                                 [&](const ReadJobPtr&) { ++calls; });
+        while (transfer->state() == ReadState::kQueued) std::this_thread::yield();
     }
     CHECK_EQ(calls.load(), 1);
-    CHECK(transfer->state() >= TransferState::kDone);
-    CHECK(transfer->state() != TransferState::kFailed);
+    CHECK(transfer->state() >= ReadState::kDone);
+    CHECK(transfer->state() != ReadState::kFailed);
 }
 
 void many_threads_submit_promote_and_cancel(std::mt19937_64& random) {
@@ -207,7 +207,7 @@ void many_threads_submit_promote_and_cancel(std::mt19937_64& random) {
                     std::latch done(1);
                     const auto transfer = engine.submit(
                         expert, slot.data(), own() % 2 ? Priority::kDemand : Priority::kPrefetch,
-                        [&](const TransferPtr&) {
+                        [&](const ReadJobPtr&) {
                             ++calls;
                             done.count_down();
                         });
@@ -215,9 +215,9 @@ void many_threads_submit_promote_and_cancel(std::mt19937_64& random) {
                     const bool cancelled = own() % 3 == 0 && engine.cancel(transfer);
                     done.wait();
                     const bool right = cancelled
-                                           ? transfer->state() == TransferState::kCancelled &&
+                                           ? transfer->state() == ReadState::kCancelled &&
                                                  slot == std::vector(world.slot_bytes, kPoison)
-                                           : transfer->state() == TransferState::kDone &&
+                                           : transfer->state() == ReadState::kDone &&
                                                  slot == world.expected(expert);
                     wrong += !right;
                 }
