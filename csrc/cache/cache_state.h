@@ -76,7 +76,7 @@ struct CacheState {
 
     // Takes no lock: what the lock guards may be torn in a forked child, where no thread of the
     // copy engine exists either.
-    [[nodiscard]] bool forked() const noexcept { return process_generation() != generation; }
+    [[nodiscard]] bool forked() const noexcept { return process.forked(); }
     void check_process() const;
 
     [[nodiscard]] LayerStats& stats_of(ExpertId expert) {
@@ -143,7 +143,7 @@ struct CacheState {
     const std::shared_ptr<const Catalog> catalog;
     const std::shared_ptr<SlotPool> pool;
     const std::function<void()> poll;
-    const int64_t generation = process_generation();
+    const ForkDetector process;
 
     mutable std::mutex mutex;  // guards all below; never held while anything waits or bytes move
     std::condition_variable changed;  // a read ended, a transit slot or a pin was given back

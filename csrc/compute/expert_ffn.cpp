@@ -6,6 +6,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "base/sizes.h"
 
 namespace moeinf {
 namespace {
@@ -26,10 +27,6 @@ constexpr int64_t kAnyValues = int64_t{1} << 40;
 constexpr int64_t kSharesPerThread = 4;
 constexpr int64_t kMaxTopK = 64;
 constexpr size_t kAlign = 64;
-
-size_t aligned(size_t nbytes) {
-    return (nbytes + kAlign - 1) / kAlign * kAlign;
-}
 
 size_t scratch_per_route(const FfnShape& shape) {
     return static_cast<size_t>(shape.hidden + shape.intermediate) * sizeof(float);
@@ -87,9 +84,9 @@ FfnPass::FfnPass(CpuEngine& engine, const FfnShape& shape, const FfnInput& input
     const bool widened = act_dtype_ != input_.hidden_dtype;
     const auto routes = row_token_.size();
     const auto hidden = static_cast<size_t>(shape_.hidden);
-    const size_t y_bytes = aligned(routes * hidden * sizeof(float));
-    const size_t inner_bytes =
-        aligned(routes * static_cast<size_t>(shape_.intermediate) * dtype_bytes(act_dtype_));
+    const size_t y_bytes = round_up(routes * hidden * sizeof(float), kAlign);
+    const size_t inner_bytes = round_up(
+        routes * static_cast<size_t>(shape_.intermediate) * dtype_bytes(act_dtype_), kAlign);
     const size_t x_bytes =
         widened ? static_cast<size_t>(input_.tokens) * hidden * sizeof(float) : 0;
     scratch_ = engine_.take_scratch(y_bytes + inner_bytes + x_bytes);

@@ -12,8 +12,8 @@ EamFollower::Phase::Phase(EamCollection from)
 
 EamFollower::Phase::Phase(Phase&& other) noexcept : Phase(std::move(other.collection)) {}
 
-EamFollower::EamFollower(Eamc from)
-    : phases_{Phase(std::move(from.prefill)), Phase(std::move(from.decode))} {}
+EamFollower::EamFollower(Eamc from, int32_t matched)
+    : matched_(matched), phases_{Phase(std::move(from.prefill)), Phase(std::move(from.decode))} {}
 
 void EamFollower::observe(const Step& step) {
     if (step.new_sequence) {
@@ -29,7 +29,7 @@ void EamFollower::observe(const Step& step) {
     }
     phase.active = phase.active || !step.experts.empty();
     phase.match.add_row(step.layer, step.experts, step.counts);
-    phase.match.nearest(kMatched, phase.nearest);
+    phase.match.nearest(matched_, phase.nearest);
 }
 
 void EamFollower::finish_request(Phase& phase) {

@@ -2,8 +2,8 @@
 // predictor `eam` share. Prefill and decode are traced and matched apart. One thread at a time.
 //
 // Chosen where the paper is silent: the pass in progress (iEAM) is matched over its rows so far,
-// and entries by the same rows; the kMatched nearest are summed; before anything can be matched,
-// the request's own matrix so far stands in.
+// and entries by the same rows; the nearest few (kMatched) are summed; before anything can be
+// matched, the request's own matrix so far stands in.
 #pragma once
 
 #include <span>
@@ -29,7 +29,7 @@ public:
         bool active = false;
     };
 
-    explicit EamFollower(Eamc from);
+    explicit EamFollower(Eamc from, int32_t matched = kMatched);
 
     // A new sequence ends the request before it, which joins the collections.
     void observe(const Step& step);
@@ -46,6 +46,7 @@ public:
 private:
     static void finish_request(Phase& phase);
 
+    int32_t matched_;
     Phase phases_[2];  // prefill, decode
     size_t phase_ = 1;
     LayerId layer_ = LayerId::kNone;  // of the latest step

@@ -9,14 +9,13 @@
 #include <utility>
 
 #include "base/error.h"
-#include "base/round.h"
+#include "base/sizes.h"
 
 namespace moeinf {
 namespace {
 
 using namespace std::chrono_literals;
 
-constexpr size_t kGatherUnit = 16;  // bytes; slots are larger multiples of it
 constexpr auto kPollCopies = 20us;
 
 // From the start of the slot to the end of its last segment: one copy for all.

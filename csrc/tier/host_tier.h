@@ -25,7 +25,7 @@ struct HostTierOptions {
     // What also sits on the device goes first, and what leaves the device comes here.
     bool exclusive = false;
     FileReaderOptions copy;
-    std::shared_ptr<const Eamc> eamc;  // see ExpertCacheOptions
+    std::shared_ptr<const Collection> eamc;  // see ExpertCacheOptions
 };
 
 struct HostTierStats {

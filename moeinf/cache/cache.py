@@ -86,7 +86,8 @@ class ExpertCache:
         gather_below: experts of at most so many bytes are copied to the GPU by a kernel, several at
             once, where this build has it; 0 leaves every copy to the copy engines. Without it, what
             `moeinf doctor` has measured for this GPU, else 0.
-        policy: who leaves when a slot is needed; one of `moeinf.policies()`.
+        policy: who leaves when a slot is needed; one of `moeinf.policies()`, with
+            parameters where wanted, as in "decayed_lfu:keep=0.9".
         prefetch: what guesses which experts come next, to read them while the link is idle, where
             that pays: "off", "previous" (what the layer used for the tokens before), "transition"
             (what followed the experts of the layer before), "eam" (MoE-Infinity's prediction) or
