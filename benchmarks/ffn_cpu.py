@@ -25,6 +25,10 @@ import torch
 
 from benchmarks.common import print_table, write_json
 from moeinf import _core
+from moeinf.checkpoint.formats import FORMATS
+from moeinf.checkpoint.layout import Layout
+from moeinf.experts.cpu import core_expert
+from moeinf.kernels.forms import ExpertForm
 from moeinf.memory_read import HugeArea, ReadLimit
 
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 128, 8
@@ -77,28 +81,21 @@ class Call:
 class Ours:
     """All experts in slots of one arena."""
 
-    SHAPE = _core.FfnShape(
-        hidden=HIDDEN,
-        intermediate=INTERMEDIATE,
-        weights=_core.DType.bf16,
-        activation=_core.Activation.silu,
-        gated=True,
-        gate_up_offset=0,
-        down_offset=SEGMENTS[0],
-    )
+    LAYOUT = Layout.of(ExpertForm(), FORMATS["bf16"], HIDDEN, INTERMEDIATE)
+    EXPERT = core_expert(ExpertForm(), LAYOUT)
 
     def __init__(self, engine: _core.CpuEngine, gate_up: torch.Tensor, down: torch.Tensor) -> None:
         self.engine = engine
-        self.arena = HugeArea(EXPERTS * SLOT_BYTES).bytes
-        slots = self.arena.view(torch.bfloat16).view(EXPERTS, -1)
-        slots[:, : gate_up[0].numel()] = gate_up.flatten(1)
-        slots[:, gate_up[0].numel() :] = down.flatten(1)
-        self.slots = [self.arena.data_ptr() + e * SLOT_BYTES for e in range(EXPERTS)]
+        self.arena = HugeArea(EXPERTS * self.LAYOUT.slot_bytes).bytes
+        views = self.LAYOUT.views(self.arena.view(EXPERTS, -1))
+        views["gate_up"].copy_(gate_up)
+        views["down"].copy_(down)
+        self.slots = [self.arena.data_ptr() + e * self.LAYOUT.slot_bytes for e in range(EXPERTS)]
 
     def __call__(self, call: Call) -> torch.Tensor:
         _core.fused_experts_raw(
             self.engine,
-            self.SHAPE,
+            self.EXPERT,
             call.input,
             slots=self.slots,
             out=call.out.data_ptr(),

@@ -29,6 +29,7 @@ import torch
 
 from benchmarks import roofline_gpu
 from benchmarks.common import print_table, write_json
+from moeinf.kernels import ExpertForm, ExpertMatrices, Gate, fused_experts
 
 TOKENS = (1, 2, 4, 8, 16, 512, 4096)
 TOLERANCE = 2e-2  # of a result in bf16 against float32, by norm
@@ -79,7 +80,10 @@ TINY = (
 
 
 class Layer:
-    """Random bf16 weights of all experts of one layer, in transformers' layout and names."""
+    """Random bf16 weights of all experts of one layer, for our kernels and for transformers.
+
+    Those of GPT-OSS lie by rows, interleaved, as in its files.
+    """
 
     def __init__(self, geometry: Geometry, device: torch.device, dtype: torch.dtype) -> None:
         self.geometry, self.device, self.dtype = geometry, device, dtype
@@ -90,23 +94,25 @@ class Layer:
 
         self.gate_up = normal(E, 2 * I, H, scale=H**-0.5)
         self.down = normal(E, H, I, scale=I**-0.5)
-        self.options: dict[str, Any] = {}
+        self.biases: dict[str, torch.Tensor] = {}
+        self.form = ExpertForm()
         if geometry.clamped:
-            self.gate_up = self.gate_up.view(E, H, 2 * I)
-            self.down = self.down.view(E, I, H)
-            self.options = {
-                "activation": "swiglu_clamped", "interleaved": True, "transposed": True,
+            self.biases = {
                 "gate_up_bias": normal(E, 2 * I, scale=0.1), "down_bias": normal(E, H, scale=0.1),
             }  # fmt: skip
+            self.form = ExpertForm(Gate("swiglu_oai", alpha=1.702, limit=7.0), has_bias=True)
+        self.matrices = ExpertMatrices.of_fused(
+            self.gate_up, self.down, interleaved=geometry.clamped, **self.biases
+        )
 
     def module(self) -> SimpleNamespace:
         """What transformers' experts functions read from `self`."""
         clamped = self.geometry.clamped
         return SimpleNamespace(
             num_experts=self.geometry.experts, gate_up_proj=self.gate_up, down_proj=self.down,
-            gate_up_proj_bias=self.options.get("gate_up_bias"),
-            down_proj_bias=self.options.get("down_bias"), has_bias=clamped, has_gate=True,
-            is_transposed=clamped, is_concatenated=not clamped, has_post_expert_norm=False,
+            gate_up_proj_bias=self.biases.get("gate_up_bias"),
+            down_proj_bias=self.biases.get("down_bias"), has_bias=clamped, has_gate=True,
+            is_transposed=False, is_concatenated=not clamped, has_post_expert_norm=False,
             _is_expert_parallel=False, act_fn=torch.nn.functional.silu,
             _apply_gate=lambda rows: gate(rows, clamped),
         )  # fmt: skip
@@ -160,9 +166,7 @@ def loop_over_experts(layer: Layer, call: Call) -> torch.Tensor:
     module, out = layer.module(), torch.zeros_like(call.hidden)
     for e in call.ids.unique().tolist():
         token, place = (call.ids == e).nonzero(as_tuple=True)
-        up, down = module.gate_up_proj[e], module.down_proj[e]
-        if not module.is_transposed:
-            up, down = up.t(), down.t()
+        up, down = module.gate_up_proj[e].t(), module.down_proj[e].t()
         rows = call.hidden[token] @ up
         rows = module._apply_gate(rows + module.gate_up_proj_bias[e] if module.has_bias else rows)
         y = rows @ down
@@ -177,9 +181,7 @@ def expected(layer: Layer, call: Call, tokens: int) -> torch.Tensor:
     out = torch.zeros(tokens, layer.geometry.hidden, device=layer.device)
     for t in range(tokens):
         for j, e in enumerate(call.ids[t].tolist()):
-            up, down = module.gate_up_proj[e].float(), module.down_proj[e].float()
-            if not module.is_transposed:
-                up, down = up.t(), down.t()
+            up, down = module.gate_up_proj[e].float().t(), module.down_proj[e].float().t()
             rows = call.hidden[t].float() @ up
             rows = rows + module.gate_up_proj_bias[e].float() if module.has_bias else rows
             y = module._apply_gate(rows) @ down
@@ -193,20 +195,17 @@ Run = Callable[[Call], torch.Tensor]
 
 def implementations(layer: Layer, tokens: int) -> Iterator[tuple[str, Run]]:
     """Name and function of all that can run here, ours first."""
-    from moeinf.kernels import experts
-
     geometry = layer.geometry
     yield (
         "ours",
-        lambda call: experts(
+        lambda call: fused_experts(
             call.hidden,
             call.ids,
             call.weights,
-            layer.gate_up,
-            layer.down,
+            layer.matrices,
+            layer.form,
             num_experts=geometry.experts,
             check_ids=False,
-            **layer.options,
         ),
     )
     try:
@@ -232,12 +231,12 @@ def implementations(layer: Layer, tokens: int) -> Iterator[tuple[str, Run]]:
     yield "torch loop", lambda call: loop_over_experts(layer, call)
     if not geometry.clamped and layer.device.type == "cuda":
         try:
-            from vllm.model_executor.layers.fused_moe import fused_experts
+            from vllm.model_executor.layers.fused_moe import fused_experts as vllm_fused_experts
         except ImportError:
             return
         yield (
             "vllm",
-            lambda call: fused_experts(
+            lambda call: vllm_fused_experts(
                 call.hidden, layer.gate_up, layer.down, call.weights.float(), call.ids.int()
             ),
         )

@@ -55,10 +55,10 @@ def measure(calls: int) -> list[dict[str, Any]]:
     import moeinf
     from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
     from moeinf.experts.cuda import CudaExperts
-    from moeinf.kernels import experts, launch, plans
+    from moeinf.kernels import checks, experts, fused_experts, launch_plan
 
     driver = ctypes.CDLL(os.environ["MOEINF_CUDA_DRIVER"])
-    launch.check_device = lambda device: None  # tensors of the CPU stand for a GPU's
+    checks.check_device = lambda device: None  # tensors of the CPU stand for a GPU's
     geometry = Geometry(
         hidden=256, intermediate=128, experts=128, top_k=8, layers=2,
         heads=2, kv_heads=1, head_dim=32, vocabulary=64,
@@ -75,7 +75,7 @@ def measure(calls: int) -> list[dict[str, Any]]:
     compute = cache._experts
     assert isinstance(compute, CudaExperts)
     compute._triton = experts
-    views = compute._current_views()
+    matrices = compute._current_matrices()
     expert_map = torch.arange(geometry.experts, dtype=torch.int32)
     for tokens in (1, 4):
         hidden = torch.zeros(tokens, geometry.hidden, dtype=torch.bfloat16)
@@ -84,16 +84,15 @@ def measure(calls: int) -> list[dict[str, Any]]:
         options: dict[str, Any] = {
             "expert_map": expert_map, "num_experts": geometry.experts, "check_ids": False,
         }  # fmt: skip
-        slots = views["gate_up"], views["down"]
 
         def step() -> None:
             moeinf.fused_experts(hidden, ids, weights, cache, 0)  # noqa: B023
 
         def kernels() -> None:
-            experts(hidden, ids, weights, *slots, **options)  # noqa: B023
+            fused_experts(hidden, ids, weights, matrices, store.form, **options)  # noqa: B023
 
         def anew() -> None:
-            plans.PLANS.clear()
+            launch_plan.PLANS.clear()
             kernels()
 
         step()  # reads every expert that it will use

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-WEIGHTS = ("gate_up", "down")
+WEIGHTS = ("gate", "up", "down")
 
 
 @dataclass
 class Launch:
     """One kernel's bytes by the name of its argument; `times` says how often each weight was read.
 
-    `times` is flat, one int64 per element of gate_up or down, every lane counted.
+    `times` is flat, one int64 per element of the memory of gate, up or down, every lane counted.
     """
 
     kernel: str
@@ -41,10 +41,10 @@ class Launch:
 
 
 class Meter:
-    """`with Meter() as meter: experts(...)` leaves one Launch per launch in `meter.launches`.
+    """`with Meter() as meter: fused_experts(...)` leaves one Launch per launch in `meter.launches`.
 
-    Needs a process started with TRITON_INTERPRET=1, and tensors that share no memory but for
-    arguments that a kernel is given and does not read.
+    Needs a process started with TRITON_INTERPRET=1, and tensors whose memory is one run each and
+    no other's, but for arguments that a kernel is given and does not read.
     """
 
     def __init__(self) -> None:
@@ -164,16 +164,23 @@ def traffic(path: str, step: Step, first: dict[str, int], second: dict[str, int]
     return (vector if path == "vector" else shared)(step, first, second)
 
 
+def first_matrices(step: Step, times: int) -> Counter[str]:
+    """Bytes of gate and up, and of their biases, read for `times` experts."""
+    rows = times * step.intermediate * step.weight_size
+    names = ("gate", "up") if step.gated else ("gate",)
+    read = Counter({name: rows * step.hidden for name in names})
+    return read | Counter({f"{name}_bias": rows for name in names if step.biased})
+
+
 def vector(step: Step, first: dict[str, int], second: dict[str, int]) -> list[Launch]:
     T, k, w = len(step.slots), len(step.slots[0]), step.weight_size
-    H, I, N = step.hidden, step.intermediate, step.rows  # noqa: E741
+    H, I = step.hidden, step.intermediate  # noqa: E741
     present = sum(slot >= 0 for row in step.slots for slot in row)
     blocks = ceil(I, first["BLOCK_I"])
     up = Launch("gate_up_vector", T * k * blocks)
     up.loaded["ids"] = T * k * blocks * step.id_size
-    up.loaded["gate_up"] = present * N * H * w
+    up.loaded |= first_matrices(step, present)
     up.loaded["hidden"] = present * blocks * H * w
-    up.loaded["bias"] = present * N * w if step.biased else 0
     up.stored["act"] = present * I * w
     blocks = ceil(H, second["BLOCK_H"])
     down = Launch("down_vector", T * blocks)
@@ -182,35 +189,34 @@ def vector(step: Step, first: dict[str, int], second: dict[str, int]) -> list[La
     down.loaded["weights"] = T * k * blocks * step.routing_size
     down.loaded["down"] = present * H * I * w
     down.loaded["act"] = present * blocks * I * w
-    down.loaded["bias"] = present * H * w if step.biased else 0
+    down.loaded["down_bias"] = present * H * w if step.biased else 0
     down.stored["out"] = T * H * w
     return [up, down]
 
 
 def shared(step: Step, first: dict[str, int], second: dict[str, int]) -> list[Launch]:
     T, k, w, tokens = len(step.slots), len(step.slots[0]), step.weight_size, 16
-    H, I, N, R, G = step.hidden, step.intermediate, step.rows, T * k, step.distinct  # noqa: E741
+    H, I, R, G = step.hidden, step.intermediate, T * k, step.distinct  # noqa: E741
     present = sum(slot >= 0 for row in step.slots for slot in row)
     # A token that names an expert twice has it computed once.
     computed = sum(len({slot for slot in row if slot >= 0}) for row in step.slots)
     blocks = ceil(I, first["BLOCK_I"])
     up = Launch("gate_up_shared", R * blocks)
     up.loaded["ids"] = (2 * R + R * blocks * (1 + R)) * step.id_size
-    up.loaded["gate_up"] = G * N * H * w
+    up.loaded |= first_matrices(step, G)
     up.loaded["hidden"] = computed * blocks * H * w
-    up.loaded["bias"] = G * N * w if step.biased else 0
     up.stored["act"] = computed * I * w
-    up.stored["plan"] = (1 + G + R) * 4
+    up.stored["groups"] = (1 + G + R) * 4
     up.stored["rows"] = G * tokens * 4
     blocks, steps = ceil(H, second["BLOCK_H"]), G * ceil(I, second["BLOCK_I"])
     down = Launch("down_shared", blocks)
-    down.loaded["plan"] = blocks * (1 + min(G, 1) + steps + R) * 4
+    down.loaded["groups"] = blocks * (1 + min(G, 1) + steps + R) * 4
     down.loaded["ids"] = blocks * (min(G, 1) + steps) * step.id_size
     down.loaded["rows"] = blocks * (1 + steps) * tokens * 4
     down.loaded["weights"] = blocks * R * step.routing_size
     down.loaded["down"] = G * H * I * w
     down.loaded["act"] = computed * blocks * I * w
-    down.loaded["bias"] = G * H * w if step.biased else 0
+    down.loaded["down_bias"] = G * H * w if step.biased else 0
     down.loaded["routes"] = present * H * 4
     down.stored["routes"] = computed * H * 4
     down.stored["out"] = T * H * w
@@ -224,7 +230,8 @@ def counted(
 
     Slots that no route names, and `spare` more, are NaN.
     """
-    from moeinf.kernels import experts
+    from moeinf.kernels import ExpertForm, ExpertMatrices, Gate, Matrix, fused_experts
+    from moeinf.kernels.forms import PLAIN_FORMATS
 
     dtype = {2: torch.bfloat16, 4: torch.float32}[step.weight_size]
     named = {slot for row in step.slots for slot in row if slot >= 0}
@@ -236,19 +243,20 @@ def counted(
             made[slot] = torch.randn(shape) / 8
         return made
 
-    if options.get("transposed"):
-        gate_up, down = segment(H, step.rows), segment(I, H)
-    else:
-        gate_up, down = segment(step.rows, H), segment(H, I)
-    if step.biased:
-        options |= {"gate_up_bias": segment(step.rows), "down_bias": segment(H)}
+    def matrix(rows: int, columns: int) -> Matrix:
+        values = segment(columns, rows) if options.get("transposed") else segment(rows, columns)
+        values = values.transpose(1, 2) if options.get("transposed") else values
+        return Matrix(values, None, segment(rows) if step.biased else None, PLAIN_FORMATS[dtype])
+
+    up = matrix(I, H) if step.gated else None
+    matrices = ExpertMatrices(matrix(I, H), up, matrix(H, I))
+    gate = Gate("glu" if step.gated else "plain", options.get("activation", "silu"))
+    form = ExpertForm(gate, step.gated, step.biased)
     ids = torch.tensor(step.slots, dtype={4: torch.int32, 8: torch.int64}[step.id_size])
     hidden = torch.randn(len(step.slots), H).to(dtype)
     weights = torch.rand(ids.shape, dtype=torch.float32)
     with Meter() as meter:
-        out = experts(
-            hidden, ids, weights, gate_up, down, gated=step.gated, path=path, **options
-        )  # fmt: skip
+        out = fused_experts(hidden, ids, weights, matrices, form, path=path)
     return meter.launches, out
 
 
@@ -289,7 +297,7 @@ def configs(
 # divides.
 SMALL: tuple[tuple[str, Step, dict[str, Any]], ...] = (
     ("vector", Step(((2, 0, 5),), 300, 22), {}),
-    ("vector", Step(((2, -1, 5, 1, 0),), 70, 37, biased=True, id_size=4), {"interleaved": True}),
+    ("vector", Step(((2, -1, 5, 1, 0),), 70, 37, biased=True, id_size=4), {}),
     ("vector", Step(((0, 3),), 40, 18, gated=False), {"activation": "relu2", "transposed": True}),
     ("vector", Step(((0, 3), (3, 1)), 33, 20, weight_size=4), {}),
     ("shared", Step(((0, 3), (3, 1)), 150, 40), {}),

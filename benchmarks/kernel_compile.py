@@ -21,8 +21,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from moeinf.kernels import combine, decode_shared, decode_vector, prefill, tuning
-from moeinf.kernels.activations import ACTIVATIONS
+from moeinf.kernels import decode_shared, decode_vector, prefill, route_sum, tuning
+from moeinf.kernels.gates import ACTIVATIONS, GATES
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 # Largest dynamic shared memory of one block, in bytes (CUDA programming guide, table of
@@ -35,17 +35,23 @@ KERNELS = {
     "down_shared": decode_shared.down_shared,
     "gate_up_grouped": prefill.gate_up_grouped,
     "down_grouped": prefill.down_grouped,
-    "combine": combine.combine,
+    "sum_routes": route_sum.sum_routes,
 }
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+FORMATS = {"bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+STRIDES_OF_SCALES = ("stride_cs", "stride_cn", "stride_ck")
 # Pointers to something else than weights.
-INTEGERS = {"plan", "rows", "order", "slot", "first", "end"}
-ADDRESSES = {"ids", "map", "source", "bias_source"}
+INTEGERS = {"groups", "rows", "order", "slot", "first", "end"}
+ADDRESSES = {"ids", "map"}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One specialisation: a kernel, a dtype of weights, a configuration and a form."""
+    """One specialisation: a kernel, a dtype of weights, a configuration and a form.
+
+    The form has constants of the kernel by name (FUNCTION, ACTIVATION), and `map`, `bias`,
+    `has_gate` and `interleaved`, which say what tensors there are and how rows lie.
+    """
 
     kernel: str
     dtype: str
@@ -75,14 +81,24 @@ def upcast(dtype: str, arch: int) -> bool:
 
 def constants(case: Case, arch: int) -> dict[str, Any]:
     names = KERNELS[case.kernel].arg_names
+    form = {"map": False, "bias": False, "has_gate": True, "interleaved": False} | dict(case.form)
     values: dict[str, Any] = {
-        "HAS_MAP": False, "HAS_BIAS": False, "GATED": True, "INTERLEAVED": False,
-        "ACTIVATION": 0, "READ_THROUGH": False, "TOKENS": 16, "K_PAD": 8, "R_PAD": 128,
-        "UPCAST": upcast(case.dtype, arch), "BLOCK_H": 512, "ROWWISE": case.order == "rows",
+        "FORMAT": FORMATS[case.dtype], "FUNCTION": "glu", "ACTIVATION": "silu",
+        "TOKENS": 16, "K_PAD": 8, "R_PAD": 128, "UPCAST": upcast(case.dtype, arch),
+        "BLOCK_H": 512, "ROWWISE": case.order == "rows",
     }  # fmt: skip
-    values |= dict(case.form) | dict(case.config)
-    inner = ("stride_gh", "stride_di") if case.order == "rows" else ("stride_gn", "stride_dh")
-    values |= {name: 1 for name in inner}
+    values |= form | dict(case.config)
+    up = form["interleaved"] and case.kernel.startswith("gate_up") and case.order == "columns"
+    values |= {"stride_wk": 1} if case.order == "rows" else {"stride_wn": 2 if up else 1}
+    # What is absent is None, which is a constant.
+    absent = ["gate_scales_ptr", "up_scales_ptr", "down_scales_ptr", *STRIDES_OF_SCALES]
+    absent += [] if form["map"] else ["map_ptr"]
+    absent += [] if form["has_gate"] else ["up_ptr", "up_bias_ptr"]
+    if form["bias"]:
+        values["stride_bn"] = 2 if form["interleaved"] and case.kernel.startswith("gate_up") else 1
+    else:
+        absent += ["gate_bias_ptr", "up_bias_ptr", "down_bias_ptr", "stride_bs", "stride_bn"]
+    values |= dict.fromkeys(absent)
     return {name: value for name, value in values.items() if name in names}
 
 
@@ -204,7 +220,7 @@ def table_cases(arch: int) -> Iterator[Case]:
                 if chosen == row["config"]:
                     yield Case(row["kernel"], dtype, tuple(chosen.items()), order)
     for dtype in SHORT:
-        yield Case("combine", dtype, (("BLOCK_H", 512), ("num_warps", 4)))
+        yield Case("sum_routes", dtype, (("BLOCK_H", 512), ("num_warps", 4)))
 
 
 def effective(row: dict[str, Any], arch: int, dtype: str, order: str) -> Mapping[str, int]:
@@ -228,7 +244,7 @@ def default_cases(arch: int, rows: int = 64) -> list[Case]:
     dtype = "bfloat16" if arch >= 80 else "float16"
     cases = []
     for kernel in KERNELS:
-        if kernel == "combine":
+        if kernel == "sum_routes":
             config = {"BLOCK_H": 512, "num_warps": 4}
         else:
             config = tuning.config(
@@ -241,29 +257,32 @@ def default_cases(arch: int, rows: int = 64) -> list[Case]:
 
 
 def with_form(cases: list[Case], **form: Any) -> list[Case]:
-    """The cases whose kernels take all of these, in that form."""
+    """The cases whose kernels all of this concerns, in that form."""
+
+    def concerned(kernel: str) -> set[str]:
+        names = set(KERNELS[kernel].arg_names)
+        gated = {"has_gate", "interleaved"} if "up_ptr" in names else set()
+        biased = {"bias"} if {"gate_bias_ptr", "down_bias_ptr"} & names else set()
+        return names | gated | biased | ({"map"} if "map_ptr" in names else set())
+
     return [
         Case(case.kernel, case.dtype, case.config, case.order, tuple(form.items()))
         for case in cases
-        if form.keys() <= set(KERNELS[case.kernel].arg_names)
+        if form.keys() <= concerned(case.kernel)
     ]
 
 
 def form_cases(arch: int) -> list[Case]:
     """Every form of a model on the default configurations, and on the largest prefill tiles."""
     cases = default_cases(arch) + default_cases(arch, rows=128)[-3:-1]
-    bias = with_form(cases, HAS_BIAS=True)
-    gates = with_form(cases, GATED=True, INTERLEAVED=True)
-    gpt_oss = with_form(
-        cases, HAS_BIAS=True, INTERLEAVED=True, ACTIVATION=ACTIVATIONS.index("swiglu_clamped")
-    )
-    plain = with_form(cases, GATED=False, ACTIVATION=ACTIVATIONS.index("relu2"))
-    named = [
-        case for index in range(1, len(ACTIVATIONS)) for case in with_form(cases, ACTIVATION=index)
-    ]
-    mapped = with_form(cases, HAS_MAP=True)
-    through = with_form(cases, READ_THROUGH=True, HAS_BIAS=True)
-    return bias + gates + gpt_oss + plain + named + mapped + through
+    forms: list[dict[str, Any]] = [
+        {"bias": True}, {"map": True}, {"interleaved": True},
+        {"bias": True, "interleaved": True, "FUNCTION": "swiglu_oai"},
+        {"has_gate": False, "FUNCTION": "plain", "ACTIVATION": "relu2"},
+    ]  # fmt: skip
+    forms += [{"ACTIVATION": name} for name in ACTIVATIONS if name != "silu"]
+    forms += [{"FUNCTION": name} for name, row in GATES.items() if row.has_up and name != "glu"]
+    return [case for form in forms for case in with_form(cases, **form)]
 
 
 def faults(machine: Machine, arch: int) -> list[str]:

@@ -32,11 +32,11 @@ from benchmarks import kernel_bytes, kernel_compile
 from benchmarks.common import print_table, provenance
 from benchmarks.ffn_gpu import GEOMETRIES, Geometry
 from moeinf.kernels import tuning
-from moeinf.kernels.activations import ACTIVATIONS
 
 TOKENS = (1, 2, 4, 8, 16)
 ROUTINGS = 16
 LATENCY_NS = 800
+READ_WEIGHTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,8 @@ def compile_rows(archs: list[int]) -> Iterator[dict[str, Any]]:
 def case_of(kernel: str, geometry: Geometry, arch: int) -> kernel_compile.Case:
     """The kernel as a call of that model launches it on that architecture."""
     dtype = "bfloat16" if arch >= 80 else "float16"
-    order = "columns" if geometry.clamped else "rows"
     config = tuning.config(
-        kernel, (f"sm_{arch}", "*"), dtype=dtype, order=order,
+        kernel, (f"sm_{arch}", "*"), dtype=dtype,
         hidden=geometry.hidden, intermediate=geometry.intermediate,
     )  # fmt: skip
     if "ROUTES" in config:
@@ -115,11 +114,11 @@ def case_of(kernel: str, geometry: Geometry, arch: int) -> kernel_compile.Case:
         config = {**config, "ROUTES": min(config["ROUTES"], lanes)}
     form: dict[str, Any] = {}
     if geometry.clamped:
-        form = {"HAS_BIAS": True}
+        form = {"bias": True}
         if kernel.startswith("gate_up"):
-            form |= {"INTERLEAVED": True, "ACTIVATION": ACTIVATIONS.index("swiglu_clamped")}
+            form |= {"interleaved": True, "FUNCTION": "swiglu_oai"}
     return kernel_compile.Case(
-        kernel, dtype, tuple(config.items()), order, tuple(sorted(form.items()))
+        kernel, dtype, tuple(config.items()), form=tuple(sorted(form.items()))
     )
 
 
@@ -127,7 +126,7 @@ def bytes_asked_ahead(case: kernel_compile.Case) -> int:
     """Bytes of weights one program has under way: a tile, or all but one of a pipeline's tiles."""
     config, form = dict(case.config), dict(case.form)
     tile = config["BLOCK_I"] * config["BLOCK_H"] * config.get("ROUTES", 1) * 2
-    if case.kernel.startswith("gate_up") and form.get("GATED", True):
+    if case.kernel.startswith("gate_up") and form.get("has_gate", True):
         tile *= 2
     return tile * max(1, config["num_stages"] - 1)
 
@@ -173,7 +172,7 @@ def byte_rows() -> Iterator[dict[str, Any]]:
 def moved(step: kernel_bytes.Step, launches: list[kernel_bytes.Launch]) -> dict[str, float]:
     """Bytes and their ratios to the least; `from_memory` counts what is read again from L2 once."""
     active = step.distinct * step.expert_bytes()
-    weights = sum(one.loaded[name] for one in launches for name in ("gate_up", "down", "bias"))
+    weights = sum(one.loaded[name] for one in launches for name in READ_WEIGHTS)
     stored = sum(one.stored.total() for one in launches)
     once = len(step.slots) * (
         step.hidden * step.weight_size + len(step.slots[0]) * (step.id_size + step.routing_size)

@@ -20,8 +20,8 @@ import torch
 
 from benchmarks import ffn_gpu
 from benchmarks.common import print_table
-from moeinf.kernels import launch, plans, tuning
-from moeinf.kernels.problem import Problem
+from moeinf.kernels import launch_plan, paths, tuning
+from moeinf.kernels.checks import check_arguments
 
 GAIN = 1.03
 WARPS, DEEP = (4, 8), (3, 4, 5, 6)
@@ -62,13 +62,12 @@ def kernels_of(path: str) -> tuple[str, str]:
 
 def questions(layer: ffn_gpu.Layer, call: ffn_gpu.Call) -> dict[str, dict[str, Any]]:
     """The two kernels of a call, and what the table is asked for each."""
-    problem = Problem.of(
-        call.hidden, call.ids, layer.gate_up, layer.down,
-        num_experts=layer.geometry.experts, check_ids=False, **layer.options,
-    )  # fmt: skip
-    path = launch.pick_path(problem)
-    rows = launch.rows_per_tile(problem) if path == "grouped" else 0
-    return {kernel: launch.question(kernel, problem, rows) for kernel in kernels_of(path)}
+    arguments = check_arguments(
+        call.hidden, call.ids, None, layer.matrices, layer.form, None, layer.geometry.experts
+    )
+    path = paths.pick_path(arguments)
+    rows = paths.rows_per_tile(arguments) if path == "grouped" else 0
+    return {kernel: paths.tuning_key(kernel, arguments, rows) for kernel in kernels_of(path)}
 
 
 def new_row(
@@ -103,7 +102,7 @@ def write_table(rows: list[dict[str, Any]]) -> None:
     tuning.TABLE.write_text(table_text(rows))
     tuning.rows.cache_clear()
     tuning.config.cache_clear()
-    plans.PLANS.clear()
+    launch_plan.PLANS.clear()
 
 
 def microseconds(layer: ffn_gpu.Layer, inputs: list[ffn_gpu.Call]) -> float | None:
@@ -120,7 +119,7 @@ def microseconds(layer: ffn_gpu.Layer, inputs: list[ffn_gpu.Call]) -> float | No
 
 def tune(layer: ffn_gpu.Layer, tokens: int, device: str) -> list[dict[str, Any]]:
     """Rows that beat the table for this call, found one kernel after the other."""
-    inputs = ffn_gpu.calls(layer, tokens, 32 if tokens <= launch.DECODE_TOKENS else 4)
+    inputs = ffn_gpu.calls(layer, tokens, 32 if tokens <= paths.DECODE_TOKENS else 4)
     found: list[dict[str, Any]] = []
     before = list(tuning.rows())
     for kernel, asked in questions(layer, inputs[0]).items():
@@ -147,7 +146,7 @@ def use_rows(rows: list[dict[str, Any]]) -> None:
     """Makes lookups answer from these rows until the table is read again."""
     tuning.rows = lambda: tuple(rows)  # type: ignore[assignment]
     tuning.config.cache_clear()
-    plans.PLANS.clear()
+    launch_plan.PLANS.clear()
 
 
 def main(arguments: list[str] | None = None) -> int:

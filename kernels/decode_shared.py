@@ -10,132 +10,137 @@ one slot are a group; the first of them, in the order of routes, leads it. Never
 import triton
 import triton.language as tl
 
-from .activations import activate
+from .formats import load_tile
+from .gates import apply_gate
 from .lookup import slot_of
 from .product import multiply
 
 
 @triton.jit
-def plan_groups(plan_ptr, ids_ptr, map_ptr, R, top_k, HAS_MAP: tl.constexpr, R_PAD: tl.constexpr):
-    """Writes the plan that down_shared walks: how many groups, their leaders, a row per route.
+def write_groups(groups_ptr, ids_ptr, map_ptr, R, top_k, R_PAD: tl.constexpr):
+    """Writes what down_shared walks: how many groups, their leaders, a row per route.
 
-    plan[0] is the number of groups; plan[1 + g] the leader of group g, by first appearance;
-    plan[1 + R + r] the first route of r's own token that reads r's slot (r itself unless a token
+    groups[0] is the number of groups; groups[1 + g] the leader of group g, by first appearance;
+    groups[1 + R + r] the first route of r's own token that reads r's slot (r itself unless a token
     names an expert twice), -1 where r is absent. R_PAD is a power of two >= R.
     """
     r = tl.arange(0, R_PAD)
-    slot = slot_of(ids_ptr, map_ptr, r, r < R, HAS_MAP)
+    slot = slot_of(ids_ptr, map_ptr, r, r < R)
     leads = slot >= 0
     row = r
     for q in range(0, R):
-        same = (slot == slot_of(ids_ptr, map_ptr, q, q >= 0, HAS_MAP)) & (q < r)
+        same = (slot == slot_of(ids_ptr, map_ptr, q, q >= 0)) & (q < r)
         leads = leads & (same == 0)
         row = tl.where(same & (r // top_k == q // top_k), tl.minimum(row, q), row)
     place = tl.cumsum(leads.to(tl.int32), axis=0) - 1
-    tl.store(plan_ptr, tl.sum(leads.to(tl.int32), axis=0))
-    tl.store(plan_ptr + 1 + place, r, mask=leads)
-    tl.store(plan_ptr + 1 + R + r, tl.where(slot >= 0, row, -1), mask=r < R)
+    tl.store(groups_ptr, tl.sum(leads.to(tl.int32), axis=0))
+    tl.store(groups_ptr + 1 + place, r, mask=leads)
+    tl.store(groups_ptr + 1 + R + r, tl.where(slot >= 0, row, -1), mask=r < R)
 
 
 @triton.jit(do_not_specialize=["T"])
 def gate_up_shared(
-    hidden_ptr, ids_ptr, map_ptr, gate_up_ptr, bias_ptr, act_ptr, plan_ptr, rows_ptr,
-    T, top_k, H, I, stride_ht, stride_gs, stride_gn, stride_gh, stride_bs, alpha, limit,
-    HAS_MAP: tl.constexpr, HAS_BIAS: tl.constexpr, GATED: tl.constexpr, INTERLEAVED: tl.constexpr,
-    ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
+    hidden_ptr, ids_ptr, map_ptr, gate_ptr, up_ptr, gate_scales_ptr, up_scales_ptr,
+    gate_bias_ptr, up_bias_ptr, act_ptr, groups_ptr, rows_ptr,
+    T, top_k, H, I, stride_ht, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
+    stride_bs, stride_bn, alpha, limit,
+    FORMAT: tl.constexpr, FUNCTION: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
     TOKENS: tl.constexpr, K_PAD: tl.constexpr, R_PAD: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """act[r, i] = activation(gate_up[slot, :, :] @ hidden[t]) for the tokens of each group.
+    """act[r, i] = apply_gate(gate[slot] @ hidden[t], up[slot] @ hidden[t]) for each group's tokens.
 
     | argument | shape | dtype | strides | meaning |
     |---|---|---|---|---|
-    | hidden | [T, H] | W | (stride_ht, 1) | tokens, T <= TOKENS |
+    | hidden | [T, H] | X | (stride_ht, 1) | tokens, T <= TOKENS |
     | ids, map | [T*k], [E] | int32/64 | contiguous | slot ids, or expert ids and their slots |
-    | gate_up | [S, N, H] | W | (stride_gs, stride_gn, stride_gh) | N is 2I, or I when not GATED |
-    | bias | [S, N] | W/float32 | (stride_bs, 1) | read when HAS_BIAS |
-    | act | [T*k, I] | W | contiguous | written at the first route of each token of a group |
-    | plan | [1 + 2*T*k] | int32 | contiguous | written: see plan_groups |
+    | gate, up | [S, I, H] | by FORMAT | (stride_ws, stride_wn, stride_wk) | up may be None |
+    | gate_scales, up_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | gate_bias, up_bias | [S, I] | X/float32 | (stride_bs, stride_bn) | or None |
+    | act | [T*k, I] | X | contiguous | written at the first route of each token of a group |
+    | groups | [1 + 2*T*k] | int32 | contiguous | written: see write_groups |
     | rows | [T*k, TOKENS] | int32 | contiguous | written for leaders: the route by which token t
       reads the slot, or T*k if it does not |
 
-    Grid (T*k, ceil(I / BLOCK_I)). Bytes: N * H * sizeof(W) per distinct slot; FLOPs that count:
-    2 * N * H per present route (the tensor cores do TOKENS / tokens of the group times as many).
+    Grid (T*k, ceil(I / BLOCK_I)). Bytes: those of gate and up per distinct slot; FLOPs that count:
+    4 * I * H per present route (the tensor cores do TOKENS / tokens of the group times as many).
 
     Only a group's leader works: BLOCK_I rows of gate and of up, times the hidden rows of the
-    group's tokens. The first program also writes the plan, hidden behind all others.
+    group's tokens. The first program also writes the groups, hidden behind all others.
     """
     r = tl.program_id(0)
     R = T * top_k
     if (r == 0) & (tl.program_id(1) == 0):
-        plan_groups(plan_ptr, ids_ptr, map_ptr, R, top_k, HAS_MAP, R_PAD)
-    slot = slot_of(ids_ptr, map_ptr, r, r >= 0, HAS_MAP)
+        write_groups(groups_ptr, ids_ptr, map_ptr, R, top_k, R_PAD)
+    slot = slot_of(ids_ptr, map_ptr, r, r >= 0)
     t = tl.arange(0, TOKENS)
     j = tl.arange(0, K_PAD)
     flat = t[:, None] * top_k + j[None, :]
     valid = (t < T)[:, None] & (j < top_k)[None, :]
-    slots = slot_of(ids_ptr, map_ptr, flat, valid, HAS_MAP)
+    slots = slot_of(ids_ptr, map_ptr, flat, valid)
     row = tl.min(tl.where(slots == slot, flat, R), axis=1)
     if (slot >= 0) & (tl.min(row, axis=0) == r):
         if tl.program_id(1) == 0:
             tl.store(rows_ptr + r * TOKENS + t, row)
-        PAIRED: tl.constexpr = GATED and INTERLEAVED
-        APART: tl.constexpr = GATED and not INTERLEAVED
-        ROWS: tl.constexpr = 2 * BLOCK_I if PAIRED else BLOCK_I
         i = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
-        n = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        in_rows = n < (2 * I if PAIRED else I)
+        in_i = i < I
         here = row < R
-        base = gate_up_ptr + slot * stride_gs + n.to(tl.int64)[:, None] * stride_gn
-        up_base = gate_up_ptr + slot * stride_gs + (n + I).to(tl.int64)[:, None] * stride_gn
-        gate = tl.zeros([ROWS, TOKENS], tl.float32)
+        gate = tl.zeros([BLOCK_I, TOKENS], tl.float32)
         up = tl.zeros([BLOCK_I, TOKENS], tl.float32)
         for h0 in range(0, H, BLOCK_H):
             h = h0 + tl.arange(0, BLOCK_H)
             x_mask = (h < H)[:, None] & here[None, :]
             x = tl.load(hidden_ptr + t[None, :] * stride_ht + h[:, None], mask=x_mask, other=0.0)
-            mask = in_rows[:, None] & (h < H)[None, :]
-            w = tl.load(base + h[None, :] * stride_gh, mask=mask, other=0.0)
+            w = load_tile(
+                gate_ptr, gate_scales_ptr, slot, i[:, None], h[None, :],
+                in_i[:, None], (h < H)[None, :],
+                stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
+                x.dtype, FORMAT,
+            )  # fmt: skip
             gate = multiply(w, x, gate, UPCAST)
-            if APART:
-                w = tl.load(up_base + h[None, :] * stride_gh, mask=mask, other=0.0)
+            if up_ptr is not None:
+                w = load_tile(
+                    up_ptr, up_scales_ptr, slot, i[:, None], h[None, :],
+                    in_i[:, None], (h < H)[None, :],
+                    stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
+                    x.dtype, FORMAT,
+                )  # fmt: skip
                 up = multiply(w, x, up, UPCAST)
-        if HAS_BIAS:
-            bias = bias_ptr + slot * stride_bs + n
-            gate += tl.load(bias, mask=in_rows, other=0.0).to(tl.float32)[:, None]
-            if APART:
-                up += tl.load(bias + I, mask=in_rows, other=0.0).to(tl.float32)[:, None]
-        if PAIRED:
-            pairs = tl.permute(tl.reshape(gate, [BLOCK_I, 2, TOKENS]), (0, 2, 1))
-            gate, up = tl.split(pairs)
-        value = activate(gate, up, alpha, limit, ACTIVATION, GATED)
+        if gate_bias_ptr is not None:
+            offset = slot * stride_bs + i * stride_bn
+            gate += tl.load(gate_bias_ptr + offset, mask=in_i, other=0.0).to(tl.float32)[:, None]
+            if up_ptr is not None:
+                up += tl.load(up_bias_ptr + offset, mask=in_i, other=0.0).to(tl.float32)[:, None]
+        value = apply_gate(gate, up, alpha, limit, FUNCTION, ACTIVATION)
         pointer = act_ptr + row.to(tl.int64)[None, :] * I + i[:, None]
-        tl.store(pointer, value.to(act_ptr.dtype.element_ty), mask=(i < I)[:, None] & here[None, :])
+        tl.store(pointer, value.to(act_ptr.dtype.element_ty), mask=in_i[:, None] & here[None, :])
 
 
 @triton.jit(do_not_specialize=["T", "per_route"])
 def down_shared(
-    act_ptr, ids_ptr, map_ptr, weights_ptr, down_ptr, bias_ptr, plan_ptr, rows_ptr,
-    routes_ptr, out_ptr,
-    T, top_k, H, I, stride_ds, stride_dh, stride_di, stride_bs, stride_ot, per_route,
-    HAS_MAP: tl.constexpr, HAS_BIAS: tl.constexpr, UPCAST: tl.constexpr, TOKENS: tl.constexpr,
+    act_ptr, ids_ptr, map_ptr, weights_ptr, down_ptr, down_scales_ptr, down_bias_ptr,
+    groups_ptr, rows_ptr, routes_ptr, out_ptr,
+    T, top_k, H, I, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
+    stride_bs, stride_bn, stride_ot, per_route,
+    FORMAT: tl.constexpr, UPCAST: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """out[t, h] = sum over j, in order, of weight[t, j] * (down[slot(t, j)] @ act[t, j])[h].
 
     | argument | shape | dtype | strides | meaning |
     |---|---|---|---|---|
-    | act, plan, rows | | | | from gate_up_shared |
+    | act, groups, rows | | | | from gate_up_shared |
     | ids, map | [T*k], [E] | int32/64 | contiguous | as in gate_up_shared |
     | weights | [T*k] | any float | contiguous | routing weights |
-    | down | [S, H, I] | W | (stride_ds, stride_dh, stride_di) | |
-    | bias | [S, H] | W/float32 | (stride_bs, 1) | read when HAS_BIAS |
+    | down | [S, H, I] | by FORMAT | (stride_ws, stride_wn, stride_wk) | |
+    | down_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | down_bias | [S, H] | X/float32 | (stride_bs, stride_bn) | or None |
     | routes | [T*k, H] | float32 | contiguous | one expert's output for one token; the whole
       result when per_route, room to work in otherwise |
-    | out | [T, H] | W | (stride_ot, 1) | written when not per_route |
+    | out | [T, H] | X | (stride_ot, 1) | written when not per_route |
 
-    Grid (ceil(H / BLOCK_H),). Bytes: H * I * sizeof(W) per distinct slot, and 8 per route and
-    column of H for `routes`; FLOPs that count: 2 * H * I per present route.
+    Grid (ceil(H / BLOCK_H),). Bytes: those of down per distinct slot, and 8 per route and column
+    of H for `routes`; FLOPs that count: 2 * H * I per present route.
 
     A program owns BLOCK_H columns of the output for all tokens, so its loop runs over every group
     without a break and each weight is read once. What it wrote to `routes` it reads back after a
@@ -145,12 +150,12 @@ def down_shared(
     t = tl.arange(0, TOKENS)
     R = T * top_k
     blocks = tl.cdiv(I, BLOCK_I)
-    groups = tl.load(plan_ptr)
+    groups = tl.load(groups_ptr)
     acc = tl.zeros([BLOCK_H, TOKENS], tl.float32)
     # The ids of a step are loaded in the step before, so that the loads of weights, which depend on
     # nothing else, can run several steps ahead.
-    r = tl.load(plan_ptr + 1, mask=groups > 0, other=0)
-    slot = slot_of(ids_ptr, map_ptr, r, groups > 0, HAS_MAP)
+    r = tl.load(groups_ptr + 1, mask=groups > 0, other=0)
+    slot = slot_of(ids_ptr, map_ptr, r, groups > 0)
     row = tl.load(rows_ptr + r * TOKENS + t)
     for step in range(0, groups * blocks):
         block = step % blocks
@@ -158,28 +163,31 @@ def down_shared(
         i = block * BLOCK_I + tl.arange(0, BLOCK_I)
         a_mask = (i < I)[:, None] & here[None, :]
         a = tl.load(act_ptr + row.to(tl.int64)[None, :] * I + i[:, None], mask=a_mask, other=0.0)
-        offset = h.to(tl.int64)[:, None] * stride_dh + i[None, :] * stride_di
-        mask = (h < H)[:, None] & (i < I)[None, :]
-        w = tl.load(down_ptr + slot * stride_ds + offset, mask=mask, other=0.0)
+        w = load_tile(
+            down_ptr, down_scales_ptr, slot, h[:, None], i[None, :],
+            (h < H)[:, None], (i < I)[None, :],
+            stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
+            a.dtype, FORMAT,
+        )  # fmt: skip
         acc = multiply(w, a, acc, UPCAST)
         # Until a group's last block nothing is written; after it the sum starts anew.
         last = block == blocks - 1
         written = h < tl.where(last, H, 0)
         y = acc
-        if HAS_BIAS:
-            b = tl.load(bias_ptr + slot * stride_bs + h, mask=written, other=0.0)
-            y += b.to(tl.float32)[:, None]
+        if down_bias_ptr is not None:
+            bias = down_bias_ptr + slot * stride_bs + h * stride_bn
+            y += tl.load(bias, mask=written, other=0.0).to(tl.float32)[:, None]
         pointer = routes_ptr + row.to(tl.int64)[None, :] * H + h[:, None]
         tl.store(pointer, y, mask=written[:, None] & here[None, :])
         acc = tl.where(last, 0.0, acc)
-        r = tl.load(plan_ptr + 1 + tl.minimum((step + 1) // blocks, groups - 1))
-        slot = slot_of(ids_ptr, map_ptr, r, r >= 0, HAS_MAP)
+        r = tl.load(groups_ptr + 1 + tl.minimum((step + 1) // blocks, groups - 1))
+        slot = slot_of(ids_ptr, map_ptr, r, r >= 0)
         row = tl.load(rows_ptr + r * TOKENS + t)
     tl.debug_barrier()
     out = tl.zeros([TOKENS, BLOCK_H], tl.float32)
     for j in range(0, top_k):
         own = t * top_k + j
-        first = tl.load(plan_ptr + 1 + R + own, mask=t < T, other=-1)
+        first = tl.load(groups_ptr + 1 + R + own, mask=t < T, other=-1)
         mask = (first >= 0)[:, None] & (h < H)[None, :]
         pointer = routes_ptr + first.to(tl.int64)[:, None] * H + h[None, :]
         y = tl.load(pointer, mask=mask, other=0.0)

@@ -8,6 +8,7 @@ checks values or launches anything: `gates.check_form` and `checks.py` do.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -75,6 +76,16 @@ class ExpertMatrices:
     gate: Matrix
     up: Matrix | None
     down: Matrix
+
+    @cached_property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        """The values of gate, up and down, then their scales, then their biases; None if absent."""
+        every = (self.gate, self.up, self.down)
+        return tuple(
+            None if matrix is None else getattr(matrix, part)
+            for part in ("values", "scales", "bias")
+            for matrix in every
+        )
 
     @classmethod
     def of_fused(

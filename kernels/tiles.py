@@ -29,7 +29,7 @@ class Tiles:
     end: torch.Tensor
 
 
-def plan_tiles(slots: torch.Tensor, num_slots: int, block_rows: int) -> Tiles:
+def make_tiles(slots: torch.Tensor, num_slots: int, block_rows: int) -> Tiles:
     """Tiles of `block_rows` rows over the routes `slots` [R] (int64, -1 = absent), with no sync.
 
     The number of tiles is the bound floor(R / block_rows) + min(R, num_slots); those beyond the

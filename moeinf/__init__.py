@@ -75,8 +75,7 @@ def policies() -> list[str]:
 
 
 def __getattr__(name: str) -> Any:
-    if name == "kernels":  # a namespace package over kernels/: importing it needs Triton
-        importlib.import_module("moeinf.kernels.experts")
+    if name == "kernels":
         return importlib.import_module("moeinf.kernels")
     if name not in _HOMES:
         raise AttributeError(f"module 'moeinf' has no attribute {name!r}")

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moeinf.kernels.experts import combine, expert_routes, fused_experts
     from moeinf.kernels.forms import ExpertForm, ExpertMatrices, Gate, Matrix
 
 __path__ = [str(Path(__file__).with_suffix(""))]
@@ -23,6 +24,9 @@ _HOMES = {
     "ExpertMatrices": "forms",
     "Gate": "forms",
     "Matrix": "forms",
+    "combine": "experts",
+    "expert_routes": "experts",
+    "fused_experts": "experts",
 }
 
 __all__ = [
@@ -30,6 +34,9 @@ __all__ = [
     "ExpertMatrices",
     "Gate",
     "Matrix",
+    "combine",
+    "expert_routes",
+    "fused_experts",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import random
@@ -11,7 +12,12 @@ import pytest
 import torch
 
 from moeinf import _core
+from moeinf.checkpoint.formats import FORMATS
+from moeinf.checkpoint.layout import Layout
 from moeinf.errors import UnsupportedError
+from moeinf.experts.cpu import core_expert
+from moeinf.kernels.forms import ExpertForm, Gate
+from moeinf.kernels.gates import ACTIVATIONS, GATES
 
 ISAS = [name for name, supported in _core.cpu_kernels() if supported]
 DTYPES = {
@@ -19,7 +25,14 @@ DTYPES = {
     torch.float16: _core.DType.f16,
     torch.float32: _core.DType.f32,
 }
-ACTIVATIONS = ["silu", "gelu", "gelu_tanh", "relu"]
+FORMAT_NAMES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+# (function, activation) of every gate that there is.
+GATE_NAMES = [
+    (function, activation)
+    for function in GATES
+    for activation in ACTIVATIONS
+    if "activation" in GATES[function].constants or activation == "silu"
+]
 
 # Largest error over the largest sum of absolute values of what a result is summed from. bf16
 # hidden states and weights may round the inner activations to bf16; all else is float32 throughout.
@@ -39,31 +52,102 @@ def seed() -> int:
 
 
 @dataclass
+class Placed:
+    """One matrix of all experts, and the place of its rows in a slot."""
+
+    values: torch.Tensor  # [E, N, K]
+    offset: int = 0  # bytes
+    stride: int = 0
+    bias: torch.Tensor | None = None  # [E, N]
+    bias_offset: int = 0
+    bias_stride: int = 0
+
+    @property
+    def core(self) -> _core.Matrix:
+        _, rows, cols = self.values.shape
+        has_bias = self.bias is not None
+        return _core.Matrix(
+            format=FORMAT_NAMES[self.values.dtype],
+            rows=rows,
+            cols=cols,
+            values=_core.Rows(self.offset, self.stride),
+            bias=_core.Rows(self.bias_offset, self.bias_stride) if has_bias else None,
+            bias_dtype=DTYPES[self.bias.dtype] if has_bias else _core.DType.f32,
+        )
+
+    def write(self, slot: torch.Tensor, expert: int) -> None:
+        """Into one slot, uint8 [slot_bytes]."""
+        put_rows(slot, self.values[expert], self.offset, self.stride)
+        if self.bias is not None:
+            put_rows(slot, self.bias[expert, :, None], self.bias_offset, self.bias_stride)
+
+    def apply(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        """float64"""
+        y = self.values[expert].double() @ x
+        return y if self.bias is None else y + self.bias[expert].double()
+
+
+def put_rows(slot: torch.Tensor, rows: torch.Tensor, offset: int, stride: int) -> None:
+    for n, row in enumerate(rows.contiguous()):
+        raw = row.view(torch.uint8)
+        slot[offset + n * stride : offset + n * stride + len(raw)] = raw
+
+
+def textbook_activation(name: str, x: torch.Tensor) -> torch.Tensor:
+    return {
+        "silu": torch.nn.functional.silu,
+        # Forms of the textbook's 1 + erf and 1 + tanh that do not cancel where x is negative.
+        "gelu": lambda x: 0.5 * x * torch.special.erfc(-x / 2**0.5),
+        "gelu_tanh": lambda x: x * torch.sigmoid((8 / math.pi) ** 0.5 * (x + 0.044715 * x**3)),
+        "relu": torch.relu,
+        "relu2": lambda x: torch.where(x > 0, x * x, 0),
+    }[name](x)
+
+
+def textbook_gate(gate: Gate, g: torch.Tensor, u: torch.Tensor | None) -> torch.Tensor:
+    a, limit = gate.alpha, gate.limit
+    if gate.function == "plain":
+        return textbook_activation(gate.activation, g)
+    assert u is not None
+    low, near = g.clip(None, limit), u.clip(-limit, limit)
+    if gate.function == "glu":
+        return textbook_activation(gate.activation, g) * u
+    if gate.function == "swiglu_oai":
+        return (near + 1) * low / (1 + torch.exp(-a * low))
+    if gate.function == "clamped_glu":
+        return textbook_activation(gate.activation, low) * near
+    if gate.function == "glu_clamped":
+        return textbook_activation(gate.activation, g).clip(None, limit) * near
+    assert gate.function == "softcap_swiglu"
+    return a * torch.tanh(g / a) / (1 + torch.exp(-g)) * limit * torch.tanh(u / limit)
+
+
+@dataclass
 class Case:
     """One call: slots are bytes, poisoned with NaN wherever no weight of a routed expert lies."""
 
     hidden: torch.Tensor  # [T, H]
     ids: torch.Tensor  # [T, k]
     scale: torch.Tensor  # [T, k]
-    gate_up: torch.Tensor  # [E, 2I or I, H]
-    down: torch.Tensor  # [E, H, I]
-    activation: str
-    gated: bool
+    gate: Placed  # [E, I, H]
+    up: Placed | None
+    down: Placed  # [E, H, I]
+    function: Gate
     slots: torch.Tensor  # uint8 [E, slot_bytes], in shuffled order
     slot_of: list[int]
-    gate_up_offset: int
-    down_offset: int
 
     @property
-    def shape(self) -> _core.FfnShape:
-        return _core.FfnShape(
-            hidden=self.hidden.shape[1],
-            intermediate=self.down.shape[2],
-            weights=DTYPES[self.down.dtype],
-            activation=getattr(_core.Activation, self.activation),
-            gated=self.gated,
-            gate_up_offset=self.gate_up_offset,
-            down_offset=self.down_offset,
+    def expert(self) -> _core.ExpertFfn:
+        return _core.ExpertFfn(
+            gate=self.gate.core,
+            up=self.up.core if self.up else None,
+            down=self.down.core,
+            function=_core.Gate(
+                self.function.function,
+                self.function.activation,
+                alpha=self.function.alpha,
+                limit=self.function.limit,
+            ),
         )
 
     @property
@@ -77,11 +161,23 @@ class Case:
             topk_weights_dtype=DTYPES[self.scale.dtype],
             tokens=self.hidden.shape[0],
             top_k=self.ids.shape[1],
-            num_experts=self.down.shape[0],
+            num_experts=self.experts,
         )
+
+    @property
+    def experts(self) -> int:
+        return len(self.slots)
 
     def address(self, expert: int) -> int:
         return self.slots[self.slot_of[expert]].data_ptr()
+
+    def fill_slots(self) -> None:
+        """Bytes of all ones are NaN in every format."""
+        self.slots.fill_(255)
+        for expert in set(self.ids.flatten().tolist()) - {-1}:
+            for matrix in (self.gate, self.up, self.down):
+                if matrix is not None:
+                    matrix.write(self.slots[self.slot_of[expert]], expert)
 
     def run(
         self,
@@ -90,13 +186,13 @@ class Case:
         waves: list[list[int]] | None = None,
     ) -> torch.Tensor:
         """[T, H]; `waves` are lists of positions, computed one after another."""
-        ffn = _core.FfnPass(engine, self.shape, self.input)
+        call = _core.ExpertFfnCall(engine, self.expert, self.input)
         if waves is None:
-            waves = [list(range(len(ffn.experts)))]
+            waves = [list(range(len(call.experts)))]
         for wave in waves:
-            ffn.compute([(p, self.address(ffn.experts[p])) for p in wave])
+            call.compute([(p, self.address(call.experts[p])) for p in wave])
         out = torch.full(self.hidden.shape, math.nan, dtype=out_dtype)
-        ffn.finish(out.data_ptr(), DTYPES[out_dtype])
+        call.finish(out.data_ptr(), DTYPES[out_dtype])
         return out
 
     def reference(self) -> torch.Tensor:
@@ -105,27 +201,19 @@ class Case:
 
     def reference_and_size(self) -> tuple[torch.Tensor, float]:
         """float64 [T, H], and the largest sum of absolute values that the result is summed from."""
-        act = {
-            "silu": torch.nn.functional.silu,
-            # Forms of the textbook's 1 + erf and 1 + tanh that do not cancel where x is negative.
-            "gelu": lambda x: 0.5 * x * torch.special.erfc(-x / 2**0.5),
-            "gelu_tanh": lambda x: x * torch.sigmoid((8 / math.pi) ** 0.5 * (x + 0.044715 * x**3)),
-            "relu": torch.relu,
-        }[self.activation]
         out = torch.zeros(self.hidden.shape, dtype=torch.float64)
         size = torch.zeros_like(out)
         for t, x in enumerate(self.hidden.double()):
             for expert, scale in zip(self.ids[t].tolist(), self.scale[t].double(), strict=True):
                 if expert < 0:
                     continue
-                first = self.gate_up[expert].double() @ x
-                if self.gated:
-                    gate, up = first.chunk(2)
-                    inner = act(gate) * up
-                else:
-                    inner = act(first)
-                out[t] += scale * (self.down[expert].double() @ inner)
-                size[t] += scale.abs() * (self.down[expert].double().abs() @ inner.abs())
+                up = self.up.apply(expert, x) if self.up else None
+                inner = textbook_gate(self.function, self.gate.apply(expert, x), up)
+                out[t] += scale * self.down.apply(expert, inner)
+                size[t] += scale.abs() * (
+                    self.down.values[expert].double().abs() @ inner.abs()
+                    + (0 if self.down.bias is None else self.down.bias[expert].double().abs())
+                )
         return out, float(size.max()) if size.numel() else 0.0
 
 
@@ -138,15 +226,19 @@ def make_case(
     experts: int = 7,
     top_k: int = 3,
     dtype: torch.dtype = torch.bfloat16,
-    weights: torch.dtype | None = None,
-    activation: str = "silu",
-    gated: bool = True,
+    weights: torch.dtype | dict[str, torch.dtype] | None = None,
+    function: Gate | None = None,
+    bias: torch.dtype | None = None,
+    placement: str = "concatenated",
     ids_dtype: torch.dtype = torch.int64,
     skip: float = 0.15,
     repeat: bool = True,
 ) -> Case:
-    """`skip` is the share of routes without an expert; `repeat` lets a token name one twice."""
-    weights = weights or dtype
+    """`weights` is the format of all matrices, or of each by name. `placement`: rows of gate and up
+    one matrix after the other (concatenated), in turn (interleaved), or with gaps (gapped). `skip`
+    is the share of routes without an expert; `repeat` lets a token name one twice."""
+    function = function or Gate()
+    formats = weights if isinstance(weights, dict) else dict.fromkeys("gud", weights or dtype)
     rng = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> torch.Tensor:
@@ -161,37 +253,42 @@ def make_case(
         ids = torch.stack([torch.randperm(routed, generator=rng)[:top_k] for _ in range(tokens)])
     ids = ids.masked_fill(torch.rand(tokens, top_k, generator=rng) < skip, -1).to(ids_dtype)
     scale = normal(tokens, top_k).abs().to(dtype)
-    rows = 2 * intermediate if gated else intermediate
-    gate_up = (normal(experts, rows, hidden) * 1.5 / hidden**0.5).to(weights)
-    down = (normal(experts, hidden, intermediate) / intermediate**0.5).to(weights)
 
-    size = weights.itemsize
-    gate_up_offset = size * 3
-    down_offset = gate_up_offset + gate_up[0].nbytes + size * 5
-    slot_bytes = -(-(down_offset + down[0].nbytes + size) // 64) * 64
-    slots = torch.full((experts, slot_bytes // size), math.nan, dtype=weights)
-    slot_of = torch.randperm(experts, generator=rng).tolist()
-    used = set(ids.flatten().tolist())
-    for expert in range(experts):
-        if expert not in used:
-            continue
-        slot = slots[slot_of[expert]]
-        slot[3 : 3 + gate_up[0].numel()] = gate_up[expert].flatten()
-        start = down_offset // size
-        slot[start : start + down[0].numel()] = down[expert].flatten()
-    return Case(
-        hidden=x,
-        ids=ids,
-        scale=scale,
-        gate_up=gate_up,
-        down=down,
-        activation=activation,
-        gated=gated,
-        slots=slots.view(torch.uint8),
-        slot_of=slot_of,
-        gate_up_offset=gate_up_offset,
-        down_offset=down_offset,
-    )
+    def matrix(name: str, rows: int, cols: int, size: float) -> Placed:
+        values = (normal(experts, rows, cols) * size / cols**0.5).to(formats[name])
+        return Placed(values, bias=normal(experts, rows).to(bias) if bias else None)
+
+    gate = matrix("g", intermediate, hidden, 1.5)
+    up = matrix("u", intermediate, hidden, 1.5) if function.function != "plain" else None
+    down = matrix("d", hidden, intermediate, 1)
+
+    end = place(12, [m for m in (gate, up) if m is not None], placement)
+    end = place(end + 20, [down], "gapped" if placement == "gapped" else "concatenated")
+    slots = torch.empty(experts, (end // 64 + 2) * 64, dtype=torch.uint8)
+    order = torch.randperm(experts, generator=rng).tolist()
+    case = Case(x, ids, scale, gate, up, down, function, slots, order)
+    case.fill_slots()
+    return case
+
+
+def place(offset: int, matrices: list[Placed], placement: str) -> int:
+    """Gives each matrix, and each bias, its place behind byte `offset`; returns the end."""
+    tensors = [m.values for m in matrices], [m.bias for m in matrices if m.bias is not None]
+    for kind, parts in zip(("", "bias_"), tensors, strict=True):
+        for at, tensor in enumerate(parts):
+            count, row = tensor.shape[1], tensor[0, 0].nbytes
+            if placement == "interleaved":
+                start, stride = offset + at * row, row * len(parts)
+            else:
+                start = offset = (offset + 11) // 4 * 4
+                stride = row + (3 * tensor.element_size() if placement == "gapped" else 0)
+                offset += count * stride
+            setattr(matrices[at], f"{kind}offset", start)
+            setattr(matrices[at], f"{kind}stride", stride)
+        if parts and placement == "interleaved":
+            offset += count * stride
+        offset = (offset + 11) // 4 * 4
+    return offset
 
 
 def assert_matches(case: Case, found: torch.Tensor, tolerance: float) -> None:
@@ -203,6 +300,79 @@ def assert_matches(case: Case, found: torch.Tensor, tolerance: float) -> None:
         assert error <= tolerance * size, (
             f"error {error:.2e} of {size:.2e}, allowed {tolerance:.1e}"
         )
+
+
+def random_gate(rng: random.Random, names: tuple[str, str] | None = None) -> Gate:
+    """With constants that matter to values of about 1."""
+    return Gate(*(names or rng.choice(GATE_NAMES)), rng.uniform(0.7, 2), rng.uniform(0.6, 2))
+
+
+def test_the_tables_of_the_core_hold_the_rows_of_python():
+    assert _core.weight_formats() == list(FORMATS)
+    assert _core.gate_functions() == list(GATES)
+    assert _core.activations() == list(ACTIVATIONS)
+
+
+@pytest.mark.parametrize("names", GATE_NAMES, ids="-".join)
+def test_every_gate_in_every_format_and_placement(engine, seed, names):
+    rng = random.Random(seed)
+    for dtype, has_bias, placement in itertools.product(
+        DTYPES, [True, False], ["concatenated", "interleaved", "gapped"]
+    ):
+        case = make_case(
+            rng.randrange(2**31),
+            tokens=rng.choice([1, 2, 5]),
+            hidden=rng.choice([1, 16, 33, 70]),
+            intermediate=rng.choice([1, 31, 32, 53]),
+            top_k=2,
+            dtype=dtype,
+            function=random_gate(rng, names),
+            bias=rng.choice([torch.float32, dtype]) if has_bias else None,
+            placement=placement,
+        )
+        assert_matches(case, case.run(engine), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("placement", ["interleaved", "gapped"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_do_not_depend_on_where_the_rows_lie(engine, seed, dtype, placement):
+    """Many tokens and few: weights are walked in two ways."""
+    for tokens in (2, 90):
+        options = {"tokens": tokens, "hidden": 130, "intermediate": 101, "dtype": dtype,
+                   "bias": torch.float32}  # fmt: skip
+        found = make_case(seed, placement=placement, **options).run(engine)
+        assert torch.equal(found, make_case(seed, **options).run(engine))
+
+
+def test_matrices_of_one_expert_may_differ_in_format(engine, seed):
+    for formats in itertools.product(DTYPES, repeat=3):
+        weights = dict(zip("gud", formats, strict=True))
+        case = make_case(seed, tokens=3, hidden=37, intermediate=41, weights=weights)
+        assert_matches(case, case.run(engine), TOLERANCE[torch.bfloat16])
+
+
+def test_what_a_layout_says_is_what_the_core_computes(engine, seed):
+    """From form and layout, as the operator does it; the pool's padding is NaN."""
+    rng = random.Random(seed)
+    for has_gate, has_bias, interleaved in itertools.product([True, False], repeat=3):
+        function = random_gate(rng, ("swiglu_oai", "silu") if has_gate else ("plain", "relu2"))
+        bias = torch.bfloat16 if has_bias else None
+        case = make_case(rng.randrange(2**31), hidden=47, intermediate=30, function=function,
+                         bias=bias)  # fmt: skip
+        form = ExpertForm(function, has_gate, has_bias)
+        layout = Layout.of(form, FORMATS["bf16"], 47, 30, interleaved=interleaved)
+        pool = torch.full((case.experts, layout.slot_bytes), 255, dtype=torch.uint8)
+        views = layout.matrices(pool)
+        for matrix, view in ((case.gate, views.gate), (case.up, views.up), (case.down, views.down)):
+            if matrix is not None:
+                view.values.copy_(matrix.values)
+                if has_bias:
+                    view.bias.copy_(matrix.bias)
+        out = torch.full(case.hidden.shape, math.nan)
+        _core.fused_experts_raw(engine, core_expert(form, layout), case.input,
+                                slots=[slot.data_ptr() for slot in pool], out=out.data_ptr(),
+                                out_dtype=_core.DType.f32)  # fmt: skip
+        assert torch.equal(out, case.run(engine))
 
 
 def test_the_list_of_kernels_ends_with_one_that_runs_everywhere():
@@ -232,8 +402,7 @@ def test_matches_the_reference(engine, seed, tokens, dtype):
             intermediate=rng.choice([1, 5, 24, 31, 48, 53, 97]),
             top_k=rng.randint(1, 8),
             dtype=dtype,
-            activation=rng.choice(ACTIVATIONS),
-            gated=rng.random() < 0.7,
+            function=random_gate(rng),
             ids_dtype=rng.choice([torch.int32, torch.int64]),
         )
         assert_matches(case, case.run(engine), TOLERANCE[dtype])
@@ -257,20 +426,18 @@ def test_the_result_is_rounded_once_to_the_format_asked_for(engine, seed, out_dt
     assert torch.equal(case.run(engine, out_dtype), case.run(engine).to(out_dtype))
 
 
-@pytest.mark.parametrize("gated", [True, False])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_keep_their_relative_accuracy(engine, activation, gated):
-    """One-element networks whose inner value is the activation itself, over all magnitudes."""
+@pytest.mark.parametrize("names", GATE_NAMES, ids="-".join)
+def test_gates_keep_their_relative_accuracy(engine, names):
+    """One-element networks whose inner value is the gate itself, over all magnitudes."""
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-30, 30, 601)])
     x = torch.cat([x, -torch.logspace(-30, 0, 301)]).float().unsqueeze(1)
     case = make_case(0, tokens=len(x), hidden=1, intermediate=1, experts=2, top_k=1, skip=0,
-                     dtype=torch.float32, activation=activation, gated=gated)  # fmt: skip
+                     dtype=torch.float32, function=Gate(*names, alpha=1.5, limit=4.0))  # fmt: skip
     case.hidden, case.scale = x, torch.ones(len(x), 1)
-    case.gate_up.fill_(1), case.down.fill_(1)
-    typed = case.slots.view(torch.float32)
-    typed[case.slot_of[0]] = math.nan
-    typed[case.slot_of[0], 3 : 3 + case.gate_up[0].numel()] = 1
-    typed[case.slot_of[0], case.down_offset // 4] = 1
+    for matrix in (case.gate, case.up, case.down):
+        if matrix is not None:
+            matrix.values.fill_(1)
+    case.fill_slots()
     expected = case.reference()
     found = case.run(engine).double()
     # What float32 cannot hold, and a gated product beyond its range, is not asked of it.
@@ -280,20 +447,20 @@ def test_activations_keep_their_relative_accuracy(engine, activation, gated):
     assert (error < 2e-6).double().mean() > 0.75
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("names", GATE_NAMES, ids="-".join)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_nan_and_infinity_reach_the_token_they_belong_to_and_no_other(
-    engine, seed, value, activation, dtype
-):
+def test_nan_and_infinity_reach_the_token_they_belong_to_and_no_other(engine, seed, names, dtype):
     case = make_case(seed, tokens=4, hidden=37, intermediate=35, dtype=dtype, skip=0,
-                     activation=activation)  # fmt: skip
+                     function=Gate(*names, limit=4.0))  # fmt: skip
     clean = case.run(engine)
-    case.hidden[2, 36] = value
-    found = case.run(engine)
-    assert not torch.isfinite(found[2]).any()
-    for token in (0, 1, 3):
-        assert torch.equal(found[token], clean[token])
+    for value in (math.nan, math.inf, -math.inf):
+        case.hidden[2, 36] = value
+        found = case.run(engine)
+        for token in (0, 1, 3):
+            assert torch.equal(found[token], clean[token])
+        # A function with a limit makes an infinity finite again; NaN stays NaN.
+        if math.isnan(value) or "limit" not in GATES[names[0]].constants:
+            assert not torch.isfinite(found[2]).any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -301,7 +468,7 @@ def test_bits_do_not_depend_on_waves_threads_or_company(engine, seed, dtype):
     rng = random.Random(seed)
     case = make_case(seed, tokens=90, hidden=130, intermediate=101, top_k=4, dtype=dtype)
     whole = case.run(engine)
-    count = len(_core.FfnPass(engine, case.shape, case.input).experts)
+    count = len(_core.ExpertFfnCall(engine, case.expert, case.input).experts)
     for _ in range(4):
         positions = rng.sample(range(count), count)
         cuts = sorted(rng.sample(range(1, count), rng.randint(0, count - 1)))
@@ -327,17 +494,16 @@ def test_weights_are_not_read_outside_their_segments(engine, seed):
         case = make_case(seed, tokens=3, hidden=37, intermediate=29, experts=2, top_k=1, skip=0,
                          dtype=dtype)  # fmt: skip
         expected = case.run(engine)
-        nbytes = case.down[0].nbytes
+        nbytes = case.down.values[0].nbytes
         pages = -(-nbytes // page)
         area = mmap.mmap(-1, (pages + 1) * page)
         memory = torch.frombuffer(area, dtype=torch.uint8)
         libc_protect(memory.data_ptr() + pages * page, page)
         start = pages * page - nbytes
-        memory[start : start + nbytes] = case.down[0].contiguous().view(torch.uint8).flatten()
+        memory[start : start + nbytes] = case.down.values[0].view(torch.uint8).flatten()
         slot = case.address(0)
-        case.down_offset = memory.data_ptr() + start - slot  # far, but an offset all the same
-        if case.down_offset < 0:
-            case.down_offset += 2**64
+        # Far from the slot, but an offset all the same.
+        case.down.offset = (memory.data_ptr() + start - slot) % 2**64
         assert torch.equal(case.run(engine), expected)
         del memory
 
@@ -352,9 +518,9 @@ def libc_protect(address: int, nbytes: int) -> None:
 def test_says_which_experts_it_needs_in_order_of_first_appearance(engine):
     case = make_case(0, tokens=3, top_k=3)
     case.ids = torch.tensor([[4, -1, 2], [2, 2, 0], [4, 5, -1]])
-    ffn = _core.FfnPass(engine, case.shape, case.input)
-    assert ffn.experts == [4, 2, 0, 5]
-    assert ffn.counts == [2, 3, 1, 1]
+    call = _core.ExpertFfnCall(engine, case.expert, case.input)
+    assert call.experts == [4, 2, 0, 5]
+    assert call.counts == [2, 3, 1, 1]
 
 
 def test_a_token_without_experts_gets_zeros(engine):
@@ -382,40 +548,96 @@ def test_a_router_weight_that_is_not_finite_is_refused_by_name(engine, bad):
 
 def test_misuse_is_refused(engine):
     case = make_case(4, tokens=3, skip=0)
-    ffn = _core.FfnPass(engine, case.shape, case.input)
+    call = _core.ExpertFfnCall(engine, case.expert, case.input)
     out = torch.empty(case.hidden.shape)
-    first = (0, case.address(ffn.experts[0]))
+    first = (0, case.address(call.experts[0]))
     with pytest.raises(ValueError, match=r"position 99 of"):
-        ffn.compute([(99, 0)])
-    ffn.compute([first])
+        call.compute([(99, 0)])
+    call.compute([first])
     with pytest.raises(ValueError, match="was computed before"):
-        ffn.compute([first])
-    if len(ffn.experts) > 1:
-        with pytest.raises(ValueError, match=f"before expert {ffn.experts[1]} was computed"):
-            ffn.finish(out.data_ptr(), _core.DType.f32)
-    case.gate_up_offset += 1
-    with pytest.raises(ValueError, match="offsets must be multiples of 2 bytes"):
-        case.run(engine)
+        call.compute([first])
+    if len(call.experts) > 1:
+        with pytest.raises(ValueError, match=f"before expert {call.experts[1]} was computed"):
+            call.finish(out.data_ptr(), _core.DType.f32)
     with pytest.raises(ValueError, match="one slot address for each of 7 experts"):
-        _core.fused_experts_raw(engine, make_case(4).shape, case.input, slots=[0],
+        _core.fused_experts_raw(engine, make_case(4).expert, case.input, slots=[0],
                                 out=out.data_ptr(), out_dtype=_core.DType.f32)  # fmt: skip
     with pytest.raises(ValueError, match=r"0 .all CPUs. to 1024 threads"):
         _core.CpuEngine(threads=-1)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("glue", "silu"), "no gate function is named 'glue'; there are: glu, plain, swiglu_oai"),
+        (("glu", "swish"), "no activation is named 'swish'; there are: silu, gelu, gelu_tanh"),
+        (("swiglu_oai", "relu"), "has an activation of its own: expected 'silu', found 'relu'"),
+        (("swiglu_oai", "silu", math.nan), "'swiglu_oai': expected a finite alpha above 0"),
+        (("clamped_glu", "silu", 1.0, 0.0), "'clamped_glu': expected a limit above 0"),
+        (("softcap_swiglu", "silu", 1.0, math.inf), "expected a finite limit above 0, found inf"),
+    ],
+)
+def test_a_gate_that_cannot_be_is_refused(arguments, message):
+    names, constants = arguments[:2], dict(zip(("alpha", "limit"), arguments[2:]))  # noqa: B905
+    with pytest.raises(ValueError, match=message):
+        _core.Gate(*names, **constants)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "changes", "message"),
+    [
+        ("gate", {"rows": 0}, "sizes must be positive"),
+        ("up", {"rows": 47}, "up: expected 48 x 64 to go with gate, got 47 x 64"),
+        ("down", {"cols": 47}, "down: expected 64 x 48 to go with gate, got 64 x 47"),
+        ("gate", {"format": "fp9"}, "no weight format is named 'fp9'; there are: bf16, f16, f32"),
+        ("gate", {"values": (1, 128)}, "gate: offsets and strides must be multiples of 2 bytes"),
+        ("down", {"values": (0, 97)}, "down: offsets and strides must be multiples of 2 bytes"),
+        ("up", {"values": (0, 126)}, "up: a row has 128 bytes, the next begins after 126"),
+        ("up", {"values": (0, -128)}, "up: a row has 128 bytes, the next begins after -128"),
+        ("gate", {"scales": (0, 4)}, "gate: bf16 has no scales, got some"),
+        ("gate", {"bias": (0, 4)}, "every matrix has a bias or none has one; .* from up down"),
+        ("down", {"bias": (0, 4)}, "every matrix has a bias or none has one; .* from gate up"),
+        ("up", {"bias": (2, 4)}, "up bias: offsets and strides must be multiples of 4 bytes"),
+        ("up", {"bias": (0, 0)}, "up bias: a row has 4 bytes, the next begins after 0"),
+        ("up", None, "the gate function needs up, and there is none"),
+    ],
+)
+def test_an_expert_whose_matrices_cannot_be_is_refused_by_name(matrix, changes, message):
+    def made(name: str, rows: int, cols: int) -> _core.Matrix | None:
+        options = {"format": "bf16", "rows": rows, "cols": cols, "values": (0, cols * 2)}
+        if name == matrix:
+            if changes is None:
+                return None
+            options |= changes
+        for key in {"values", "scales", "bias"} & options.keys():
+            options[key] = _core.Rows(*options[key])
+        return _core.Matrix(**options)
+
+    with pytest.raises(ValueError, match=message):
+        _core.ExpertFfn(gate=made("gate", 48, 64), up=made("up", 48, 64),
+                        down=made("down", 64, 48), function=_core.Gate("glu", "silu"))  # fmt: skip
+    if changes is None:
+        with pytest.raises(ValueError, match="has no up, and there is one"):
+            matrix = "none"
+            _core.ExpertFfn(gate=made("gate", 48, 64), up=made("up", 48, 64),
+                            down=made("down", 64, 48),
+                            function=_core.Gate("plain", "relu"))  # fmt: skip
+
+
 def test_the_call_without_a_cache_gives_the_same(engine, seed):
     case = make_case(seed, tokens=11)
     out = torch.full(case.hidden.shape, math.nan)
-    slots = [case.address(e) for e in range(len(case.down))]
-    _core.fused_experts_raw(engine, case.shape, case.input, slots=slots, out=out.data_ptr(),
+    slots = [case.address(e) for e in range(case.experts)]
+    _core.fused_experts_raw(engine, case.expert, case.input, slots=slots, out=out.data_ptr(),
                             out_dtype=_core.DType.f32)  # fmt: skip
     assert torch.equal(out, case.run(engine))
 
 
-def test_tokens_per_pass_keeps_to_the_scratch_it_is_given():
-    shape = make_case(0, hidden=64, intermediate=48).shape
-    assert _core.FfnPass.tokens_per_pass(shape, 4, scratch_bytes=4 * (64 + 48) * 4 * 10) == 10
-    assert _core.FfnPass.tokens_per_pass(shape, 4, scratch_bytes=1) == 1
+def test_tokens_per_call_keeps_to_the_scratch_it_is_given():
+    expert = make_case(0, hidden=64, intermediate=48).expert
+    room = 4 * (64 + 48) * 4 * 10
+    assert _core.ExpertFfnCall.tokens_per_call(expert, 4, scratch_bytes=room) == 10
+    assert _core.ExpertFfnCall.tokens_per_call(expert, 4, scratch_bytes=1) == 1
 
 
 def test_calls_from_many_threads_take_turns(engine, seed):

@@ -1,12 +1,13 @@
-// Tells a forked child from its parent at the cost of a load. Threads, locks and the CUDA driver do
-// not survive a fork: an object that has one refuses to work in the child.
+// Detects that the process was forked. Costs one memory read, where getpid() is a system call.
+// Threads, locks and the CUDA driver do not survive a fork: an object that has one refuses to work
+// in the child.
 #pragma once
 
 #include <cstdint>
 
 namespace moeinf {
 
-// The same number throughout a process, another in a child forked from it after the first call.
+// Constant in a process. A child that is forked after the first call has another number.
 [[nodiscard]] int64_t process_generation() noexcept;
 
 // A member of the objects concerned.

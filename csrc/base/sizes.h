@@ -9,7 +9,7 @@ inline constexpr size_t kPage = 4096;
 inline constexpr size_t kHugePage = size_t{2} << 20;
 inline constexpr size_t kGatherUnit = 16;  // what the gather kernel moves at a time
 
-// The least multiple of `unit` that is not below `value`.
+// The smallest multiple of `unit` that is not below `value`.
 [[nodiscard]] constexpr size_t round_up(size_t value, size_t unit) {
     return (value + unit - 1) / unit * unit;
 }

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,6 +14,7 @@
 #include "bindings/ids.h"
 #include "compute/cpu_engine.h"
 #include "compute/expert_ffn.h"
+#include "compute/formats/formats.h"
 #include "probe/memory_read.h"
 
 namespace py = pybind11;
@@ -26,7 +28,7 @@ T* at(uintptr_t address) {
 }
 
 // Slots by address: position in `slots` is the in-layer expert id.
-void fused_experts_raw(CpuEngine& engine, const FfnShape& shape, const FfnInput& input,
+void fused_experts_raw(CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input,
                        const std::vector<uintptr_t>& slots, uintptr_t out, DType out_dtype) {
     if (slots.size() != static_cast<size_t>(input.num_experts)) {
         throw Error(ErrorCode::kInvalid, "expert FFN: one slot address for each of " +
@@ -34,14 +36,14 @@ void fused_experts_raw(CpuEngine& engine, const FfnShape& shape, const FfnInput&
                                              " experts expected, got " +
                                              std::to_string(slots.size()));
     }
-    FfnPass pass(engine, shape, input);
+    ExpertFfnCall call(engine, expert, input);
     std::vector<SlotOfExpert> ready;
-    for (size_t p = 0; p < pass.experts().size(); ++p) {
-        const size_t id = index(pass.experts()[p]);
+    for (size_t p = 0; p < call.experts().size(); ++p) {
+        const size_t id = index(call.experts()[p]);
         ready.push_back({static_cast<int32_t>(p), at<const std::byte>(slots[id])});
     }
-    pass.compute(ready);
-    pass.finish(at<void>(out), out_dtype);
+    call.compute(ready);
+    call.finish(at<void>(out), out_dtype);
 }
 
 void bind_types(py::module_& module) {
@@ -49,21 +51,24 @@ void bind_types(py::module_& module) {
         .value("bf16", DType::kBF16)
         .value("f16", DType::kF16)
         .value("f32", DType::kF32);
-    py::enum_<Activation>(module, "Activation")
-        .value("silu", Activation::kSilu)
-        .value("gelu", Activation::kGelu)
-        .value("gelu_tanh", Activation::kGeluTanh)
-        .value("relu", Activation::kRelu);
 
-    py::class_<FfnShape>(module, "FfnShape")
-        .def(py::init([](int64_t hidden, int64_t intermediate, DType weights, Activation activation,
-                         bool gated, uint64_t gate_up_offset, uint64_t down_offset) {
-                 return FfnShape{hidden, intermediate,   weights,    activation,
-                                 gated,  gate_up_offset, down_offset};
+    py::class_<Rows>(module, "Rows", "Bytes from the slot's start to row 0, and from row to row.")
+        .def(py::init<uint64_t, int64_t>(), py::arg("offset"), py::arg("stride"));
+    py::class_<Matrix>(module, "Matrix")
+        .def(py::init([](const std::string& format, int64_t rows, int64_t cols, Rows values,
+                         std::optional<Rows> scales, std::optional<Rows> bias, DType bias_dtype) {
+                 return Matrix{find_format(format), rows, cols, values, scales, bias, bias_dtype};
              }),
-             py::kw_only(), py::arg("hidden"), py::arg("intermediate"), py::arg("weights"),
-             py::arg("activation"), py::arg("gated"), py::arg("gate_up_offset"),
-             py::arg("down_offset"));
+             py::kw_only(), py::arg("format"), py::arg("rows"), py::arg("cols"), py::arg("values"),
+             py::arg("scales") = py::none(), py::arg("bias") = py::none(),
+             py::arg("bias_dtype") = DType::kF32);
+    py::class_<Gate>(module, "Gate")
+        .def(py::init(&find_gate), py::arg("function"), py::arg("activation"), py::kw_only(),
+             py::arg("alpha") = Gate().alpha, py::arg("limit") = Gate().limit);
+    py::class_<ExpertFfn>(module, "ExpertFfn",
+                          "What an expert computes, and where its matrices lie in a slot.")
+        .def(py::init<Matrix, std::optional<Matrix>, Matrix, Gate>(), py::kw_only(),
+             py::arg("gate"), py::arg("up"), py::arg("down"), py::arg("function"));
 
     py::class_<FfnInput>(module, "FfnInput")
         .def(py::init([](uintptr_t hidden, DType hidden_dtype, uintptr_t topk_ids,
@@ -90,6 +95,9 @@ void bind_compute(py::module_& module) {
     using release = py::call_guard<py::gil_scoped_release>;
     bind_types(module);
 
+    module.def("weight_formats", &format_names, "The weight formats that the CPU computes with.");
+    module.def("gate_functions", &gate_functions, "The gate functions that the CPU computes.");
+    module.def("activations", &activations, "The activations of the gate functions.");
     module.def(
         "cpu_kernels",
         [] {
@@ -118,22 +126,22 @@ void bind_compute(py::module_& module) {
             py::arg("streams"), release(),
             "Reads nbytes at address `data` once with all threads; returns the or of its words.");
 
-    py::class_<FfnPass>(module, "FfnPass")
-        .def(py::init<CpuEngine&, const FfnShape&, const FfnInput&>(), py::arg("engine"),
-             py::arg("shape"), py::arg("input"), py::keep_alive<1, 2>(), release())
+    py::class_<ExpertFfnCall>(module, "ExpertFfnCall")
+        .def(py::init<CpuEngine&, const ExpertFfn&, const FfnInput&>(), py::arg("engine"),
+             py::arg("expert"), py::arg("input"), py::keep_alive<1, 2>(), release())
         .def_property_readonly("experts",
-                               [](const FfnPass& self) {
+                               [](const ExpertFfnCall& self) {
                                    return std::vector<ExpertIndex>(self.experts().begin(),
                                                                    self.experts().end());
                                })
         .def_property_readonly("counts",
-                               [](const FfnPass& self) {
+                               [](const ExpertFfnCall& self) {
                                    return std::vector<int32_t>(self.counts().begin(),
                                                                self.counts().end());
                                })
         .def(
             "compute",
-            [](FfnPass& self, const std::vector<std::pair<int32_t, uintptr_t>>& ready) {
+            [](ExpertFfnCall& self, const std::vector<std::pair<int32_t, uintptr_t>>& ready) {
                 std::vector<SlotOfExpert> slots;
                 for (const auto& [position, slot] : ready) {
                     slots.push_back({position, at<const std::byte>(slot)});
@@ -144,17 +152,17 @@ void bind_compute(py::module_& module) {
             py::arg("ready"), "Computes the experts at these (position, slot address) pairs.")
         .def(
             "finish",
-            [](FfnPass& self, uintptr_t out, DType out_dtype) {
+            [](ExpertFfnCall& self, uintptr_t out, DType out_dtype) {
                 self.finish(at<void>(out), out_dtype);
             },
             py::arg("out"), py::arg("out_dtype"), release())
-        .def_static("tokens_per_pass", &FfnPass::tokens_per_pass, py::arg("shape"),
+        .def_static("tokens_per_call", &ExpertFfnCall::tokens_per_call, py::arg("expert"),
                     py::arg("top_k"), py::arg("scratch_bytes") = size_t{64} << 20);
 
-    module.def("fused_experts_raw", &fused_experts_raw, py::arg("engine"), py::arg("shape"),
+    module.def("fused_experts_raw", &fused_experts_raw, py::arg("engine"), py::arg("expert"),
                py::arg("input"), py::kw_only(), py::arg("slots"), py::arg("out"),
                py::arg("out_dtype"), release(),
-               "One whole pass; slots[e] is the address of expert e, 0 where it has no route.");
+               "One whole call; slots[e] is the address of expert e, 0 where it has no route.");
 }
 
 }  // namespace moeinf

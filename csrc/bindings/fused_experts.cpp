@@ -16,7 +16,7 @@ namespace py = pybind11;
 namespace moeinf {
 namespace {
 
-void run_pass(ExpertCache& cache, FfnPass& pass, const StepRequest& request) {
+void run_call(ExpertCache& cache, ExpertFfnCall& call, const StepRequest& request) {
     StepLease step = cache.begin(request);
     std::vector<ReadyExpert> ready;
     std::vector<SlotOfExpert> slots;
@@ -25,36 +25,36 @@ void run_pass(ExpertCache& cache, FfnPass& pass, const StepRequest& request) {
         for (const ReadyExpert& expert : ready) {
             slots.push_back({expert.position, cache.pool().slot(expert.slot)});
         }
-        pass.compute(slots);
+        call.compute(slots);
         for (const ReadyExpert& expert : ready) step.done(expert.position);
         ready.clear();
     }
 }
 
 // A long prompt is cut so that scratch memory stays bounded; each part is a step of its own.
-void fused_experts(ExpertCache& cache, CpuEngine& engine, const FfnShape& shape, FfnInput input,
+void fused_experts(ExpertCache& cache, CpuEngine& engine, const ExpertFfn& expert, FfnInput input,
                    LayerId layer, uintptr_t out, DType out_dtype, bool prefill, bool new_sequence) {
     const int64_t tokens = input.tokens;
-    const int64_t most = FfnPass::tokens_per_pass(shape, input.top_k);
+    const int64_t most = ExpertFfnCall::tokens_per_call(expert, input.top_k);
     const auto rows = [](const void* base, int64_t first, int64_t width, size_t element) {
         return static_cast<const std::byte*>(base) + static_cast<size_t>(first * width) * element;
     };
     const FfnInput whole = input;
     for (int64_t first = 0; first < tokens; first += most) {
         input.tokens = std::min(most, tokens - first);
-        input.hidden = rows(whole.hidden, first, shape.hidden, dtype_bytes(whole.hidden_dtype));
+        input.hidden = rows(whole.hidden, first, expert.hidden(), dtype_bytes(whole.hidden_dtype));
         input.topk_ids = rows(whole.topk_ids, first, whole.top_k, whole.ids_are_int64 ? 8 : 4);
         input.topk_weights =
             rows(whole.topk_weights, first, whole.top_k, dtype_bytes(whole.topk_weights_dtype));
-        FfnPass pass(engine, shape, input);
-        run_pass(cache, pass,
+        ExpertFfnCall call(engine, expert, input);
+        run_call(cache, call,
                  {.layer = layer,
-                  .experts = pass.experts(),
-                  .counts = pass.counts(),
+                  .experts = call.experts(),
+                  .counts = call.counts(),
                   .prefill = prefill,
                   .new_sequence = new_sequence && first == 0});
-        const size_t done = static_cast<size_t>(first * shape.hidden) * dtype_bytes(out_dtype);
-        pass.finish(reinterpret_cast<std::byte*>(out) + done, out_dtype);
+        const size_t done = static_cast<size_t>(first * expert.hidden()) * dtype_bytes(out_dtype);
+        call.finish(reinterpret_cast<std::byte*>(out) + done, out_dtype);
     }
 }
 
@@ -62,7 +62,7 @@ void fused_experts(ExpertCache& cache, CpuEngine& engine, const FfnShape& shape,
 
 void bind_fused_experts(py::module_& module) {
     module.def("fused_experts", &fused_experts, py::arg("cache"), py::arg("engine"),
-               py::arg("shape"), py::arg("input"), py::kw_only(), py::arg("layer"), py::arg("out"),
+               py::arg("expert"), py::arg("input"), py::kw_only(), py::arg("layer"), py::arg("out"),
                py::arg("out_dtype"), py::arg("prefill"), py::arg("new_sequence"),
                py::call_guard<py::gil_scoped_release>(),
                "Writes [tokens, hidden] to the address `out`; see moeinf.fused_experts.");

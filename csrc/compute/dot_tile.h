@@ -7,9 +7,11 @@
 // each activation vector kOutputs; the weight rows of a tile stay in the L1 cache while all
 // activations pass over them. The sum of a pair is formed in the same order in every tile shape.
 //
-// Product: X, W element types; Acc, XVec, WVec registers; kStep elements of depth at a time;
-// kRows, kOutputs; load_x, load_w, load_x_first, load_w_first (n < kStep elements, rest zero);
-// madd(acc, x, w); zero(); sum4(a, b, c, d, out): the four sums of lanes.
+// Product: Weights, the decoder (formats/plain.h); X, the activations' type; Acc, XVec, WVec
+// registers; kStep elements of depth at a time; kRows, kOutputs; load_x(p), load_w(row, k);
+// load_x_first, load_w_first (n < kStep elements, rest zero); madd(acc, x, w); zero();
+// sum4(a, b, c, d, out): the four sums of lanes; and where weights have scales,
+// add_scaled(acc, scale, partial).
 #pragma once
 
 #include "compute/kernels.h"
@@ -19,22 +21,15 @@ namespace {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// `ahead` is walked along with the depth, kAhead cache lines a step, to bring it nearer.
-template <class P, int kRows, int kOutputs, int kAhead = 0>
-inline void dot_tile(const void* const* x, const typename P::W* w, int64_t depth, float* y,
-                     int64_t y_stride, const char* ahead = nullptr) {
-    typename P::Acc acc[kRows][kOutputs];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-        for (int n = 0; n < kOutputs; ++n) acc[r][n] = P::zero();
-    }
-    const typename P::X* rows[kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) rows[r] = static_cast<const typename P::X*>(x[r]);
-
-    int64_t k = 0;
-    for (; k + P::kStep <= depth; k += P::kStep) {
+// Adds the products of elements `begin` to `end` of the depth. Inlined, so that the sums stay in
+// registers. `ahead` is moved along with the depth, kAhead cache lines a step.
+template <class P, int kRows, int kOutputs, int kAhead>
+[[gnu::always_inline]] inline void walk(const typename P::X* const (&rows)[kRows],
+                                        const typename P::Weights::Stored* w, int64_t stride,
+                                        int64_t begin, int64_t end, const char*& ahead,
+                                        typename P::Acc (&acc)[kRows][kOutputs]) {
+    int64_t k = begin;
+    for (; k + P::kStep <= end; k += P::kStep) {
 #pragma GCC unroll 8
         for (int i = 0; i < kAhead; ++i) __builtin_prefetch(ahead + i * kLine, 0, 2);
         ahead += kAhead * kLine;
@@ -43,22 +38,79 @@ inline void dot_tile(const void* const* x, const typename P::W* w, int64_t depth
         for (int r = 0; r < kRows; ++r) xs[r] = P::load_x(rows[r] + k);
 #pragma GCC unroll 8
         for (int n = 0; n < kOutputs; ++n) {
-            const typename P::WVec weight = P::load_w(w + n * depth + k);
+            const typename P::WVec weight = P::load_w(w + n * stride, k);
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) acc[r][n] = P::madd(acc[r][n], xs[r], weight);
         }
     }
-    if (k < depth) {
-        const int64_t rest = depth - k;
+    if (k < end) {
+        const int64_t rest = end - k;
         typename P::XVec xs[kRows];
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) xs[r] = P::load_x_first(rows[r] + k, rest);
 #pragma GCC unroll 8
         for (int n = 0; n < kOutputs; ++n) {
-            const typename P::WVec weight = P::load_w_first(w + n * depth + k, rest);
+            const typename P::WVec weight = P::load_w_first(w + n * stride, k, rest);
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) acc[r][n] = P::madd(acc[r][n], xs[r], weight);
         }
+    }
+}
+
+template <class P, int kRows, int kOutputs>
+[[gnu::always_inline]] inline void set_zero(typename P::Acc (&acc)[kRows][kOutputs]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int n = 0; n < kOutputs; ++n) acc[r][n] = P::zero();
+    }
+}
+
+// Weights with scales: the products of one block of the depth are summed first, then times their
+// scale, blocks in order. So the sum of a pair has one fixed order here too.
+template <class P, int kRows, int kOutputs, int kAhead>
+inline void walk_blocks(const typename P::X* const (&rows)[kRows],
+                        const typename P::Weights::Stored* w, int64_t stride, const DotJob& job,
+                        int64_t output, const char* ahead,
+                        typename P::Acc (&acc)[kRows][kOutputs]) {
+    using W = typename P::Weights;
+    using Scale = typename W::Scale;
+    static_assert(W::kBlockCols % P::kStep == 0);
+    const Scale* scales[kOutputs];
+    for (int n = 0; n < kOutputs; ++n) {
+        const int64_t row = (job.first + output + n) / W::kBlockRows;
+        scales[n] = reinterpret_cast<const Scale*>(job.scales + row * job.scale_stride);
+    }
+    for (int64_t begin = 0; begin < job.depth; begin += W::kBlockCols) {
+        const int64_t rest = job.depth - begin;
+        const int64_t end = begin + (rest < W::kBlockCols ? rest : W::kBlockCols);
+        typename P::Acc partial[kRows][kOutputs];
+        set_zero<P>(partial);
+        walk<P, kRows, kOutputs, kAhead>(rows, w, stride, begin, end, ahead, partial);
+        for (int n = 0; n < kOutputs; ++n) {
+            const float scale = W::scale(scales[n][begin / W::kBlockCols]);
+            for (int r = 0; r < kRows; ++r) {
+                acc[r][n] = P::add_scaled(acc[r][n], scale, partial[r][n]);
+            }
+        }
+    }
+}
+
+// kRows rows of activations from x, by kOutputs rows of weights from w, which is output number
+// `output` of the job. `ahead` is walked along with the depth, to bring it nearer.
+template <class P, int kRows, int kOutputs, int kAhead = 0>
+inline void dot_tile(const DotJob& job, const void* const* x, const typename P::Weights::Stored* w,
+                     int64_t stride, int64_t output, float* y, const char* ahead = nullptr) {
+    typename P::Acc acc[kRows][kOutputs];
+    set_zero<P>(acc);
+    const typename P::X* rows[kRows];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) rows[r] = static_cast<const typename P::X*>(x[r]);
+
+    if constexpr (P::Weights::kBlockCols == 0) {
+        walk<P, kRows, kOutputs, kAhead>(rows, w, stride, 0, job.depth, ahead, acc);
+    } else {
+        walk_blocks<P, kRows, kOutputs, kAhead>(rows, w, stride, job, output, ahead, acc);
     }
 
 #pragma GCC unroll 8
@@ -72,7 +124,7 @@ inline void dot_tile(const void* const* x, const typename P::W* w, int64_t depth
                     n + 3 < kOutputs ? acc[r][n + 3] : none, sums);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
-                if (n + i < kOutputs) y[r * y_stride + n + i] = sums[i];
+                if (n + i < kOutputs) y[r * job.y_stride + n + i] = sums[i];
             }
         }
     }
@@ -82,12 +134,14 @@ inline void dot_tile(const void* const* x, const typename P::W* w, int64_t depth
 // brought from memory, an equal share with each tile. Without this every panel would begin with a
 // wait, for only its first tile reads from memory.
 template <class P, int kOutputs, int kAhead>
-inline void panel_tiles(const DotJob& job, const typename P::W* w, float* y, const char* ahead) {
+inline void panel_tiles(const DotJob& job, const typename P::Weights::Stored* w, int64_t stride,
+                        int64_t output, const char* ahead) {
     const int64_t share = job.depth / P::kStep * kAhead * kLine;
+    float* y = job.y + output;
     int64_t r = 0;
     const auto tile = [&]<int kRows>() {
-        dot_tile<P, kRows, kOutputs, kAhead>(job.x + r, w, job.depth, y + r * job.y_stride,
-                                             job.y_stride, ahead);
+        dot_tile<P, kRows, kOutputs, kAhead>(job, job.x + r, w, stride, output,
+                                             y + r * job.y_stride, ahead);
         r += kRows;
         ahead += share;
     };
@@ -103,75 +157,80 @@ inline void panel_tiles(const DotJob& job, const typename P::W* w, float* y, con
     if (rest == 1) tile.template operator()<1>();
 }
 
-// Weights that only one tile of activations needs: memory is the limit, and one row after another
-// at full stride is what it serves fastest.
 template <class P>
-inline void stream_rows(const DotJob& job, const typename P::W* w) {
-    constexpr int64_t kDistance = 8192;  // bytes
-    for (int64_t n = 0; n < job.outputs; ++n, w += job.depth) {
-        panel_tiles<P, 1, 1>(job, w, job.y + n, reinterpret_cast<const char*>(w) + kDistance);
+constexpr int64_t step_bytes() {
+    using W = typename P::Weights;
+    return P::kStep / W::kPack * static_cast<int64_t>(sizeof(typename W::Stored));
+}
+
+// Weights that only one tile of activations needs: memory is the limit, and one row after another
+// at full stride is what it serves fastest. Where other rows lie between, whole rows are counted.
+template <class P>
+inline void stream_rows(const DotJob& job, const typename P::Weights::Stored* w, int64_t stride) {
+    int64_t distance = 8192;  // bytes
+    const int64_t row = job.depth / P::kStep * step_bytes<P>();
+    if (job.w_stride >= 2 * row) distance = (distance / (row + 1) + 1) * job.w_stride;
+    for (int64_t n = 0; n < job.outputs; ++n, w += stride) {
+        panel_tiles<P, 1, 1>(job, w, stride, n, reinterpret_cast<const char*>(w) + distance);
     }
 }
 
 template <class P>
 inline void dot_block(const DotJob& job) {
+    using Stored = typename P::Weights::Stored;
     constexpr int kOutputs = P::kOutputs;
-    constexpr int64_t kStepBytes = P::kStep * sizeof(typename P::W);
-    constexpr int64_t kLines = kOutputs * kStepBytes / kLine;
-    const auto* w = static_cast<const typename P::W*>(job.w);
+    constexpr int64_t kLines = kOutputs * step_bytes<P>() / kLine;
+    const auto* w = reinterpret_cast<const Stored*>(job.w);
+    const int64_t stride = job.w_stride / static_cast<int64_t>(sizeof(Stored));
     const int64_t tiles = (job.rows + P::kRows - 1) / P::kRows;
-    if (kStepBytes == kLine && tiles == 1) return stream_rows<P>(job, w);
+    if (step_bytes<P>() == kLine && tiles == 1) return stream_rows<P>(job, w, stride);
     int64_t n = 0;
-    for (; n + kOutputs <= job.outputs; n += kOutputs, w += kOutputs * job.depth) {
-        float* y = job.y + n;
-        const auto* ahead = reinterpret_cast<const char*>(w + kOutputs * job.depth);
+    for (; n + kOutputs <= job.outputs; n += kOutputs, w += kOutputs * stride) {
+        const auto* ahead = reinterpret_cast<const char*>(w + kOutputs * stride);
         if (tiles == 1 || !job.from_memory) {
-            panel_tiles<P, kOutputs, 0>(job, w, y, ahead);
+            panel_tiles<P, kOutputs, 0>(job, w, stride, n, ahead);
         } else if (tiles >= kLines) {
-            panel_tiles<P, kOutputs, 1>(job, w, y, ahead);
+            panel_tiles<P, kOutputs, 1>(job, w, stride, n, ahead);
         } else if (tiles * 2 >= kLines) {
-            panel_tiles<P, kOutputs, 2>(job, w, y, ahead);
+            panel_tiles<P, kOutputs, 2>(job, w, stride, n, ahead);
         } else {
-            panel_tiles<P, kOutputs, 3>(job, w, y, ahead);
+            panel_tiles<P, kOutputs, 3>(job, w, stride, n, ahead);
         }
     }
-    for (; n < job.outputs; ++n, w += job.depth) {
-        panel_tiles<P, 1, 0>(job, w, job.y + n, nullptr);
+    for (; n < job.outputs; ++n, w += stride) {
+        panel_tiles<P, 1, 0>(job, w, stride, n, nullptr);
     }
 }
 
-// A product in 32-bit floats, of weights in any format.
-template <class F, class Weight>
+// A product in 32-bit floats, of weights in any format. Weights with scales need two sets of sums,
+// so their tiles are half as wide.
+template <class F, class Decoder>
 struct FloatProduct {
+    using Weights = Decoder;
     using X = float;
-    using W = Weight;
     using Acc = typename F::Vec;
     using XVec = typename F::Vec;
     using WVec = typename F::Vec;
     static constexpr int64_t kStep = F::kLanes;
     static constexpr int kRows = F::kTileRows;
-    static constexpr int kOutputs = F::kTileOutputs;
+    static constexpr int kOutputs =
+        Decoder::kBlockCols == 0 ? F::kTileOutputs : F::kTileOutputs / 2;
 
     static Acc zero() { return F::splat(0.0f); }
     static XVec load_x(const float* p) { return F::load(p); }
     static XVec load_x_first(const float* p, int64_t n) { return F::load_first(p, n); }
-    static WVec load_w(const Weight* p) { return F::load(p); }
-    static WVec load_w_first(const Weight* p, int64_t n) { return F::load_first(p, n); }
+    static WVec load_w(const typename Decoder::Stored* row, int64_t k) {
+        return Decoder::template load<F>(row, k);
+    }
+    static WVec load_w_first(const typename Decoder::Stored* row, int64_t k, int64_t n) {
+        return Decoder::template load_first<F>(row, k, n);
+    }
     static Acc madd(Acc acc, XVec x, WVec w) { return F::fma(x, w, acc); }
+    static Acc add_scaled(Acc acc, float scale, Acc partial) {
+        return F::fma(F::splat(scale), partial, acc);
+    }
     static void sum4(Acc a, Acc b, Acc c, Acc d, float* out) { F::sum4(a, b, c, d, out); }
 };
-
-template <class F>
-inline void dot_any(DType weights, const DotJob& job) {
-    switch (weights) {
-        case DType::kBF16:
-            return dot_block<FloatProduct<F, BF16>>(job);
-        case DType::kF16:
-            return dot_block<FloatProduct<F, F16>>(job);
-        case DType::kF32:
-            return dot_block<FloatProduct<F, float>>(job);
-    }
-}
 
 }  // namespace
 }  // namespace moeinf

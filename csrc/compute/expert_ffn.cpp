@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 
 #include "base/error.h"
 #include "base/sizes.h"
+#include "compute/formats/formats.h"
 
 namespace moeinf {
 namespace {
@@ -27,25 +29,55 @@ constexpr int64_t kAnyValues = int64_t{1} << 40;
 constexpr int64_t kSharesPerThread = 4;
 constexpr int64_t kMaxTopK = 64;
 constexpr size_t kAlign = 64;
-
-size_t scratch_per_route(const FfnShape& shape) {
-    return static_cast<size_t>(shape.hidden + shape.intermediate) * sizeof(float);
-}
+// Values of a bias that are widened at a time.
+constexpr int64_t kBiasValues = 256;
 
 [[noreturn]] void invalid(const std::string& message) {
     throw Error(ErrorCode::kInvalid, "expert FFN: " + message);
 }
 
-void check(const FfnShape& shape, const FfnInput& input) {
-    if (shape.hidden <= 0 || shape.intermediate <= 0) {
-        invalid("hidden and intermediate sizes must be positive, got " +
-                std::to_string(shape.hidden) + " and " + std::to_string(shape.intermediate));
+std::string number(int64_t value) {
+    return std::to_string(value);
+}
+
+// Rows of `row_bytes` bytes, whose elements are `unit` bytes each.
+void check_rows(const Rows& rows, int64_t row_bytes, int64_t unit, const std::string& name) {
+    if (rows.offset % static_cast<uint64_t>(unit) != 0 || rows.stride % unit != 0) {
+        invalid(name + ": offsets and strides must be multiples of " + number(unit) +
+                " bytes, got " + std::to_string(rows.offset) + " and " + number(rows.stride));
     }
-    const size_t unit = dtype_bytes(shape.weights);
-    if (shape.gate_up_offset % unit != 0 || shape.down_offset % unit != 0) {
-        invalid("segment offsets must be multiples of " + std::to_string(unit) + " bytes, got " +
-                std::to_string(shape.gate_up_offset) + " and " + std::to_string(shape.down_offset));
+    if (rows.stride < row_bytes) {
+        invalid(name + ": a row has " + number(row_bytes) + " bytes, the next begins after " +
+                number(rows.stride));
     }
+}
+
+void check_matrix(const Matrix& matrix, int64_t rows, int64_t cols, const std::string& name) {
+    const FormatFacts& format = facts(matrix.format);
+    if (matrix.rows != rows || matrix.cols != cols) {
+        invalid(name + ": expected " + number(rows) + " x " + number(cols) + " to go with gate, " +
+                "got " + number(matrix.rows) + " x " + number(matrix.cols));
+    }
+    if (cols % format.pack != 0) {
+        invalid(name + ": a row of " + std::string(format.name) + " needs a multiple of " +
+                number(format.pack) + " columns, got " + number(cols));
+    }
+    check_rows(matrix.values, format.row_bytes(cols), format.stored_bytes, name);
+    if (matrix.scales.has_value() != (format.block_cols != 0)) {
+        invalid(name + ": " + std::string(format.name) + " has " +
+                (matrix.scales ? "no scales, got some" : "scales, got none"));
+    }
+    if (matrix.scales) {
+        check_rows(*matrix.scales, format.scale_row_bytes(cols), format.scale_bytes,
+                   name + " scales");
+    }
+    if (matrix.bias) {
+        const auto unit = static_cast<int64_t>(dtype_bytes(matrix.bias_dtype));
+        check_rows(*matrix.bias, unit, unit, name + " bias");
+    }
+}
+
+void check(const FfnInput& input) {
     if (input.tokens < 0 || input.top_k < 0 || input.num_experts < 0) {
         invalid("tokens, top_k and num_experts must not be negative");
     }
@@ -56,7 +88,7 @@ void check(const FfnShape& shape, const FfnInput& input) {
     const int64_t most = std::numeric_limits<int32_t>::max();
     if (input.top_k > 0 && input.tokens > most / input.top_k) {
         invalid(std::to_string(input.tokens) + " tokens of " + std::to_string(input.top_k) +
-                " experts are too many for one pass");
+                " experts are too many for one call");
     }
 }
 
@@ -64,15 +96,52 @@ std::string place(int64_t route, int64_t top_k) {
     return "token " + std::to_string(route / top_k) + ", position " + std::to_string(route % top_k);
 }
 
+// Whether this matrix multiplies the tokens' bf16 without widening them.
+bool as_it_is(const KernelSet& kernels, const FfnInput& input, const Matrix& matrix) {
+    return input.hidden_dtype == DType::kBF16 &&
+           kernels.formats[static_cast<size_t>(matrix.format)].dot_bf16 != nullptr;
+}
+
+int64_t row_bytes(const Matrix& matrix) {
+    return facts(matrix.format).row_bytes(matrix.cols);
+}
+
 }  // namespace
 
-FfnPass::FfnPass(CpuEngine& engine, const FfnShape& shape, const FfnInput& input)
+ExpertFfn::ExpertFfn(Matrix gate_matrix, std::optional<Matrix> up_matrix, Matrix down_matrix,
+                     Gate gate_function)
+    : gate(gate_matrix), up(up_matrix), down(down_matrix), function(gate_function) {
+    if (gate.rows <= 0 || gate.cols <= 0) {
+        invalid("hidden and intermediate sizes must be positive, got " + number(gate.cols) +
+                " and " + number(gate.rows));
+    }
+    if (up.has_value() != function.has_up) {
+        invalid(function.has_up ? "the gate function needs up, and there is none"
+                                : "the gate function has no up, and there is one");
+    }
+    check_matrix(gate, gate.rows, gate.cols, "gate");
+    if (up) check_matrix(*up, gate.rows, gate.cols, "up");
+    check_matrix(down, gate.cols, gate.rows, "down");
+    const bool biased = gate.bias.has_value();
+    if (down.bias.has_value() != biased || (up && up->bias.has_value() != biased)) {
+        invalid("every matrix has a bias or none has one; missing from" +
+                std::string(biased ? "" : " gate") + (up && !up->bias ? " up" : "") +
+                (down.bias ? "" : " down"));
+    }
+}
+
+ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input)
     : engine_(engine),
       kernels_(engine.kernels()),
-      shape_(shape),
+      expert_(expert),
       input_(input),
-      act_dtype_(engine.kernels().activation_dtype(input.hidden_dtype, shape.weights)) {
-    check(shape_, input_);
+      gate_kernels_(kernels_.gates[expert.function.kernel]),
+      x_dtype_(as_it_is(kernels_, input, expert.gate) &&
+                       (!expert.up || as_it_is(kernels_, input, *expert.up))
+                   ? DType::kBF16
+                   : DType::kF32),
+      inner_dtype_(as_it_is(kernels_, input, expert.down) ? DType::kBF16 : DType::kF32) {
+    check(input_);
     if (input_.ids_are_int64) {
         sort_routes(static_cast<const int64_t*>(input_.topk_ids));
     } else {
@@ -81,12 +150,12 @@ FfnPass::FfnPass(CpuEngine& engine, const FfnShape& shape, const FfnInput& input
     read_topk_weights();
     computed_.assign(experts_.size(), false);
 
-    const bool widened = act_dtype_ != input_.hidden_dtype;
+    const bool widened = x_dtype_ != input_.hidden_dtype;
     const auto routes = row_token_.size();
-    const auto hidden = static_cast<size_t>(shape_.hidden);
+    const auto hidden = static_cast<size_t>(expert_.hidden());
     const size_t y_bytes = round_up(routes * hidden * sizeof(float), kAlign);
     const size_t inner_bytes = round_up(
-        routes * static_cast<size_t>(shape_.intermediate) * dtype_bytes(act_dtype_), kAlign);
+        routes * static_cast<size_t>(expert_.intermediate()) * dtype_bytes(inner_dtype_), kAlign);
     const size_t x_bytes =
         widened ? static_cast<size_t>(input_.tokens) * hidden * sizeof(float) : 0;
     scratch_ = engine_.take_scratch(y_bytes + inner_bytes + x_bytes);
@@ -95,18 +164,18 @@ FfnPass::FfnPass(CpuEngine& engine, const FfnShape& shape, const FfnInput& input
     x_ = static_cast<const std::byte*>(input_.hidden);
     if (widened) {
         std::byte* x = scratch_.data() + y_bytes + inner_bytes;
-        kernels_.widen(input_.hidden, input_.hidden_dtype, input_.tokens * shape_.hidden,
+        kernels_.widen(input_.hidden, input_.hidden_dtype, input_.tokens * expert_.hidden(),
                        reinterpret_cast<float*>(x));
         x_ = x;
     }
 }
 
-FfnPass::~FfnPass() {
+ExpertFfnCall::~ExpertFfnCall() {
     engine_.give_scratch(std::move(scratch_));
 }
 
 template <class Id>
-void FfnPass::sort_routes(const Id* ids) {
+void ExpertFfnCall::sort_routes(const Id* ids) {
     const int64_t routes = input_.tokens * input_.top_k;
     std::vector<int32_t> position(static_cast<size_t>(input_.num_experts), -1);
     for (int64_t i = 0; i < routes; ++i) {
@@ -138,7 +207,7 @@ void FfnPass::sort_routes(const Id* ids) {
     }
 }
 
-void FfnPass::read_topk_weights() {
+void ExpertFfnCall::read_topk_weights() {
     topk_weights_.resize(row_of_route_.size());
     kernels_.widen(input_.topk_weights, input_.topk_weights_dtype,
                    static_cast<int64_t>(topk_weights_.size()), topk_weights_.data());
@@ -150,11 +219,7 @@ void FfnPass::read_topk_weights() {
     }
 }
 
-const std::byte* FfnPass::activation_row(int64_t token) const {
-    return x_ + static_cast<size_t>(token * shape_.hidden) * dtype_bytes(act_dtype_);
-}
-
-void FfnPass::compute(std::span<const SlotOfExpert> ready) {
+void ExpertFfnCall::compute(std::span<const SlotOfExpert> ready) {
     for (const SlotOfExpert& expert : ready) {
         const auto p = static_cast<size_t>(expert.position);
         if (expert.position < 0 || p >= experts_.size()) {
@@ -166,12 +231,13 @@ void FfnPass::compute(std::span<const SlotOfExpert> ready) {
         }
         computed_[p] = true;
     }
-    const auto size = static_cast<int64_t>(dtype_bytes(shape_.weights));
-    run_blocks(ready, shape_.intermediate, shape_.hidden * size, kGateValues,
+    const int64_t up_bytes = expert_.up ? row_bytes(*expert_.up) : 0;
+    run_blocks(ready, expert_.intermediate(), std::max(row_bytes(expert_.gate), up_bytes),
+               kGateValues,
                [this](const SlotOfExpert& expert, int64_t first, int64_t rows) noexcept {
                    gate_up(expert, first, rows);
                });
-    run_blocks(ready, shape_.hidden, shape_.intermediate * size, kAnyValues,
+    run_blocks(ready, expert_.hidden(), row_bytes(expert_.down), kAnyValues,
                [this](const SlotOfExpert& expert, int64_t first, int64_t rows) noexcept {
                    down(expert, first, rows);
                });
@@ -180,8 +246,8 @@ void FfnPass::compute(std::span<const SlotOfExpert> ready) {
 // Cuts the `rows` weight rows of each expert into blocks, and calls block(expert, first, count) for
 // each. Blocks shrink towards the end of the work, so that no thread waits long for the last one.
 template <class Block>
-void FfnPass::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows, int64_t row_bytes,
-                         int64_t most_values, const Block& block) {
+void ExpertFfnCall::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows, int64_t row_bytes,
+                               int64_t most_values, const Block& block) {
     struct Task {
         const SlotOfExpert* expert;
         int64_t first;
@@ -207,55 +273,96 @@ void FfnPass::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows, int6
     });
 }
 
+// One product of the rows of `matrix` from row `first`, and its bias.
+void ExpertFfnCall::dot(const Matrix& matrix, DType activations, DotJob& job, const std::byte* slot,
+                        int64_t first) const noexcept {
+    const FormatKernels& format = kernels_.formats[static_cast<size_t>(matrix.format)];
+    job.w = slot + matrix.values.offset + static_cast<size_t>(first * matrix.values.stride);
+    job.w_stride = matrix.values.stride;
+    job.first = first;
+    if (matrix.scales) {
+        job.scales = slot + matrix.scales->offset;
+        job.scale_stride = matrix.scales->stride;
+    }
+    (activations == DType::kBF16 ? format.dot_bf16 : format.dot)(job);
+    if (matrix.bias) add_bias(matrix, job, slot);
+}
+
+void ExpertFfnCall::add_bias(const Matrix& matrix, const DotJob& job,
+                             const std::byte* slot) const noexcept {
+    const size_t unit = dtype_bytes(matrix.bias_dtype);
+    std::byte packed[kBiasValues * sizeof(float)];
+    float bias[kBiasValues];
+    for (int64_t n = 0; n < job.outputs; n += kBiasValues) {
+        const int64_t count = std::min(kBiasValues, job.outputs - n);
+        const std::byte* from = slot + matrix.bias->offset;
+        from += static_cast<size_t>((job.first + n) * matrix.bias->stride);
+        for (int64_t i = 0; i < count; ++i, from += matrix.bias->stride) {
+            std::memcpy(packed + static_cast<size_t>(i) * unit, from, unit);
+        }
+        kernels_.widen(packed, matrix.bias_dtype, count, bias);
+        for (int64_t r = 0; r < job.rows; ++r) {
+            float* y = job.y + r * job.y_stride + n;
+            for (int64_t i = 0; i < count; ++i) y[i] += bias[i];
+        }
+    }
+}
+
 // `count` rows of inner, from row `first` of gate and of up.
-void FfnPass::gate_up(const SlotOfExpert& expert, int64_t first, int64_t count) const noexcept {
+void ExpertFfnCall::gate_up(const SlotOfExpert& expert, int64_t first,
+                            int64_t count) const noexcept {
     const auto p = static_cast<size_t>(expert.position);
-    const auto weight_row = static_cast<size_t>(shape_.hidden) * dtype_bytes(shape_.weights);
-    const std::byte* weights = expert.slot + shape_.gate_up_offset;
-    const std::byte* gate_rows = weights + static_cast<size_t>(first) * weight_row;
-    const std::byte* up_rows = gate_rows + static_cast<size_t>(shape_.intermediate) * weight_row;
+    const auto x_row = static_cast<size_t>(expert_.hidden()) * dtype_bytes(x_dtype_);
+    const bool to_bf16 = inner_dtype_ == DType::kBF16;
     float gate[kGateValues];
     float up[kGateValues];
     const void* x[kRowsPerWalk];
     for (int64_t row = begin_[p]; row < begin_[p + 1]; row += kRowsPerWalk) {
         const int64_t rows = std::min<int64_t>(kRowsPerWalk, begin_[p + 1] - row);
         for (int64_t r = 0; r < rows; ++r) {
-            x[r] = activation_row(row_token_[static_cast<size_t>(row + r)]);
+            x[r] = x_ + static_cast<size_t>(row_token_[static_cast<size_t>(row + r)]) * x_row;
         }
-        DotJob job{x, rows, gate_rows, count, shape_.hidden, gate, count, row == begin_[p]};
-        kernels_.dot(act_dtype_, shape_.weights, job);
-        if (shape_.gated) {
-            job.w = up_rows;
+        DotJob job{.x = x,
+                   .rows = rows,
+                   .outputs = count,
+                   .depth = expert_.hidden(),
+                   .y = gate,
+                   .y_stride = count,
+                   .from_memory = row == begin_[p]};
+        dot(expert_.gate, x_dtype_, job, expert.slot, first);
+        if (expert_.up) {
             job.y = up;
-            kernels_.dot(act_dtype_, shape_.weights, job);
+            dot(*expert_.up, x_dtype_, job, expert.slot, first);
         }
         for (int64_t r = 0; r < rows; ++r) {
-            const int64_t at = (row + r) * shape_.intermediate + first;
-            kernels_.activate(
-                shape_.activation, gate + r * count, shape_.gated ? up + r * count : nullptr, count,
-                inner_ + static_cast<size_t>(at) * dtype_bytes(act_dtype_), act_dtype_);
+            const int64_t at = (row + r) * expert_.intermediate() + first;
+            (to_bf16 ? gate_kernels_.to_bf16 : gate_kernels_.to_f32)(
+                {gate + r * count, up + r * count, count,
+                 inner_ + static_cast<size_t>(at) * dtype_bytes(inner_dtype_), expert_.function});
         }
     }
 }
 
 // `count` columns of y, from row `first` of down.
-void FfnPass::down(const SlotOfExpert& expert, int64_t first, int64_t count) const noexcept {
+void ExpertFfnCall::down(const SlotOfExpert& expert, int64_t first, int64_t count) const noexcept {
     const auto p = static_cast<size_t>(expert.position);
-    const auto weight_row = static_cast<size_t>(shape_.intermediate) * dtype_bytes(shape_.weights);
-    const auto inner_row = static_cast<size_t>(shape_.intermediate) * dtype_bytes(act_dtype_);
-    const std::byte* weights =
-        expert.slot + shape_.down_offset + static_cast<size_t>(first) * weight_row;
+    const auto inner_row = static_cast<size_t>(expert_.intermediate()) * dtype_bytes(inner_dtype_);
     const void* x[kRowsPerWalk];
     for (int64_t row = begin_[p]; row < begin_[p + 1]; row += kRowsPerWalk) {
         const int64_t rows = std::min<int64_t>(kRowsPerWalk, begin_[p + 1] - row);
         for (int64_t r = 0; r < rows; ++r) x[r] = inner_ + static_cast<size_t>(row + r) * inner_row;
-        kernels_.dot(act_dtype_, shape_.weights,
-                     DotJob{x, rows, weights, count, shape_.intermediate,
-                            y_ + row * shape_.hidden + first, shape_.hidden, row == begin_[p]});
+        DotJob job{.x = x,
+                   .rows = rows,
+                   .outputs = count,
+                   .depth = expert_.intermediate(),
+                   .y = y_ + row * expert_.hidden() + first,
+                   .y_stride = expert_.hidden(),
+                   .from_memory = row == begin_[p]};
+        dot(expert_.down, inner_dtype_, job, expert.slot, first);
     }
 }
 
-void FfnPass::finish(void* out, DType out_dtype) {
+void ExpertFfnCall::finish(void* out, DType out_dtype) {
     for (size_t p = 0; p < computed_.size(); ++p) {
         if (!computed_[p]) {
             invalid("finish() before expert " + std::to_string(number(experts_[p])) +
@@ -263,9 +370,9 @@ void FfnPass::finish(void* out, DType out_dtype) {
         }
     }
     // One task sums about 64 KB, so that the call for a single token stays on its own thread.
-    const int64_t row_bytes = std::max<int64_t>(1, input_.top_k * shape_.hidden * 4);
+    const int64_t row_bytes = std::max<int64_t>(1, input_.top_k * expert_.hidden() * 4);
     const int64_t step = std::max<int64_t>(1, (int64_t{64} << 10) / row_bytes);
-    const size_t out_row = static_cast<size_t>(shape_.hidden) * dtype_bytes(out_dtype);
+    const size_t out_row = static_cast<size_t>(expert_.hidden()) * dtype_bytes(out_dtype);
     engine_.pool().run((input_.tokens + step - 1) / step, [&](int64_t task) noexcept {
         const float* y[kMaxTopK];
         float scale[kMaxTopK];
@@ -275,19 +382,20 @@ void FfnPass::finish(void* out, DType out_dtype) {
             for (int64_t i = t * input_.top_k; i < (t + 1) * input_.top_k; ++i) {
                 const int32_t row = row_of_route_[static_cast<size_t>(i)];
                 if (row < 0) continue;
-                y[terms] = y_ + row * shape_.hidden;
+                y[terms] = y_ + row * expert_.hidden();
                 scale[terms++] = topk_weights_[static_cast<size_t>(i)];
             }
-            kernels_.combine({y, scale, terms, shape_.hidden,
+            kernels_.combine({y, scale, terms, expert_.hidden(),
                               static_cast<std::byte*>(out) + static_cast<size_t>(t) * out_row,
                               out_dtype});
         }
     });
 }
 
-int64_t FfnPass::tokens_per_pass(const FfnShape& shape, int64_t top_k, size_t scratch_bytes) {
-    const size_t token =
-        scratch_per_route(shape) * static_cast<size_t>(std::max<int64_t>(1, top_k));
+int64_t ExpertFfnCall::tokens_per_call(const ExpertFfn& expert, int64_t top_k,
+                                       size_t scratch_bytes) {
+    const auto route = static_cast<size_t>(expert.hidden() + expert.intermediate()) * sizeof(float);
+    const size_t token = route * static_cast<size_t>(std::max<int64_t>(1, top_k));
     return std::max<int64_t>(1, static_cast<int64_t>(scratch_bytes / token));
 }
 

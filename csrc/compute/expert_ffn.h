@@ -1,36 +1,45 @@
 // The feed-forward networks of one MoE layer, computed straight out of slots:
 //
 //   out[t] = sum over j of topk_weights[t][j] * expert(topk_ids[t][j])(hidden[t])
-//   expert(x) = down . (act(gate . x) * (up . x)), or down . act(up . x) where it is not gated
+//   expert(x) = down(gate function(gate(x), up(x))); each matrix may have a bias
 //
-// An FfnPass is one such call. It says which experts it needs, computes any of them whenever their
-// bytes are at hand, in any order and grouping, and sums up at the end, always in order of j. The
-// result has the same bits however the experts came and however many threads worked. The pass knows
-// nothing of caches: whoever drives it holds the slots.
+// An ExpertFfnCall is one such call. It says which experts it needs, computes any of them whenever
+// their bytes are at hand, in any order and grouping, and sums up at the end, always in order of j.
+// The result has the same bits however the experts came and however many threads worked. The call
+// knows nothing of caches: its user holds the slots.
 //
 // Memory: one 32-bit row of `hidden` for each route and one row of `intermediate`; a long prompt is
-// cut into passes by the caller, see tokens_per_pass().
+// cut into calls by the user, see tokens_per_call().
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 #include <vector>
 
 #include "base/ids.h"
 #include "compute/cpu_engine.h"
+#include "compute/gate.h"
 #include "compute/kernels.h"
+#include "layout/matrix.h"
 
 namespace moeinf {
 
-struct FfnShape {
-    int64_t hidden = 0;
-    int64_t intermediate = 0;
-    DType weights = DType::kBF16;
-    Activation activation = Activation::kSilu;
-    bool gated = true;
-    uint64_t gate_up_offset = 0;  // bytes into a slot: [2I, H], gate rows first, or [I, H]
-    uint64_t down_offset = 0;     // bytes into a slot: [H, I]
+// What an expert computes, and where its matrices lie in a slot.
+struct ExpertFfn {
+    // gate and up [intermediate, hidden], down [hidden, intermediate]. Throws Error(kInvalid),
+    // naming the matrix, for sizes that do not fit together, for offsets and strides that its
+    // format cannot have, and for an up, scales or biases that are missing or not wanted.
+    ExpertFfn(Matrix gate, std::optional<Matrix> up, Matrix down, Gate function);
+
+    [[nodiscard]] int64_t hidden() const noexcept { return down.rows; }
+    [[nodiscard]] int64_t intermediate() const noexcept { return down.cols; }
+
+    Matrix gate;
+    std::optional<Matrix> up;  // none where the gate function has no up
+    Matrix down;
+    Gate function;
 };
 
 // All arrays contiguous, row-major, and alive until finish() has returned.
@@ -47,18 +56,18 @@ struct FfnInput {
 };
 
 struct SlotOfExpert {
-    int32_t position;  // index into FfnPass::experts()
+    int32_t position;  // index into ExpertFfnCall::experts()
     const std::byte* slot;
 };
 
-class FfnPass {
+class ExpertFfnCall {
 public:
     // Throws Error(kInvalid) for an id outside [-1, num_experts), naming token, position and id,
-    // for a NaN or infinite weight of a routed expert, and for a shape that cannot be.
-    FfnPass(CpuEngine& engine, const FfnShape& shape, const FfnInput& input);
-    ~FfnPass();
-    FfnPass(const FfnPass&) = delete;
-    FfnPass& operator=(const FfnPass&) = delete;
+    // and for a NaN or infinite weight of a routed expert.
+    ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input);
+    ~ExpertFfnCall();
+    ExpertFfnCall(const ExpertFfnCall&) = delete;
+    ExpertFfnCall& operator=(const ExpertFfnCall&) = delete;
 
     // In-layer ids, distinct, in order of first appearance; and the routes to each.
     [[nodiscard]] std::span<const ExpertIndex> experts() const noexcept { return experts_; }
@@ -72,14 +81,16 @@ public:
     void finish(void* out, DType out_dtype);
 
     // The most tokens (at least 1) whose scratch fits `scratch_bytes`.
-    [[nodiscard]] static int64_t tokens_per_pass(const FfnShape& shape, int64_t top_k,
+    [[nodiscard]] static int64_t tokens_per_call(const ExpertFfn& expert, int64_t top_k,
                                                  size_t scratch_bytes = size_t{64} << 20);
 
 private:
     template <class Id>
     void sort_routes(const Id* ids);
     void read_topk_weights();
-    [[nodiscard]] const std::byte* activation_row(int64_t token) const;
+    void dot(const Matrix& matrix, DType activations, DotJob& job, const std::byte* slot,
+             int64_t first) const noexcept;
+    void add_bias(const Matrix& matrix, const DotJob& job, const std::byte* slot) const noexcept;
     template <class Block>
     void run_blocks(std::span<const SlotOfExpert> ready, int64_t rows, int64_t row_bytes,
                     int64_t most_values, const Block& block);
@@ -88,9 +99,11 @@ private:
 
     CpuEngine& engine_;
     const KernelSet& kernels_;
-    const FfnShape shape_;
+    const ExpertFfn expert_;
     const FfnInput input_;
-    const DType act_dtype_;  // of the products' left operands
+    const GateKernels& gate_kernels_;
+    const DType x_dtype_;      // of the tokens, as gate and up take them
+    const DType inner_dtype_;  // of the gate function's values, as down takes them
 
     std::vector<ExpertIndex> experts_;
     std::vector<int32_t> counts_;
@@ -104,8 +117,8 @@ private:
 
     ScratchBuffer scratch_;
     float* y_ = nullptr;            // [routes, hidden]: each expert's result
-    std::byte* inner_ = nullptr;    // [routes, intermediate] in act_dtype_: act(gate) * up
-    const std::byte* x_ = nullptr;  // [tokens, hidden] in act_dtype_; the input itself if it fits
+    std::byte* inner_ = nullptr;    // [routes, intermediate] in inner_dtype_
+    const std::byte* x_ = nullptr;  // [tokens, hidden] in x_dtype_; the input itself if it fits
 };
 
 }  // namespace moeinf

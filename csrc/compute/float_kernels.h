@@ -1,26 +1,76 @@
-// The kernel set that multiplies in 32-bit floats, for any `Floats` type (see floats_*.h). Included
-// only by kernels_*.cpp. The sets are constants, so that making the table of them runs no code
-// built for an instruction set that this CPU may lack.
+// The kernel set that multiplies in 32-bit floats, for any `Floats` type (see floats_*.h): one
+// entry for each row of the tables of weight formats and gate functions. Included only by
+// kernels_*.cpp. The sets are constants, so that making the table of them runs no code built for an
+// instruction set that this CPU may lack.
 #pragma once
 
+#include <array>
+#include <utility>
+
 #include "compute/dot_tile.h"
-#include "compute/float_math.h"
+#include "compute/formats/decoders.h"
+#include "compute/gates.h"
 
 namespace moeinf {
 namespace {
 
-template <class F>
+template <class F, class Function, class Act, class Out>
+void gate_kernel(const GateJob& job) {
+    const Gate gate = job.constants;
+    auto* out = static_cast<Out*>(job.out);
+    int64_t i = 0;
+    for (; i + F::kLanes <= job.count; i += F::kLanes) {
+        const auto g = F::load(job.gate + i);
+        const auto u = Function::kUses.up ? F::load(job.up + i) : g;
+        F::store(out + i, Function::template of<F, Act>(g, u, gate));
+    }
+    if (i < job.count) {
+        const int64_t rest = job.count - i;
+        const auto g = F::load_first(job.gate + i, rest);
+        const auto u = Function::kUses.up ? F::load_first(job.up + i, rest) : g;
+        F::store_first(out + i, Function::template of<F, Act>(g, u, gate), rest);
+    }
+}
+
+// A set that multiplies bf16 by bf16 passes a type like this one, with the products it has.
+struct NoBf16 {
+    static constexpr bool kGates = false;
+    template <class Decoder>
+    static constexpr void (*kDot)(const DotJob&) = nullptr;
+};
+
+template <class F, class Bf16 = NoBf16>
 struct FloatKernels {
-    static DType activation_dtype(DType /*hidden*/, DType /*weights*/) { return DType::kF32; }
-
-    static void dot(DType /*activations*/, DType weights, const DotJob& job) {
-        dot_any<F>(weights, job);
+    template <class... Rows>
+    static constexpr std::array<FormatKernels, sizeof...(Rows)> all_formats(
+        std::tuple<Rows...>* /*table*/) {
+        return {FormatKernels{dot_block<FloatProduct<F, Rows>>, Bf16::template kDot<Rows>}...};
     }
 
-    static void activate(Activation act, const float* gate, const float* up, int64_t count,
-                         void* out, DType /*out_dtype*/) {
-        activate_as<F>(act, gate, up, count, static_cast<float*>(out));
+    // No kernel where the function has an activation of its own and another one is given.
+    template <size_t kRow>
+    static constexpr GateKernels gate_kernels() {
+        constexpr size_t kActs = std::tuple_size_v<Activations>;
+        using Function = std::tuple_element_t<kRow / kActs, GateFunctions>;
+        using Act = std::tuple_element_t<kRow % kActs, Activations>;
+        if constexpr (!Function::kUses.activation && kRow % kActs != 0) {
+            return {nullptr, nullptr};
+        } else if constexpr (Bf16::kGates) {
+            return {gate_kernel<F, Function, Act, float>, gate_kernel<F, Function, Act, BF16>};
+        } else {
+            return {gate_kernel<F, Function, Act, float>, nullptr};
+        }
     }
+    template <size_t... kRows>
+    static constexpr std::array<GateKernels, sizeof...(kRows)> all_gates(
+        std::index_sequence<kRows...> /*rows*/) {
+        return {gate_kernels<kRows>()...};
+    }
+
+    static constexpr auto kFormats = all_formats(static_cast<Decoders*>(nullptr));
+    static constexpr auto kGates =
+        all_gates(std::make_index_sequence<std::tuple_size_v<GateFunctions> *
+                                           std::tuple_size_v<Activations>>());
 
     static void widen(const void* from, DType dtype, int64_t count, float* to) {
         widen_any<F>(from, dtype, count, to);
@@ -29,7 +79,7 @@ struct FloatKernels {
     static void combine(const CombineJob& job) { combine_any<F>(job); }
 
     static constexpr KernelSet set(std::string_view name, bool (*supported)()) {
-        return {name, supported, activation_dtype, dot, activate, widen, combine};
+        return {name, supported, kFormats.data(), kGates.data(), widen, combine};
     }
 };
 

@@ -1,7 +1,8 @@
-// Vector mathematics of the activations, written once over a `Floats` type (see floats_*.h) and
-// compiled for each instruction set. Included only by kernels_*.cpp. Everything is in an unnamed
-// namespace, and calls no function of the standard library: one program holds several copies built
-// with different flags, and the linker must never exchange one for another.
+// Vector mathematics of the gate functions (gates.h), conversions and sums, written once over a
+// `Floats` type (see floats_*.h) and compiled for each instruction set. Included only by
+// kernels_*.cpp. Everything is in an unnamed namespace, and calls no function of the standard
+// library: one program holds several copies built with different flags, and the linker must never
+// exchange one for another.
 #pragma once
 
 #include "compute/kernels.h"
@@ -66,43 +67,25 @@ inline typename F::Vec gelu_tanh(typename F::Vec x) {
     return times_logistic<F>(x, F::mul(F::mul(x, cubic), F::splat(1.59576912f)));
 }
 
-template <class F, Activation kAct>
-inline typename F::Vec apply(typename F::Vec x) {
-    if constexpr (kAct == Activation::kSilu) return times_logistic<F>(x, x);
-    if constexpr (kAct == Activation::kGelu) return gelu_erf<F>(x);
-    if constexpr (kAct == Activation::kGeluTanh) return gelu_tanh<F>(x);
-    if constexpr (kAct == Activation::kRelu) return F::max(F::splat(0.0f), x);
+// tanh x. Near 0, where 1 - 2 / (e^2|x| + 1) would cancel, Lambert's continued fraction to x^2 / 9.
+template <class F>
+inline typename F::Vec tanh(typename F::Vec x) {
+    const auto zero = F::splat(0.0f);
+    const auto one = F::splat(1.0f);
+    const auto z = F::mul(x, x);
+    const auto above = F::fma(F::add(F::splat(105.0f), z), z, F::splat(945.0f));
+    const auto below = F::fma(F::fma(F::splat(15.0f), z, F::splat(420.0f)), z, F::splat(945.0f));
+    const auto near = F::mul(x, F::div(above, below));
+    const auto size = F::max(F::sub(zero, x), x);
+    const auto far = F::sub(one, F::div(F::splat(2.0f), F::add(exp<F>(F::add(size, size)), one)));
+    const auto signed_far = F::where_negative(x, F::sub(zero, far), far);
+    return F::where_negative(F::sub(size, F::splat(0.625f)), near, signed_far);
 }
 
-template <class F, Activation kAct, class Out>
-inline void activate_row(const float* gate, const float* up, int64_t count, Out* out) {
-    int64_t i = 0;
-    for (; i + F::kLanes <= count; i += F::kLanes) {
-        auto value = apply<F, kAct>(F::load(gate + i));
-        if (up != nullptr) value = F::mul(value, F::load(up + i));
-        F::store(out + i, value);
-    }
-    if (i < count) {
-        const int64_t rest = count - i;
-        auto value = apply<F, kAct>(F::load_first(gate + i, rest));
-        if (up != nullptr) value = F::mul(value, F::load_first(up + i, rest));
-        F::store_first(out + i, value, rest);
-    }
-}
-
-template <class F, class Out>
-inline void activate_as(Activation act, const float* gate, const float* up, int64_t count,
-                        Out* out) {
-    switch (act) {
-        case Activation::kSilu:
-            return activate_row<F, Activation::kSilu>(gate, up, count, out);
-        case Activation::kGelu:
-            return activate_row<F, Activation::kGelu>(gate, up, count, out);
-        case Activation::kGeluTanh:
-            return activate_row<F, Activation::kGeluTanh>(gate, up, count, out);
-        case Activation::kRelu:
-            return activate_row<F, Activation::kRelu>(gate, up, count, out);
-    }
+// cap * tanh(x / cap): x where it is small, never beyond cap.
+template <class F>
+inline typename F::Vec softcap(typename F::Vec x, float cap) {
+    return F::mul(F::splat(cap), tanh<F>(F::div(x, F::splat(cap))));
 }
 
 template <class F, class In>

@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-#include "compute/dtype.h"
+#include "base/dtype.h"
 
 namespace moeinf {
 namespace {

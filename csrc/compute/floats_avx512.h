@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
-#include "compute/dtype.h"
+#include "base/dtype.h"
 
 namespace moeinf {
 namespace {

@@ -2,7 +2,7 @@
 // see floats_avx512.h. Included only by kernels_portable.cpp.
 #pragma once
 
-#include "compute/dtype.h"
+#include "base/dtype.h"
 
 namespace moeinf {
 namespace {

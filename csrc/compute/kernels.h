@@ -4,26 +4,41 @@
 // in one fixed order, however many activations share the pass over the weights.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <span>
 #include <string_view>
 
-#include "compute/dtype.h"
+#include "base/dtype.h"
+#include "compute/gate.h"
+#include "layout/matrix.h"
 
 namespace moeinf {
 
-enum class Activation : int32_t { kSilu, kGelu, kGeluTanh, kRelu };
-
 // y[r * y_stride + n] = sum over k of x[r][k] * w[n][k], for r < rows and n < outputs. Rows of w
-// lie one after another, `depth` elements each; nothing outside them is read.
+// hold `depth` elements in one weight format; nothing outside them is read.
 struct DotJob {
-    const void* const* x;  // one pointer for each row, to `depth` elements
-    int64_t rows;
-    const void* w;
-    int64_t outputs;
-    int64_t depth;
-    float* y;
-    int64_t y_stride;  // in floats
-    bool from_memory;  // where w is expected to lie: worth fetching ahead, or in a cache
+    const void* const* x = nullptr;  // one pointer for each row, to `depth` elements
+    int64_t rows = 0;
+    const std::byte* w = nullptr;
+    int64_t w_stride = 0;               // bytes
+    int64_t first = 0;                  // the row of the matrix that w begins at
+    const std::byte* scales = nullptr;  // of row 0 of the matrix, where the format has scales
+    int64_t scale_stride = 0;           // bytes
+    int64_t outputs = 0;
+    int64_t depth = 0;
+    float* y = nullptr;
+    int64_t y_stride = 0;      // in floats
+    bool from_memory = false;  // w is expected in memory, worth fetching ahead; else in a cache
+};
+
+// out[i] = value of the gate function at gate[i] and up[i]; up is null where there is none.
+struct GateJob {
+    const float* gate;
+    const float* up;
+    int64_t count;
+    void* out;
+    const Gate& constants;
 };
 
 // out[h] = sum over j of scale[j] * y[j][h], in order of j.
@@ -36,19 +51,25 @@ struct CombineJob {
     DType out_dtype;
 };
 
+// The products of one weight format. dot_bf16 is null where activations must be widened first;
+// else bf16 activations are multiplied as they are, and nothing is lost.
+struct FormatKernels {
+    void (*dot)(const DotJob& job);  // f32 activations
+    void (*dot_bf16)(const DotJob& job);
+};
+
+// One gate function with one activation. to_bf16 is null in sets without dot_bf16.
+struct GateKernels {
+    void (*to_f32)(const GateJob& job);
+    void (*to_bf16)(const GateJob& job);
+};
+
 struct KernelSet {
     std::string_view name;
     bool (*supported)();  // by this CPU and its operating system
 
-    // The format in which the products want the activations: kF32 or, where the set multiplies
-    // them directly and nothing is lost, kBF16.
-    DType (*activation_dtype)(DType hidden, DType weights);
-
-    void (*dot)(DType activations, DType weights, const DotJob& job);
-
-    // out[i] = act(gate[i]) * up[i], or act(gate[i]) where up is null; out is kF32 or kBF16.
-    void (*activate)(Activation act, const float* gate, const float* up, int64_t count, void* out,
-                     DType out_dtype);
+    const FormatKernels* formats;  // indexed by WeightFormat
+    const GateKernels* gates;      // indexed by Gate::kernel
 
     void (*widen)(const void* from, DType dtype, int64_t count, float* to);
 

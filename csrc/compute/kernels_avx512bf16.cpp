@@ -9,6 +9,7 @@ namespace moeinf {
 namespace {
 
 struct Bf16Product {
+    using Weights = Bf16Weights;
     using X = BF16;
     using W = BF16;
     using Acc = __m512;
@@ -28,34 +29,25 @@ struct Bf16Product {
     }
     static XVec load_x(const BF16* p) { return load(p); }
     static XVec load_x_first(const BF16* p, int64_t n) { return load_first(p, n); }
-    static WVec load_w(const BF16* p) { return load(p); }
-    static WVec load_w_first(const BF16* p, int64_t n) { return load_first(p, n); }
+    static WVec load_w(const BF16* row, int64_t k) { return load(row + k); }
+    static WVec load_w_first(const BF16* row, int64_t k, int64_t n) {
+        return load_first(row + k, n);
+    }
     static Acc madd(Acc acc, XVec x, WVec w) { return _mm512_dpbf16_ps(acc, x, w); }
     static void sum4(Acc a, Acc b, Acc c, Acc d, float* out) { Floats512::sum4(a, b, c, d, out); }
 };
 
-using Kernels = FloatKernels<Floats512>;
-
-DType activation_dtype(DType hidden, DType weights) {
-    const bool both = hidden == DType::kBF16 && weights == DType::kBF16;
-    return both ? DType::kBF16 : DType::kF32;
-}
-
-void dot(DType activations, DType weights, const DotJob& job) {
-    if (activations == DType::kBF16) return dot_block<Bf16Product>(job);
-    Kernels::dot(activations, weights, job);
-}
-
-void activate(Activation act, const float* gate, const float* up, int64_t count, void* out,
-              DType out_dtype) {
-    if (out_dtype != DType::kBF16) return Kernels::activate(act, gate, up, count, out, out_dtype);
-    activate_as<Floats512>(act, gate, up, count, static_cast<BF16*>(out));
-}
+struct Bf16 {
+    static constexpr bool kGates = true;
+    template <class Decoder>
+    static constexpr void (*kDot)(const DotJob&) = nullptr;
+};
+template <>
+constexpr void (*Bf16::kDot<Bf16Weights>)(const DotJob&) = dot_block<Bf16Product>;
 
 }  // namespace
 
-constinit const KernelSet kAvx512Bf16Kernels = {
-    "avx512bf16", cpu_has_avx512bf16, activation_dtype, dot,
-    activate,     Kernels::widen,     Kernels::combine};
+constinit const KernelSet kAvx512Bf16Kernels =
+    FloatKernels<Floats512, Bf16>::set("avx512bf16", cpu_has_avx512bf16);
 
 }  // namespace moeinf

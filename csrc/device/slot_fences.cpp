@@ -14,7 +14,7 @@ void SlotFences::before_fill(SlotId slot, Stream stream) {
 void SlotFences::filled(SlotId slot, const TimelinePtr& timeline, uint64_t point) {
     const std::lock_guard lock(mutex_);
     slots_[slot].fill = {timeline, point};
-    slots_[slot].readers.clear();  // the fill comes after them
+    slots_[slot].readers.clear();  // the fill has waited for them
 }
 
 void SlotFences::before_read(SlotId slot, Stream stream) {

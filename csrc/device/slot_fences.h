@@ -1,6 +1,12 @@
-// For each slot of a pool in device memory: up to where on which stream it is being filled, and who
-// still reads it. A reader's stream waits for the fill; a fill waits for the readers and for the
-// fill before. The host waits for neither. Thread-safe.
+// For each slot of a pool in device memory: the stream position at which its fill completes, and
+// the positions of its readers. The streams wait for these positions; the host waits for none.
+//
+//     [fill] ---> [reader of stream A] ---+
+//        |                                +---> [next fill] ---> ...
+//        +------> [reader of stream B] ---+
+//
+// An arrow means "must pass first". A reader waits for the fill. The next fill waits for the
+// previous fill and for all readers since. Thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -16,18 +22,18 @@ class SlotFences {
 public:
     explicit SlotFences(int32_t slots) : slots_(slots) {}
 
-    // Before enqueuing a fill of the slot on `stream`, and behind it.
+    // Call before_fill() before a fill of the slot is enqueued on `stream`, and filled() after it.
     void before_fill(SlotId slot, Stream stream);
     void filled(SlotId slot, const TimelinePtr& timeline, uint64_t point);
 
-    // Before enqueuing what reads the slot on `stream`, and behind it.
+    // Call before_read() before a reader of the slot is enqueued on `stream`, and read() after it.
     void before_read(SlotId slot, Stream stream);
     void read(SlotId slot, const TimelinePtr& timeline, uint64_t point);
 
-    // Have the slot's bytes arrived, as far as the device says now?
+    // True if the device has passed the end of the slot's fill.
     [[nodiscard]] bool arrived(SlotId slot);
 
-    // Is nothing under way on slots from `first` on?
+    // True if no fill and no reader of slots from `first` on is still in progress.
     [[nodiscard]] bool idle(SlotId first);
 
 private:

@@ -17,7 +17,7 @@ std::string text_of(uint64_t value) {
     return std::to_string(value);
 }
 
-// Which extent a message is about; spelled out only when there is a message.
+// The extent that a message names. The text is made only for a message.
 struct Place {
     ModelShape shape;
     ExpertId expert;
@@ -56,7 +56,7 @@ void check_in_slot(const Extent& extent, uint64_t slot_bytes, const std::string&
     }
 }
 
-// `order` is scratch.
+// `order` is scratch memory.
 void check_overlap(std::span<const Extent> extents, const std::vector<CatalogFile>& files,
                    std::vector<size_t>& order, Place place) {
     order.resize(extents.size());

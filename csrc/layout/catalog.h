@@ -1,5 +1,5 @@
-// Where the bytes of every expert lie: which ranges of which files, and where in a slot each goes.
-// Built once when a store is opened, then shared and never changed. Knows nothing of dtypes.
+// The place of every expert's bytes: ranges of files, and where in a slot each range belongs. Built
+// once when a store is opened, then shared and never changed. Knows no dtypes.
 #pragma once
 
 #include <cstddef>
@@ -28,8 +28,8 @@ struct CatalogFile {
 class Catalog {
 public:
     // `extents` holds `extents_per_expert` entries for each flat expert id (layer * num_experts +
-    // expert), in order. Throws Error(kInvalid) if an extent leaves its file or its slot, or if two
-    // extents of one expert overlap in the slot.
+    // expert), in order. Throws Error(kInvalid) if an extent exceeds its file or its slot, or if
+    // two extents of one expert overlap in the slot.
     Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
             std::vector<Extent> extents);
 

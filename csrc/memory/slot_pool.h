@@ -1,4 +1,4 @@
-// A pool of equal slots in one arena. Knows nothing of what the slots hold.
+// A pool of equal slots in one arena. It does not know the contents of its slots.
 #pragma once
 
 #include <cstddef>
@@ -12,7 +12,7 @@ namespace moeinf {
 
 class SlotPool {
 public:
-    // `capacity` slots of address range are reserved; the first `slots` of them are usable.
+    // Reserves addresses for `capacity` slots. Memory backs the first `slots` of them.
     // `slot_bytes` must be a multiple of 4096.
     SlotPool(std::unique_ptr<Arena> arena, uint64_t slot_bytes, int32_t capacity, int32_t slots);
 
@@ -22,7 +22,7 @@ public:
     [[nodiscard]] int32_t slots() const noexcept { return slots_; }
     [[nodiscard]] int32_t capacity() const noexcept { return capacity_; }
 
-    // Throws Error(kCapacity), and keeps its size, if memory for more slots cannot be had.
+    // Throws Error(kCapacity) and keeps its size if there is no memory for more slots.
     void resize(int32_t slots);
 
 private:

@@ -29,17 +29,17 @@ constexpr size_t kMaxChunkBytes = size_t{1} << 30;
 struct Job;
 using Queue = std::list<std::shared_ptr<Job>>;
 
-// A transfer with what it takes to carry it out. All but the plan, the slot and the callback is
-// guarded by the engine's lock until the last chunk has ended.
+// A transfer with its plan, slot and callback. The reader's lock guards all other members until the
+// last chunk has ended.
 struct Job final : Transfer {
     ReadPlan plan;
     std::byte* slot = nullptr;
     TransferCallback done;
-    Queue* queue = nullptr;    // where it waits; null once no chunk of it is left to start
-    Queue::iterator position;  // in that queue
+    Queue* queue = nullptr;    // the queue that holds it; null after its last chunk has started
+    Queue::iterator position;  // in `queue`
     size_t next_chunk = 0;
     size_t chunks_in_flight = 0;
-    bool cut_short = false;  // the engine went away before all chunks had started
+    bool cut_short = false;  // the reader ended before all chunks had started
     std::string failure;     // the first one
 };
 using JobPtr = std::shared_ptr<Job>;
@@ -61,8 +61,8 @@ FileReaderOptions resolved(FileReaderOptions options) {
     return options;
 }
 
-// Outside the lock. The callback is dropped once called: what it holds should not live as long as
-// the last one who still looks at the transfer.
+// Called without the lock. The callback is dropped after the call, so the objects that it holds do
+// not live as long as the transfer.
 void finish(const JobPtr& job, TransferState state) {
     TransferCallback done = std::exchange(job->done, nullptr);
     TransferAccess::set_state(*job, state);
@@ -79,8 +79,9 @@ struct FileReader::Impl {
             files.emplace_back(file, options.direct);
             alignment = std::max(alignment, files.back().alignment());
         }
-        // One buffer per worker for a chunk widened to the alignment at both ends. They share
-        // whole huge pages: a device takes memory in one piece per page, and few per request.
+        // One buffer per worker, for a chunk rounded to the alignment at both ends. The buffers
+        // share huge pages: a disk takes one piece of memory per page, and only few pieces per
+        // request.
         const size_t each = round_up(options.chunk_bytes + 2 * alignment, alignment);
         const auto workers_wanted = static_cast<size_t>(options.threads);
         bounces = make_host_arena(round_up(workers_wanted * each, kHugePage));
@@ -97,7 +98,7 @@ struct FileReader::Impl {
         }
     }
 
-    // Threads do not survive a fork, and the lock may be held for ever in the child.
+    // A fork copies no threads, and the child may have copied a locked lock.
     [[nodiscard]] bool forked() const noexcept { return process.forked(); }
 
     void enqueue(const JobPtr& job, Queue& queue) {
@@ -138,7 +139,7 @@ struct FileReader::Impl {
         }
     }
 
-    // What went wrong; empty: nothing.
+    // The error message, or empty.
     std::string read(const Job& job, const Chunk& chunk, std::span<std::byte> buffer) const {
         try {
             files[chunk.file].read(chunk, job.plan.pieces_of(chunk), job.slot, buffer);
@@ -157,8 +158,8 @@ struct FileReader::Impl {
         }
     }
 
-    // Takes everything off the queues; what has no chunk in flight ends here, the rest ends in the
-    // workers.
+    // Empties the queues. A transfer without a chunk in flight ends here; the workers end the
+    // others.
     void cancel_all() {
         std::vector<JobPtr> idle;
         {
@@ -185,7 +186,7 @@ struct FileReader::Impl {
     std::condition_variable_any ready;
     Queue demands;
     Queue prefetches;
-    std::vector<std::jthread> workers;  // last: they stop before anything they use goes away
+    std::vector<std::jthread> workers;  // last member: destroyed first, before all that they use
 };
 
 FileReader::FileReader(std::shared_ptr<const Catalog> catalog, FileReaderOptions options) {
@@ -195,7 +196,7 @@ FileReader::FileReader(std::shared_ptr<const Catalog> catalog, FileReaderOptions
 
 FileReader::~FileReader() {
     if (impl_->forked()) {
-        // Its threads are not here to be joined, and waiting for them would never end.
+        // The threads do not exist in this process, so joining them would never end.
         (void)impl_.release();
         return;
     }

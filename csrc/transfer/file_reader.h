@@ -1,5 +1,5 @@
-// Reads experts from files into slots on worker threads. Demand overtakes prefetch at the next
-// chunk. Knows files and addresses; never residency, leases or policies.
+// Reads experts from files into slots on worker threads. A demand overtakes prefetches at the next
+// chunk. Knows files and addresses, but no residency, leases or policies.
 #pragma once
 
 #include <cstddef>
@@ -23,21 +23,21 @@ public:
     // the catalog's size.
     FileReader(std::shared_ptr<const Catalog> catalog, FileReaderOptions options);
 
-    // Waits for chunks in flight. What is queued, or has chunks left to start, ends as kCancelled.
+    // Waits for chunks in flight. A transfer with chunks that have not started ends as kCancelled.
     ~FileReader();
     FileReader(const FileReader&) = delete;
     FileReader& operator=(const FileReader&) = delete;
 
     // Starts reading every extent of `expert` into the slot that begins at `slot`. `done` is
     // called from a worker thread, or from the destructor for a transfer that never ran. Throws
-    // Error(kUnsupported) in a forked child, where the engine has no threads.
+    // Error(kUnsupported) in a forked child, where the reader has no threads.
     [[nodiscard]] TransferPtr submit(ExpertId expert, std::byte* slot, Priority priority,
                                      TransferCallback done);
 
-    // Turns a queued or running prefetch into a demand. No effect on a finished transfer.
+    // Makes a queued or running prefetch a demand. No effect on a finished transfer.
     void promote(const TransferPtr& transfer);
 
-    // How the bytes move here: "direct" or "buffered", for each file.
+    // True if reads of the file go past the page cache.
     [[nodiscard]] bool file_is_direct(uint32_t file) const;
     [[nodiscard]] const FileReaderOptions& options() const noexcept;
 

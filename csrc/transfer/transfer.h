@@ -1,4 +1,7 @@
-// One expert on its way into one slot, and what moves it there.
+// One expert on its way from files into one slot.
+//
+//     kQueued ---> kRunning ---> kDone or kFailed
+//        +------------+-------> kCancelled, if the reader ends before the last chunk has started
 #pragma once
 
 #include <atomic>
@@ -32,7 +35,7 @@ private:
     std::string error_;
 };
 
-// For what moves transfers, and for nobody else.
+// Only code that moves transfers uses this.
 struct TransferAccess {
     static void begin(Transfer& transfer, ExpertId expert) { transfer.expert_ = expert; }
     static void set_state(Transfer& transfer, TransferState state) {
@@ -45,8 +48,8 @@ struct TransferAccess {
 
 using TransferPtr = std::shared_ptr<Transfer>;
 
-// Called exactly once per transfer, with no lock held that its owner may want. It may call what
-// moves the transfer, but must not throw or destroy it.
+// Called exactly once per transfer, while no lock is held that its owner may need. It may call the
+// object that moves the transfer, but must not throw or destroy that object.
 using TransferCallback = std::function<void(const TransferPtr&)>;
 
 }  // namespace moeinf

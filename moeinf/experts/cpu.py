@@ -8,8 +8,11 @@ from functools import lru_cache
 import torch
 
 from moeinf import _core
+from moeinf.checkpoint.layout import Layout, MatrixLayout, Rows
 from moeinf.checkpoint.store import ExpertStore
+from moeinf.kernels.forms import ExpertForm
 
+# Of tokens, outputs and biases; how weights are stored is moeinf.checkpoint.formats.
 DTYPES = {
     torch.bfloat16: _core.DType.bf16,
     torch.float16: _core.DType.f16,
@@ -23,26 +26,43 @@ def default_engine() -> _core.CpuEngine:
     return _core.CpuEngine(threads=torch.get_num_threads())
 
 
+def core_expert(form: ExpertForm, layout: Layout) -> _core.ExpertFfn:
+    """What the C++ core must know of an expert."""
+    gate = form.gate
+    return _core.ExpertFfn(
+        gate=_core_matrix(layout.gate),
+        up=None if layout.up is None else _core_matrix(layout.up),
+        down=_core_matrix(layout.down),
+        function=_core.Gate(gate.function, gate.activation, alpha=gate.alpha, limit=gate.limit),
+    )
+
+
+def _core_matrix(matrix: MatrixLayout) -> _core.Matrix:
+    def core_rows(rows: Rows | None) -> _core.Rows | None:
+        return None if rows is None else _core.Rows(rows.offset, rows.stride)
+
+    return _core.Matrix(
+        format=matrix.format.name,
+        rows=matrix.rows,
+        cols=matrix.cols,
+        values=core_rows(matrix.values),
+        scales=core_rows(matrix.scales),
+        bias=core_rows(matrix.bias),
+        bias_dtype=DTYPES[torch.float32 if matrix.bias is None else matrix.bias.segment.dtype],
+    )
+
+
 class CpuExperts:
     """Computes the experts of one store out of a cache's slots."""
 
     def __init__(
         self, store: ExpertStore, core: _core.ExpertCache, engine: _core.CpuEngine | None = None
     ):
-        gate_up, down = store.layout["gate_up"], store.layout["down"]
-        self.hidden, self.intermediate = down.shape
+        self.hidden = store.layout.hidden
         self.num_experts = store.num_experts
         self.engine = engine or default_engine()
         self.core = core
-        self.shape = _core.FfnShape(
-            hidden=self.hidden,
-            intermediate=self.intermediate,
-            weights=DTYPES[down.dtype],
-            activation=getattr(_core.Activation, store.activation),
-            gated=True,
-            gate_up_offset=gate_up.offset,
-            down_offset=down.offset,
-        )
+        self.expert = core_expert(store.form, store.layout)
 
     def run(
         self,
@@ -67,7 +87,7 @@ class CpuExperts:
         _core.fused_experts(
             self.core,
             self.engine,
-            self.shape,
+            self.expert,
             _core.FfnInput(
                 hidden=hidden.data_ptr(),
                 hidden_dtype=DTYPES[hidden.dtype],

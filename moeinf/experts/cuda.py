@@ -21,6 +21,7 @@ from moeinf.cache.devices import torch_device
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.experts import torch_products
 from moeinf.experts.cpu import check_tensors
+from moeinf.kernels.forms import ExpertMatrices
 
 
 class CudaExperts:
@@ -41,7 +42,7 @@ class CudaExperts:
         self._lanes: dict[int, _Lane] = {}
         self._lock = threading.Lock()  # of _lanes and the views
         self._rows = 0
-        self._views: dict[str, torch.Tensor] = {}
+        self._matrices: ExpertMatrices | None = None
 
     def run(
         self,
@@ -120,17 +121,13 @@ class CudaExperts:
         """
         if self._triton is None:
             return None
-        views = self._current_views()
         launch: Callable[[], torch.Tensor] = self._triton.prepare(
             hidden,
             ids,
             weights,
-            views["gate_up"],
-            views["down"],
-            None,
-            None,
+            self._current_matrices(),
+            self.store.form,
             expert_map=expert_map,
-            activation=self.store.activation,
             num_experts=self.store.num_experts,
             check_ids=False,  # the core checks them on the host
         )
@@ -143,35 +140,31 @@ class CudaExperts:
         expert_map: torch.Tensor,
         routes: torch.Tensor | None,
     ) -> torch.Tensor:
-        views = self._current_views()
-        options: dict[str, Any] = {
-            "expert_map": expert_map,
-            "activation": self.store.activation,
-            "routes": routes,
-        }
+        matrices, form = self._current_matrices(), self.store.form
         if self._triton is None:
             return torch_products.expert_routes(
-                hidden, ids, views["gate_up"], views["down"], **options
+                hidden, ids, matrices, form, expert_map=expert_map, routes=routes
             )
         wave: torch.Tensor = self._triton.expert_routes(
             hidden,
             ids,
-            views["gate_up"],
-            views["down"],
+            matrices,
+            form,
+            expert_map=expert_map,
+            routes=routes,
             num_experts=self.store.num_experts,
             check_ids=False,  # the core checked them on the host
-            **options,
         )
         return wave
 
-    def _current_views(self) -> dict[str, torch.Tensor]:
+    def _current_matrices(self) -> ExpertMatrices:
         """Views of the whole pool, taken again where another thread has resized it since."""
         with self._lock:
             rows = self.core.slots
-            if rows != self._rows:
-                self._views = self.store.layout.views(torch.from_dlpack(self.core))
+            if self._matrices is None or rows != self._rows:
+                self._matrices = self.store.layout.matrices(torch.from_dlpack(self.core))
                 self._rows = rows
-            return self._views
+            return self._matrices
 
     def _lane(self) -> _Lane:
         stream = 0 if self.is_fake else torch.cuda.current_stream(self.device).cuda_stream
@@ -216,7 +209,7 @@ def distinct(choices: torch.Tensor) -> list[int]:
 def _triton_kernels(*, on_cpu: bool) -> Any:
     """The kernels' module, or None where Triton is absent or cannot compute on that device."""
     try:
-        from moeinf.kernels import experts, launch
+        from moeinf.kernels import checks, experts
     except ImportError:
         return None
-    return None if on_cpu and not launch.INTERPRETED else experts
+    return None if on_cpu and not checks.INTERPRETED else experts

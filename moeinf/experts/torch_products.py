@@ -6,45 +6,43 @@ its routes, and a sum in the order of the router follows. Slow: it reads the map
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu": F.relu,
-}
+from moeinf.kernels.forms import ExpertForm, ExpertMatrices
+from moeinf.kernels.gates import reference
 
 
 def expert_routes(
     hidden: torch.Tensor,
     ids: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    matrices: ExpertMatrices,
+    form: ExpertForm,
     *,
     expert_map: torch.Tensor,
-    activation: str,
     routes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Writes routes[t, j] [T, k, H], float32, for every route whose expert has a row in the map.
+    """Writes routes[t, j] [T, k, H], float32, for every route whose expert has a slot in the map.
 
-    hidden [T, H], ids [T, k] experts or -1, gate_up [S, 2I, H], down [S, H, I], expert_map [E]
-    expert -> row or -1. An expert's tokens are one product each, whatever the wave it comes in.
+    hidden [T, H], ids [T, k] experts or -1, matrices of plain formats, expert_map [E] expert ->
+    slot or -1. The tokens of an expert are one product, in whatever wave it comes.
     """
     if routes is None:
         shape = (*ids.shape, hidden.shape[1])
         routes = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-    act = ACTIVATIONS[activation]
-    for expert, row in enumerate(expert_map.tolist()):
-        if row < 0:
+    first = [matrix for matrix in (matrices.gate, matrices.up) if matrix is not None]
+    down = matrices.down
+    for expert, slot in enumerate(expert_map.tolist()):
+        if slot < 0:
             continue
         token, place = (ids == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(hidden[token].float(), gate_up[row].float()).chunk(2, dim=1)
-        routes[token, place] = F.linear(act(gate) * up, down[row].float())
+        weights = torch.cat([matrix.values[slot] for matrix in first]).float()
+        rows = F.linear(hidden[token].float(), weights)
+        biases = [matrix.bias[slot].float() for matrix in first if matrix.bias is not None]
+        if biases:
+            rows = rows + torch.cat(biases)
+        y = F.linear(reference(form.gate, *rows.chunk(len(first), 1)), down.values[slot].float())
+        routes[token, place] = y if down.bias is None else y + down.bias[slot].float()
     return routes
 
 

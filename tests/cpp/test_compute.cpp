@@ -1,16 +1,20 @@
 // The thread pool and the expert FFN where sanitizers can see them: every task runs once, callers
-// on several threads take turns, slots of exactly their segments' size are never read beyond, and
-// the bits do not depend on threads or waves.
+// on several threads take turns, slots of exactly their segments' size are never read beyond, the
+// bits do not depend on threads or waves, and weights with scales are summed block by block.
 #include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <thread>
 #include <vector>
 
 #include "check.h"
+#include "compute/dot_tile.h"
 #include "compute/expert_ffn.h"
+#include "compute/floats_portable.h"
+#include "compute/formats/formats.h"
 #include "probe/memory_read.h"
 
 using namespace moeinf;
@@ -84,27 +88,34 @@ struct Layer {
     }
 
     [[nodiscard]] std::vector<float> run(CpuEngine& engine, bool one_by_one) const {
-        FfnShape shape;
-        shape.hidden = hidden;
-        shape.intermediate = intermediate;
-        shape.weights = DType::kF32;
-        shape.down_offset = static_cast<uint64_t>(2 * hidden * intermediate) * sizeof(float);
-        FfnPass pass(engine, shape,
-                     {x.data(), DType::kF32, ids.data(), true, scale.data(), DType::kF32, tokens,
-                      top_k, experts});
+        const auto matrix = [](int64_t rows, int64_t cols, int64_t first) {
+            const auto row = cols * static_cast<int64_t>(sizeof(float));
+            return Matrix{.format = find_format("f32"),
+                          .rows = rows,
+                          .cols = cols,
+                          .values = {static_cast<uint64_t>(first) * sizeof(float), row}};
+        };
+        const int64_t size = hidden * intermediate;
+        const float infinity = std::numeric_limits<float>::infinity();
+        const ExpertFfn expert(matrix(intermediate, hidden, 0), matrix(intermediate, hidden, size),
+                               matrix(hidden, intermediate, 2 * size),
+                               find_gate("glu", "silu", 1, infinity));
+        ExpertFfnCall call(engine, expert,
+                           {x.data(), DType::kF32, ids.data(), true, scale.data(), DType::kF32,
+                            tokens, top_k, experts});
         std::vector<SlotOfExpert> ready;
-        for (size_t p = 0; p < pass.experts().size(); ++p) {
-            const size_t expert = index(pass.experts()[p]);
-            ready.push_back({static_cast<int32_t>(p),
-                             reinterpret_cast<const std::byte*>(slots[expert].data())});
+        for (size_t p = 0; p < call.experts().size(); ++p) {
+            const auto id = index(call.experts()[p]);
+            ready.push_back(
+                {static_cast<int32_t>(p), reinterpret_cast<const std::byte*>(slots[id].data())});
         }
         if (one_by_one) {
-            for (size_t p = ready.size(); p-- > 0;) pass.compute({&ready[p], 1});
+            for (size_t p = ready.size(); p-- > 0;) call.compute({&ready[p], 1});
         } else {
-            pass.compute(ready);
+            call.compute(ready);
         }
         std::vector<float> out(static_cast<size_t>(tokens * hidden), NAN);
-        pass.finish(out.data(), DType::kF32);
+        call.finish(out.data(), DType::kF32);
         return out;
     }
 
@@ -157,6 +168,90 @@ void results_are_right_and_have_the_same_bits_however_computed(uint32_t seed) {
     }
 }
 
+// Weights of eight bits, and a scale for each block of 3 rows by 8 columns.
+struct ByteBlocks {
+    using Stored = int8_t;
+    using Scale = float;
+    static constexpr int64_t kPack = 1;
+    static constexpr int64_t kBlockRows = 3;
+    static constexpr int64_t kBlockCols = 8;
+    static float scale(Scale scale) { return scale; }
+
+    template <class F>
+    static typename F::Vec load(const int8_t* row, int64_t k) {
+        return load_first<F>(row, k, F::kLanes);
+    }
+    template <class F>
+    static typename F::Vec load_first(const int8_t* row, int64_t k, int64_t n) {
+        float values[F::kLanes] = {};
+        for (int64_t i = 0; i < n; ++i) values[i] = row[k + i];
+        return F::load(values);
+    }
+};
+
+// A part of the rows of a matrix, as threads take them, with rows that lie apart. Many activations
+// get the bits that each gets alone.
+void weights_with_scales_are_summed_block_by_block(uint32_t seed) {
+    using Product = FloatProduct<Floats128, ByteBlocks>;
+    std::mt19937 random(seed);
+    const auto draw = [&](int64_t from, int64_t to) {
+        return std::uniform_int_distribution<int64_t>(from, to)(random);
+    };
+    for (int round = 0; round < 50; ++round) {
+        const int64_t rows = draw(1, 9);
+        const int64_t outputs = draw(1, 20);
+        const int64_t depth = draw(1, 50);
+        const int64_t first = draw(0, 10);
+        const int64_t stride = depth + draw(0, 3);
+        const int64_t blocks = (depth + 7) / 8;
+        std::vector<int8_t> w(static_cast<size_t>((first + outputs) * stride));
+        for (int8_t& value : w) value = static_cast<int8_t>(draw(-128, 127));
+        std::vector<float> scales(static_cast<size_t>(((first + outputs + 2) / 3) * blocks));
+        std::vector<float> x(static_cast<size_t>(rows * depth));
+        for (float& value : scales) value = static_cast<float>(draw(1, 1000)) / 512;
+        for (float& value : x) value = static_cast<float>(draw(-999, 999)) / 512;
+
+        const auto product = [&](int64_t begin, int64_t count) {
+            std::vector<const void*> pointers;
+            for (int64_t r = begin; r < begin + count; ++r)
+                pointers.push_back(&x[static_cast<size_t>(r * depth)]);
+            std::vector<float> y(static_cast<size_t>(count * outputs), NAN);
+            dot_block<Product>(
+                {.x = pointers.data(),
+                 .rows = count,
+                 .w = reinterpret_cast<const std::byte*>(&w[static_cast<size_t>(first * stride)]),
+                 .w_stride = stride,
+                 .first = first,
+                 .scales = reinterpret_cast<const std::byte*>(scales.data()),
+                 .scale_stride = blocks * 4,
+                 .outputs = outputs,
+                 .depth = depth,
+                 .y = y.data(),
+                 .y_stride = outputs});
+            return y;
+        };
+        const std::vector<float> y = product(0, rows);
+        for (int64_t r = 0; r < rows; ++r) {
+            const std::vector<float> alone = product(r, 1);
+            for (int64_t n = 0; n < outputs; ++n) {
+                double sum = 0;
+                double size = 0;
+                for (int64_t k = 0; k < depth; ++k) {
+                    const double term =
+                        1.0 * x[static_cast<size_t>(r * depth + k)] *
+                        w[static_cast<size_t>((first + n) * stride + k)] *
+                        scales[static_cast<size_t>((first + n) / 3 * blocks + k / 8)];
+                    sum += term;
+                    size += std::abs(term);
+                }
+                const float found = y[static_cast<size_t>(r * outputs + n)];
+                CHECK(std::abs(found - sum) <= 1e-5 * size);
+                CHECK_EQ(found, alone[static_cast<size_t>(n)]);
+            }
+        }
+    }
+}
+
 void the_read_probe_reads_every_word() {
     ThreadPool pool(2);
     constexpr size_t kBytes = 64 << 10;
@@ -179,6 +274,7 @@ int main() {
     callers_on_several_threads_take_turns();
     a_pool_wakes_from_sleep();
     results_are_right_and_have_the_same_bits_however_computed(seed);
+    weights_with_scales_are_summed_block_by_block(seed);
     the_read_probe_reads_every_word();
     return test_result();
 }

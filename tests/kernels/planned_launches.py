@@ -19,8 +19,17 @@ LIBRARY = triton_without_gpu.install()  # before the kernels are imported
 
 import torch  # noqa: E402
 
-from moeinf.kernels import experts, launch, plans  # noqa: E402
-from moeinf.kernels.experts import combine, expert_routes  # noqa: E402
+from moeinf.kernels import (  # noqa: E402
+    ExpertForm,
+    ExpertMatrices,
+    Gate,
+    checks,
+    combine,
+    expert_routes,
+    fused_experts,
+    launch_plan,
+)
+from moeinf.kernels.launch_plan import Launch, LaunchPlan, Scratch  # noqa: E402
 
 FORMS = 8
 BITS = {"i1": 8, "i8": 8, "i16": 16, "i32": 32, "u1": 8, "fp32": 32, "f32": 32}
@@ -45,39 +54,39 @@ class Watched:
     def __init__(self) -> None:
         self.bits: list[list[int]] = []  # of the parameters of each launch
         self.seen: list[tuple[int, ...]] | None = None
-        memory: dict[plans.Empty, torch.Tensor] = {}
-        launch_it, keep = plans.Launch.__call__, plans.Launch.keep
+        memory: dict[Scratch, torch.Tensor] = {}
+        launch_it, remember = Launch.__call__, Launch.remember
 
-        def allocate(plan: plans.Plan, empty: plans.Empty, tensors: Any, addresses: Any) -> None:
-            if empty not in memory:
-                memory[empty] = torch.empty(empty.shape, dtype=empty.dtype)
-            place = plans.PLACES[empty.name]
-            tensors[place], addresses[place] = memory[empty], memory[empty].data_ptr()
+        def allocate(plan: LaunchPlan, scratch: Scratch, tensors: Any, addresses: Any) -> None:
+            if scratch not in memory:
+                memory[scratch] = torch.empty(scratch.shape, dtype=scratch.dtype)
+            index = launch_plan.INDEX[scratch.name]
+            tensors[index], addresses[index] = memory[scratch], memory[scratch].data_ptr()
 
-        def kept(self_: plans.Launch, compiled: Any) -> None:
+        def remembered(self_: Launch, compiled: Any, pointers: Any) -> None:
             if self.seen is None:
                 self.bits.append(parameters_of(compiled))
-            keep(self_, compiled)
+            remember(self_, compiled, pointers)
 
-        def launched(self_: plans.Launch, tensors: Any, addresses: Any) -> None:
+        def launched(self_: Launch, tensors: Any, addresses: Any) -> None:
             bits = [] if self.seen is None else self.bits[len(self.seen)]
             LIBRARY.recording_driver_note(len(bits))
             launch_it(self_, tensors, addresses)
             if self.seen is not None:
                 self.seen.append(noted(bits))
 
-        plans.Plan.allocate = allocate
-        plans.Launch.keep = kept
-        plans.Launch.__call__ = launched
+        LaunchPlan.allocate = allocate
+        Launch.remember = remembered
+        Launch.__call__ = launched
 
     def by_triton(self, call: Callable[[], object]) -> list[tuple[int, ...]]:
         """What the call launches when nothing is planned."""
-        planned, plans.PLANS = plans.PLANS, {}
+        planned, launch_plan.PLANS = launch_plan.PLANS, {}
         self.bits, self.seen = [], None
         call()  # tells how many parameters there are to note
-        plans.PLANS = {}
+        launch_plan.PLANS = {}
         found = self.by_plan(call)
-        plans.PLANS = planned
+        launch_plan.PLANS = planned
         return found
 
     def by_plan(self, call: Callable[[], object]) -> list[tuple[int, ...]]:
@@ -117,14 +126,14 @@ def random_call(draw: random.Random) -> dict[str, Any]:
     shapes = ((S, H, N), (S, I, H)) if transposed else ((S, N, H), (S, H, I))
     call: dict[str, Any] = {
         "hidden": torch.zeros(T, H + draw.choice((0, 16, 1)), dtype=dtype)[:, :H],
-        "slot_ids": torch.zeros(T, k, dtype=draw.choice((torch.int32, torch.int64))),
+        "ids": torch.zeros(T, k, dtype=draw.choice((torch.int32, torch.int64))),
         "topk_weights": torch.zeros(T, k, dtype=draw.choice((torch.float32, dtype))),
         "gate_up": torch.zeros(shapes[0], dtype=dtype),
         "down": torch.zeros(shapes[1], dtype=dtype),
-        "gated": gated,
+        "has_gate": gated,
         "transposed": transposed,
         "interleaved": gated and draw.random() < 0.3,
-        "activation": draw.choice(("silu", "relu")),
+        "gate": Gate("glu" if gated else "plain", draw.choice(("silu", "relu"))),
     }
     if draw.random() < 0.5:
         call["expert_map"] = torch.zeros(draw.choice((1, 9)), dtype=torch.int32)
@@ -135,19 +144,31 @@ def random_call(draw: random.Random) -> dict[str, Any]:
     return call
 
 
+def arguments_of(call: dict[str, Any]) -> dict[str, Any]:
+    """The same call with its weights as the objects that the contract takes."""
+    rest = dict(call)
+    fused = ("gate_up", "down", "has_gate", "interleaved", "transposed")
+    weights = {name: rest.pop(name) for name in fused}
+    biases = {name: rest.pop(name, None) for name in ("gate_up_bias", "down_bias")}
+    form = ExpertForm(rest.pop("gate"), call["has_gate"], biases["down_bias"] is not None)
+    return rest | {"matrices": ExpertMatrices.of_fused(**weights, **biases), "form": form}
+
+
 def calls_of(call: dict[str, Any], draw: random.Random) -> Iterator[Callable[[], object]]:
     """A call, then one with a tensor elsewhere, or its rows further apart, then the first again."""
-    moved = draw.choice(("hidden", "slot_ids", "topk_weights", "gate_up", "down"))
+    moved = draw.choice(("hidden", "ids", "topk_weights", "gate_up", "down"))
     elsewhere = call | {moved: at_odd_address(call[moved])}
     spread = draw.choice(("hidden", "gate_up", "down"))
     apart = call | {spread: further_apart(call[spread])}
-    for arguments in (call, call, elsewhere, elsewhere, apart, apart, call):
-        yield lambda arguments=arguments: experts.experts(**arguments)
-    without = {name: call[name] for name in call if name not in ("topk_weights", "out")}
+    for arguments in map(arguments_of, (call, call, elsewhere, elsewhere, apart, apart, call)):
+        yield lambda arguments=arguments: fused_experts(**arguments)
+    without = arguments_of(call)
+    for name in ("topk_weights", "out"):
+        without.pop(name, None)
     T, H = call["hidden"].shape
-    routes = torch.zeros(T, call["slot_ids"].shape[1], H)
+    routes = torch.zeros(T, call["ids"].shape[1], H)
     yield lambda: expert_routes(**without, routes=routes)
-    yield lambda: combine(routes, call["slot_ids"], call["topk_weights"], out=call["hidden"])
+    yield lambda: combine(routes, call["ids"], call["topk_weights"], out=call["hidden"])
 
 
 def check_waves_run_the_same_code(watched: Watched) -> None:
@@ -157,10 +178,12 @@ def check_waves_run_the_same_code(watched: Watched) -> None:
             torch.zeros(tokens, 48, dtype=dtype),
             torch.zeros(tokens, 4, dtype=torch.int32),
             torch.zeros(tokens, 4),
-            torch.zeros(7, 80, 48, dtype=dtype),
-            torch.zeros(7, 48, 40, dtype=dtype),
+            ExpertMatrices.of_fused(
+                torch.zeros(7, 80, 48, dtype=dtype), torch.zeros(7, 48, 40, dtype=dtype)
+            ),
+            ExpertForm(),
         ]
-        whole = watched.by_triton(lambda: experts.experts(*tensors))  # noqa: B023
+        whole = watched.by_triton(lambda: fused_experts(*tensors))  # noqa: B023
         del tensors[2]
         waves = watched.by_triton(lambda: expert_routes(*tensors))  # noqa: B023
         assert [launch[0] for launch in whole] == [launch[0] for launch in waves], (tokens, dtype)
@@ -168,7 +191,7 @@ def check_waves_run_the_same_code(watched: Watched) -> None:
 
 def main() -> None:
     draw = random.Random(int(sys.argv[1]))
-    launch.check_device = lambda device: None  # tensors of the CPU stand for a GPU's
+    checks.check_device = lambda device: None  # tensors of the CPU stand for a GPU's
     watched = Watched()
     check_waves_run_the_same_code(watched)
     launches, functions = 0, set()

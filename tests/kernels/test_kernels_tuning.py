@@ -105,7 +105,7 @@ def test_the_tool_asks_what_a_call_asks() -> None:
         asked = tune.questions(layer, ffn_gpu.calls(layer, tokens, 1)[0])
         assert tuple(asked) == tune.kernels_of(path)
         for kernel, question in asked.items():
-            assert question["order"] == "columns" and question["hidden"] == 48
+            assert question["order"] == "rows" and question["hidden"] == 48
             assert lookup(kernel, "*", **question)
 
 

@@ -11,26 +11,17 @@ import random
 from dataclasses import dataclass, field
 
 import torch
+from textbook import gate_value
+
+from moeinf.kernels import ExpertForm, ExpertMatrices, Gate, Matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # ||found - expected|| / ||expected||. The interpreter rounds as a GPU does: see rounding.py.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
-
-
-def activate(name: str, x: float, alpha: float, limit: float) -> float:
-    """One value through the gate's function, by the textbook."""
-    if name == "silu":
-        return x / (1 + math.exp(-x))
-    if name == "gelu":
-        return x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
-    if name == "gelu_tanh":
-        return 0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    if name == "relu":
-        return max(x, 0.0)
-    if name == "relu2":
-        return max(x, 0.0) ** 2
-    x = min(x, limit)
-    return x / (1 + math.exp(-alpha * x))
+# The largest error in a token's row over the root mean square of that row (or of all rows, if that
+# is more: a row may be small by cancellation). One wrong element among thousands cannot hide.
+ROW_TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+FORMATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass
@@ -44,8 +35,8 @@ class Layer:
     I: int  # noqa: E741
     dtype: torch.dtype = torch.float32
     seed: int = 0
+    function: str = "glu"
     activation: str = "silu"
-    gated: bool = True
     interleaved: bool = False
     transposed: bool = False
     bias: bool = False
@@ -60,6 +51,7 @@ class Layer:
         def normal(*shape: int, size: float = 1.0) -> torch.Tensor:
             return (torch.randn(shape, generator=make) * size).to(self.dtype)
 
+        self.has_gate = self.function != "plain"
         E, H, I = self.E, self.H, self.I  # noqa: E741
         self.hidden = normal(self.T, H)
         self.gate = normal(E, I, H, size=self.scale / math.sqrt(H))
@@ -76,7 +68,7 @@ class Layer:
         """One expert's segments in the order in which a checkpoint of this form has them."""
         gate, up, down = self.gate[expert], self.up[expert], self.down[expert]
         bias = [self.gate_bias[expert], self.up_bias[expert]]
-        if not self.gated:
+        if not self.has_gate:
             gate_up, gate_up_bias = gate, bias[0]
         elif self.interleaved:
             gate_up = torch.empty(2 * self.I, self.H, dtype=self.dtype)
@@ -108,24 +100,15 @@ class Layer:
         gate, up = self.gate[e].double() @ x, self.up[e].double() @ x
         if self.bias:
             gate, up = gate + self.gate_bias[e].double(), up + self.up_bias[e].double()
-        act = torch.tensor(
-            [activate(self.activation, float(g), self.alpha, self.limit) for g in gate],
-            dtype=torch.float64,
-        )
-        if self.activation == "swiglu_clamped":
-            up = up.clamp(-self.limit, self.limit) + 1
-        y = self.down[e].double() @ (act * up if self.gated else act)
+        pairs = zip(gate.tolist(), up.tolist(), strict=True)
+        act = [gate_value(self.form.gate, g, u) for g, u in pairs]
+        y = self.down[e].double() @ torch.tensor(act, dtype=torch.float64)
         return y + self.down_bias[e].double() if self.bias else y
 
-    def options(self) -> dict[str, object]:
-        return {
-            "activation": self.activation,
-            "gated": self.gated,
-            "interleaved": self.interleaved,
-            "transposed": self.transposed,
-            "alpha": self.alpha,
-            "limit": self.limit,
-        }
+    @property
+    def form(self) -> ExpertForm:
+        gate = Gate(self.function, self.activation, self.alpha, self.limit)
+        return ExpertForm(gate, self.has_gate, self.bias)
 
 
 class Slots:
@@ -158,9 +141,25 @@ class Slots:
     def empty(self, slot: int) -> None:
         self.arena[slot] = math.nan
 
-    def arguments(self) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
-        views = dict(self.views)
-        return (views.pop("gate_up"), views.pop("down")), views
+    def matrices(self) -> ExpertMatrices:
+        """The three matrices, as views of the segments."""
+        layer, views = self.layer, dict(self.views)
+        if layer.transposed:
+            views["gate_up"] = views["gate_up"].transpose(1, 2)
+            views["down"] = views["down"].transpose(1, 2)
+        I, step = layer.I, 2 if layer.interleaved else 1  # noqa: E741
+
+        def part(first: int) -> Matrix:
+            rows = slice(first, None, step) if layer.interleaved else slice(first, first + I)
+            bias = views["gate_up_bias"][:, rows] if layer.bias else None
+            return Matrix(views["gate_up"][:, rows], None, bias, FORMATS[layer.dtype])
+
+        down = Matrix(views["down"], None, views.get("down_bias"), FORMATS[layer.dtype])
+        up = part(1 if layer.interleaved else I) if layer.has_gate else None
+        return ExpertMatrices(part(0), up, down)
+
+    def weights(self) -> tuple[ExpertMatrices, ExpertForm]:
+        return self.matrices(), self.layer.form
 
 
 def resident(layer: Layer, spare: int = 2, seed: int = 0) -> tuple[Slots, torch.Tensor]:
@@ -184,3 +183,13 @@ def error(found: torch.Tensor, expected: torch.Tensor) -> float:
     if not torch.isfinite(found).all():
         return math.inf
     return float((found.cpu().double() - expected).norm() / expected.norm())
+
+
+def row_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference in a row, over the root mean square of the row or of all rows."""
+    if not torch.isfinite(found).all():
+        return math.inf
+    difference = (found.cpu().double() - expected).abs().amax(dim=1)
+    squares = expected.square().mean(dim=1)
+    size = torch.maximum(squares, squares.mean()).sqrt()
+    return float(torch.where(difference == 0, 0.0, difference / size).max())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 
-from moeinf.kernels import plans, tuning
+from moeinf.kernels import launch_plan, tuning
 
 COMMON = {"num_warps": 4, "num_stages": 1}
 SMALL = {
@@ -27,4 +27,4 @@ def use(patch: pytest.MonkeyPatch, **changes: int) -> None:
         return chosen | {name: value for name, value in changes.items() if name in chosen}
 
     patch.setattr(tuning, "config", config)
-    patch.setattr(plans, "PLANS", {})  # what was planned with other blocks
+    patch.setattr(launch_plan, "PLANS", {})  # what was planned with other blocks

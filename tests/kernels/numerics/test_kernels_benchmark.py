@@ -1,7 +1,4 @@
-"""The GPU benchmark's own logic, on tiny layers: every implementation agrees and every cell fills.
-
-And the reference that ships beside the kernels, against this folder's own.
-"""
+"""The GPU benchmark's logic, on tiny layers: every implementation agrees, every cell fills."""
 
 from __future__ import annotations
 
@@ -10,10 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from layers import DEVICE, TOLERANCE, Layer, error, resident, slot_ids
+from layers import DEVICE, TOLERANCE
 
 from benchmarks import ffn_gpu
-from moeinf.kernels.reference import experts_reference
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="a dry run is for machines without a GPU")
@@ -31,31 +27,3 @@ def test_dry_run_of_the_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(models) == len(ours) == 6
     assert all(row["error"] <= TOLERANCE[torch.bfloat16] for row in ours)
     assert "tiny GPT-OSS" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "form",
-    [
-        {"activation": "gelu"},
-        {"activation": "gelu_tanh", "transposed": True},
-        {"activation": "relu2", "gated": False},
-        {"activation": "relu", "bias": True},
-        {"activation": "swiglu_clamped", "interleaved": True, "bias": True, "scale": 5.0},
-    ],
-    ids=str,
-)
-def test_the_reference_beside_the_kernels(form: dict[str, object]) -> None:
-    layer = Layer(3, 2, 4, 24, 10, **form)
-    layer.ids[0, 1] = -1
-    slots, where = resident(layer)
-    weights, biases = slots.arguments()
-    found = experts_reference(
-        layer.hidden.to(DEVICE), slot_ids(layer.ids, where), layer.weights.to(DEVICE),
-        *weights, **biases, **layer.options(),
-    )  # fmt: skip
-    assert error(found, layer.expected()) < 1e-5
-    mapped = experts_reference(
-        layer.hidden.to(DEVICE), layer.ids.to(DEVICE), layer.weights.to(DEVICE),
-        *weights, **biases, **layer.options(), expert_map=where,
-    )  # fmt: skip
-    assert torch.equal(mapped, found)

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="loads are counted in t
 
 
 def reads(path: str, step: Step, **options: object) -> dict[str, torch.Tensor]:
-    """[slots, elements of a slot] how often each weight was read, for gate_up and down."""
+    """[slots, elements of a slot] how often each weight was read, for gate, up and down."""
     launches, out = counted(path, step, **options)
     assert torch.isfinite(out).all(), "a slot that holds NaN was used"
     slots = max(slot for row in step.slots for slot in row) + 3
@@ -71,7 +71,7 @@ def test_the_formula_is_what_was_counted(path: str, step: Step, options: dict[st
 
 def test_a_second_read_would_be_counted() -> None:
     """The meter itself: two steps under one meter, and the same weights are read twice."""
-    from moeinf.kernels import experts
+    from moeinf.kernels import ExpertForm, ExpertMatrices, Matrix, fused_experts
 
     with kernel_bytes.Meter() as meter:
         hidden, ids, weights = (
@@ -79,7 +79,11 @@ def test_a_second_read_would_be_counted() -> None:
             torch.zeros(1, 2, dtype=torch.int64),
             torch.ones(1, 2),
         )
-        experts(hidden, ids, weights, torch.ones(2, 8, 8), torch.ones(2, 8, 4))
+        gate, up, down = (
+            Matrix(torch.ones(shape), format="f32") for shape in ((2, 4, 8), (2, 4, 8), (2, 8, 4))
+        )
+        matrices = ExpertMatrices(gate, up, down)
+        fused_experts(hidden, ids, weights, matrices, ExpertForm())
     for one in meter.launches:
         for times in one.times.values():
             half = times.size // 2

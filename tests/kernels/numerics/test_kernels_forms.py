@@ -2,31 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
 import small_blocks
 import torch
-from layers import DEVICE, TOLERANCE, Layer, error, resident, slot_ids
+from layers import (
+    DEVICE,
+    ROW_TOLERANCE,
+    TOLERANCE,
+    Layer,
+    error,
+    resident,
+    row_error,
+    slot_ids,
+)
 
-from moeinf.kernels import experts
+from moeinf.kernels import fused_experts
+from moeinf.kernels.gates import ACTIVATIONS, GATES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # path, tokens: one token, a few that share experts, and more than decode takes.
 PATHS = (("vector", 1), ("vector", 3), ("shared", 5), ("grouped", 19))
+GATE_ROWS = [
+    (function, activation)
+    for function, activation in itertools.product(GATES, ACTIVATIONS)
+    if activation == "silu" or "activation" in GATES[function].constants
+]
 
 
 def compute(layer: Layer, path: str | None, spare: int = 2) -> torch.Tensor:
     slots, where = resident(layer, spare)
-    weights, biases = slots.arguments()
-    return experts(
+    return fused_experts(
         layer.hidden.to(DEVICE), slot_ids(layer.ids, where), layer.weights.to(DEVICE),
-        *weights, **biases, **layer.options(), path=path,
+        *slots.weights(), path=path,
     )  # fmt: skip
 
 
 def check(layer: Layer, path: str | None) -> None:
-    assert error(compute(layer, path), layer.expected()) <= TOLERANCE[layer.dtype], layer
+    found, expected = compute(layer, path), layer.expected()
+    assert error(found, expected) <= TOLERANCE[layer.dtype], layer
+    assert row_error(found, expected) <= ROW_TOLERANCE[layer.dtype], layer
 
 
 @pytest.mark.parametrize("path,T", PATHS)
@@ -37,36 +54,50 @@ def test_dtypes(path: str, T: int, dtype: torch.dtype, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("path,T", PATHS)
-@pytest.mark.parametrize(
-    "activation", ["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_clamped"]
-)
-def test_activations(path: str, T: int, activation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("function,activation", GATE_ROWS)
+def test_gates(
+    path: str, T: int, function: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     small_blocks.use(monkeypatch)
-    # Gates large enough for the clamp at 7 to matter.
-    check(Layer(T, 2, 3, 40, 24, activation=activation, scale=4.0, bias=True), path)
+    # Values large enough for a limit of 3 to matter.
+    form = {"function": function, "activation": activation, "limit": 3.0}
+    check(Layer(T, 2, 3, 40, 24, scale=4.0, bias=True, **form), path)
+
+
+WEIGHT_FORMS = [
+    {"function": "plain", "activation": "relu2"},
+    {"function": "plain", "bias": True, "transposed": True},
+    {"interleaved": True},
+    {"transposed": True},
+    {"bias": True},
+    {"interleaved": True, "transposed": True, "bias": True},
+]
 
 
 @pytest.mark.parametrize("path,T", PATHS)
-@pytest.mark.parametrize(
-    "form",
-    [
-        {"gated": False, "activation": "relu2"},
-        {"gated": False, "bias": True, "transposed": True},
-        {"interleaved": True},
-        {"transposed": True},
-        {"bias": True},
-        {
-            "interleaved": True, "transposed": True, "bias": True, "alpha": 1.5, "limit": 2.0,
-            "activation": "swiglu_clamped", "scale": 3.0,
-        },
-    ],
-    ids=str,
-)  # fmt: skip
+@pytest.mark.parametrize("form", WEIGHT_FORMS, ids=str)
 def test_weight_forms(
     path: str, T: int, form: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small_blocks.use(monkeypatch)
     check(Layer(T, 3, 4, 70, 33, **form), path)
+
+
+@pytest.mark.parametrize("draws", range(6))
+def test_random_forms(draws: int, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any gate with any layout, dtype and path."""
+    small_blocks.use(monkeypatch)
+    draw = random.Random(seed + draws)
+    for path, T in PATHS:
+        function, activation = draw.choice(GATE_ROWS)
+        layer = Layer(
+            T, draw.randint(1, 3), 4, draw.randint(1, 150), draw.randint(1, 80),
+            draw.choice(DTYPES), draw.randrange(1000), function, activation,
+            interleaved=function != "plain" and draw.random() < 0.5,
+            transposed=draw.random() < 0.5, bias=draw.random() < 0.5,
+            alpha=draw.choice((1.0, 1.702, 4.0)), limit=draw.choice((0.5, 7.0)),
+        )  # fmt: skip
+        check(layer, path)
 
 
 @pytest.mark.parametrize("k", range(1, 17))
@@ -92,9 +123,20 @@ def test_default_path_for_any_number_of_tokens(T: int, monkeypatch: pytest.Monke
     check(Layer(T, 2, 6, 48, 20, torch.float16), None)
 
 
-@pytest.mark.parametrize("path,T", PATHS)
-def test_committed_block_sizes(path: str, T: int) -> None:
-    check(Layer(min(T, 17), 2, 3, 40, 24, torch.bfloat16), path)
+@pytest.mark.parametrize(
+    "path,T,H,I",
+    [
+        ("vector", 1, 300, 24), ("vector", 1, 20, 290), ("vector", 3, 40, 24),
+        ("shared", 5, 150, 20), ("shared", 5, 18, 290), ("grouped", 17, 130, 70),
+        ("grouped", 36, 66, 66),
+    ],
+)  # fmt: skip
+def test_committed_block_sizes(path: str, T: int, H: int, I: int) -> None:  # noqa: E741
+    """Two blocks along each summed dimension, the second not full; a full tile of prefill rows."""
+    full = Layer(T, 2, 3, H, I, torch.bfloat16)
+    if path == "grouped":
+        full.ids[:] = torch.tensor([0, 2])
+    check(full, path)
 
 
 @pytest.mark.parametrize("path,T", PATHS)
@@ -119,10 +161,9 @@ def test_hidden_and_out_may_be_strided_and_weights_any_float(
     wide = torch.full((T, 56), torch.nan, dtype=torch.float16, device=DEVICE)
     wide[:, :40] = layer.hidden.to(DEVICE)
     out = torch.full((T, 64), 3.0, dtype=torch.float16, device=DEVICE)
-    weights, _ = slots.arguments()
-    experts(
-        wide[:, :40], slot_ids(layer.ids, where).int(), layer.weights.half().to(DEVICE), *weights,
-        out=out[:, 8:48], path=path,
+    fused_experts(
+        wide[:, :40], slot_ids(layer.ids, where).int(), layer.weights.half().to(DEVICE),
+        *slots.weights(), out=out[:, 8:48], path=path,
     )  # fmt: skip
     assert error(out[:, 8:48], layer.expected()) <= TOLERANCE[torch.float16]
     assert (out[:, :8] == 3).all() and (out[:, 48:] == 3).all()
@@ -134,14 +175,30 @@ def test_the_form_of_vllm(path: str, T: int, monkeypatch: pytest.MonkeyPatch) ->
     small_blocks.use(monkeypatch)
     layer = Layer(T, 3, 6, 48, 20)
     slots, where = resident(layer)
-    (w13, w2), _ = slots.arguments()
     where[int(layer.ids[0, 0])] = -1
     hidden, weights = layer.hidden.to(DEVICE), layer.weights.to(DEVICE)
-    mapped = experts(
-        hidden, layer.ids.int().to(DEVICE), weights, w13, w2, expert_map=where.int(), path=path,
-        num_experts=6,
+    options = {"path": path, "num_experts": 6}
+    mapped = fused_experts(
+        hidden, layer.ids.int().to(DEVICE), weights, *slots.weights(), expert_map=where.int(),
+        **options,
     )  # fmt: skip
-    direct = experts(hidden, slot_ids(layer.ids, where), weights, w13, w2, path=path, num_experts=6)
+    direct = fused_experts(hidden, slot_ids(layer.ids, where), weights, *slots.weights(), **options)
     assert torch.equal(mapped, direct)
     absent = torch.where(layer.ids == layer.ids[0, 0], -1, layer.ids)
     assert error(mapped, layer.expected(absent)) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("path,T", PATHS)
+def test_weights_that_move_are_found(path: str, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same ExpertMatrices after its tensors were given other memory, as `module.to` does."""
+    small_blocks.use(monkeypatch)
+    layer = Layer(T, 2, 3, 40, 24)
+    slots, where = resident(layer)
+    matrices, form = slots.weights()
+    call = (layer.hidden.to(DEVICE), slot_ids(layer.ids, where), layer.weights.to(DEVICE))
+    first = fused_experts(*call, matrices, form, path=path)
+    for tensor in filter(lambda t: t is not None, matrices.tensors):
+        moved = torch.empty(tensor.numel() + 3, dtype=tensor.dtype, device=DEVICE)[3:]
+        tensor.data = moved.view(tensor.shape).copy_(tensor)
+    slots.arena.fill_(torch.nan)
+    assert torch.equal(fused_experts(*call, matrices, form, path=path), first)

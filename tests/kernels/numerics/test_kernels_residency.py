@@ -9,7 +9,7 @@ import small_blocks
 import torch
 from layers import DEVICE, TOLERANCE, Layer, Slots, error, resident, slot_ids
 
-from moeinf.kernels.experts import ReadThrough, combine, expert_routes, experts
+from moeinf.kernels import ExpertMatrices, combine, expert_routes, fused_experts
 
 PATHS = (("vector", 1), ("shared", 6), ("grouped", 20))
 
@@ -24,14 +24,12 @@ def test_slots_may_be_permuted(
     results = []
     for place in range(3):
         slots, where = resident(layer, spare=1 + 4 * place, seed=seed + place)
-        weights, biases = slots.arguments()
         results.append(
-            experts(
+            fused_experts(
                 layer.hidden.to(DEVICE),
                 slot_ids(layer.ids, where),
                 layer.weights.to(DEVICE),
-                *weights,
-                **biases,
+                *slots.weights(),
                 path=path,
             )
         )
@@ -51,14 +49,12 @@ def test_any_split_into_waves_gives_the_same_bits(
         layer.ids[2, 1] = -1
     hidden, weights = layer.hidden.to(DEVICE), layer.weights.to(DEVICE)
     slots, where = resident(layer)
-    segments, biases = slots.arguments()
-    whole = experts(
-        hidden, slot_ids(layer.ids, where), weights, *segments, **biases, path=path, out=None
+    whole = fused_experts(
+        hidden, slot_ids(layer.ids, where), weights, *slots.weights(), path=path, out=None
     )
     for count in (1, 2, 3):
         # Only `count` slots, refilled for each wave; what an earlier wave left is poisoned.
         slots = Slots(layer, count)
-        segments, biases = slots.arguments()
         named = [e for e in range(layer.E) if e in layer.ids]
         draw.shuffle(named)
         routes = None
@@ -70,7 +66,7 @@ def test_any_split_into_waves_gives_the_same_bits(
                 slots.fill(slot, expert)
                 wave[expert] = slot
             routes = expert_routes(
-                hidden, slot_ids(layer.ids, wave), *segments, routes=routes, path=path, **biases
+                hidden, slot_ids(layer.ids, wave), *slots.weights(), routes=routes, path=path
             )
         assert routes is not None
         assert torch.equal(combine(routes, layer.ids.to(DEVICE), weights, dtype=dtype), whole)
@@ -81,60 +77,11 @@ def test_a_wave_leaves_the_routes_of_others_alone(monkeypatch: pytest.MonkeyPatc
     for path, T in PATHS:
         layer = Layer(T, 2, 4, 33, 20)
         slots, where = resident(layer)
-        segments, _ = slots.arguments()
         where[int(layer.ids[0, 1])] = -1
         ids = slot_ids(layer.ids, where)
         routes = torch.full((T, 2, 33), -5.0, device=DEVICE)
-        expert_routes(layer.hidden.to(DEVICE), ids, *segments, routes=routes, path=path)
+        expert_routes(layer.hidden.to(DEVICE), ids, *slots.weights(), routes=routes, path=path)
         assert (routes[ids < 0] == -5).all() and (routes[ids >= 0] != -5).all()
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_read_through_computes_and_fills_the_slot(
-    bias: bool, interleaved: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Missed experts, read where they lie, give the bits of resident ones and end up in slots."""
-    small_blocks.use(monkeypatch)
-    layer = Layer(1, 5, 8, 70, 35, bias=bias, interleaved=interleaved)
-    hidden, weights = layer.hidden.to(DEVICE), layer.weights.to(DEVICE)
-    slots, where = resident(layer)
-    ids = slot_ids(layer.ids, where)
-    segments, biases = slots.arguments()
-    whole = experts(hidden, ids, weights, *segments, **biases, interleaved=interleaved)
-    full = slots.arena.clone()
-
-    far = Slots(layer, 2)
-    if DEVICE == "cuda":
-        far.arena = far.arena.cpu().pin_memory()
-        far.views = {
-            name: torch.as_strided(
-                far.arena,
-                view.shape,
-                (far.arena.stride(0), *view.stride()[1:]),
-                view.storage_offset(),
-            )
-            for name, view in far.views.items()
-        }
-    addresses = {name: torch.zeros(5, dtype=torch.int64) for name in far.views}
-    for place, j in enumerate((1, 4)):
-        expert = int(layer.ids[0, j])
-        for name, part in layer.stored(expert).items():
-            far.views[name][place] = part
-            addresses[name][j] = far.views[name][place].data_ptr()
-        slots.empty(int(ids[0, j]))
-    source = ReadThrough(**{name: address.to(DEVICE) for name, address in addresses.items()})
-    missed = experts(
-        hidden, ids, weights, *segments, **biases, interleaved=interleaved, read_through=source
-    )
-    assert torch.equal(missed, whole)
-    for name, view in slots.views.items():
-        kept = torch.as_strided(full, view.shape, view.stride(), view.storage_offset())
-        for slot in ids[0]:
-            assert torch.equal(view[slot], kept[slot]), name
-    again = experts(hidden, ids, weights, *segments, **biases, interleaved=interleaved)
-    assert torch.equal(again, whole)
-    assert error(again, layer.expected()) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("path,T", PATHS)
@@ -151,8 +98,8 @@ def test_slots_beyond_two_to_the_31_elements(
     for expert, slot in enumerate((2, 0)):
         stored = layer.stored(expert)
         gate_up[slot], down[slot] = stored["gate_up"].to(DEVICE), stored["down"].to(DEVICE)
-    out = experts(
+    out = fused_experts(
         layer.hidden.to(DEVICE), (2 - 2 * layer.ids).to(DEVICE), layer.weights.to(DEVICE),
-        gate_up, down, path=path,
+        ExpertMatrices.of_fused(gate_up, down), layer.form, path=path,
     )  # fmt: skip
     assert error(out, layer.expected()) <= TOLERANCE[torch.float16]

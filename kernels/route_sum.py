@@ -1,7 +1,7 @@
 # mypy: ignore-errors
-"""The last step of a layer that ran in waves: the weighted sum over a token's routes, in order.
+"""The weighted sum over a token's routes, in order: the last step of prefill, and of waves.
 
-Launched once, after the last wave. Reads no weights of experts and knows no slots.
+Reads no weights of experts and knows no slots.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 
 @triton.jit
-def combine(
+def sum_routes(
     routes_ptr, ids_ptr, weights_ptr, out_ptr,
     top_k, H, stride_ot,
     BLOCK_H: tl.constexpr,
@@ -18,12 +18,12 @@ def combine(
 
     | argument | shape | dtype | strides | meaning |
     |---|---|---|---|---|
-    | routes | [T, k, H] | float32 or W | contiguous | one expert's output for one token |
+    | routes | [T, k, H] | float32 or X | contiguous | one expert's output for one token |
     | ids | [T, k] | int32/64 | contiguous | any ids; routes with a negative one are not read |
     | weights | [T, k] | any float | contiguous | routing weights |
-    | out | [T, H] | W | (stride_ot, 1) | |
+    | out | [T, H] | X | (stride_ot, 1) | |
 
-    Grid (T, ceil(H / BLOCK_H)). Bytes: k * H * sizeof(routes) read and H * sizeof(W) written per
+    Grid (T, ceil(H / BLOCK_H)). Bytes: k * H * sizeof(routes) read and H * sizeof(X) written per
     token; FLOPs: 2 * k * H per token. Each addition is one fused multiply-add, as in the decode
     kernels, so that a layer gives the same bits in one wave and in many.
     """

@@ -1,0 +1,33 @@
+// The number formats of tokens, outputs and biases. 16-bit numbers are opaque bits: only the
+// kernels of an instruction set turn them into floats. How weights are stored is another subject:
+// layout/matrix.h.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace moeinf {
+
+enum class DType : int32_t { kBF16, kF16, kF32 };
+
+struct BF16 {
+    uint16_t bits;
+};
+
+struct F16 {
+    uint16_t bits;
+};
+
+[[nodiscard]] constexpr size_t dtype_bytes(DType dtype) {
+    switch (dtype) {
+        case DType::kBF16:
+            return sizeof(BF16);
+        case DType::kF16:
+            return sizeof(F16);
+        case DType::kF32:
+            return sizeof(float);
+    }
+    __builtin_unreachable();
+}
+
+}  // namespace moeinf

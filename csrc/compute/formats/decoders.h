@@ -1,0 +1,18 @@
+// The table of weight formats: one row, one decoder. Everything that depends on the format comes
+// from here: facts and names (formats.cpp), and the products of every instruction set
+// (float_kernels.h). Unnamed for the reason float_math.h gives.
+#pragma once
+
+#include <tuple>
+
+#include "compute/formats/bf16.h"
+#include "compute/formats/f16.h"
+#include "compute/formats/f32.h"
+
+namespace moeinf {
+namespace {
+
+using Decoders = std::tuple<Bf16Weights, F16Weights, F32Weights>;
+
+}  // namespace
+}  // namespace moeinf

@@ -1,0 +1,14 @@
+// IEEE half precision.
+#pragma once
+
+#include "compute/formats/plain.h"
+
+namespace moeinf {
+namespace {
+
+struct F16Weights : Plain<F16> {
+    static constexpr std::string_view kName = "f16";
+};
+
+}  // namespace
+}  // namespace moeinf

@@ -1,0 +1,45 @@
+#include "compute/formats/formats.h"
+
+#include <array>
+
+#include "base/find_name.h"
+#include "compute/formats/decoders.h"
+
+namespace moeinf {
+namespace {
+
+template <class Decoder>
+constexpr FormatFacts facts_of() {
+    using Stored = typename Decoder::Stored;
+    if constexpr (Decoder::kBlockCols == 0) {
+        return {Decoder::kName, sizeof(Stored), Decoder::kPack, 0, 0, 0};
+    } else {
+        return {Decoder::kName,      sizeof(Stored),      Decoder::kPack,
+                Decoder::kBlockRows, Decoder::kBlockCols, sizeof(typename Decoder::Scale)};
+    }
+}
+
+template <class... Rows>
+constexpr std::array<FormatFacts, sizeof...(Rows)> all_facts(std::tuple<Rows...>* /*table*/) {
+    return {facts_of<Rows>()...};
+}
+
+constexpr auto kFacts = all_facts(static_cast<Decoders*>(nullptr));
+
+}  // namespace
+
+const FormatFacts& facts(WeightFormat format) {
+    return kFacts[static_cast<size_t>(format)];
+}
+
+std::vector<std::string> format_names() {
+    std::vector<std::string> names;
+    for (const FormatFacts& format : kFacts) names.emplace_back(format.name);
+    return names;
+}
+
+WeightFormat find_format(std::string_view name) {
+    return static_cast<WeightFormat>(find_name(format_names(), name, "weight format"));
+}
+
+}  // namespace moeinf

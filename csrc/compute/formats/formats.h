@@ -1,0 +1,33 @@
+// What the CPU engine knows of each weight format besides how to decode it.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "layout/matrix.h"
+
+namespace moeinf {
+
+struct FormatFacts {
+    std::string_view name;
+    int64_t stored_bytes;  // of one stored value
+    int64_t pack;          // elements in it
+    int64_t block_rows;    // rows and elements of a row that share a scale; 0: no scales
+    int64_t block_cols;
+    int64_t scale_bytes;
+
+    // Bytes of a row of `cols` elements, and of its scales.
+    [[nodiscard]] int64_t row_bytes(int64_t cols) const { return cols / pack * stored_bytes; }
+    [[nodiscard]] int64_t scale_row_bytes(int64_t cols) const {
+        return block_cols == 0 ? 0 : (cols + block_cols - 1) / block_cols * scale_bytes;
+    }
+};
+
+[[nodiscard]] const FormatFacts& facts(WeightFormat format);
+[[nodiscard]] std::vector<std::string> format_names();
+// Throws Error(kInvalid) for an unknown name, listing those there are.
+[[nodiscard]] WeightFormat find_format(std::string_view name);
+
+}  // namespace moeinf

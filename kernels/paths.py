@@ -1,0 +1,245 @@
+"""From checked arguments to launches: the path, the block sizes, and each kernel's arguments.
+
+Three paths: `vector` and `shared` for up to 16 tokens, two launches each, planned once per
+signature; `grouped` for more, whose tiles follow from the ids of every call. The choice follows
+from shapes, dtype and device alone, so a layer's result cannot depend on residency.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import triton
+
+from . import launch_plan, tuning
+from .checks import INTERPRETED, Arguments
+from .decode_shared import down_shared, gate_up_shared
+from .decode_vector import down_vector, gate_up_vector
+from .forms import Matrix
+from .launch_plan import FUSE, MATRICES, Launch, LaunchPlan, Scratch, on_device
+from .prefill import down_grouped, gate_up_grouped
+from .route_sum import sum_routes
+from .tiles import make_tiles
+
+PATHS = ("vector", "shared", "grouped")
+DECODE_TOKENS = 16
+
+
+def has_tensor_cores_for(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether Triton multiplies this dtype on tensor cores; Turing's it compiles to plain FMA."""
+    if dtype == torch.float32:
+        return False
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def must_upcast(dtype: torch.dtype, device: torch.device) -> bool:
+    # Interpreters before Triton 3.7 multiply the bit patterns of bfloat16.
+    return not has_tensor_cores_for(dtype, device) or (INTERPRETED and dtype == torch.bfloat16)
+
+
+def pick_path(a: Arguments) -> str:
+    if a.T > DECODE_TOKENS:
+        return "grouped"
+    if a.T == 1 or not has_tensor_cores_for(a.dtype, a.device):
+        return "vector"
+    return "shared"
+
+
+def check_path(a: Arguments, path: str | None) -> str:
+    """The named path if it can serve the call, the default one for None."""
+    if path is None:
+        return pick_path(a)
+    if path not in PATHS:
+        raise ValueError(f"path: expected one of {PATHS}, found {path!r}")
+    if path != "grouped" and a.T > DECODE_TOKENS:
+        raise ValueError(f"path {path!r}: expected at most {DECODE_TOKENS} tokens, found {a.T}")
+    return path
+
+
+def routes_dtype(a: Arguments, path: str) -> torch.dtype:
+    """Decode keeps one expert's output in float32; prefill writes it in the tokens' dtype."""
+    return a.dtype if path == "grouped" else torch.float32
+
+
+def tuning_key(kernel: str, a: Arguments, rows_per_tile: int = 0) -> dict[str, Any]:
+    """What the tuning table is asked for this kernel."""
+    matrix = a.matrices.gate if kernel.startswith("gate_up") else a.matrices.down
+    return {
+        "dtype": str(a.dtype).removeprefix("torch."),
+        "hidden": a.H,
+        "intermediate": a.I,
+        "order": "rows" if matrix.values.stride(2) == 1 else "columns",
+        "rows_per_tile": rows_per_tile,
+    }
+
+
+def config_of(kernel: str, a: Arguments, rows_per_tile: int = 0) -> Mapping[str, Any]:
+    return tuning.config(
+        kernel, tuning.device_names(a.device), **tuning_key(kernel, a, rows_per_tile)
+    )
+
+
+def matrix_values(matrix: Matrix) -> dict[str, Any]:
+    """Its format, and the strides of its values, scales and bias: None for those it has not."""
+
+    def strides(tensor: torch.Tensor | None, *names: str) -> dict[str, int | None]:
+        if tensor is None:
+            return dict.fromkeys(names)
+        return dict(zip(names, (*tensor.stride(), 0, 0), strict=False))
+
+    return {
+        **strides(matrix.values, "stride_ws", "stride_wn", "stride_wk"),
+        **strides(matrix.scales, "stride_cs", "stride_cn", "stride_ck"),
+        **strides(matrix.bias, "stride_bs", "stride_bn"),
+        "FORMAT": matrix.format,
+    }
+
+
+def gate_up_values(a: Arguments) -> dict[str, Any]:
+    """Everything but tensors, block sizes and what a path adds."""
+    gate = a.form.gate
+    return {
+        "top_k": a.k, "H": a.H, "I": a.I, "stride_ht": a.hidden.stride(0),
+        "alpha": gate.alpha, "limit": gate.limit,
+        "FUNCTION": gate.function, "ACTIVATION": gate.activation, **matrix_values(a.matrices.gate),
+    }  # fmt: skip
+
+
+def down_values(a: Arguments, per_route: bool, out_stride: int) -> dict[str, Any]:
+    return {
+        "top_k": a.k, "H": a.H, "I": a.I, "stride_ot": out_stride, "per_route": int(per_route),
+        **matrix_values(a.matrices.down),
+    }  # fmt: skip
+
+
+def vector_launches(a: Arguments, per_route: bool, out_stride: int) -> tuple[Launch, Launch]:
+    first, second = config_of("gate_up_vector", a), {**config_of("down_vector", a)}
+    # More lanes of routes than routes would only idle.
+    second["ROUTES"] = min(second["ROUTES"], triton.next_power_of_2(a.k))
+    # What a launch does not read is given another tensor of the same dtype, and not None, which
+    # would be a second machine code.
+    unread = {"weights": "routes", "out": "hidden"} if per_route else {"routes": "weights"}
+    return (
+        Launch(
+            gate_up_vector, (a.T * a.k, triton.cdiv(a.I, first["BLOCK_I"])),
+            **gate_up_values(a), ROWWISE=a.matrices.gate.values.stride(2) == 1, **first,
+        ),
+        Launch(
+            down_vector, (a.T, triton.cdiv(a.H, second["BLOCK_H"])), unread,
+            **down_values(a, per_route, out_stride), **second,
+        ),
+    )  # fmt: skip
+
+
+def shared_launches(a: Arguments, per_route: bool, out_stride: int) -> tuple[Launch, Launch]:
+    R = a.T * a.k
+    first, second = config_of("gate_up_shared", a), config_of("down_shared", a)
+    common: dict[str, Any] = {
+        "T": a.T,
+        "TOKENS": DECODE_TOKENS,
+        "UPCAST": must_upcast(a.dtype, a.device),
+    }
+    unread = {"weights": "routes", "out": "hidden"} if per_route else {}
+    return (
+        Launch(
+            gate_up_shared, (R, triton.cdiv(a.I, first["BLOCK_I"])), **gate_up_values(a), **common,
+            K_PAD=triton.next_power_of_2(a.k), R_PAD=triton.next_power_of_2(R), **first,
+        ),
+        Launch(
+            down_shared, (triton.cdiv(a.H, second["BLOCK_H"]),), unread,
+            **down_values(a, per_route, out_stride), **common, **second,
+        ),
+    )  # fmt: skip
+
+
+def decode_plan(a: Arguments, path: str, per_route: bool, out: torch.Tensor | None) -> LaunchPlan:
+    """How `routes` [T, k, H] of the present routes are computed, or `out` [T, H]."""
+    R = a.T * a.k
+    out_stride = a.H if out is None else out.stride(0)
+    scratch = [Scratch("act", (R, a.I), a.dtype)]
+    routes = Scratch("routes", (a.T, a.k, a.H), torch.float32)
+    if path == "vector":
+        launches = vector_launches(a, per_route, out_stride)
+    else:
+        launches = shared_launches(a, per_route, out_stride)
+        scratch.append(Scratch("groups", (1 + 2 * R,), torch.int32))
+        scratch.append(Scratch("rows", (R, DECODE_TOKENS), torch.int32))
+        if not per_route:
+            scratch.append(routes)
+    result = routes if per_route else Scratch("out", (a.T, a.H), a.dtype)
+    return LaunchPlan(a.device, launches, result, tuple(scratch))
+
+
+def rows_per_tile(a: Arguments) -> int:
+    """BLOCK_M for the mean number of rows per expert; never a function of the number of slots."""
+    experts = a.num_experts
+    if experts is None:
+        experts = 64 if a.expert_map is None else a.expert_map.numel()
+    mean = a.T * a.k / experts
+    return next((rows for rows in (16, 32, 64) if mean <= rows), 128)
+
+
+def run_grouped(
+    a: Arguments,
+    weights: torch.Tensor | None,
+    out: torch.Tensor | None,
+    routes: torch.Tensor | None,
+) -> torch.Tensor:
+    """Returns `routes` [T, k, H] of the present routes, or `out` [T, H] where there are weights."""
+    rows = rows_per_tile(a)
+    first, second = (config_of(name, a, rows) for name in ("gate_up_grouped", "down_grouped"))
+    if first["BLOCK_M"] != second["BLOCK_M"]:
+        raise LookupError(f"{tuning.TABLE.name}: BLOCK_M differs between {first} and {second}")
+    ids = a.ids.reshape(-1).long()
+    slots = ids
+    if a.expert_map is not None:
+        slots = torch.where(ids < 0, -1, a.expert_map.long()[ids.clamp(min=0)])
+    tiles = make_tiles(slots, a.S, first["BLOCK_M"])
+    count = tiles.slot.numel()
+    act = a.hidden.new_empty(a.T * a.k, a.I)
+    every = a.hidden.new_empty(a.T, a.k, a.H) if routes is None else routes
+    pointers = {f"{name}_ptr": t for name, t in zip(MATRICES, a.matrices.tensors, strict=True)}
+    down = {name: pointers.pop(name) for name in tuple(pointers) if name.startswith("down")}
+    common = {
+        "order_ptr": tiles.order, "slot_ptr": tiles.slot, "first_ptr": tiles.first,
+        "end_ptr": tiles.end, "tiles": count, "UPCAST": must_upcast(a.dtype, a.device), **FUSE,
+    }  # fmt: skip
+    with on_device(a.device):
+        gate_up_grouped[(count * triton.cdiv(a.I, first["BLOCK_I"]),)](
+            hidden_ptr=a.hidden, act_ptr=act, **pointers, **gate_up_values(a), **common, **first,
+        )  # fmt: skip
+        down_grouped[(count * triton.cdiv(a.H, second["BLOCK_H"]),)](
+            act_ptr=act, routes_ptr=every, **down, H=a.H, I=a.I, **matrix_values(a.matrices.down),
+            **common, **second,
+        )  # fmt: skip
+    if weights is None:
+        return every
+    return run_combine(every, slots, weights, out, a.dtype)
+
+
+def run_combine(
+    routes: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    out: torch.Tensor | None,
+    dtype: torch.dtype,
+    check: Any = None,
+) -> torch.Tensor:
+    """`check` is called where no call of this signature was checked before."""
+    tensors = [None, ids, weights, None, out, routes]
+    parts, addresses = launch_plan.signature(tensors)
+    key = (parts, dtype)
+    plan = launch_plan.PLANS.get(key)
+    if plan is None:
+        if check is not None:
+            check()
+        T, k, H = routes.shape
+        only = Launch(
+            sum_routes, (T, triton.cdiv(H, 512)),
+            top_k=k, H=H, stride_ot=H if out is None else out.stride(0), BLOCK_H=512, num_warps=4,
+        )  # fmt: skip
+        plan = LaunchPlan(routes.device, (only,), Scratch("out", (T, H), dtype))
+        launch_plan.remember(key, plan)
+    return plan.prepare(tensors, addresses)()
