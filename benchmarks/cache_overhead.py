@@ -105,25 +105,25 @@ def main() -> None:
         def package() -> None:
             package_cache.acquire(layer, ids).release()
 
-        recorder = Recorder(package_cache)
+        recorder = Recorder(LAYERS, EXPERTS)
         routed = torch.tensor([ids])
         weights = torch.full((1, TOP_K), 1 / TOP_K, dtype=torch.bfloat16)
 
         def record_pass() -> None:
-            recorder.begin_pass(prefill=False, new_sequence=False, batch=1)
+            recorder.begin_pass(moeinf.ForwardPass())
             for recorded in range(LAYERS):
                 recorder.add(recorded, routed, weights)
 
         def recording() -> float:
             return mean_seconds(record_pass) / LAYERS
 
-        with_router = Recorder(package_cache, router=True)
+        with_router = Recorder(LAYERS, EXPERTS, router=True)
         blocks = [Block() for _ in range(LAYERS)]
         listen(blocks, with_router.add_router)
         logits = torch.randn(1, EXPERTS, dtype=torch.bfloat16)
 
         def record_router_pass() -> None:
-            with_router.begin_pass(prefill=False, new_sequence=False, batch=1)
+            with_router.begin_pass(moeinf.ForwardPass())
             for recorded, block in enumerate(blocks):
                 block.gate(logits)
                 with_router.add(recorded, routed, weights)

@@ -65,7 +65,7 @@ class Replay:
         wait(cache.device)
         start = time.perf_counter()
         for token in range(first, end):
-            cache.begin_pass(prefill=False, new_sequence=token == 0)
+            cache.begin_pass(moeinf.ForwardPass(new_sequence=token == 0))
             for layer in range(self.layers):
                 moeinf.fused_experts(
                     self.hidden, self.ids[token, layer], self.weights, cache, layer

@@ -10,7 +10,7 @@ cd "$(dirname "$0")/.."
 out="${1:-benchmarks/results}"
 python="${PYTHON:-python3}"
 
-# What has to be installed already, all of it named at once; neither typer nor rich nor psutil is needed.
+# What has to be installed already, all of it named at once; neither typer nor rich is needed.
 "$python" - <<'PYTHON'
 import importlib.metadata as metadata
 import re

@@ -55,6 +55,7 @@ def measure(calls: int) -> list[dict[str, Any]]:
     import moeinf
     from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
     from moeinf.experts.cuda import CudaExperts
+    from moeinf.experts.op import backend_of
     from moeinf.kernels import checks, experts, fused_experts, launch_plan
 
     driver = ctypes.CDLL(os.environ["MOEINF_CUDA_DRIVER"])
@@ -72,10 +73,10 @@ def measure(calls: int) -> list[dict[str, Any]]:
         write_random_checkpoint(Path(folder), geometry)
         store = moeinf.ExpertStore.open(folder)
         cache = moeinf.ExpertCache(store, device="cuda", memory="100%")
-    compute = cache._experts
+    compute = backend_of(cache.name)
     assert isinstance(compute, CudaExperts)
     compute._triton = experts
-    matrices = compute._current_matrices()
+    matrices = compute._matrices
     expert_map = torch.arange(geometry.experts, dtype=torch.int32)
     for tokens in (1, 4):
         hidden = torch.zeros(tokens, geometry.hidden, dtype=torch.bfloat16)

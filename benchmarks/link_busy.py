@@ -144,7 +144,7 @@ def gaps(copies: list[Copy]) -> dict[str, float]:
 
 
 class Replay:
-    """Decode steps of recorded routing, on one reader of a cache."""
+    """Decode steps of recorded routing, on one stream of a cache."""
 
     def __init__(
         self, cache: moeinf.ExpertCache, routing: Any, driver: FakeDriver, perfect: bool
@@ -152,24 +152,23 @@ class Replay:
         self.cache = cache
         self.perfect = perfect
         self.ids = torch.from_numpy(routing)  # int64 [tokens, layers, k]
-        self.map = torch.empty(cache.store.num_experts, dtype=torch.int32)
+        self.map = torch.empty(cache.store.num_experts + 1, dtype=torch.int32)
         self.driver = driver
-        self.reader = _core.DeviceReader(cache.core, driver.stream.value)
+        self.stream = _core.StepStream(cache.core, driver.stream.value)
 
     def run(self, first: int, end: int, compute_us: int) -> None:
-        reader = self.reader
+        stream = self.stream
         for token in range(first, end):
             for layer, ids in enumerate(self.ids[token]):
-                reader.ask(layer, ids.data_ptr(), True, 1, len(ids), self.map.data_ptr())
-                reader.begin()
+                stream.copy_ids(layer, ids.data_ptr(), True, 1, len(ids), self.map.data_ptr())
+                wave = stream.begin()
                 if self.perfect and self.cache.wants_predictions:
                     self._predict(token, layer + 1)
-                while reader.next():
+                while wave is not None:
                     if compute_us:
                         self.driver.compute(compute_us)
-                    reader.done()
-                reader.release()
-        reader.synchronize()
+                    wave = stream.next()
+        stream.synchronize()
 
     def _predict(self, token: int, layer: int) -> None:
         token, layer = token + layer // self.ids.shape[1], layer % self.ids.shape[1]

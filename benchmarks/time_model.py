@@ -34,6 +34,7 @@ import moeinf
 from benchmarks.common import print_table, write_json
 from benchmarks.prefetch import prompts_for
 from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
+from moeinf.cache.passes import Passes
 from moeinf.experts.cpu import CpuExperts
 from moeinf.pocket import POCKET
 from moeinf.traces.time_model import TimeEstimate, estimate_time
@@ -170,8 +171,8 @@ class Probes:
     def __init__(self, model: Any):
         self.model = model
         self.store = model.moeinf.cache.store
-        # Past the cache itself, whose recorder is for the model's own steps.
-        self.experts = CpuExperts(self.store, model.moeinf.cache.core)
+        self.experts = CpuExperts(model.moeinf.cache)
+        self.experts.passes = Passes([])  # the cache's recorder is for the model's own steps
         self.top_k = int(model.config.num_experts_per_tok)
         self.other = moeinf.ExpertCache(self.store, slots=self.top_k, policy="lru")
         self.turn = [0] * self.store.num_layers  # which experts a layer's next read begins with

@@ -145,8 +145,8 @@ def tanh(x):
     near = near * z + 1.33314422036e-1
     near = near * z - 3.33332819422e-1
     near = near * z * x + x
-    far = 1.0 - 2.0 / (tl.exp(2.0 * tl.abs(x)) + 1.0)
-    return tl.where(tl.abs(x) < 0.625, near, tl.where(x < 0.0, -far, far))
+    far = 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
+    return tl.where(tl.abs(x) < 0.625, near, far)
 
 
 @jit

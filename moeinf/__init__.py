@@ -19,7 +19,9 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
-    from moeinf.cache.cache import ExpertCache, Lease
+    from moeinf.cache.cache import ExpertCache
+    from moeinf.cache.lease import Lease
+    from moeinf.cache.passes import ForwardPass
     from moeinf.checkpoint.store import ExpertStore
     from moeinf.errors import (
         CapacityError,
@@ -41,7 +43,8 @@ _HOMES = {
     "CheckpointError": "moeinf.errors",
     "ExpertCache": "moeinf.cache.cache",
     "ExpertStore": "moeinf.checkpoint.store",
-    "Lease": "moeinf.cache.cache",
+    "ForwardPass": "moeinf.cache.passes",
+    "Lease": "moeinf.cache.lease",
     "ReadError": "moeinf.errors",
     "Trace": "moeinf.traces.trace",
     "TraceError": "moeinf.errors",
@@ -57,6 +60,7 @@ __all__ = [
     "CheckpointError",
     "ExpertCache",
     "ExpertStore",
+    "ForwardPass",
     "Lease",
     "ReadError",
     "Trace",

@@ -38,6 +38,19 @@ FAMILIES: dict[str, dict[str, Any]] = {
                     "num_key_value_heads": 4},
 }  # fmt: skip
 
+# Families whose experts compute something else than act(gate) * up. A limit of 0.5 clamps often.
+OWN_GATES: dict[str, dict[str, Any]] = {
+    "deepseek_v4": {"num_local_experts": 6, "n_routed_experts": 6, "num_experts_per_tok": 2,
+                    "moe_intermediate_size": 24, "intermediate_size": 24, "head_dim": 16,
+                    "num_key_value_heads": 1, "q_lora_rank": 16, "o_lora_rank": 16, "o_groups": 2,
+                    "qk_rope_head_dim": 8, "swiglu_limit": 0.5},
+    "hy_v4": {"num_experts": 6, "num_local_experts": 6, "num_experts_per_tok": 2,
+              "moe_intermediate_size": 24, "intermediate_size": 48, "head_dim": 10,
+              "pad_token_id": 0, "swiglu_limit": 0.5},
+    "minimax_m3_vl_text": {"num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 16,
+                           "intermediate_size": 24, "rotary_dim": 8, "swiglu_limit": 0.5},
+}  # fmt: skip
+
 
 def write_checkpoint(
     folder: Path,
@@ -51,7 +64,7 @@ def write_checkpoint(
 ) -> Path:
     """A random checkpoint of `family`; `original_names=False` keeps the experts fused."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**COMMON, **FAMILIES[family], **changes})
+    config = AutoConfig.for_model(family, **{**COMMON, **(FAMILIES | OWN_GATES)[family], **changes})
     config.dtype = dtype
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():

@@ -11,7 +11,7 @@ from checkpoints import COMMON, FAMILIES, write_checkpoint
 from transformers import AutoModelForCausalLM
 
 import moeinf
-from moeinf.cache.cache import prediction_summary
+from moeinf.cache.statistics import prediction_summary
 from moeinf.integrations.transformers.load import _experts_modules
 from moeinf.integrations.transformers.lookahead import GateLookahead
 

@@ -11,6 +11,7 @@ import torch
 from checkpoints import COMMON, write_checkpoint
 
 import moeinf
+from moeinf.experts.op import backend_of
 from moeinf.traces.trace import DECODE, PREFILL, Trace
 
 
@@ -82,8 +83,9 @@ def test_a_trace_holds_the_routing_of_every_token(qwen3_folder: Path, tmp_path: 
     model = moeinf.load(qwen3_folder, slots=4)
     cache = model.moeinf.cache
     seen: list[torch.Tensor] = []
-    compute = cache.compute
-    cache.compute = lambda *a: (seen.append(a[1].clone()), compute(*a))[1]  # type: ignore[method-assign]
+    backend = backend_of(cache.name)
+    run = backend.run
+    backend.run = lambda *a: (seen.append(a[1].clone()), run(*a))[1]  # type: ignore[method-assign]
     with cache.record() as recorder:
         model.generate(prompt(0, 1, 4), max_new_tokens=3, do_sample=False)
         model.generate(prompt(1, 1, 2), max_new_tokens=2, do_sample=False)

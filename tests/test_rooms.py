@@ -73,7 +73,6 @@ LIBRARIES = {
     "matplotlib": {"moeinf/report"},
     "typer": {"moeinf/cli"},
     "rich": {"moeinf/cli"},
-    "psutil": {"moeinf/cli"},
 }
 OWN = {"moeinf", "kernels", "benchmarks", "tests", "tools", "examples"}
 

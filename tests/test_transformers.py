@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import COMMON, FAMILIES, write_checkpoint
+from checkpoints import COMMON, FAMILIES, OWN_GATES, write_checkpoint
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, TextStreamer
 
 import moeinf
 import moeinf.integrations.transformers  # registers the implementation
+from moeinf.checkpoint import families
 from moeinf.errors import CapacityError, CheckpointError, ReadError, UnsupportedError
 
 
@@ -40,6 +42,51 @@ def test_logits_are_those_of_transformers(
     torch.testing.assert_close(
         logits_of(served, prompt), logits_of(reference, prompt), rtol=1e-4, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("family", OWN_GATES)
+def test_logits_of_experts_with_a_gate_of_their_own(family: str, tmp_path: Path, seed: int) -> None:
+    write_checkpoint(tmp_path, family, seed=seed)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, experts_implementation="eager")
+    served = moeinf.load(tmp_path, slots=3)
+    assert served.moeinf.cache.store.form.gate.limit == 0.5
+    prompt = random_prompt(seed, 2, 17)
+    torch.testing.assert_close(
+        logits_of(served, prompt), logits_of(reference, prompt), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_gate_that_the_files_were_not_taken_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The module is asked: a wrong row of the table of families serves nothing."""
+    write_checkpoint(tmp_path, "hy_v4")
+    monkeypatch.delitem(families.FAMILIES, "hy_v4")
+    monkeypatch.setattr(families, "GATE_KEYS", ())
+    with pytest.raises(CheckpointError, match=r"HYV4Experts\) computes .*clamped_glu.*taken for"):
+        moeinf.load(tmp_path)
+
+
+def test_experts_of_another_size(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "moe_intermediate_size": 32}))
+    with pytest.raises(CheckpointError, match=r"expects .*\(6, 64, 40\).*hold .*\(6, 48, 40\)"):
+        moeinf.load(tmp_path)
+
+
+def test_a_block_that_predicts_several_tokens_is_left_out(
+    qwen3_folder: Path, tmp_path: Path, seed: int
+) -> None:
+    """Its layers are counted from 0 too, and its experts are none of the model's."""
+    folder = Path(shutil.copytree(qwen3_folder, tmp_path / "copy"))
+    tensors = load_file(folder / "model.safetensors")
+    block = {n.replace("model.", "mtp."): t + 1 for n, t in tensors.items() if "layers.0.mlp" in n}
+    save_file({**tensors, **block}, folder / "model.safetensors", {"format": "pt"})
+    prompt = random_prompt(seed, 1, 6)
+    expected = logits_of(moeinf.load(qwen3_folder), prompt)
+    assert torch.equal(logits_of(moeinf.load(folder), prompt), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

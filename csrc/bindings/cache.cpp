@@ -19,7 +19,7 @@
 #include "bindings/ids.h"
 #include "cache/expert_cache.h"
 #include "policy/policy.h"
-#include "tier/device_transport.h"
+#include "tier/device_link.h"
 
 namespace py = pybind11;
 
@@ -91,7 +91,8 @@ std::shared_ptr<ExpertCache> make_cache(std::shared_ptr<Catalog> catalog, int32_
                                         bool direct, std::string prefetch,
                                         std::shared_ptr<Device> device, int32_t host_slots,
                                         bool exclusive, size_t gather_below,
-                                        std::optional<Eamc> eamc) {
+                                        std::optional<Eamc> eamc,
+                                        std::shared_ptr<HostTier> host_tier) {
     ExpertCacheOptions options;
     options.slots = slots;
     options.policy = std::move(policy);
@@ -99,6 +100,7 @@ std::shared_ptr<ExpertCache> make_cache(std::shared_ptr<Catalog> catalog, int32_
     options.copy = {threads, chunk_bytes, direct};
     options.poll = check_signals;
     options.device = std::move(device);
+    options.host_tier = std::move(host_tier);
     options.host_slots = host_slots;
     options.exclusive = exclusive;
     options.gather_below = gather_below;
@@ -130,14 +132,14 @@ PythonLease start(ExpertCache& cache, LayerId layer, py::handle experts, py::han
                                              " counts, found " + std::to_string(tokens.size()));
     }
     const py::gil_scoped_release released;
-    PythonLease step{cache.begin({.layer = layer,
-                                  .experts = ids,
-                                  .counts = tokens,
-                                  .prefill = prefill,
-                                  .new_sequence = new_sequence,
-                                  .at_once = at_once}),
+    PythonLease step{cache.begin_step({.layer = layer,
+                                       .experts = ids,
+                                       .counts = tokens,
+                                       .prefill = prefill,
+                                       .new_sequence = new_sequence,
+                                       .all_at_once = at_once}),
                      {}};
-    if (at_once) step.lease.wait_all(step.ready);
+    if (at_once) step.lease.acquire_all(step.ready);
     return step;
 }
 
@@ -145,7 +147,7 @@ std::optional<std::vector<std::pair<int32_t, SlotId>>> next(PythonLease& step) {
     std::vector<ReadyExpert> ready;
     {
         const py::gil_scoped_release released;
-        if (!step.lease.next(ready)) return std::nullopt;
+        if (!step.lease.wait_ready(ready)) return std::nullopt;
     }
     std::vector<std::pair<int32_t, SlotId>> pairs;
     for (const ReadyExpert& one : ready) pairs.emplace_back(one.position, one.slot);
@@ -199,26 +201,19 @@ py::dict to_dict(const PredictionStats& stats) {
 }
 
 const Device* device_of(const ExpertCache& cache) {
-    DeviceTransport* const transport = cache.device_transport();
-    return transport == nullptr ? nullptr : transport->device().get();
+    DeviceLink* const link = cache.device_link();
+    return link == nullptr ? nullptr : link->device().get();
 }
 
 py::object host_stats(const ExpertCache& cache) {
-    DeviceTransport* const transport = cache.device_transport();
-    if (transport == nullptr) return py::none();
-    const HostTierStats host = transport->host().stats();
-    const LinkStats link = transport->link_stats();
-    py::dict row;
-    row["slots"] = host.slots;
-    row["slots_refused"] = host.slots_refused;
-    row["hits"] = host.hits;
-    row["misses"] = host.misses;
-    row["read_bytes"] = host.read_bytes;
-    row["demoted"] = host.demoted;
-    row["demoted_bytes"] = link.demoted_bytes;
-    row["copied_bytes"] = link.copied_bytes;
-    row["copies"] = link.copies;
-    row["gathers"] = link.gathers;
+    DeviceLink* const link = cache.device_link();
+    if (link == nullptr) return py::none();
+    const LinkStats copies = link->stats();
+    py::dict row = to_dict(link->host().stats());
+    row["demoted_bytes"] = copies.demoted_bytes;
+    row["copied_bytes"] = copies.copied_bytes;
+    row["copies"] = copies.copies;
+    row["gathers"] = copies.gathers;
     return row;
 }
 
@@ -228,7 +223,7 @@ py::capsule export_pool(const ExpertCache& cache, py::handle dl_device, py::hand
     if (elsewhere || (!copy.is_none() && py::cast<bool>(copy))) {
         throw py::buffer_error("the pool is exported in place: no copy and no other device");
     }
-    return to_dlpack(cache.shared_pool(), cache.slots() + ExpertCache::kTransitSlots,
+    return to_dlpack(cache.shared_pool(), cache.slots() + ExpertCache::kStagingSlots,
                      device_of(cache));
 }
 
@@ -245,13 +240,13 @@ void bind_lease(py::module_& module) {
                 {
                     const py::gil_scoped_release released;
                     step.ready.clear();
-                    step.lease.wait_all(step.ready);
+                    step.lease.acquire_all(step.ready);
                 }
                 return rows_of(step.ready);
             },
             "Waits for all and returns their slots in the order of `experts`.")
         .def(
-            "done", [](PythonLease& step, int32_t position) { step.lease.done(position); },
+            "done", [](PythonLease& step, int32_t position) { step.lease.release(position); },
             py::arg("position"), "The slot of that position may be reused.")
         .def(
             "release", [](PythonLease& step) { step.lease.release(); },
@@ -287,7 +282,8 @@ void bind_cache(py::module_& module) {
              py::arg("chunk_bytes") = 0, py::arg("direct") = true, py::arg("prefetch") = "off",
              py::arg("device") = py::none(), py::arg("host_slots") = 0,
              py::arg("exclusive") = false, py::arg("gather_below") = 0,
-             py::arg("eamc") = py::none(), py::call_guard<py::gil_scoped_release>())
+             py::arg("eamc") = py::none(), py::arg("host_tier") = py::none(),
+             py::call_guard<py::gil_scoped_release>())
         .def(
             "begin",
             [](ExpertCache& cache, LayerId layer, py::handle experts, py::handle counts,
@@ -297,7 +293,7 @@ void bind_cache(py::module_& module) {
             py::arg("layer"), py::arg("experts"), py::arg("counts") = py::none(),
             py::arg("prefill") = false, py::arg("new_sequence") = false,
             "Starts a step and never waits. experts: distinct ids within the layer; counts: tokens "
-            "routed to each. What slots cannot hold passes through two transit slots.")
+            "routed to each. What slots cannot hold passes through two staging slots.")
         .def(
             "acquire",
             [](ExpertCache& cache, LayerId layer, py::handle experts, py::handle counts,
@@ -359,12 +355,12 @@ void bind_cache(py::module_& module) {
         .def(
             "wait_for_rows",
             [](ExpertCache& cache, py::handle rows) {
-                DeviceTransport* const transport = cache.device_transport();
-                if (transport == nullptr) return;
+                DeviceLink* const link = cache.device_link();
+                if (link == nullptr) return;
                 const auto ids = read_ids<SlotId>(rows);
                 const py::gil_scoped_release released;
                 for (const SlotId slot : ids) {
-                    while (!transport->fences().arrived(slot)) {
+                    while (!link->fences().arrived(slot)) {
                         std::this_thread::sleep_for(std::chrono::microseconds(20));
                         check_signals();
                     }
@@ -386,7 +382,7 @@ void bind_cache(py::module_& module) {
                 std::vector<bool> direct;
                 const size_t files = cache.catalog().files().size();
                 for (uint32_t file = 0; file < files; ++file) {
-                    direct.push_back(cache.engine().file_is_direct(file));
+                    direct.push_back(cache.files().file_is_direct(file));
                 }
                 return direct;
             },
@@ -400,7 +396,7 @@ void bind_cache(py::module_& module) {
             },
             "Of row 0. The same for the life of the cache.")
         .def_property_readonly_static(
-            "transit_slots", [](const py::object&) { return ExpertCache::kTransitSlots; },
+            "transit_slots", [](const py::object&) { return ExpertCache::kStagingSlots; },
             "Rows of the pool before those that hold residents.")
         .def(
             "__dlpack__",

@@ -31,10 +31,10 @@ std::vector<double> time_hits(ExpertCache& cache, LayerId layer,
     for (int32_t round = 0; round < rounds; ++round) {
         const auto start = Clock::now();
         for (int32_t i = 0; i < steps_per_round; ++i) {
-            StepLease step = cache.begin({.layer = layer, .experts = experts});
+            StepLease step = cache.begin_step({.layer = layer, .experts = experts});
             ready.clear();
-            while (step.next(ready)) continue;
-            for (const ReadyExpert& one : ready) step.done(one.position);
+            while (step.wait_ready(ready)) continue;
+            for (const ReadyExpert& one : ready) step.release(one.position);
         }
         means.push_back(seconds_since(start) / steps_per_round);
     }

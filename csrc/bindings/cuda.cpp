@@ -20,16 +20,16 @@ namespace moeinf {
 namespace {
 
 template <typename Id>
-py::array ids_as(const DeviceReader& reader) {
-    const DeviceStep& step = reader.step();
+py::array ids_as(const StepStream& stream) {
+    const RoutedStep& step = stream.step();
     py::array_t<Id> ids({step.tokens, static_cast<int64_t>(step.top_k)});
-    std::memcpy(ids.mutable_data(), reader.ids(), static_cast<size_t>(ids.nbytes()));
+    std::memcpy(ids.mutable_data(), stream.ids(), static_cast<size_t>(ids.nbytes()));
     return ids;
 }
 
-py::array ids_of(const DeviceReader& reader) {
-    if (reader.ids() == nullptr) throw Error(ErrorCode::kInvalid, "no step has begun");
-    return reader.step().ids_are_int64 ? ids_as<int64_t>(reader) : ids_as<int32_t>(reader);
+py::array ids_of(const StepStream& stream) {
+    if (stream.ids() == nullptr) throw Error(ErrorCode::kInvalid, "no step has begun");
+    return stream.step().ids_are_int64 ? ids_as<int64_t>(stream) : ids_as<int32_t>(stream);
 }
 
 }  // namespace
@@ -52,45 +52,51 @@ void bind_device(py::module_& module) {
         .def_property_readonly("total_bytes", &Device::total_bytes);
 }
 
-void bind_device_reader(py::module_& module) {
+void bind_step_stream(py::module_& module) {
+    py::class_<Wave>(module, "Wave", "The experts of a step that can be computed now.")
+        .def_readonly("whole", &Wave::whole, "Are they all experts of the step?")
+        .def_readonly("names_past_the_end", &Wave::names_past_the_end,
+                      "Is num_experts, which means no expert, among the ids?")
+        .def_readonly("slots", &Wave::slots, "Experts that the cache can hold now.");
+
     const auto released = py::call_guard<py::gil_scoped_release>();
-    py::class_<DeviceReader>(module, "DeviceReader",
-                             "Steps of one stream of a device; see csrc/cache/stream_step.h. Not "
-                             "thread-safe.",
-                             py::release_gil_before_calling_cpp_dtor())
+    py::class_<StepStream>(module, "StepStream",
+                           "Steps of one stream of a device; see csrc/cache/stream_step.h. Not "
+                           "thread-safe.",
+                           py::release_gil_before_calling_cpp_dtor())
         .def(py::init([](std::shared_ptr<ExpertCache> cache, uintptr_t stream) {
-                 return std::make_unique<DeviceReader>(std::move(cache),
-                                                       reinterpret_cast<Stream>(stream));
+                 return std::make_unique<StepStream>(std::move(cache),
+                                                     reinterpret_cast<Stream>(stream));
              }),
              py::arg("cache"), py::arg("stream"))
         .def(
-            "ask",
-            [](DeviceReader& reader, LayerId layer, uintptr_t ids, bool ids_are_int64,
-               int64_t tokens, int32_t top_k, uintptr_t map, bool prefill, bool new_sequence) {
-                reader.ask({.layer = layer,
-                            .ids = reinterpret_cast<const std::byte*>(ids),
-                            .ids_are_int64 = ids_are_int64,
-                            .tokens = tokens,
-                            .top_k = top_k,
-                            .map = reinterpret_cast<std::byte*>(map),
-                            .prefill = prefill,
-                            .new_sequence = new_sequence});
+            "copy_ids",
+            [](StepStream& stream, LayerId layer, uintptr_t ids, bool ids_are_int64, int64_t tokens,
+               int32_t top_k, uintptr_t map, bool prefill, bool new_sequence, int64_t caller) {
+                stream.copy_ids({.layer = layer,
+                                 .ids = reinterpret_cast<const std::byte*>(ids),
+                                 .ids_are_int64 = ids_are_int64,
+                                 .tokens = tokens,
+                                 .top_k = top_k,
+                                 .map = reinterpret_cast<std::byte*>(map),
+                                 .prefill = prefill,
+                                 .new_sequence = new_sequence,
+                                 .caller = caller});
             },
             py::arg("layer"), py::arg("ids_address"), py::arg("ids_are_int64"), py::arg("tokens"),
             py::arg("top_k"), py::arg("map_address"), py::arg("prefill") = false,
-            py::arg("new_sequence") = false, released,
-            "Enqueues the way of the ids [tokens, top_k] from a device address to the host.")
-        .def("begin", &DeviceReader::begin, released,
-             "Waits for the ids that were asked for, then starts the step.")
-        .def("next", &DeviceReader::next, released,
-             "False: the step is over. Else int32 [num_experts] at map_address will hold the rows "
-             "of this wave, -1 elsewhere, and the stream waits for their bytes.")
-        .def_property_readonly("wave_is_whole", &DeviceReader::wave_is_whole,
-                               "Does the wave hold every expert of the step?")
-        .def("done", &DeviceReader::done, released,
-             "Rows of the wave may be reused behind what the stream has been given so far.")
-        .def("release", &DeviceReader::release, released)
-        .def("synchronize", &DeviceReader::synchronize, released, "The host waits for the stream.")
+            py::arg("new_sequence") = false, py::arg("caller") = 0, released,
+            "Enqueues the way of the ids [tokens, top_k] from a device address to the host. The "
+            "map is int32 [num_experts + 1] on the device.")
+        .def("begin", &StepStream::begin, released,
+             "Waits for the ids, starts the step and returns its first wave, or None where no id "
+             "names an expert. In the stream's order the map will hold the slots of the wave, -1 "
+             "elsewhere, and the stream waits for their bytes.")
+        .def("next", &StepStream::next, released,
+             "The next wave, or None at the end of the step. Slots of the wave before may be "
+             "reused behind what the stream has been given so far.")
+        .def("release", &StepStream::release, released, "Ends the step early.")
+        .def("synchronize", &StepStream::synchronize, released, "The host waits for the stream.")
         .def("ids", &ids_of, "The ids of the step, a copy.");
 }
 

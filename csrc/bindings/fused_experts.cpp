@@ -17,23 +17,24 @@ namespace moeinf {
 namespace {
 
 void run_call(ExpertCache& cache, ExpertFfnCall& call, const StepRequest& request) {
-    StepLease step = cache.begin(request);
+    StepLease step = cache.begin_step(request);
     std::vector<ReadyExpert> ready;
     std::vector<SlotOfExpert> slots;
-    while (step.next(ready)) {
+    while (step.wait_ready(ready)) {
         slots.clear();
         for (const ReadyExpert& expert : ready) {
             slots.push_back({expert.position, cache.pool().slot(expert.slot)});
         }
         call.compute(slots);
-        for (const ReadyExpert& expert : ready) step.done(expert.position);
+        for (const ReadyExpert& expert : ready) step.release(expert.position);
         ready.clear();
     }
 }
 
 // A long prompt is cut so that scratch memory stays bounded; each part is a step of its own.
 void fused_experts(ExpertCache& cache, CpuEngine& engine, const ExpertFfn& expert, FfnInput input,
-                   LayerId layer, uintptr_t out, DType out_dtype, bool prefill, bool new_sequence) {
+                   LayerId layer, uintptr_t out, DType out_dtype, bool prefill, bool new_sequence,
+                   int64_t caller) {
     const int64_t tokens = input.tokens;
     const int64_t most = ExpertFfnCall::tokens_per_call(expert, input.top_k);
     const auto rows = [](const void* base, int64_t first, int64_t width, size_t element) {
@@ -52,7 +53,8 @@ void fused_experts(ExpertCache& cache, CpuEngine& engine, const ExpertFfn& exper
                   .experts = call.experts(),
                   .counts = call.counts(),
                   .prefill = prefill,
-                  .new_sequence = new_sequence && first == 0});
+                  .new_sequence = new_sequence && first == 0,
+                  .caller = caller});
         const size_t done = static_cast<size_t>(first * expert.hidden()) * dtype_bytes(out_dtype);
         call.finish(reinterpret_cast<std::byte*>(out) + done, out_dtype);
     }
@@ -63,7 +65,7 @@ void fused_experts(ExpertCache& cache, CpuEngine& engine, const ExpertFfn& exper
 void bind_fused_experts(py::module_& module) {
     module.def("fused_experts", &fused_experts, py::arg("cache"), py::arg("engine"),
                py::arg("expert"), py::arg("input"), py::kw_only(), py::arg("layer"), py::arg("out"),
-               py::arg("out_dtype"), py::arg("prefill"), py::arg("new_sequence"),
+               py::arg("out_dtype"), py::arg("prefill"), py::arg("new_sequence"), py::arg("caller"),
                py::call_guard<py::gil_scoped_release>(),
                "Writes [tokens, hidden] to the address `out`; see moeinf.fused_experts.");
 }

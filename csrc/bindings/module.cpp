@@ -8,9 +8,10 @@ PYBIND11_MODULE(_core, module) {
     moeinf::bind_compute(module);
     moeinf::bind_transfer(module);
     moeinf::bind_device(module);
+    moeinf::bind_host_tier(module);
     moeinf::bind_trace(module);
     moeinf::bind_cache(module);
-    moeinf::bind_device_reader(module);
+    moeinf::bind_step_stream(module);
     moeinf::bind_cache_timing(module);
     moeinf::bind_fused_experts(module);
     module.def("available_memory", &moeinf::available_memory,

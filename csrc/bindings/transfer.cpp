@@ -1,4 +1,4 @@
-// Catalog, slot pool and copy engine for Python: enough to test and measure them without a cache.
+// Catalog, slot pool and file reader for Python: enough to test and measure them without a cache.
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 

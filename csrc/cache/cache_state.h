@@ -1,18 +1,31 @@
-// What the cache and its leases share; private to this room. CacheState is everything under the
-// cache's one lock: each of its functions wants `mutex` held unless it says otherwise.
+// What the cache and its leases share; private to this room. Everything in CacheState is guarded by
+// the lock of its tier, and each of its functions is called under that lock.
+//
+// A member of a step:
+//
+//                   its fill fails
+//   kPending --> kLoading --------> kFailed: the step fails
+//      |  |          | its fill completes
+//      |  |          v
+//      |  +-------> kReady --wait_ready--> kHeld --release(position)--> kDone
+//      |   it is here
+//      +-- no frame can keep it: it waits for a staging slot
+//
+// From kLoading to kHeld it pins its resident, or has claimed its staging slot.
 #pragma once
 
 #include <array>
 #include <chrono>
-#include <condition_variable>
+#include <memory>
 #include <mutex>
+#include <string>
 #include <thread>
+#include <vector>
 
 #include "base/fork.h"
 #include "cache/expert_cache.h"
-#include "policy/residency.h"
 #include "prefetch/prefetcher.h"
-#include "tier/device_transport.h"
+#include "tier/tier.h"
 
 namespace moeinf {
 
@@ -21,29 +34,18 @@ namespace moeinf {
         .count();
 }
 
-// One expert on its way into one slot.
-struct Load {
-    enum class State : uint8_t { kReading, kComplete, kFailed };
-
-    ExpertId expert = ExpertId::kNone;
-    int32_t transit = -1;  // index of its transit slot; -1: its frame is a resident's
-    bool prefetch = false;
-    bool wanted = false;   // a step asked for it
-    uint32_t waiting = 0;  // members that pin the expert until this ends
-    State state = State::kReading;
-    TransferPtr transfer;
-    std::string error;
-};
-
-// One expert of a step. Until it is done it pins its resident, or owns its transit slot.
 struct Member {
     enum class State : uint8_t { kPending, kLoading, kReady, kHeld, kDone, kFailed };
 
+    [[nodiscard]] bool has_slot() const noexcept {
+        return state == State::kLoading || state == State::kReady || state == State::kHeld;
+    }
+
     ExpertId expert = ExpertId::kNone;
     SlotId slot = SlotId::kNone;
-    int32_t transit = -1;
+    int32_t staging = -1;  // index of its staging slot; -1: its slot is a resident's
     State state = State::kPending;
-    std::shared_ptr<Load> load;  // kLoading only
+    FillPtr fill;  // kLoading only
 };
 
 struct StepLease::Impl {
@@ -53,112 +55,63 @@ struct StepLease::Impl {
     size_t pending = 0;               // members without a slot
     size_t next_pending = 0;          // no pending member comes before this one
     std::thread::id thread;           // that used the lease last
-    int32_t waiting_for_transit = 0;  // threads in next() that only a transit slot can wake
+    int32_t waiting_for_staging = 0;  // threads in wait_ready() that only a staging slot can wake
     bool released = false;
-    std::string failure;      // of the first read that failed
+    std::string failure;      // of the first fill that failed
     size_t active_index = 0;  // in CacheState::active
 };
 
-// Counts a thread in while it waits. Goes after the lock it needs.
-class Waiting {
-public:
-    explicit Waiting(int32_t& count) : count_(count) { ++count_; }
-    Waiting(const Waiting&) = delete;
-    Waiting& operator=(const Waiting&) = delete;
-    ~Waiting() { --count_; }
-
-private:
-    int32_t& count_;
-};
-
-struct CacheState {
-    CacheState(std::shared_ptr<const Catalog> the_catalog, ExpertCacheOptions options);
+struct CacheState final : Tier::Owner {
+    CacheState(std::shared_ptr<const Catalog> catalog, ExpertCacheOptions options);
 
     // Takes no lock: what the lock guards may be torn in a forked child, where no thread of the
-    // copy engine exists either.
+    // source exists either.
     [[nodiscard]] bool forked() const noexcept { return process.forked(); }
     void check_process() const;
 
+    [[nodiscard]] const Catalog& catalog() const noexcept { return *tier.catalog(); }
     [[nodiscard]] LayerStats& stats_of(ExpertId expert) {
-        return stats[catalog->shape().layer_of(expert)];
-    }
-    [[nodiscard]] SlotId slot_of(ExpertId resident) const {
-        return slot_table[residency.frame_of(resident)];
+        return stats[catalog().shape().layer_of(expert)];
     }
 
-    // Starts what the transport has taken note of. Wants the lock not held; wait() does it, too.
-    void flush() const noexcept { transport->flush(); }
+    // Starts what has been noted. Called with the lock not held; wait() does it, too.
+    void flush() const noexcept { tier.source().flush(); }
+    void wait(std::unique_lock<std::mutex>& lock) { tier.wait(lock, poll); }
 
-    // Releases the lock, waits for `changed` and takes it again; calls `poll` every 50 ms.
-    void wait(std::unique_lock<std::mutex>& lock);
+    void on_fill_started(const Fill& fill) override;
+    void on_fill_ended(Fill& fill) override;
+    void on_evicted(ExpertId expert) override;
+    void on_arrival(ExpertId expert, Priority submitted);  // on a device; takes the lock
 
-    // Reads. The first also for a transit slot; the last two are callbacks of the transport and
-    // take the lock themselves.
-    std::shared_ptr<Load> start_load(ExpertId expert, int32_t transit, Priority priority);
-    void end_load(Load& load, Load::State state, std::string error);
-    void on_transfer_end(Load& load, const Transfer& transfer);
-    void on_arrival(ExpertId expert, Priority submitted);  // on a device
-
-    void start_prefetches();  // what the prefetcher chooses
-
-    // Residents.
-    // The slot that is filled anew; kNone: it goes.
-    void leaves(ExpertId expert, SlotId slot = SlotId::kNone);
-    void make_way(const Placement& placement);
-    void passed(ExpertId expert);  // through a transit slot, of which it has let go
-    void unpin(ExpertId expert);
+    bool prefetch(ExpertId expert, ExpertId& evicted);  // false: nothing may be evicted for it
+    void start_prefetches();                            // what the prefetcher chooses
 
     // Members of a step.
     void fetch(StepLease::Impl& lease, Member& member, const Placement& placement);
     void join(StepLease::Impl& lease, Member& member);
     void start_surplus(StepLease::Impl& lease);
-    void settle(StepLease::Impl& lease);
-    void let_go(Member& member);
+    void collect_fills(StepLease::Impl& lease);
+    void release_member(Member& member);
     void hand_out(StepLease::Impl& lease, std::vector<ReadyExpert>& out);
-    void gather(StepLease::Impl& lease, std::unique_lock<std::mutex>& lock);
+    void acquire_all(StepLease::Impl& lease, std::unique_lock<std::mutex>& lock);
     void end_lease(StepLease::Impl& lease);
-    [[nodiscard]] bool transit_never_frees() const;
+    [[nodiscard]] bool staging_never_frees() const;
     [[nodiscard]] int32_t slots_held_by_this_thread(const StepLease::Impl* besides,
                                                     int32_t from) const;
-
-    // Shrinking: the first so many frames get slots that stay, before the others are closed; then
-    // transits do. False while one is in use.
-    void gather_slots(int32_t frames);
-    [[nodiscard]] bool transit_has_slots_that_stay();
-    [[nodiscard]] bool stays(SlotId slot) const {
-        return number(slot) < residency.frames() + ExpertCache::kTransitSlots;
-    }
 
     struct Seen {
         int64_t request = -1;
         int32_t position = -1;
     };
-    struct Transit {
-        SlotId slot = SlotId::kNone;
-        const StepLease::Impl* owner = nullptr;
-        std::shared_ptr<Load> load;  // while it is filled
-        [[nodiscard]] bool free() const noexcept { return owner == nullptr && load == nullptr; }
-    };
 
-    const std::shared_ptr<const Catalog> catalog;
-    const std::shared_ptr<SlotPool> pool;
     const std::function<void()> poll;
     const ForkDetector process;
-
-    mutable std::mutex mutex;  // guards all below; never held while anything waits or bytes move
-    std::condition_variable changed;  // a read ended, a transit slot or a pin was given back
-    Residency residency;
     std::unique_ptr<Prefetcher> prefetcher;  // null: no prefetch but what callers ask for
     PerLayer<LayerStats> stats;
-    PerExpert<std::shared_ptr<Load>> loads;  // reads into residents' slots
     PerExpert<uint8_t> prefetched_unused;
-    std::array<Transit, ExpertCache::kTransitSlots> transit;
-    size_t next_spare = 0;                 // in transit: whose slot a resident gets next
-    PerFrame<SlotId> slot_table;           // of frames, open or not; see make_way()
-    std::vector<StepLease::Impl*> active;  // steps in progress
+    std::array<const StepLease::Impl*, ExpertCache::kStagingSlots> staging_users{};  // who claimed
+    std::vector<StepLease::Impl*> active;                  // steps in progress
     std::vector<std::unique_ptr<StepLease::Impl>> unused;  // finished ones, for reuse
-    int32_t waiting_for_room = 0;  // threads that want to hear of every pin given back
-    bool resizing = false;
     int64_t steps = 0;
     int64_t requests = 0;
     PerExpert<Seen> seen;            // where the request of that number names it
@@ -166,8 +119,9 @@ struct CacheState {
     std::vector<int32_t> ones;       // scratch
     StepPlan plan;                   // scratch
 
-    std::unique_ptr<Transport> transport;  // last: its threads use what is above
-    DeviceTransport* on_device = nullptr;  // the same, where slots lie on a device
+    DeviceLink* link = nullptr;         // the tier's source, where slots lie on a device
+    const FileReader* files = nullptr;  // what reads the files in the end
+    Tier tier;                          // last: its threads use what is above
 };
 
 }  // namespace moeinf

@@ -2,6 +2,7 @@
 
 #include "base/error.h"
 #include "cache/cache_state.h"
+#include "tier/device_link.h"
 
 namespace moeinf {
 namespace {
@@ -39,10 +40,10 @@ ExpertCache::ExpertCache(std::shared_ptr<const Catalog> catalog, ExpertCacheOpti
 
 ExpertCache::~ExpertCache() = default;
 
-StepLease ExpertCache::begin(const StepRequest& request) {
+StepLease ExpertCache::begin_step(const StepRequest& request) {
     CacheState& cache = *state_;
     cache.check_process();
-    const Catalog& catalog = *cache.catalog;
+    const Catalog& catalog = cache.catalog();
     const size_t count = request.experts.size();
     check_layer(catalog, request.layer);
     if (!request.counts.empty() && request.counts.size() != count) {
@@ -51,7 +52,7 @@ StepLease ExpertCache::begin(const StepRequest& request) {
     }
 
     StepLease step(state_);  // before the lock, which its destructor takes
-    std::unique_lock lock(cache.mutex);
+    std::unique_lock lock(cache.tier.mutex);
     ++cache.requests;
     cache.flat_ids.clear();
     for (const ExpertIndex expert : request.experts) {
@@ -65,10 +66,10 @@ StepLease ExpertCache::begin(const StepRequest& request) {
         seen = {cache.requests, static_cast<int32_t>(cache.flat_ids.size())};
         cache.flat_ids.push_back(flat);
     }
-    if (request.at_once && count > static_cast<size_t>(cache.residency.frames())) {
-        throw Error(ErrorCode::kCapacity, "a step of " + std::to_string(count) +
-                                              " experts at once does not fit into " +
-                                              std::to_string(cache.residency.frames()) + " slots");
+    if (request.all_at_once && count > static_cast<size_t>(cache.tier.residency().frames())) {
+        throw Error(ErrorCode::kCapacity,
+                    "a step of " + std::to_string(count) + " experts at once does not fit into " +
+                        std::to_string(cache.tier.residency().frames()) + " slots");
     }
     if (cache.ones.size() < count) cache.ones.resize(count, 1);
 
@@ -84,7 +85,7 @@ StepLease ExpertCache::begin(const StepRequest& request) {
     for (size_t i = 0; i < count; ++i) {
         Member& member = lease.members[i];
         member.expert = cache.flat_ids[i];
-        member.transit = -1;
+        member.staging = -1;
         member.state = Member::State::kPending;
     }
     lease.to_hand_out = count;
@@ -104,16 +105,17 @@ StepLease ExpertCache::begin(const StepRequest& request) {
                                   : request.counts,
                     .router = {},
                     .prefill = request.prefill,
-                    .new_sequence = request.new_sequence};
+                    .new_sequence = request.new_sequence,
+                    .caller = request.caller};
     if (cache.prefetcher) cache.prefetcher->on_step(seen, seconds_now());
-    if (cache.on_device != nullptr) cache.on_device->host().observe(seen);
-    cache.residency.plan(seen, cache.plan);
+    if (cache.link != nullptr) cache.link->host().observe(seen);
+    cache.tier.residency().plan(seen, cache.plan);
     const auto member_of = [&](ExpertId expert) -> Member& {
         return lease.members[static_cast<size_t>(cache.seen[expert].position)];
     };
     LayerStats& stats = cache.stats[request.layer];
     for (const ExpertId expert : cache.plan.hits) {
-        if (cache.loads[expert] == nullptr) ++stats.hits;
+        if (cache.tier.fill_of(expert) == nullptr) ++stats.hits;
         cache.join(lease, member_of(expert));
     }
     for (const Placement& placement : cache.plan.placements) {
@@ -121,7 +123,7 @@ StepLease ExpertCache::begin(const StepRequest& request) {
     }
     stats.accesses += static_cast<int64_t>(count);
     stats.misses = stats.accesses - stats.hits;
-    if (!request.at_once) cache.start_surplus(lease);
+    if (!request.all_at_once) cache.start_surplus(lease);
     if (cache.prefetcher) {
         for (const Placement& one : cache.plan.placements)
             cache.prefetcher->on_demand_miss(one.expert);
@@ -137,18 +139,16 @@ StepLease ExpertCache::begin(const StepRequest& request) {
 int32_t ExpertCache::prefetch(LayerId layer, std::span<const ExpertIndex> experts) {
     CacheState& cache = *state_;
     cache.check_process();
-    check_layer(*cache.catalog, layer);
-    for (const ExpertIndex expert : experts) (void)flat_id(*cache.catalog, layer, expert);
+    check_layer(cache.catalog(), layer);
+    for (const ExpertIndex expert : experts) (void)flat_id(cache.catalog(), layer, expert);
 
-    std::unique_lock lock(cache.mutex);
+    std::unique_lock lock(cache.tier.mutex);
     int32_t started = 0;
     for (const ExpertIndex expert : experts) {
-        const ExpertId flat = flat_id(*cache.catalog, layer, expert);
-        if (cache.residency.resident(flat)) continue;
-        Placement placement{};
-        if (!cache.residency.place(flat, placement)) break;
-        cache.make_way(placement);
-        cache.start_load(flat, -1, Priority::kPrefetch);
+        const ExpertId flat = flat_id(cache.catalog(), layer, expert);
+        if (cache.tier.residency().resident(flat)) continue;
+        ExpertId evicted{};
+        if (!cache.prefetch(flat, evicted)) break;
         ++started;
     }
     lock.unlock();
@@ -159,11 +159,12 @@ int32_t ExpertCache::prefetch(LayerId layer, std::span<const ExpertIndex> expert
 void ExpertCache::predict(LayerId layer, std::span<const ExpertIndex> experts) {
     CacheState& cache = *state_;
     cache.check_process();
-    check_layer(*cache.catalog, layer);
+    check_layer(cache.catalog(), layer);
     std::vector<ExpertId> flat;
-    for (const ExpertIndex expert : experts) flat.push_back(flat_id(*cache.catalog, layer, expert));
+    for (const ExpertIndex expert : experts)
+        flat.push_back(flat_id(cache.catalog(), layer, expert));
 
-    std::unique_lock lock(cache.mutex);
+    std::unique_lock lock(cache.tier.mutex);
     if (!cache.prefetcher) return;
     cache.prefetcher->on_external(layer, flat);
     if (cache.prefetcher->is_next(layer)) cache.start_prefetches();
@@ -173,23 +174,24 @@ void ExpertCache::predict(LayerId layer, std::span<const ExpertIndex> experts) {
 
 bool ExpertCache::wants_predictions() const {
     state_->check_process();
-    const std::lock_guard lock(state_->mutex);
+    const std::lock_guard lock(state_->tier.mutex);
     return state_->prefetcher && state_->prefetcher->wants_external();
 }
 
 void ExpertCache::resize(int32_t slots) {
     CacheState& cache = *state_;
+    Tier& tier = cache.tier;
     cache.check_process();
-    const int32_t total = cache.catalog->total_experts();
+    const int32_t total = cache.catalog().total_experts();
     if (slots < 1 || slots > total) {
         throw Error(ErrorCode::kInvalid, "a cache for " + std::to_string(total) +
                                              " experts needs 1 to " + std::to_string(total) +
                                              " slots, not " + std::to_string(slots));
     }
-    std::unique_lock lock(cache.mutex);
-    while (cache.resizing) cache.wait(lock);
-    const int32_t before = cache.residency.frames();
-    if (slots < before) cache.gather_slots(slots);
+    std::unique_lock lock(tier.mutex);
+    while (tier.resizing) cache.wait(lock);
+    const int32_t before = tier.residency().frames();
+    if (slots < before) tier.compact(slots);
     const int32_t held = cache.slots_held_by_this_thread(nullptr, slots);
     if (held > 0) {
         throw Error(ErrorCode::kCapacity, "cannot shrink from " + std::to_string(before) + " to " +
@@ -200,34 +202,16 @@ void ExpertCache::resize(int32_t slots) {
 
     // From here on no other thread resizes. The pool's memory changes without the lock: nobody
     // touches the slots in question then.
-    cache.resizing = true;
-    const auto finish = [&](int32_t final_slots) {
-        cache.residency.resize(final_slots);
-        cache.resizing = false;
-        cache.changed.notify_all();
+    tier.resizing = true;
+    const auto finish = [&](int32_t frames) {
+        tier.set_frames(frames);
+        tier.resizing = false;
+        tier.changed.notify_all();
     };
     try {
-        if (slots < before) {
-            for (const ExpertId expert :
-                 cache.residency.residents().subspan(static_cast<size_t>(slots))) {
-                if (is_some(expert) && !cache.residency.pinned(expert)) cache.leaves(expert);
-            }
-            cache.residency.resize(slots);
-            const Waiting waiting(cache.waiting_for_room);
-            while (cache.residency.occupied_closed_frames() > 0 ||
-                   !cache.transit_has_slots_that_stay()) {
-                cache.wait(lock);
-            }
-            while (!cache.transport->idle(SlotId{slots + kTransitSlots})) {  // their memory goes
-                lock.unlock();
-                cache.flush();
-                if (cache.poll) cache.poll();
-                std::this_thread::sleep_for(std::chrono::microseconds(100));
-                lock.lock();
-            }
-        }
+        if (slots < before) tier.close_frames(lock, slots, cache.poll);
         lock.unlock();
-        cache.pool->resize(slots + kTransitSlots);
+        tier.pool().resize(tier.slots_with(slots));
         lock.lock();
     } catch (...) {
         if (!lock.owns_lock()) lock.lock();
@@ -238,19 +222,19 @@ void ExpertCache::resize(int32_t slots) {
 }
 
 void ExpertCache::set_priors(std::span<const float> priors) {
-    const auto total = static_cast<size_t>(state_->catalog->total_experts());
+    const auto total = static_cast<size_t>(state_->catalog().total_experts());
     if (priors.size() != total) {
         throw Error(ErrorCode::kInvalid, "expected " + std::to_string(total) + " priors, found " +
                                              std::to_string(priors.size()));
     }
-    const std::lock_guard guard(state_->mutex);
-    state_->residency.policy().set_priors(priors);
+    const std::lock_guard guard(state_->tier.mutex);
+    state_->tier.residency().policy().set_priors(priors);
 }
 
 Eamc ExpertCache::eamc() const {
     state_->check_process();
-    const std::lock_guard lock(state_->mutex);
-    std::unique_ptr<Collection> collection = state_->residency.policy().collection();
+    const std::lock_guard lock(state_->tier.mutex);
+    std::unique_ptr<Collection> collection = state_->tier.residency().policy().collection();
     if (!collection && state_->prefetcher && state_->prefetcher->predictor() != nullptr) {
         collection = state_->prefetcher->predictor()->collection();
     }
@@ -264,66 +248,68 @@ Eamc ExpertCache::eamc() const {
 
 void ExpertCache::reset_stats() {
     state_->check_process();
-    const std::lock_guard lock(state_->mutex);
+    const std::lock_guard lock(state_->tier.mutex);
     for (LayerStats& layer : state_->stats) layer = {};
     if (state_->prefetcher) state_->prefetcher->reset_stats();
-    if (state_->on_device != nullptr) state_->on_device->reset_stats();
+    if (state_->link != nullptr) {
+        state_->link->reset_stats();
+        state_->link->host().reset_stats();
+    }
 }
 
 PerLayer<LayerStats> ExpertCache::stats() const {
     state_->check_process();
-    const std::lock_guard lock(state_->mutex);
+    const std::lock_guard lock(state_->tier.mutex);
     return state_->stats;
 }
 
 PredictionStats ExpertCache::prediction_stats() const {
     state_->check_process();
-    const std::lock_guard lock(state_->mutex);
+    const std::lock_guard lock(state_->tier.mutex);
     return state_->prefetcher ? state_->prefetcher->stats() : PredictionStats{};
 }
 
 std::vector<ExpertIndex> ExpertCache::resident(LayerId layer) const {
     state_->check_process();
-    check_layer(*state_->catalog, layer);
-    const ModelShape shape = state_->catalog->shape();
-    const std::lock_guard lock(state_->mutex);
+    check_layer(state_->catalog(), layer);
+    const ModelShape shape = state_->catalog().shape();
+    const std::lock_guard lock(state_->tier.mutex);
     std::vector<ExpertIndex> experts;
     for (const ExpertId expert : shape.experts_of(layer)) {
-        const bool there = state_->residency.resident(expert);
-        if (there && state_->loads[expert] == nullptr) experts.push_back(shape.index_of(expert));
+        if (state_->tier.is_ready(expert)) experts.push_back(shape.index_of(expert));
     }
     return experts;
 }
 
 int32_t ExpertCache::slots() const {
     state_->check_process();
-    const std::lock_guard lock(state_->mutex);
-    return state_->residency.frames();
+    const std::lock_guard lock(state_->tier.mutex);
+    return state_->tier.residency().frames();
 }
 
 const SlotPool& ExpertCache::pool() const noexcept {
-    return *state_->pool;
+    return state_->tier.pool();
 }
 
 std::shared_ptr<const SlotPool> ExpertCache::shared_pool() const noexcept {
-    return state_->pool;
+    return state_->tier.shared_pool();
 }
 
 const Catalog& ExpertCache::catalog() const noexcept {
-    return *state_->catalog;
+    return state_->catalog();
 }
 
 std::string ExpertCache::policy() const {
-    const std::lock_guard lock(state_->mutex);
-    return std::string(state_->residency.policy().name());
+    const std::lock_guard lock(state_->tier.mutex);
+    return std::string(state_->tier.residency().policy().name());
 }
 
-const FileReader& ExpertCache::engine() const noexcept {
-    return state_->transport->files();
+const FileReader& ExpertCache::files() const noexcept {
+    return *state_->files;
 }
 
-DeviceTransport* ExpertCache::device_transport() const noexcept {
-    return state_->on_device;
+DeviceLink* ExpertCache::device_link() const noexcept {
+    return state_->link;
 }
 
 }  // namespace moeinf

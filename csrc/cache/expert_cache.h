@@ -1,7 +1,6 @@
-// The cache: a slot pool, its residency, and the transfers that fill it. Callers ask for the
-// experts of a step and get them as they become ready; a slot they hold is never evicted or
-// overwritten. Thread-safe. One lock guards residency, pins and slot states; no bytes move under
-// it.
+// The cache: steps on the tier in the fastest memory. Callers ask for the experts of a step and get
+// them as they become ready; a slot they hold is never evicted or overwritten. Thread-safe. It
+// never computes.
 #pragma once
 
 #include <cstdint>
@@ -40,8 +39,9 @@ struct StepRequest {
     std::span<const int32_t> counts = {};       // tokens routed to each; empty: one each
     bool prefill = false;
     bool new_sequence = false;
-    // wait_all() will follow: experts wait for slots rather than pass through.
-    bool at_once = false;
+    int64_t caller = 0;  // see Step
+    // acquire_all() will follow: experts wait for slots rather than pass through.
+    bool all_at_once = false;
 };
 
 struct ReadyExpert {
@@ -49,32 +49,33 @@ struct ReadyExpert {
     SlotId slot;
 };
 
-class DeviceTransport;
+class DeviceLink;
+class HostTier;
 class ExpertCache;
 struct CacheState;  // in cache_state.h
 
 // One step in progress. Hands out experts as they become ready (hits first, then misses as their
-// reads finish, then those that only pass through), each exactly once and each held until done().
+// reads finish, then those that only pass through), each exactly once and each held until released.
 // Destroying it releases everything, reads in flight included.
 //
-// Where a step needs more experts than slots can hold, the surplus passes through two transit slots
-// that all steps share: next() reads one there once another's done() has freed it. What stays
+// Where a step needs more experts than slots can hold, the surplus passes through two staging slots
+// that all steps share: wait_ready() reads one there once another has been released. What stays
 // resident is therefore what the counting rules say, whatever the order of computing.
 class [[nodiscard]] StepLease {
 public:
     // Waits until at least one expert is ready and appends all that are to `out`. False when every
     // expert has been handed out. Throws Error(kRead) if a read of this step failed, now and at
     // every later call; Error(kCapacity) if only leases of waiting threads, this one included, hold
-    // the transit slots, so that waiting could never end.
-    bool next(std::vector<ReadyExpert>& out);
+    // the staging slots, so that waiting could never end.
+    bool wait_ready(std::vector<ReadyExpert>& out);
 
     // The slot of that position, once handed out, may be reused from now on.
-    void done(int32_t position);
+    void release(int32_t position);
 
-    // Everything at once, in the order of positions, before any next(): waits for reads, and for
-    // other threads' leases where they leave too few slots. Error(kCapacity) if the step needs more
-    // slots than there are besides those that this thread's other leases hold.
-    void wait_all(std::vector<ReadyExpert>& out);
+    // Everything at once, in the order of positions, before any wait_ready(): waits for reads, and
+    // for other threads' leases where they leave too few slots. Error(kCapacity) if the step needs
+    // more slots than there are besides those that this thread's other leases hold.
+    void acquire_all(std::vector<ReadyExpert>& out);
 
     // Ends the step early: all slots may be reused. Every later call but this throws.
     void release() noexcept;
@@ -102,9 +103,12 @@ struct ExpertCacheOptions {
 
     // With a device the slots lie in its memory, filled from pinned RAM, filled from the files.
     std::shared_ptr<Device> device;
-    int32_t host_slots = 0;   // of the pinned RAM
+    // The pinned RAM, shared with other caches on the same experts; null: one of this cache's own,
+    // made of the two below and of the policy above.
+    std::shared_ptr<HostTier> host_tier;
+    int32_t host_slots = 0;
     bool exclusive = false;   // see HostTierOptions
-    size_t gather_below = 0;  // see DeviceTransport
+    size_t gather_below = 0;  // see DeviceLink
 
     // Called about every 50 ms by a thread that waits, with no lock held. An exception thrown here
     // ends the wait (so does Python's Ctrl-C) and leaves the cache as it should be.
@@ -115,7 +119,7 @@ class ExpertCache {
 public:
     // Slots of the pool beside those of residents: where surplus experts pass through, and where an
     // expert is brought while the one it replaces is copied out.
-    static constexpr int32_t kTransitSlots = 2;
+    static constexpr int32_t kStagingSlots = 2;
 
     // Throws Error(kInvalid) unless 1 <= slots <= experts in the catalog, and for a collection of
     // another shape or that nothing would use.
@@ -128,7 +132,7 @@ public:
 
     // Starts a step: pins its hits, places its misses and starts their reads. Never waits. Throws
     // Error(kInvalid), and counts nothing, for a layer or expert out of range or named twice.
-    StepLease begin(const StepRequest& request);
+    StepLease begin_step(const StepRequest& request);
 
     // Starts reading what is absent, best first, where a slot may be had for it. Returns how many
     // reads it started. Never waits.
@@ -160,16 +164,16 @@ public:
     [[nodiscard]] std::vector<ExpertIndex> resident(LayerId layer) const;  // whose bytes are there
     [[nodiscard]] int32_t slots() const;
 
-    // Of the first kTransitSlots + slots() slots two are for transit, the others hold residents.
+    // Of the first kStagingSlots + slots() slots two are for staging, the others hold residents.
     // Slots beyond may not be touched. The address stays the same across resizes.
     [[nodiscard]] const SlotPool& pool() const noexcept;
     [[nodiscard]] std::shared_ptr<const SlotPool> shared_pool() const noexcept;
     [[nodiscard]] const Catalog& catalog() const noexcept;
     [[nodiscard]] std::string policy() const;
-    [[nodiscard]] const FileReader& engine() const noexcept;
+    [[nodiscard]] const FileReader& files() const noexcept;
 
     // Null where slots lie in RAM.
-    [[nodiscard]] DeviceTransport* device_transport() const noexcept;
+    [[nodiscard]] DeviceLink* device_link() const noexcept;
 
 private:
     std::shared_ptr<CacheState> state_;

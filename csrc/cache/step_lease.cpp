@@ -1,4 +1,4 @@
-// A step from its holder's side: waiting for experts, handing them out, letting go.
+// A step from its holder's side: it waits for experts, gets them, and releases them.
 #include <algorithm>
 #include <chrono>
 
@@ -50,19 +50,32 @@ std::string name_of(ModelShape shape, ExpertId expert) {
            std::to_string(number(shape.layer_of(expert)));
 }
 
+// Counts a thread in while it waits. Goes after the lock.
+class StagingWait {
+public:
+    explicit StagingWait(int32_t& count) : count_(count) { ++count_; }
+    StagingWait(const StagingWait&) = delete;
+    StagingWait& operator=(const StagingWait&) = delete;
+    ~StagingWait() { --count_; }
+
+private:
+    int32_t& count_;
+};
+
 }  // namespace
 
 // All or nothing, so that two steps that wait for slots never hold what the other needs.
-void CacheState::gather(StepLease::Impl& lease, std::unique_lock<std::mutex>& lock) {
+void CacheState::acquire_all(StepLease::Impl& lease, std::unique_lock<std::mutex>& lock) {
     for (Member& member : lease.members) {
-        let_go(member);
-        member.transit = -1;
+        release_member(member);
+        member.staging = -1;
         member.state = Member::State::kPending;
     }
     lease.pending = lease.members.size();
     lease.next_pending = 0;
     const auto count = static_cast<int32_t>(lease.members.size());
-    const Waiting waiting(waiting_for_room);
+    Residency& residency = tier.residency();
+    const Tier::RoomWatch watch(tier);
     for (;;) {
         const int32_t held = slots_held_by_this_thread(&lease, 0);
         if (count + held > residency.frames()) {
@@ -106,27 +119,27 @@ StepLease::StepLease(StepLease&&) noexcept = default;
 
 StepLease::~StepLease() {
     if (impl_ == nullptr || cache_->forked()) return;
-    const std::lock_guard lock(cache_->mutex);
+    const std::lock_guard lock(cache_->tier.mutex);
     cache_->end_lease(*impl_);
     cache_->unused.push_back(std::move(impl_));
 }
 
 void StepLease::release() noexcept {
     if (cache_->forked()) return;
-    const std::lock_guard lock(cache_->mutex);
+    const std::lock_guard lock(cache_->tier.mutex);
     cache_->end_lease(*impl_);
-    cache_->changed.notify_all();
+    cache_->tier.changed.notify_all();
 }
 
-bool StepLease::next(std::vector<ReadyExpert>& out) {
+bool StepLease::wait_ready(std::vector<ReadyExpert>& out) {
     CacheState& cache = *cache_;
     Impl& lease = *impl_;
     cache.check_process();
-    std::unique_lock lock(cache.mutex);
+    std::unique_lock lock(cache.tier.mutex);
     lease.thread = std::this_thread::get_id();
     Stall stall(cache.stats[lease.layer].stall_seconds);
     for (;;) {
-        cache.settle(lease);
+        cache.collect_fills(lease);
         check_alive(lease);
         if (lease.to_hand_out == 0) return false;
         cache.start_surplus(lease);
@@ -142,23 +155,24 @@ bool StepLease::next(std::vector<ReadyExpert>& out) {
             cache.wait(lock);
             continue;
         }
-        const Waiting waiting(lease.waiting_for_transit);
-        if (cache.transit_never_frees()) {
+        const StagingWait waiting(lease.waiting_for_staging);
+        if (cache.staging_never_frees()) {
             throw Error(ErrorCode::kCapacity,
-                        name_of(cache.catalog->shape(), lease.members[lease.next_pending].expert) +
-                            " has to pass through a transit slot, and all " +
-                            std::to_string(cache.transit.size()) +
-                            " are held by steps whose threads wait: call done() before next()");
+                        name_of(cache.catalog().shape(), lease.members[lease.next_pending].expert) +
+                            " has to pass through a staging slot, and all " +
+                            std::to_string(ExpertCache::kStagingSlots) +
+                            " are held by steps whose threads wait: release experts before "
+                            "waiting for more");
         }
         cache.wait(lock);
     }
 }
 
-void StepLease::done(int32_t position) {
+void StepLease::release(int32_t position) {
     CacheState& cache = *cache_;
     Impl& lease = *impl_;
     cache.check_process();
-    std::unique_lock lock(cache.mutex);
+    std::unique_lock lock(cache.tier.mutex);
     if (lease.released) throw Error(ErrorCode::kInvalid, "this step has been released");
     if (position < 0 || static_cast<size_t>(position) >= lease.members.size() ||
         lease.members[static_cast<size_t>(position)].state != Member::State::kHeld) {
@@ -167,34 +181,34 @@ void StepLease::done(int32_t position) {
                                              " experts is not handed out");
     }
     Member& member = lease.members[static_cast<size_t>(position)];
-    cache.let_go(member);
+    cache.release_member(member);
     member.state = Member::State::kDone;
-    if (member.transit >= 0 && lease.failure.empty()) cache.start_surplus(lease);
+    if (member.staging >= 0 && lease.failure.empty()) cache.start_surplus(lease);
     lock.unlock();
     cache.flush();
 }
 
-void StepLease::wait_all(std::vector<ReadyExpert>& out) {
+void StepLease::acquire_all(std::vector<ReadyExpert>& out) {
     CacheState& cache = *cache_;
     Impl& lease = *impl_;
     cache.check_process();
-    std::unique_lock lock(cache.mutex);
+    std::unique_lock lock(cache.tier.mutex);
     lease.thread = std::this_thread::get_id();
     Stall stall(cache.stats[lease.layer].stall_seconds);
-    cache.settle(lease);
+    cache.collect_fills(lease);
     check_alive(lease);
     if (lease.to_hand_out != lease.members.size()) {
-        throw Error(ErrorCode::kInvalid, "wait_all() after next() has handed out experts");
+        throw Error(ErrorCode::kInvalid, "acquire_all() after wait_ready() has handed out experts");
     }
     const bool surplus = std::any_of(
         lease.members.begin(), lease.members.end(),
-        [](const Member& m) { return m.state == Member::State::kPending || m.transit >= 0; });
+        [](const Member& m) { return m.state == Member::State::kPending || m.staging >= 0; });
     if (surplus) {
         stall.start();
-        cache.gather(lease, lock);
+        cache.acquire_all(lease, lock);
     }
     for (;;) {
-        cache.settle(lease);
+        cache.collect_fills(lease);
         check_alive(lease);
         if (!loading(lease)) break;
         stall.start();

@@ -1,12 +1,11 @@
 #include "cache/stream_step.h"
 
 #include <algorithm>
-#include <cstring>
 #include <string>
 
 #include "base/error.h"
 #include "base/sizes.h"
-#include "tier/device_transport.h"
+#include "tier/device_link.h"
 
 namespace moeinf {
 namespace {
@@ -22,25 +21,25 @@ std::unique_ptr<Arena> pinned(Device& device, size_t nbytes) {
     return arena;
 }
 
-DeviceTransport& transport_of(const std::shared_ptr<ExpertCache>& cache) {
-    if (cache == nullptr || cache->device_transport() == nullptr) {
-        throw Error(ErrorCode::kInvalid, "a device reader needs a cache with slots on a device");
+DeviceLink& link_of(const std::shared_ptr<ExpertCache>& cache) {
+    if (cache == nullptr || cache->device_link() == nullptr) {
+        throw Error(ErrorCode::kInvalid, "a step stream needs a cache with slots on a device");
     }
-    return *cache->device_transport();
+    return *cache->device_link();
 }
 
 }  // namespace
 
-DeviceReader::DeviceReader(std::shared_ptr<ExpertCache> cache, Stream stream)
+StepStream::StepStream(std::shared_ptr<ExpertCache> cache, Stream stream)
     : cache_(std::move(cache)),
-      transport_(transport_of(cache_)),
-      device_(transport_.device()),
+      link_(link_of(cache_)),
+      device_(link_.device()),
       timeline_(std::make_shared<Timeline>(device_, stream, false)),
-      position_of_(static_cast<size_t>(cache_->catalog().num_experts()), -1) {
-    maps_ = pinned(*device_, kMaps * position_of_.size() * sizeof(int32_t));
+      routing_(cache_->catalog().num_experts()) {
+    maps_ = pinned(*device_, kMaps * map_entries() * sizeof(int32_t));
 }
 
-DeviceReader::~DeviceReader() {
+StepStream::~StepStream() {
     release();
     bool passed = false;
     try {
@@ -53,138 +52,130 @@ DeviceReader::~DeviceReader() {
     (void)ids_.release();
 }
 
-void DeviceReader::reserve(size_t id_bytes) {
+size_t StepStream::map_entries() const noexcept {
+    return static_cast<size_t>(cache_->catalog().num_experts()) + 1;
+}
+
+void StepStream::reserve(size_t id_bytes) {
     if (ids_ && ids_->committed() >= id_bytes) return;
     ids_ = pinned(*device_, 2 * id_bytes);
 }
 
-size_t DeviceReader::id_count() const noexcept {
-    return static_cast<size_t>(step_.tokens) * static_cast<size_t>(step_.top_k);
-}
-
-void DeviceReader::ask(const DeviceStep& step) {
+void StepStream::copy_ids(const RoutedStep& step) {
     release();
     if (step.tokens < 1 || step.top_k < 1) {
         throw Error(ErrorCode::kInvalid, "expected at least 1 token and 1 expert each, found " +
                                              std::to_string(step.tokens) + " and " +
                                              std::to_string(step.top_k));
     }
-    // Ids that were asked for and given up may still be on their way to where the next ones go.
+    // Ids that were copied and given up may still be on their way to where the next ones go.
     if (ids_point_) timeline_->synchronize(*ids_point_);
     step_ = step;
-    const size_t nbytes = id_count() * (step_.ids_are_int64 ? 8 : 4);
+    const size_t nbytes = static_cast<size_t>(step.tokens) * static_cast<size_t>(step.top_k) *
+                          (step.ids_are_int64 ? 8 : 4);
     reserve(nbytes);
-    device_->copy_out(ids_->data(), step_.ids, nbytes, timeline_->stream());
+    device_->copy_out(ids_->data(), step.ids, nbytes, timeline_->stream());
     ids_point_ = timeline_->mark();
 }
 
-void DeviceReader::read_ids() {
-    if (!ids_point_) throw Error(ErrorCode::kInvalid, "begin() without ids asked for");
+void StepStream::read_ids() {
+    if (!ids_point_) throw Error(ErrorCode::kInvalid, "begin() without copy_ids()");
     timeline_->synchronize(*ids_point_);
     ids_point_.reset();
-
-    const size_t count = id_count();
-    experts_.clear();
-    counts_.clear();
-    const auto num_experts = static_cast<int64_t>(position_of_.size());
-    for (size_t i = 0; i < count; ++i) {
-        int64_t id = 0;
-        if (step_.ids_are_int64) {
-            std::memcpy(&id, ids_->data() + i * 8, 8);
-        } else {
-            int32_t narrow = 0;
-            std::memcpy(&narrow, ids_->data() + i * 4, 4);
-            id = narrow;
-        }
-        if (id < 0) continue;
-        if (id >= num_experts) {
-            for (const ExpertIndex expert : experts_) position_of_[index(expert)] = -1;
-            throw Error(ErrorCode::kInvalid,
-                        "expected experts in 0.." + std::to_string(num_experts - 1) + " of layer " +
-                            std::to_string(number(step_.layer)) + ", found " + std::to_string(id));
-        }
-        int32_t& position = position_of_[static_cast<size_t>(id)];
-        if (position < 0) {
-            position = static_cast<int32_t>(experts_.size());
-            experts_.push_back(ExpertIndex(id));
-            counts_.push_back(0);
-        }
-        ++counts_[static_cast<size_t>(position)];
+    const std::byte* const ids = ids_->data();
+    if (step_.ids_are_int64) {
+        routing_.read(reinterpret_cast<const int64_t*>(ids), step_.tokens, step_.top_k);
+    } else {
+        routing_.read(reinterpret_cast<const int32_t*>(ids), step_.tokens, step_.top_k);
     }
-    for (const ExpertIndex expert : experts_) position_of_[index(expert)] = -1;
 }
 
-void DeviceReader::begin() {
+std::optional<Wave> StepStream::begin() {
     read_ids();
-    lease_.emplace(cache_->begin({.layer = step_.layer,
-                                  .experts = experts_,
-                                  .counts = counts_,
-                                  .prefill = step_.prefill,
-                                  .new_sequence = step_.new_sequence}));
+    lease_.emplace(cache_->begin_step({.layer = step_.layer,
+                                       .experts = routing_.experts(),
+                                       .counts = routing_.counts(),
+                                       .prefill = step_.prefill,
+                                       .new_sequence = step_.new_sequence,
+                                       .caller = step_.caller}));
     more_ = true;
+    return take_wave();
 }
 
-bool DeviceReader::next() {
+std::optional<Wave> StepStream::next() {
     if (!lease_) throw Error(ErrorCode::kInvalid, "next() without a step");
-    if (!wave_.empty()) done();
-    if (ready_.empty() && more_) more_ = lease_->next(ready_);
-    if (ready_.empty()) return false;
-
-    // Everything that has arrived, else some of what is on its way.
-    SlotFences& fences = transport_.fences();
-    auto end = ready_.end();
-    if (ready_.size() > kMaxArriving) {
-        end = std::stable_partition(ready_.begin(), ready_.end(), [&](const ReadyExpert& one) {
-            return fences.arrived(one.slot);
-        });
-        if (end == ready_.begin()) end += kMaxArriving;
-    }
-    wave_.assign(ready_.begin(), end);
-    ready_.erase(ready_.begin(), end);
-
-    const size_t turn = ++maps_used_ % kMaps;
-    timeline_->synchronize(map_points_[turn]);  // long passed, but for a step of many waves
-    auto* const map = reinterpret_cast<int32_t*>(maps_->data()) + turn * position_of_.size();
-    std::fill_n(map, position_of_.size(), -1);
-    for (const ReadyExpert& one : wave_) {
-        map[number(experts_[static_cast<size_t>(one.position)])] = number(one.slot);
-        fences.before_read(one.slot, timeline_->stream());
-    }
-    device_->copy_in(step_.map, reinterpret_cast<const std::byte*>(map),
-                     position_of_.size() * sizeof(int32_t), timeline_->stream());
-    return true;
+    return take_wave();
 }
 
-void DeviceReader::done() {
-    if (wave_.empty()) return;
+std::optional<Wave> StepStream::take_wave() {
+    try {
+        if (!wave_.empty()) end_wave();
+        if (ready_.empty() && more_) more_ = lease_->wait_ready(ready_);
+        if (ready_.empty()) {
+            lease_.reset();
+            return std::nullopt;
+        }
+
+        // Everything that has arrived, else some of what is on its way.
+        SlotFences& fences = link_.fences();
+        auto end = ready_.end();
+        if (ready_.size() > kMaxArriving) {
+            end = std::stable_partition(ready_.begin(), ready_.end(), [&](const ReadyExpert& one) {
+                return fences.arrived(one.slot);
+            });
+            if (end == ready_.begin()) end += kMaxArriving;
+        }
+        wave_.assign(ready_.begin(), end);
+        ready_.erase(ready_.begin(), end);
+
+        const size_t turn = ++maps_used_ % kMaps;
+        timeline_->synchronize(map_points_[turn]);  // long passed, but for a step of many waves
+        auto* const map = reinterpret_cast<int32_t*>(maps_->data()) + turn * map_entries();
+        std::fill_n(map, map_entries(), -1);
+        for (const ReadyExpert& one : wave_) {
+            map[number(routing_.experts()[static_cast<size_t>(one.position)])] = number(one.slot);
+            fences.before_read(one.slot, timeline_->stream());
+        }
+        device_->copy_in(step_.map, reinterpret_cast<const std::byte*>(map),
+                         map_entries() * sizeof(int32_t), timeline_->stream());
+    } catch (...) {
+        release();
+        throw;
+    }
+    return Wave{.whole = wave_.size() == routing_.experts().size(),
+                .names_past_the_end = routing_.names_past_the_end(),
+                .slots = cache_->slots()};
+}
+
+void StepStream::end_wave() {
     const uint64_t point = timeline_->mark();
     map_points_[maps_used_ % kMaps] = point;
-    for (const ReadyExpert& one : wave_) transport_.fences().read(one.slot, timeline_, point);
-    if (wave_is_whole()) {  // as most are: one lock for all
+    for (const ReadyExpert& one : wave_) link_.fences().read(one.slot, timeline_, point);
+    if (wave_.size() == routing_.experts().size()) {  // as most are: one lock for all
         lease_->release();
         more_ = false;
     } else {
-        for (const ReadyExpert& one : wave_) lease_->done(one.position);
+        for (const ReadyExpert& one : wave_) lease_->release(one.position);
     }
     wave_.clear();
 }
 
-void DeviceReader::release() noexcept {
+void StepStream::release() noexcept {
     if (!lease_) return;
     try {
-        done();  // something may have been enqueued that reads them
+        if (!wave_.empty()) end_wave();  // something may have been enqueued that reads them
     } catch (const std::exception&) {
-        wave_.clear();
     }
+    wave_.clear();
     ready_.clear();
     lease_.reset();
 }
 
-void DeviceReader::synchronize() {
+void StepStream::synchronize() {
     timeline_->synchronize(timeline_->mark());
 }
 
-const std::byte* DeviceReader::ids() const noexcept {
+const std::byte* StepStream::ids() const noexcept {
     return ids_ ? ids_->data() : nullptr;
 }
 

@@ -1,84 +1,101 @@
-// Steps of one stream of a device: brings the router's choice to the host, has the experts brought
-// into slots, and tells the stream where they are. The only wait of the host is for the router's
-// choice, and for files. Not thread-safe; one for each stream.
+// Steps of one stream of a device: brings the router's ids to the host, has the experts brought
+// into slots, and tells the stream where they are. The host waits for the router's ids, and for
+// files; everything else is order on the stream.
+//
+//     copy_ids()         begin()             next()
+//   idle -----> ids under way -----> a wave -----> the next wave, or idle
+//                                      |
+//                                      +-- release() --> idle
+//
+// copy_ids() stands apart from begin() so that the host prepares its kernels while the ids travel.
+// Not thread-safe; one for each stream.
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <span>
 #include <vector>
 
+#include "base/routing.h"
 #include "cache/expert_cache.h"
 #include "device/timeline.h"
 
 namespace moeinf {
 
-struct DeviceStep {
+struct RoutedStep {
     LayerId layer{0};
-    const std::byte* ids = nullptr;  // [tokens, top_k] on the device, in-layer; below 0: none
+    const std::byte* ids = nullptr;  // [tokens, top_k] on the device, in-layer; see Routing
     bool ids_are_int64 = false;
     int64_t tokens = 0;
     int32_t top_k = 0;
-    std::byte* map = nullptr;  // int32 [num_experts] on the device, written by next()
+    // int32 [num_experts + 1] on the device, written by begin() and next(). The last entry, for the
+    // id that means "no expert", is always -1.
+    std::byte* map = nullptr;
     bool prefill = false;
     bool new_sequence = false;
+    int64_t caller = 0;  // see Step
 };
 
-class DeviceReader {
+// The experts of a step that can be computed now.
+struct Wave {
+    bool whole;               // all of the step's
+    bool names_past_the_end;  // see Routing
+    int32_t slots;            // of the cache: residents it can hold
+};
+
+class StepStream {
 public:
-    // Experts of one next() whose bytes are still under way: computing overlaps copying.
+    // Experts of one wave whose bytes are still under way: computing overlaps copying.
     static constexpr size_t kMaxArriving = 16;
 
     // Throws Error(kInvalid) if the cache's slots lie in RAM.
-    DeviceReader(std::shared_ptr<ExpertCache> cache, Stream stream);
-    ~DeviceReader();
+    StepStream(std::shared_ptr<ExpertCache> cache, Stream stream);
+    ~StepStream();
 
     // Enqueues the way of the ids to the host and does not wait; a step still open ends.
-    void ask(const DeviceStep& step);
+    void copy_ids(const RoutedStep& step);
 
-    // Waits for the ids asked for, then starts the step.
-    void begin();
+    // Waits for the ids, starts the step and gives its first wave; nothing where no id names an
+    // expert. In the stream's order the map will hold the slot of each expert of the wave and -1
+    // for the others, and the stream waits for their bytes. Throws what StepLease::wait_ready
+    // throws, and the step has then ended.
+    std::optional<Wave> begin();
 
-    // False once every expert has been handed out. Else the map will hold, in the stream's order,
-    // the slot of each expert of this wave and -1 for the others, and the stream waits for their
-    // bytes. Throws what StepLease::next throws.
-    bool next();
+    // The next wave; nothing, and the step ends, once every expert has been in one. The slots of
+    // the wave before may be reused behind what the stream has been given so far. Throws as
+    // begin().
+    std::optional<Wave> next();
 
-    // Does the wave hold every expert of the step?
-    [[nodiscard]] bool wave_is_whole() const noexcept { return wave_.size() == experts_.size(); }
-
-    // What reads the wave's slots has been enqueued: they may be reused behind it.
-    void done();
-
+    // Ends the step early.
     void release() noexcept;
     void synchronize();
 
     // The ids of the step as they came.
     [[nodiscard]] const std::byte* ids() const noexcept;
-    [[nodiscard]] const DeviceStep& step() const noexcept { return step_; }
+    [[nodiscard]] const RoutedStep& step() const noexcept { return step_; }
 
 private:
     static constexpr size_t kMaps = 8;
 
-    [[nodiscard]] size_t id_count() const noexcept;
-    void read_ids();
+    [[nodiscard]] size_t map_entries() const noexcept;
     void reserve(size_t id_bytes);
+    void read_ids();
+    std::optional<Wave> take_wave();
+    void end_wave();
 
     const std::shared_ptr<ExpertCache> cache_;
-    DeviceTransport& transport_;
+    DeviceLink& link_;
     const std::shared_ptr<Device> device_;
     const TimelinePtr timeline_;
-    std::unique_ptr<Arena> maps_;  // pinned, int32 [kMaps, num_experts]
+    std::unique_ptr<Arena> maps_;  // pinned, int32 [kMaps, map entries]
     std::unique_ptr<Arena> ids_;   // pinned
     uint64_t map_points_[kMaps]{};
     size_t maps_used_ = 0;
 
-    DeviceStep step_;
-    std::optional<uint64_t> ids_point_;  // where the ids asked for will have come
+    RoutedStep step_;
+    std::optional<uint64_t> ids_point_;  // where the ids will have come
     std::optional<StepLease> lease_;
-    std::vector<ExpertIndex> experts_;
-    std::vector<int32_t> counts_, position_of_;
+    Routing routing_;
     std::vector<ReadyExpert> ready_;  // handed out by the lease, not yet by us
     std::vector<ReadyExpert> wave_;
     bool more_ = false;

@@ -1,5 +1,5 @@
-// What every call of the expert FFN shares: the kernels of one instruction set, the threads, and
-// scratch memory that is kept from call to call. One engine serves a process; calls from several
+// Shared by all calls of the expert FFN: the kernels of one instruction set, the threads, and
+// scratch memory that is kept between calls. One engine serves a process. Calls from several
 // threads take turns on its threads.
 #pragma once
 
@@ -14,7 +14,7 @@
 
 namespace moeinf {
 
-// Uninitialised memory, in huge pages where it is large enough and the system allows it.
+// Uninitialised memory, in huge pages if it is large enough and the system allows them.
 class ScratchBuffer {
 public:
     ScratchBuffer() = default;
@@ -39,7 +39,7 @@ public:
     [[nodiscard]] ThreadPool& pool() noexcept { return pool_; }
     [[nodiscard]] const KernelSet& kernels() const noexcept { return kernels_; }
 
-    // A buffer of at least that size, to be given back after use. The largest is kept.
+    // A buffer of at least that size. The caller returns it after use. The largest one is kept.
     [[nodiscard]] ScratchBuffer take_scratch(size_t nbytes);
     void give_scratch(ScratchBuffer buffer) noexcept;
 

@@ -1,11 +1,11 @@
 // The matrix product of the expert FFN, written once over a `Product` type and compiled for each
 // instruction set (included only by kernels_*.cpp; unnamed for the reason float_math.h gives).
 //
-// Both operands lie with their depth contiguous, so no packing is needed: a tile of kRows
-// activations by kOutputs weight rows keeps one vector of partial sums for each pair, walks the
-// depth once, and folds the lanes at the end. Each loaded weight vector serves kRows products and
-// each activation vector kOutputs; the weight rows of a tile stay in the L1 cache while all
-// activations pass over them. The sum of a pair is formed in the same order in every tile shape.
+// The depth is contiguous in both operands, so no packing is needed. A tile of kRows activations by
+// kOutputs weight rows keeps one vector of partial sums for each pair, walks the depth once, and
+// adds the lanes at the end. A loaded weight vector serves kRows products, an activation vector
+// kOutputs. The weight rows of a tile stay in the L1 cache while all activations use them. The sum
+// of a pair has the same order in every tile shape.
 //
 // Product: Weights, the decoder (formats/plain.h); X, the activations' type; Acc, XVec, WVec
 // registers; kStep elements of depth at a time; kRows, kOutputs; load_x(p), load_w(row, k);
@@ -21,8 +21,9 @@ namespace {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// Adds the products of elements `begin` to `end` of the depth. Inlined, so that the sums stay in
-// registers. `ahead` is moved along with the depth, kAhead cache lines a step.
+// Adds the products of elements `begin` to `end` of the depth. Inlined, so the sums stay in
+// registers. Each step also prefetches kAhead cache lines at `ahead`, which moves along with the
+// depth.
 template <class P, int kRows, int kOutputs, int kAhead>
 [[gnu::always_inline]] inline void walk(const typename P::X* const (&rows)[kRows],
                                         const typename P::Weights::Stored* w, int64_t stride,
@@ -66,8 +67,8 @@ template <class P, int kRows, int kOutputs>
     }
 }
 
-// Weights with scales: the products of one block of the depth are summed first, then times their
-// scale, blocks in order. So the sum of a pair has one fixed order here too.
+// Weights with scales: the products of one block of the depth are summed first and then multiplied
+// by their scale, in the order of blocks. So the sum of a pair has one fixed order here too.
 template <class P, int kRows, int kOutputs, int kAhead>
 inline void walk_blocks(const typename P::X* const (&rows)[kRows],
                         const typename P::Weights::Stored* w, int64_t stride, const DotJob& job,
@@ -97,7 +98,7 @@ inline void walk_blocks(const typename P::X* const (&rows)[kRows],
 }
 
 // kRows rows of activations from x, by kOutputs rows of weights from w, which is output number
-// `output` of the job. `ahead` is walked along with the depth, to bring it nearer.
+// `output` of the job. Prefetches the memory at `ahead` on the way.
 template <class P, int kRows, int kOutputs, int kAhead = 0>
 inline void dot_tile(const DotJob& job, const void* const* x, const typename P::Weights::Stored* w,
                      int64_t stride, int64_t output, float* y, const char* ahead = nullptr) {
@@ -130,9 +131,9 @@ inline void dot_tile(const DotJob& job, const void* const* x, const typename P::
     }
 }
 
-// All rows over a panel of kOutputs weight rows; meanwhile what lies `ahead`, the next panel, is
-// brought from memory, an equal share with each tile. Without this every panel would begin with a
-// wait, for only its first tile reads from memory.
+// All rows over a panel of kOutputs weight rows. Each tile also prefetches an equal share of the
+// next panel, which begins at `ahead`. Without this every panel would begin with a wait, because
+// only its first tile reads from memory.
 template <class P, int kOutputs, int kAhead>
 inline void panel_tiles(const DotJob& job, const typename P::Weights::Stored* w, int64_t stride,
                         int64_t output, const char* ahead) {
@@ -163,8 +164,9 @@ constexpr int64_t step_bytes() {
     return P::kStep / W::kPack * static_cast<int64_t>(sizeof(typename W::Stored));
 }
 
-// Weights that only one tile of activations needs: memory is the limit, and one row after another
-// at full stride is what it serves fastest. Where other rows lie between, whole rows are counted.
+// For weights that only one tile of activations needs. Memory is the limit, and it is fastest for
+// one row after another. If rows of another matrix lie between, the prefetch distance is a number
+// of whole rows.
 template <class P>
 inline void stream_rows(const DotJob& job, const typename P::Weights::Stored* w, int64_t stride) {
     int64_t distance = 8192;  // bytes
@@ -203,7 +205,7 @@ inline void dot_block(const DotJob& job) {
 }
 
 // A product in 32-bit floats, of weights in any format. Weights with scales need two sets of sums,
-// so their tiles are half as wide.
+// so their tiles have half the width.
 template <class F, class Decoder>
 struct FloatProduct {
     using Weights = Decoder;

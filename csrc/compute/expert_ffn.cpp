@@ -13,19 +13,20 @@
 namespace moeinf {
 namespace {
 
-// Routes that share one walk over a block of weight rows.
+// Routes that share one pass over a block of weight rows.
 constexpr int64_t kRowsPerWalk = 64;
 // A block is a multiple of this many weight rows, a multiple in turn of every tile's width.
 constexpr int64_t kBlockRows = 48;
 // Gate values (and up values) that one task holds at a time.
 constexpr int64_t kGateValues = kRowsPerWalk * kBlockRows;
-// The most bytes of a block: where weights are walked once, long blocks let prefetching reach its
-// stride; where they are walked again, the block must stay in the L2 cache with the activations.
+// The most bytes of a block. Weights that are read once profit from long blocks, where the hardware
+// prefetcher works best. Weights that are read again must stay in the L2 cache with the
+// activations.
 constexpr int64_t kStreamBytes = 768 << 10;
 constexpr int64_t kRewalkBytes = 192 << 10;
-// `down` writes its results where they stay.
+// `down` writes its results to their final place.
 constexpr int64_t kAnyValues = int64_t{1} << 40;
-// How finely the rest of the work is cut.
+// The size of the tasks of all other work.
 constexpr int64_t kSharesPerThread = 4;
 constexpr int64_t kMaxTopK = 64;
 constexpr size_t kAlign = 64;
@@ -77,7 +78,8 @@ void check_matrix(const Matrix& matrix, int64_t rows, int64_t cols, const std::s
     }
 }
 
-void check(const FfnInput& input) {
+// Returns the number of experts.
+int32_t check(const FfnInput& input) {
     if (input.tokens < 0 || input.top_k < 0 || input.num_experts < 0) {
         invalid("tokens, top_k and num_experts must not be negative");
     }
@@ -90,6 +92,7 @@ void check(const FfnInput& input) {
         invalid(std::to_string(input.tokens) + " tokens of " + std::to_string(input.top_k) +
                 " experts are too many for one call");
     }
+    return input.num_experts;
 }
 
 std::string place(int64_t route, int64_t top_k) {
@@ -140,15 +143,15 @@ ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const F
                        (!expert.up || as_it_is(kernels_, input, *expert.up))
                    ? DType::kBF16
                    : DType::kF32),
-      inner_dtype_(as_it_is(kernels_, input, expert.down) ? DType::kBF16 : DType::kF32) {
-    check(input_);
+      inner_dtype_(as_it_is(kernels_, input, expert.down) ? DType::kBF16 : DType::kF32),
+      routing_(check(input)) {
     if (input_.ids_are_int64) {
         sort_routes(static_cast<const int64_t*>(input_.topk_ids));
     } else {
         sort_routes(static_cast<const int32_t*>(input_.topk_ids));
     }
     read_topk_weights();
-    computed_.assign(experts_.size(), false);
+    computed_.assign(routing_.experts().size(), false);
 
     const bool widened = x_dtype_ != input_.hidden_dtype;
     const auto routes = row_token_.size();
@@ -176,31 +179,17 @@ ExpertFfnCall::~ExpertFfnCall() {
 
 template <class Id>
 void ExpertFfnCall::sort_routes(const Id* ids) {
-    const int64_t routes = input_.tokens * input_.top_k;
-    std::vector<int32_t> position(static_cast<size_t>(input_.num_experts), -1);
-    for (int64_t i = 0; i < routes; ++i) {
-        const Id id = ids[i];
-        if (id == -1) continue;
-        if (id < 0 || id >= input_.num_experts) {
-            invalid("expert id " + std::to_string(id) + " at " + place(i, input_.top_k) +
-                    " is outside [-1, " + std::to_string(input_.num_experts) + ")");
-        }
-        int32_t& at = position[static_cast<size_t>(id)];
-        if (at < 0) {
-            at = static_cast<int32_t>(experts_.size());
-            experts_.push_back(ExpertIndex(id));
-            counts_.push_back(0);
-        }
-        ++counts_[static_cast<size_t>(at)];
-    }
-    begin_.assign(experts_.size() + 1, 0);
-    for (size_t p = 0; p < experts_.size(); ++p) begin_[p + 1] = begin_[p] + counts_[p];
+    routing_.read(ids, input_.tokens, input_.top_k);
+    const std::span<const int32_t> counts = routing_.counts();
+    begin_.assign(counts.size() + 1, 0);
+    for (size_t p = 0; p < counts.size(); ++p) begin_[p + 1] = begin_[p] + counts[p];
     std::vector<int32_t> next(begin_.begin(), begin_.end() - 1);
+    const int64_t routes = input_.tokens * input_.top_k;
     row_token_.resize(static_cast<size_t>(begin_.back()));
     row_of_route_.assign(static_cast<size_t>(routes), -1);
     for (int64_t i = 0; i < routes; ++i) {
-        if (ids[i] == -1) continue;
-        const int32_t at = position[static_cast<size_t>(ids[i])];
+        const int32_t at = routing_.position_of(ids[i]);
+        if (at < 0) continue;
         const int32_t row = next[static_cast<size_t>(at)]++;
         row_token_[static_cast<size_t>(row)] = static_cast<int32_t>(i / input_.top_k);
         row_of_route_[static_cast<size_t>(i)] = row;
@@ -222,12 +211,13 @@ void ExpertFfnCall::read_topk_weights() {
 void ExpertFfnCall::compute(std::span<const SlotOfExpert> ready) {
     for (const SlotOfExpert& expert : ready) {
         const auto p = static_cast<size_t>(expert.position);
-        if (expert.position < 0 || p >= experts_.size()) {
+        if (expert.position < 0 || p >= routing_.experts().size()) {
             invalid("position " + std::to_string(expert.position) + " of " +
-                    std::to_string(experts_.size()) + " experts");
+                    std::to_string(routing_.experts().size()) + " experts");
         }
         if (computed_[p]) {
-            invalid("expert " + std::to_string(number(experts_[p])) + " was computed before");
+            invalid("expert " + std::to_string(number(routing_.experts()[p])) +
+                    " was computed before");
         }
         computed_[p] = true;
     }
@@ -244,7 +234,8 @@ void ExpertFfnCall::compute(std::span<const SlotOfExpert> ready) {
 }
 
 // Cuts the `rows` weight rows of each expert into blocks, and calls block(expert, first, count) for
-// each. Blocks shrink towards the end of the work, so that no thread waits long for the last one.
+// each. Blocks become smaller towards the end of the work, so no thread waits long for the last
+// one.
 template <class Block>
 void ExpertFfnCall::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows, int64_t row_bytes,
                                int64_t most_values, const Block& block) {
@@ -256,7 +247,7 @@ void ExpertFfnCall::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows
     std::vector<Task> tasks;
     int64_t left = static_cast<int64_t>(ready.size()) * rows;
     for (const SlotOfExpert& expert : ready) {
-        const int64_t routes = counts_[static_cast<size_t>(expert.position)];
+        const int64_t routes = routing_.counts()[static_cast<size_t>(expert.position)];
         const int64_t most_bytes = routes <= kRowsPerWalk ? kStreamBytes : kRewalkBytes;
         const int64_t most =
             std::min(most_bytes / row_bytes, most_values / std::min(routes, kRowsPerWalk));
@@ -365,11 +356,11 @@ void ExpertFfnCall::down(const SlotOfExpert& expert, int64_t first, int64_t coun
 void ExpertFfnCall::finish(void* out, DType out_dtype) {
     for (size_t p = 0; p < computed_.size(); ++p) {
         if (!computed_[p]) {
-            invalid("finish() before expert " + std::to_string(number(experts_[p])) +
+            invalid("finish() before expert " + std::to_string(number(routing_.experts()[p])) +
                     " was computed");
         }
     }
-    // One task sums about 64 KB, so that the call for a single token stays on its own thread.
+    // One task sums about 64 KB, so a call for a single token stays on its thread.
     const int64_t row_bytes = std::max<int64_t>(1, input_.top_k * expert_.hidden() * 4);
     const int64_t step = std::max<int64_t>(1, (int64_t{64} << 10) / row_bytes);
     const size_t out_row = static_cast<size_t>(expert_.hidden()) * dtype_bytes(out_dtype);

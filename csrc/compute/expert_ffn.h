@@ -3,13 +3,13 @@
 //   out[t] = sum over j of topk_weights[t][j] * expert(topk_ids[t][j])(hidden[t])
 //   expert(x) = down(gate function(gate(x), up(x))); each matrix may have a bias
 //
-// An ExpertFfnCall is one such call. It says which experts it needs, computes any of them whenever
-// their bytes are at hand, in any order and grouping, and sums up at the end, always in order of j.
-// The result has the same bits however the experts came and however many threads worked. The call
-// knows nothing of caches: its user holds the slots.
+// An ExpertFfnCall is one such call. It names the experts that it needs, computes any of them when
+// their bytes are ready, in any order and grouping, and sums at the end, always in the order of j.
+// The result has the same bits for every order of experts and every number of threads. The call
+// knows no cache: its user holds the slots.
 //
-// Memory: one 32-bit row of `hidden` for each route and one row of `intermediate`; a long prompt is
-// cut into calls by the user, see tokens_per_call().
+// Memory: one 32-bit row of `hidden` and one row of `intermediate` for each route. The user divides
+// a long prompt into several calls, see tokens_per_call().
 #pragma once
 
 #include <cstddef>
@@ -18,7 +18,7 @@
 #include <span>
 #include <vector>
 
-#include "base/ids.h"
+#include "base/routing.h"
 #include "compute/cpu_engine.h"
 #include "compute/gate.h"
 #include "compute/kernels.h"
@@ -26,7 +26,7 @@
 
 namespace moeinf {
 
-// What an expert computes, and where its matrices lie in a slot.
+// The computation of an expert, and the place of its matrices in a slot.
 struct ExpertFfn {
     // gate and up [intermediate, hidden], down [hidden, intermediate]. Throws Error(kInvalid),
     // naming the matrix, for sizes that do not fit together, for offsets and strides that its
@@ -46,7 +46,7 @@ struct ExpertFfn {
 struct FfnInput {
     const void* hidden = nullptr;  // [tokens, hidden]
     DType hidden_dtype = DType::kF32;
-    const void* topk_ids = nullptr;      // [tokens, top_k], -1 = no expert
+    const void* topk_ids = nullptr;      // [tokens, top_k], see Routing
     bool ids_are_int64 = true;           // else int32
     const void* topk_weights = nullptr;  // [tokens, top_k]
     DType topk_weights_dtype = DType::kF32;
@@ -62,16 +62,18 @@ struct SlotOfExpert {
 
 class ExpertFfnCall {
 public:
-    // Throws Error(kInvalid) for an id outside [-1, num_experts), naming token, position and id,
-    // and for a NaN or infinite weight of a routed expert.
+    // Throws Error(kInvalid) for an id that Routing refuses, and for a NaN or infinite weight of a
+    // routed expert.
     ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input);
     ~ExpertFfnCall();
     ExpertFfnCall(const ExpertFfnCall&) = delete;
     ExpertFfnCall& operator=(const ExpertFfnCall&) = delete;
 
     // In-layer ids, distinct, in order of first appearance; and the routes to each.
-    [[nodiscard]] std::span<const ExpertIndex> experts() const noexcept { return experts_; }
-    [[nodiscard]] std::span<const int32_t> counts() const noexcept { return counts_; }
+    [[nodiscard]] std::span<const ExpertIndex> experts() const noexcept {
+        return routing_.experts();
+    }
+    [[nodiscard]] std::span<const int32_t> counts() const noexcept { return routing_.counts(); }
 
     // Computes every route of these experts; their slots are not read after it returns. Throws
     // Error(kInvalid) for a position out of range or computed before.
@@ -105,8 +107,7 @@ private:
     const DType x_dtype_;      // of the tokens, as gate and up take them
     const DType inner_dtype_;  // of the gate function's values, as down takes them
 
-    std::vector<ExpertIndex> experts_;
-    std::vector<int32_t> counts_;
+    Routing routing_;
     std::vector<bool> computed_;
     // Routes sorted by expert: `begin_[p]` is the row of the first route of position p; row_token_
     // maps rows to tokens, row_of_route_ maps t * top_k + j to rows (-1: no expert).

@@ -11,8 +11,8 @@ namespace moeinf {
 namespace {
 
 // e^x with a relative error of a few 1e-7: x = n ln 2 + r, |r| <= ln 2 / 2, a Taylor polynomial in
-// r, and 2^n in two factors so that it overflows to infinity and fades to zero as it should. The
-// clamp keeps NaN.
+// r, and 2^n in two factors, so large x gives infinity and small x gives zero. The clamp keeps
+// NaN.
 template <class F>
 inline typename F::Vec exp(typename F::Vec x) {
     x = F::clamp(x, -120.0f, 130.0f);

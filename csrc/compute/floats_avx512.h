@@ -2,7 +2,7 @@
 // operations that float_math.h and dot_tile.h are written in. Included only by kernels_avx512*.cpp.
 #pragma once
 
-// GCC 12 takes the undefined registers of its own header for a mistake.
+// GCC 12 warns of undefined registers in its own header.
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
@@ -32,7 +32,7 @@ struct Floats512 {
     static Vec load(const F16* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
-    // The first n < 16 elements, the rest zero. Masked loads touch nothing beyond.
+    // The first n < 16 elements, the rest zero. A masked load reads no byte behind them.
     static Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
     static Vec load_first(const BF16* p, int64_t n) {
         return widen(_mm256_maskz_loadu_epi16(first(n), p));
@@ -41,8 +41,8 @@ struct Floats512 {
         return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
     }
 
-    // To the nearest bf16, ties to even. A NaN keeps its upper bits and is made quiet, lest
-    // rounding turn it into an infinity.
+    // To the nearest bf16, ties to even. A NaN keeps its upper bits and becomes quiet, because
+    // rounding could make it an infinity.
     static __m256i narrow(Vec v) {
         const __m512i bits = _mm512_castps_si512(v);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));

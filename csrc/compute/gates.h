@@ -1,7 +1,7 @@
 // The table of gate functions and the table of activations, for every instruction set. One row is a
 // name and one line of vector arithmetic; kernels/gates.py has the same rows for the GPU, and the
-// slow references. Gate and up arrive in 32-bit floats whatever the weights and tokens are, so a
-// variant that converts both to float32 first (Beam's) is `glu`. NaN stays NaN in every row.
+// slow references. Gate and up are 32-bit floats for all weights and tokens, so a variant
+// that converts both to float32 first (Beam's) is `glu`. NaN stays NaN in every row.
 // Unnamed for the reason float_math.h gives.
 #pragma once
 

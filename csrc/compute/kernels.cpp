@@ -30,7 +30,7 @@ std::string list_sets() {
 }  // namespace
 
 #if defined(__x86_64__)
-// These tests include what the operating system saves of a thread's registers.
+// These tests include whether the operating system saves the registers of a thread.
 bool cpu_has_avx2() {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
            __builtin_cpu_supports("f16c");

@@ -1,7 +1,7 @@
-// The instruction sets the expert FFN is written for, as data: a table of named sets of functions,
-// best first. The CPU engine takes one set and calls only through it. Results may differ between
-// sets; within one they never depend on how work is cut, for every output is a dot product summed
-// in one fixed order, however many activations share the pass over the weights.
+// The instruction sets of the expert FFN as data: a table of named sets of functions, best first.
+// The CPU engine takes one set and calls only its functions. Results may differ between sets.
+// Within one set they never depend on how work is divided, because every output is a dot product
+// that is summed in one fixed order, for any number of activations.
 #pragma once
 
 #include <cstddef>
@@ -29,7 +29,7 @@ struct DotJob {
     int64_t depth = 0;
     float* y = nullptr;
     int64_t y_stride = 0;      // in floats
-    bool from_memory = false;  // w is expected in memory, worth fetching ahead; else in a cache
+    bool from_memory = false;  // w lies in memory, so prefetching helps; else it lies in a cache
 };
 
 // out[i] = value of the gate function at gate[i] and up[i]; up is null where there is none.
@@ -51,8 +51,8 @@ struct CombineJob {
     DType out_dtype;
 };
 
-// The products of one weight format. dot_bf16 is null where activations must be widened first;
-// else bf16 activations are multiplied as they are, and nothing is lost.
+// The products of one weight format. dot_bf16 multiplies bf16 activations without widening them and
+// without loss. It is null if the set must widen activations first.
 struct FormatKernels {
     void (*dot)(const DotJob& job);  // f32 activations
     void (*dot_bf16)(const DotJob& job);

@@ -1,6 +1,6 @@
-// AVX-512 with bf16 products. bf16 hidden states and weights are multiplied as they lie, pairwise
-// into 32-bit sums, and the activations between the two products are rounded to bf16; everything
-// else is as in kernels_avx512.cpp.
+// AVX-512 with bf16 products. bf16 hidden states and weights are multiplied without conversion,
+// in pairs, into 32-bit sums. The activations between the two products are rounded to bf16. The
+// rest is the same as in kernels_avx512.cpp.
 #include "compute/float_kernels.h"
 #include "compute/floats_avx512.h"
 #include "compute/kernels_isa.h"

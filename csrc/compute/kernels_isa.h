@@ -1,5 +1,5 @@
-// What kernels.cpp makes its table of: one constant for each file of an instruction set, and the
-// tests for them, which lie in kernels.cpp because they must run on every CPU.
+// The parts of the table in kernels.cpp: one constant for each file of an instruction set, and the
+// tests for the sets. The tests are defined in kernels.cpp, because they must run on every CPU.
 #pragma once
 
 #include "compute/kernels.h"

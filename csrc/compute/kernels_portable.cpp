@@ -1,4 +1,4 @@
-// Kernels for any CPU: the last resort.
+// Kernels for any CPU.
 #include "compute/float_kernels.h"
 #include "compute/floats_portable.h"
 #include "compute/kernels_isa.h"

@@ -11,8 +11,8 @@
 namespace moeinf {
 namespace {
 
-// About 20 us: longer than the gap between two regions of one FFN, shorter than anyone else would
-// notice. A thread asleep needs about 50 us to come back.
+// About 20 us: longer than the gap between two regions of one FFN, and too short to disturb other
+// programs. A sleeping thread needs about 50 us to wake up.
 constexpr int kSpins = 1000;
 
 void relax() {
@@ -52,7 +52,7 @@ ThreadPool::ThreadPool(int threads) {
 }
 
 ThreadPool::~ThreadPool() {
-    if (process_.forked()) {  // the threads live in the parent only
+    if (process_.forked()) {  // only the parent process has the threads
         for (std::thread& worker : workers_) worker.detach();
         return;
     }

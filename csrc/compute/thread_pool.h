@@ -1,7 +1,7 @@
-// A few threads that share the tasks of one region at a time, made for regions of tens of
-// microseconds: the caller takes part, waiting threads spin for a short while and then sleep. Which
-// thread runs which task is left to chance, so tasks must write disjoint results. Used by the CPU
-// engine; knows nothing of experts.
+// A few threads that share the tasks of one region at a time. Regions last tens of microseconds:
+// the caller takes part, and waiting threads spin for a short time before they sleep. Any thread
+// may run any task, so tasks must write disjoint results. The CPU engine uses it; it knows no
+// experts.
 #pragma once
 
 #include <atomic>
@@ -49,11 +49,11 @@ private:
     const ForkDetector process_;
     std::mutex one_region_;
 
-    // A region's number (upper half) and its next task (lower half): a thread that comes late can
-    // claim nothing of a region that is over, so what it read of the region does no harm.
+    // A region's number (upper half) and its next task (lower half). A late thread cannot claim a
+    // task of a region that is over, so the data that it read of the region does no harm.
     alignas(64) std::atomic<uint64_t> next_{0};
     alignas(64) std::atomic<int32_t> unfinished_{0};
-    alignas(64) std::atomic<uint32_t> region_{0};  // what sleeping workers watch
+    alignas(64) std::atomic<uint32_t> region_{0};  // sleeping workers watch this
     std::atomic<int64_t> tasks_{0};
     std::atomic<Function> function_{nullptr};
     std::atomic<const void*> context_{nullptr};

@@ -14,6 +14,7 @@ namespace moeinf {
 
 // One range of a file and the place in a slot where it belongs.
 struct Extent {
+    bool operator==(const Extent&) const = default;
     uint32_t file;         // index into Catalog::files()
     uint64_t file_offset;  // bytes from the start of the file
     uint64_t nbytes;
@@ -21,6 +22,7 @@ struct Extent {
 };
 
 struct CatalogFile {
+    bool operator==(const CatalogFile&) const = default;
     std::string path;
     uint64_t nbytes;
 };
@@ -42,6 +44,9 @@ public:
     [[nodiscard]] std::span<const Extent> extents(ExpertId expert) const;
     // The sum of the extents of any one expert.
     [[nodiscard]] uint64_t expert_bytes() const noexcept { return expert_bytes_; }
+
+    // The same bytes of the same files, at the same places in a slot?
+    bool operator==(const Catalog&) const = default;
 
 private:
     ModelShape shape_;

@@ -1,6 +1,6 @@
 // One matrix of an expert, as bytes of a slot. Data only: the layout of a checkpoint fills it in,
-// the CPU engine reads it. Gate and up may lie one after the other, or with their rows in turn:
-// such experts differ in offsets and strides alone.
+// and the CPU engine reads it. Gate and up may lie one after the other, or with alternating rows.
+// Such experts differ only in offsets and strides.
 #pragma once
 
 #include <cstdint>

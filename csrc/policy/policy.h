@@ -29,6 +29,9 @@ struct Step {
     std::span<const float> router;      // mean router probability of all experts; empty if unknown
     bool prefill = false;
     bool new_sequence = false;  // the first step of a request
+    // Who runs the pass. The steps of one caller come in order, one request after another; those of
+    // several may come in any mixture.
+    int64_t caller = 0;
 };
 
 // How many leases and reads hold each expert where it is.

@@ -8,231 +8,322 @@
 namespace moeinf {
 namespace {
 
-// As many slots of pinned memory as can be had. It grows in parts, for pinning takes a second for
-// some gigabytes, and none of it is done twice.
-std::unique_ptr<SlotPool> make_pool(const Catalog& catalog, Device& device, int32_t asked) {
+// As many slots of pinned memory as the system allows. The memory grows in parts, because pinning
+// takes about a second for a few gigabytes and no part should be pinned twice.
+std::shared_ptr<SlotPool> make_pool(const Catalog& catalog, Device& device, int32_t wanted) {
     constexpr int32_t kParts = 16;
     const uint64_t slot_bytes = catalog.slot_bytes();
-    const auto nbytes = static_cast<size_t>(asked) * slot_bytes;
-    auto pool = std::make_unique<SlotPool>(device.make_pinned_arena(nbytes, slot_bytes), slot_bytes,
-                                           asked, HostTier::kMinSlots);
-    const int32_t part = std::max(1, asked / kParts);
+    const auto nbytes = static_cast<size_t>(wanted) * slot_bytes;
+    auto pool = std::make_shared<SlotPool>(device.make_pinned_arena(nbytes, slot_bytes), slot_bytes,
+                                           wanted, HostTier::kMinSlots);
+    const int32_t part = std::max(1, wanted / kParts);
     try {
-        while (pool->slots() < asked) pool->resize(std::min(asked, pool->slots() + part));
+        while (pool->slots() < wanted) pool->resize(std::min(wanted, pool->slots() + part));
     } catch (const Error& error) {
         if (error.code() != ErrorCode::kCapacity) throw;
-        // Not all that there is: ids, maps and torch need some too.
+        // Leaves a part of the pinnable memory to ids, maps and torch.
         pool->resize(std::max(HostTier::kMinSlots, pool->slots() - part));
     }
     return pool;
 }
 
+std::string words_of(const Catalog& catalog) {
+    return std::to_string(catalog.num_layers()) + " layers of " +
+           std::to_string(catalog.num_experts()) + " experts in " +
+           (catalog.files().empty() ? "no file" : catalog.files().front().path);
+}
+
+// A forked child leaves the tier unchanged: its threads do not exist there, and a lock may be held.
+struct Dispose {
+    ForkDetector process;
+    void operator()(HostTier* tier) const {
+        if (!process.forked()) std::default_delete<HostTier>()(tier);
+    }
+};
+
 }  // namespace
 
-HostTier::HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostTierOptions options,
-                   Ready ready)
-    : catalog_(std::move(catalog)),
-      exclusive_(options.exclusive),
-      ready_(std::move(ready)),
-      entries_(catalog_->total_experts()) {
-    const int32_t asked = std::max(options.slots, kMinSlots);
-    pool_ = make_pool(*catalog_, device, asked);
-    const int32_t slots = pool_->slots();
-    stats_.slots = slots;
-    stats_.slots_refused = asked - slots;
-    full_house_ = slots >= catalog_->total_experts();
-    const ModelShape shape = catalog_->shape();
-    residency_ = std::make_unique<Residency>(
-        shape, slots, make_policy(options.policy, shape, options.eamc.get()));
-    engine_ = std::make_unique<FileReader>(catalog_, options.copy);
+std::shared_ptr<HostTier> HostTier::make(std::shared_ptr<const Catalog> catalog, Device& device,
+                                         HostTierOptions options) {
+    if (catalog == nullptr) throw Error(ErrorCode::kInvalid, "a RAM tier needs a catalog");
+    std::unique_ptr<HostTier> tier(new HostTier(std::move(catalog), device, std::move(options)));
+    return {tier.release(), Dispose()};
 }
 
-HostTier::~HostTier() {
-    std::deque<Waiter> starved;
-    {
-        const std::lock_guard lock(mutex_);
-        ending_ = true;
-        starved.swap(starved_);
+HostTier::HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostTierOptions options)
+    : exclusive_(options.exclusive), holders_(catalog->total_experts()) {
+    const int32_t wanted = std::max(options.slots, kMinSlots);
+    auto pool = make_pool(*catalog, device, wanted);
+    stats_.slots = pool->slots();
+    stats_.slots_refused = wanted - pool->slots();
+    holds_all_ = pool->slots() >= catalog->total_experts();
+    auto policy = make_policy(options.policy, catalog->shape(), options.eamc.get());
+    tier_ = std::make_unique<Tier>(std::move(catalog), std::move(pool), std::move(policy),
+                                   stats_.slots, 0, static_cast<Tier::Owner&>(*this));
+    auto files = std::make_unique<FileSource>(*tier_, options.read);
+    files_ = files.get();
+    tier_->connect(std::move(files));
+}
+
+HostTier::~HostTier() = default;
+
+void HostTier::check_serves(const Catalog& catalog) const {
+    if (process_.forked()) {
+        throw Error(ErrorCode::kUnsupported,
+                    "a RAM tier does not survive a fork: make a new one in the child process");
     }
-    for (const Waiter& one : starved) ready_(one.who, nullptr, "the cache is being closed");
-    engine_.reset();
+    if (&catalog != tier_->catalog().get() && !(catalog == *tier_->catalog())) {
+        throw Error(ErrorCode::kInvalid,
+                    "the RAM tier and the cache have different stores: expected " +
+                        words_of(*tier_->catalog()) + ", found " + words_of(catalog));
+    }
 }
 
-std::byte* HostTier::address(ExpertId expert) const {
-    return pool_->slot(SlotId{number(residency_->frame_of(expert))});  // its frames stay in place
+std::vector<HostTier::Demotion>::iterator HostTier::demotion_of(ExpertId expert) {
+    return std::find_if(demotions_.begin(), demotions_.end(),
+                        [&](const Demotion& demotion) { return demotion.expert == expert; });
+}
+
+PinnedExpert HostTier::locate(ExpertId expert) {
+    const auto demotion = demotion_of(expert);
+    if (demotion == demotions_.end()) return {tier_->address(expert), nullptr, 0};
+    return {tier_->address(expert), demotion->timeline, demotion->point};
 }
 
 // True once the absent expert has a slot.
 bool HostTier::make_room(ExpertId expert) {
-    while (exclusive_ && !residency_->has_free_frame() && !duplicates_.empty()) {
+    Residency& residency = tier_->residency();
+    while (exclusive_ && !residency.has_free_frame() && !duplicates_.empty()) {
         const ExpertId other = duplicates_.front();
         duplicates_.pop_front();
-        const bool there = residency_->resident(other) && entries_[other].on_device;
-        if (there && !residency_->pinned(other)) residency_->remove(other);
+        const bool twice = residency.resident(other) && holders_[other] > 0;
+        if (twice && !residency.pinned(other)) residency.remove(other);
     }
     Placement placement{};
-    return residency_->place(expert, placement);
+    return residency.place(expert, placement);
 }
 
 void HostTier::note_duplicate(ExpertId expert) {
-    if (exclusive_ && entries_[expert].on_device && residency_->resident(expert) &&
-        !residency_->pinned(expert)) {
+    const Residency& residency = tier_->residency();
+    if (exclusive_ && holders_[expert] > 0 && residency.resident(expert) &&
+        !residency.pinned(expert)) {
         duplicates_.push_back(expert);
     }
 }
 
-std::byte* HostTier::hold(const TransferPtr& who, Priority priority) {
-    const std::lock_guard lock(mutex_);
-    const ExpertId expert = who->expert();
-    Entry& one = entries_[expert];
-    const bool present = residency_->resident(expert);
-    if (present && one.reading == nullptr) {
+std::optional<PinnedExpert> HostTier::pin(FillWaiterPtr waiter, Priority priority) {
+    const std::lock_guard lock(tier_->mutex);
+    const ExpertId expert = waiter->expert;
+    if (tier_->is_ready(expert)) {
         ++stats_.hits;
-        residency_->pin(expert);
-        return address(expert);
+        (void)tier_->join(expert, false);
+        return locate(expert);
     }
     ++stats_.misses;
-    if (present) {
-        residency_->pin(expert);
-        one.waiting.push_back(who);
-        if (priority == Priority::kDemand) engine_->promote(one.reading);
-    } else if (make_room(expert)) {
-        residency_->pin(expert);
-        one.waiting.push_back(who);
-        start_read(expert, priority);
+    const bool present = tier_->residency().resident(expert);
+    if (present || make_room(expert)) {
+        wait_for_fill(std::move(waiter), priority);
     } else {
-        // Demands wait before prefetches, each in their order.
-        const auto before = std::find_if(starved_.begin(), starved_.end(),
-                                         [&](const Waiter& w) { return w.priority > priority; });
-        starved_.insert(before, {who, priority});
+        add_starving(std::move(waiter), priority);
     }
-    return nullptr;
+    return std::nullopt;
 }
 
-void HostTier::start_read(ExpertId expert, Priority priority) {
-    // The callback cannot overtake this assignment: it needs the lock we hold.
-    entries_[expert].reading = engine_->submit(
-        expert, address(expert), priority,
-        [this, expert](const TransferPtr& transfer) { on_read(expert, *transfer); });
+void HostTier::wait_for_fill(FillWaiterPtr waiter, Priority priority) {
+    const ExpertId expert = waiter->expert;
+    if (tier_->fill_of(expert) == nullptr) tier_->start_fill(expert, priority);
+    const FillPtr fill = tier_->join(expert, priority == Priority::kDemand);
+    fill->waiters.push_back(std::move(waiter));
 }
 
-void HostTier::on_read(ExpertId expert, const Transfer& transfer) {
-    std::vector<TransferPtr> waiting;
-    std::byte* bytes = nullptr;
-    std::string error;
+// Demands stand before prefetches, each in the order of arrival.
+void HostTier::add_starving(FillWaiterPtr waiter, Priority priority) {
+    const auto behind = std::find_if(starving_.begin(), starving_.end(),
+                                     [&](const Starving& one) { return one.priority > priority; });
+    starving_.insert(behind, {std::move(waiter), priority});
+}
+
+void HostTier::tell(Told told) {
+    told_.push_back(std::move(told));
+    has_told_.store(true, std::memory_order_release);
+}
+
+void HostTier::on_fill_ended(Fill& fill) {
+    if (fill.state == Fill::State::kComplete && !fill.from_above) {
+        stats_.read_bytes += static_cast<int64_t>(tier_->catalog()->expert_bytes());
+    }
+    for (FillWaiterPtr& waiter : fill.waiters) {
+        PinnedExpert pinned;
+        if (fill.state == Fill::State::kComplete) pinned = locate(fill.expert);
+        tell({std::move(waiter), std::move(pinned), fill.error});
+    }
+    fill.waiters.clear();
+}
+
+void HostTier::after_fill() noexcept {
     {
-        const std::lock_guard lock(mutex_);
-        Entry& one = entries_[expert];
-        one.reading.reset();
-        waiting.swap(one.waiting);
-        if (transfer.state() == TransferState::kDone) {
-            bytes = address(expert);
-            stats_.read_bytes += static_cast<int64_t>(catalog_->expert_bytes());
+        const std::lock_guard lock(tier_->mutex);
+        serve_starving();  // a failed fill has freed its slot
+    }
+    flush();
+}
+
+// Gives slots to the waiters that had none.
+void HostTier::serve_starving() {
+    while (!starving_.empty()) {
+        Starving& next = starving_.front();
+        const ExpertId expert = next.waiter->expert;
+        if (tier_->is_ready(expert)) {
+            (void)tier_->join(expert, false);
+            tell({std::move(next.waiter), locate(expert), {}});
+        } else if (tier_->residency().resident(expert) || make_room(expert)) {
+            wait_for_fill(std::move(next.waiter), next.priority);
         } else {
-            error = transfer.state() == TransferState::kFailed ? transfer.error()
-                                                               : "the read was cancelled";
-            for (size_t i = 0; i < waiting.size(); ++i) residency_->unpin(expert);
-            residency_->remove(expert);
+            return;
         }
+        starving_.pop_front();
     }
-    for (const TransferPtr& who : waiting) ready_(who, bytes, error);
-    if (bytes == nullptr) serve_starved();
 }
 
-// Whatever was refused for want of a slot and can have one now.
-void HostTier::serve_starved() {
-    std::vector<std::pair<TransferPtr, std::byte*>> served;
-    {
-        const std::lock_guard lock(mutex_);
-        while (!starved_.empty() && !ending_) {
-            Waiter& one = starved_.front();
-            const ExpertId expert = one.who->expert();
-            const bool present = residency_->resident(expert);
-            if (!present && !make_room(expert)) break;
-            residency_->pin(expert);
-            Entry& target = entries_[expert];
-            if (present && target.reading == nullptr) {
-                served.emplace_back(std::move(one.who), address(expert));
-            } else {
-                target.waiting.push_back(std::move(one.who));
-                if (!present) start_read(expert, one.priority);
-            }
-            starved_.pop_front();
-        }
-    }
-    for (const auto& [who, bytes] : served) ready_(who, bytes, {});
-}
-
-void HostTier::promote(ExpertId expert) {
-    const std::lock_guard lock(mutex_);
-    if (entries_[expert].reading) return engine_->promote(entries_[expert].reading);
-    const auto waiter = std::find_if(starved_.begin(), starved_.end(), [&](const Waiter& one) {
-        return one.who->expert() == expert;
+void HostTier::promote(const FillWaiter& waiter) {
+    const std::lock_guard lock(tier_->mutex);
+    if (const FillPtr& fill = tier_->fill_of(waiter.expert)) return tier_->promote(fill);
+    const auto found = std::find_if(starving_.begin(), starving_.end(), [&](const Starving& one) {
+        return one.waiter.get() == &waiter;
     });
-    if (waiter == starved_.end() || waiter->priority == Priority::kDemand) return;
-    Waiter one = std::move(*waiter);
-    one.priority = Priority::kDemand;
-    starved_.erase(waiter);
-    const auto before = std::find_if(starved_.begin(), starved_.end(), [](const Waiter& w) {
-        return w.priority == Priority::kPrefetch;
-    });
-    starved_.insert(before, std::move(one));
+    if (found == starving_.end() || found->priority == Priority::kDemand) return;
+    FillWaiterPtr promoted = std::move(found->waiter);
+    starving_.erase(found);
+    add_starving(std::move(promoted), Priority::kDemand);
 }
 
-void HostTier::release(ExpertId expert) {
-    {
-        const std::lock_guard lock(mutex_);
-        residency_->unpin(expert);
-        note_duplicate(expert);
-        if (starved_.empty()) return;
+void HostTier::drop_pin(ExpertId expert) {
+    tier_->unpin(expert);
+    if (tier_->residency().pinned(expert)) return;
+    const auto demotion = demotion_of(expert);
+    if (demotion != demotions_.end()) {  // a lost demotion; a running one would have a pin
+        tier_->residency().remove(expert);
+        demotions_.erase(demotion);
     }
-    serve_starved();
-}
-
-std::byte* HostTier::take_over(ExpertId expert) {
-    const std::lock_guard lock(mutex_);
-    if (!exclusive_ || residency_->resident(expert) || !starved_.empty() || !make_room(expert)) {
-        return nullptr;
-    }
-    residency_->pin(expert);
-    ++stats_.demoted;
-    return address(expert);
-}
-
-bool HostTier::wants(ExpertId expert) const {
-    if (!exclusive_) return false;
-    const std::lock_guard lock(mutex_);
-    return !residency_->resident(expert);
-}
-
-void HostTier::drop(ExpertId expert) {
-    {
-        const std::lock_guard lock(mutex_);
-        residency_->unpin(expert);
-        if (!residency_->pinned(expert)) residency_->remove(expert);
-    }
-    serve_starved();
-}
-
-void HostTier::set_on_device(ExpertId expert, bool there) {
-    const std::lock_guard lock(mutex_);
-    entries_[expert].on_device = there;
     note_duplicate(expert);
 }
 
+void HostTier::unpin(ExpertId expert) {
+    const std::lock_guard lock(tier_->mutex);
+    drop_pin(expert);
+    serve_starving();
+}
+
+std::vector<FillWaiterPtr> HostTier::withdraw(const void* owner) {
+    const std::lock_guard lock(tier_->mutex);
+    std::vector<FillWaiterPtr> withdrawn;
+    const auto take = [&](const FillWaiterPtr& waiter) {
+        if (waiter->owner != owner) return false;
+        withdrawn.push_back(waiter);
+        return true;
+    };
+    std::erase_if(starving_, [&](const Starving& one) { return take(one.waiter); });
+    std::erase_if(told_, [&](const Told& one) {
+        const ExpertId expert = one.waiter->expert;
+        if (!take(one.waiter)) return false;
+        if (one.error.empty()) drop_pin(expert);
+        return true;
+    });
+    for (const ExpertId expert : tier_->catalog()->shape().experts()) {
+        const FillPtr fill = tier_->fill_of(expert);
+        if (fill == nullptr) continue;
+        const size_t left = std::erase_if(fill->waiters, take);
+        for (size_t i = 0; i < left; ++i) tier_->leave(expert, fill);
+    }
+    serve_starving();
+    return withdrawn;
+}
+
+void HostTier::add_holder(ExpertId expert) {
+    const std::lock_guard lock(tier_->mutex);
+    ++holders_[expert];
+    note_duplicate(expert);
+}
+
+void HostTier::remove_holder(ExpertId expert) {
+    const std::lock_guard lock(tier_->mutex);
+    --holders_[expert];
+}
+
+bool HostTier::accepts_demotion(ExpertId expert) const {
+    if (!exclusive_) return false;
+    const std::lock_guard lock(tier_->mutex);
+    return holders_[expert] <= 1 && !tier_->residency().resident(expert);
+}
+
+std::byte* HostTier::accept_demotion(ExpertId expert) {
+    const std::lock_guard lock(tier_->mutex);
+    if (!exclusive_ || holders_[expert] > 0 || tier_->residency().resident(expert) ||
+        !starving_.empty() || !make_room(expert)) {
+        return nullptr;
+    }
+    tier_->start_fill(expert, Priority::kPrefetch, true);
+    tier_->residency().pin(expert);  // for the copy
+    ++stats_.demoted;
+    return tier_->address(expert);
+}
+
+void HostTier::demotion_enqueued(ExpertId expert, TimelinePtr timeline, uint64_t point) {
+    const std::lock_guard lock(tier_->mutex);
+    demotions_.push_back({expert, std::move(timeline), point, false});
+    tier_->end(*tier_->fill_of(expert), {});
+}
+
+void HostTier::abort_demotion(ExpertId expert) {
+    const std::lock_guard lock(tier_->mutex);
+    const FillPtr fill = tier_->fill_of(expert);
+    tier_->residency().unpin(expert);
+    if (fill->waiting > 0) return tier_->fill_from_source(fill);
+    tier_->end(*fill, "the copy out of the device failed");
+    serve_starving();
+}
+
+void HostTier::end_demotion(ExpertId expert, bool arrived) {
+    const std::lock_guard lock(tier_->mutex);
+    const auto demotion = demotion_of(expert);
+    if (arrived) {
+        demotions_.erase(demotion);
+    } else {
+        demotion->lost = true;  // its waiters wait for a point that never comes, and fail
+    }
+    drop_pin(expert);
+    serve_starving();
+}
+
 void HostTier::observe(const Step& step) {
-    if (full_house_) return;
-    const std::lock_guard lock(mutex_);
-    residency_->policy().observe(step);
+    if (holds_all_) return;
+    const std::lock_guard lock(tier_->mutex);
+    Step counted = step;  // each cache counts its own steps
+    counted.index = steps_++;
+    tier_->residency().policy().observe(counted);
+}
+
+void HostTier::flush() noexcept {
+    for (;;) {
+        tier_->source().flush();
+        if (!has_told_.load(std::memory_order_acquire)) return;
+        std::deque<Told> told;
+        {
+            const std::lock_guard lock(tier_->mutex);
+            told.swap(told_);
+            has_told_.store(false, std::memory_order_relaxed);
+        }
+        for (const Told& one : told) one.waiter->on_pinned(one.pinned, one.error);
+    }
 }
 
 HostTierStats HostTier::stats() const {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(tier_->mutex);
     return stats_;
 }
 
 void HostTier::reset_stats() {
-    const std::lock_guard lock(mutex_);
+    const std::lock_guard lock(tier_->mutex);
     stats_ = {.slots = stats_.slots, .slots_refused = stats_.slots_refused};
 }
 

@@ -1,110 +1,150 @@
-// The pinned RAM between the files and a device: experts wait here for their copy, and stay as long
-// as there is room. Every copy in either direction holds its expert, so that the bytes under it
-// cannot change. Thread-safe; callbacks come with no lock held.
+// A tier in page-locked RAM between the files and the devices. Its owner makes it. Any number of
+// device links share it, so an expert is read and pinned in RAM once for all of them. A copy in
+// either direction pins its expert, so the copied bytes cannot change.
+//
+// An expert in it:
+//
+//            pin, not here                     the read ends
+//   absent ----------------> being read ------------------------> here, pinned by each waiter
+//     |  \--- no slot: the waiter starves until a pin goes           | last unpin
+//     |                                                              v
+//     |  accept_demotion          demotion_enqueued                here, may be evicted
+//     +------------------> coming --------------> here, its bytes behind a point of the link
+//              abort_demotion: absent again, or being read if a waiter exists
+//
+// Thread-safe. All functions but flush() only note commands, and may be called with a link's
+// issuing lock held. A flush() with no lock held must follow.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
-#include <functional>
 #include <memory>
-#include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "base/fork.h"
 #include "device/device.h"
-#include "layout/catalog.h"
-#include "memory/slot_pool.h"
-#include "policy/residency.h"
-#include "transfer/file_reader.h"
+#include "tier/file_source.h"
+#include "tier/tier.h"
 
 namespace moeinf {
 
 struct HostTierOptions {
     int32_t slots = 0;  // at least kMinSlots are taken
     std::string policy = "learned";
-    // What also sits on the device goes first, and what leaves the device comes here.
+    // Experts that a device holds too are evicted first. An expert that the last device evicts
+    // comes back to this tier.
     bool exclusive = false;
-    FileReaderOptions copy;
+    FileReaderOptions read;
     std::shared_ptr<const Collection> eamc;  // see ExpertCacheOptions
 };
 
 struct HostTierStats {
     int32_t slots = 0;
-    int32_t slots_refused = 0;  // asked for, but not to be had as pinned memory
-    int64_t hits = 0;           // experts asked for that were here
+    int32_t slots_refused = 0;  // asked for, but the system refused to pin them
+    int64_t hits = 0;           // of the experts asked for, in this tier
     int64_t misses = 0;
     int64_t read_bytes = 0;  // from files
-    int64_t demoted = 0;     // experts taken over from the device
+    int64_t demoted = 0;     // experts accepted from a device
 };
 
-class HostTier {
+class HostTier final : private Tier::Owner {
 public:
-    static constexpr int32_t kMinSlots = 4;  // staging: reads and copies overlap
+    static constexpr int32_t kMinSlots = 4;  // so reads and copies can overlap
 
-    // What a transfer waited for: the bytes, or what went wrong. Never both.
-    using Ready =
-        std::function<void(const TransferPtr& who, std::byte* bytes, const std::string& error)>;
-
-    // Takes fewer slots where pinned memory is refused. Throws Error(kCapacity) if not even
-    // kMinSlots can be had.
-    HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostTierOptions options,
-             Ready ready);
-    ~HostTier();
+    // `device` page-locks the memory for all devices of its driver. Takes fewer slots if the system
+    // refuses pinned memory. Throws Error(kCapacity) for fewer than kMinSlots.
+    static std::shared_ptr<HostTier> make(std::shared_ptr<const Catalog> catalog, Device& device,
+                                          HostTierOptions options);
+    ~HostTier() override;
     HostTier(const HostTier&) = delete;
     HostTier& operator=(const HostTier&) = delete;
 
-    // Holds `who`'s expert until release(). Returns its bytes if they are here; else null, and
-    // Ready is called from another thread, once, when they are. A failed one is not held.
-    [[nodiscard]] std::byte* hold(const TransferPtr& who, Priority priority);
-    void promote(ExpertId expert);  // someone waits for it now
-    void release(ExpertId expert);
+    // Throws Error(kInvalid) unless the experts are those of the catalog, Error(kUnsupported) in a
+    // forked child.
+    void check_serves(const Catalog& catalog) const;
 
-    // Room for an expert that leaves the device, held; null if it is here already, if there is no
-    // room, or if this tier is not exclusive. drop() instead of release() if the copy failed.
-    [[nodiscard]] std::byte* take_over(ExpertId expert);
-    void drop(ExpertId expert);
+    // Pins the waiter's expert. Returns its place if it is in this tier; else on_pinned() is called
+    // once.
+    [[nodiscard]] std::optional<PinnedExpert> pin(FillWaiterPtr waiter, Priority priority);
+    void promote(const FillWaiter& waiter);  // a step waits for its expert now
+    void unpin(ExpertId expert);
+    // Removes and returns all waiters of an owner whose on_pinned() has not been called or begun.
+    [[nodiscard]] std::vector<FillWaiterPtr> withdraw(const void* owner);
 
-    // Is what take_over() would be asked for missing here? It may yet change.
-    [[nodiscard]] bool wants(ExpertId expert) const;
+    // A device holds the expert from now on, or no longer holds it.
+    void add_holder(ExpertId expert);
+    void remove_holder(ExpertId expert);
 
-    void set_on_device(ExpertId expert, bool there);
+    // True if accept_demotion() would take the expert now. Only a hint: no lock is kept.
+    [[nodiscard]] bool accepts_demotion(ExpertId expert) const;
+    // A pinned place for the bytes of an expert that no device holds any more; null if this tier
+    // does not want them. One of the next three calls must follow; end_demotion() also follows
+    // demotion_enqueued().
+    [[nodiscard]] std::byte* accept_demotion(ExpertId expert);
+    void abort_demotion(ExpertId expert);  // nothing has been enqueued
+    void demotion_enqueued(ExpertId expert, TimelinePtr timeline, uint64_t point);
+    void end_demotion(ExpertId expert, bool arrived);
+
     void observe(const Step& step);
+
+    // Starts reads and calls waiters. The caller holds no lock.
+    void flush() noexcept;
 
     [[nodiscard]] HostTierStats stats() const;
     void reset_stats();
-    [[nodiscard]] const FileReader& files() const noexcept { return *engine_; }
+    [[nodiscard]] const FileReader& files() const noexcept { return files_->files(); }
 
 private:
-    struct Waiter {
-        TransferPtr who;
+    struct Starving {  // no slot was free for it
+        FillWaiterPtr waiter;
         Priority priority;
     };
-    struct Entry {
-        TransferPtr reading;               // null: the bytes are here, or it has no slot
-        std::vector<TransferPtr> waiting;  // for that read; each holds the expert
-        bool on_device = false;
+    struct Told {
+        FillWaiterPtr waiter;
+        PinnedExpert pinned;
+        std::string error;
+    };
+    struct Demotion {  // copies in flight
+        ExpertId expert;
+        TimelinePtr timeline;
+        uint64_t point;
+        bool lost;  // the copy did not end: its bytes must not be used
     };
 
-    [[nodiscard]] std::byte* address(ExpertId expert) const;
-    [[nodiscard]] bool make_room(ExpertId expert);
-    void note_duplicate(ExpertId expert);
-    void start_read(ExpertId expert, Priority priority);
-    void serve_starved();
-    void on_read(ExpertId expert, const Transfer& transfer);
+    HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostTierOptions options);
 
-    const std::shared_ptr<const Catalog> catalog_;
+    void on_fill_ended(Fill& fill) override;
+    void after_fill() noexcept override;
+
+    // Under the tier's lock.
+    [[nodiscard]] PinnedExpert locate(ExpertId expert);
+    [[nodiscard]] std::vector<Demotion>::iterator demotion_of(ExpertId expert);
+    [[nodiscard]] bool make_room(ExpertId expert);
+    void add_starving(FillWaiterPtr waiter, Priority priority);
+    void wait_for_fill(FillWaiterPtr waiter, Priority priority);
+    void drop_pin(ExpertId expert);
+    void note_duplicate(ExpertId expert);
+    void serve_starving();
+    void tell(Told told);
+
     const bool exclusive_;
-    const Ready ready_;
-    bool full_house_ = false;  // a slot for each expert: nobody ever leaves, no policy need look on
-    mutable std::mutex mutex_;  // guards all below; after the cache's lock, before the engine's
-    std::unique_ptr<SlotPool> pool_;
-    std::unique_ptr<Residency> residency_;
-    PerExpert<Entry> entries_;
-    std::deque<ExpertId> duplicates_;  // candidates: here and on the device when noted
-    std::deque<Waiter> starved_;       // all slots were held
+    const ForkDetector process_;
+    bool holds_all_ = false;  // nobody ever leaves, so that no policy need look on
+    // Guarded by the tier's lock, up to the next blank line.
+    PerExpert<uint16_t> holders_;      // devices that hold it
+    std::deque<ExpertId> duplicates_;  // candidates: here and on a device when noted
+    std::deque<Starving> starving_;
+    std::deque<Told> told_;  // by the next flush()
+    std::vector<Demotion> demotions_;
+    int64_t steps_ = 0;
     HostTierStats stats_;
-    bool ending_ = false;
-    std::unique_ptr<FileReader> engine_;  // last: its threads use what is above
+
+    std::atomic<bool> has_told_{false};
+    FileSource* files_ = nullptr;
+    std::unique_ptr<Tier> tier_;  // last: its threads use what is above
 };
 
 }  // namespace moeinf

@@ -190,7 +190,7 @@ struct FileReader::Impl {
 };
 
 FileReader::FileReader(std::shared_ptr<const Catalog> catalog, FileReaderOptions options) {
-    if (catalog == nullptr) throw Error(ErrorCode::kInvalid, "a copy engine needs a catalog");
+    if (catalog == nullptr) throw Error(ErrorCode::kInvalid, "a file reader needs a catalog");
     impl_ = std::make_unique<Impl>(std::move(catalog), options);
 }
 
@@ -207,7 +207,7 @@ TransferPtr FileReader::submit(ExpertId expert, std::byte* slot, Priority priori
                                TransferCallback done) {
     if (impl_->forked()) {
         throw Error(ErrorCode::kUnsupported,
-                    "a copy engine does not survive a fork: make a new one in the child process");
+                    "a file reader does not survive a fork: make a new one in the child process");
     }
     auto job = std::make_shared<Job>();
     TransferAccess::begin(*job, expert);

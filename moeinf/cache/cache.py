@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from types import TracebackType
+from itertools import count
 from typing import Any
 
 import torch
@@ -14,59 +16,32 @@ from moeinf import _core
 from moeinf.cache import gather_tuning
 from moeinf.cache.budget import GPU_RESERVE, RAM_RESERVE, host_slots_for, less_reserve, slots_for
 from moeinf.cache.devices import open_device, torch_device
+from moeinf.cache.lease import Lease
 from moeinf.cache.live_priors import LivePriors
-from moeinf.cache.observers import PassObserver
+from moeinf.cache.passes import ForwardPass, Observer, Passes
 from moeinf.cache.recorder import Recorder
+from moeinf.cache.statistics import prediction_summary, with_totals
+from moeinf.cache.streams import StepStreams, distinct
 from moeinf.checkpoint.store import ExpertStore
-from moeinf.experts.cpu import CpuExperts
-from moeinf.experts.cuda import CudaExperts, distinct
 from moeinf.traces.eam import EAMC
 from moeinf.traces.priors import PriorsHook
-
-COUNTERS = (
-    "accesses",
-    "hits",
-    "misses",
-    "evictions",
-    "demand_bytes",
-    "prefetch_bytes",
-    "prefetch_useful_bytes",
-    "prefetch_wasted_bytes",
-    "stall_seconds",
-)
 
 # Calls the function given with (layer, probabilities [T, num_experts]) before that layer's experts
 # are asked for; returns what ends it.
 RouterSource = Callable[[Callable[[int, torch.Tensor], None]], Callable[[], None]]
 
 
-class Lease:
-    """The right to read some slots until released: they are neither evicted nor overwritten.
+_named: weakref.WeakValueDictionary[str, ExpertCache] = weakref.WeakValueDictionary()
+_used_names: set[str] = set()
+_naming = threading.Lock()
 
-    A context manager. `slots[i]` is where `experts[i]` lies.
-    """
 
-    def __init__(self, experts: Sequence[int], slots: Sequence[int], release: Callable[[], None]):
-        self.experts = list(experts)
-        self.slots = list(slots)
-        self._release: Callable[[], None] | None = release
-
-    def release(self) -> None:
-        """Gives the slots back. Harmless when called twice."""
-        release, self._release = self._release, None
-        if release is not None:
-            release()
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.release()
+def named(name: str) -> ExpertCache:
+    """The cache of that name. Raises ValueError once it has been released: a name is used once."""
+    cache = _named.get(name)
+    if cache is None:
+        raise ValueError(f"no cache is named {name!r}: it has been released")
+    return cache
 
 
 class ExpertCache:
@@ -100,6 +75,8 @@ class ExpertCache:
         threads, chunk_bytes: of the copy engine; 0 takes the measured defaults.
         direct: read past the page cache where the file system allows it.
         dense_bytes: of a memory's free bytes, what "auto" leaves for weights loaded later.
+        name: what compiled graphs know the cache by. A number is added where it was used before in
+            this process, so that a graph never reaches the cache of another model.
 
     Raises:
         CapacityError: the budget is below one slot, or the memory cannot be had.
@@ -127,6 +104,7 @@ class ExpertCache:
         exclusive: bool = False,
         gather_below: int | None = None,
         dense_bytes: int = 0,
+        name: str = "experts",
     ):
         opened = open_device(device)
         if opened is None and (host_memory is not None or exclusive or gather_below is not None):
@@ -143,7 +121,7 @@ class ExpertCache:
             memory = "auto"
         in_ram = dense_bytes if self.device.type == "cpu" else 0
         ram = less_reserve(_core.available_memory(), RAM_RESERVE, in_ram)
-        count = slots_for(
+        room = slots_for(
             memory=memory,
             slots=slots,
             slot_bytes=store.slot_bytes,
@@ -159,21 +137,21 @@ class ExpertCache:
             "prefetch": prefetch,
             "eamc": None if eamc is None else eamc.to_core(),
         }
-        self._experts: CpuExperts | CudaExperts
+        self.streams: StepStreams | None = None
+        """Where steps run on a GPU; None where slots lie in RAM."""
         if opened is None:
-            self.core = _core.ExpertCache(store.catalog, count, policy, **options)
-            self._experts = CpuExperts(store, self.core)
+            self.core = _core.ExpertCache(store.catalog, room, policy, **options)
         else:
-            self._copy_path, below = _copy_path(opened, gather_below)
+            self._copy_path, below = gather_tuning.copy_path(opened, gather_below)
             self.core = _core.ExpertCache(
                 store.catalog,
-                count,
+                room,
                 policy,
                 **options,
                 device=opened,
                 host_slots=host_slots_for(
                     host_memory=host_memory,
-                    slots=count,
+                    slots=room,
                     slot_bytes=store.slot_bytes,
                     total_experts=total,
                     available=ram,
@@ -182,18 +160,30 @@ class ExpertCache:
                 exclusive=exclusive,
                 gather_below=below,
             )
-            self._experts = CudaExperts(store, self.core, opened)
+            self.streams = StepStreams(
+                self.core, self.device, num_experts=store.num_experts, is_fake=opened.is_fake
+            )
             self._warn_of_refused_slots()
         self._opened = opened
-        self._prefill = False
-        self._new_sequence = False
-        self._observers: list[PassObserver] = []
+        self._observers: list[Observer] = []
+        self.passes = Passes(self._observers)
+        self.kernels: str | None = None
+        """Which kernels compute out of the slots; said by the backend that does."""
         self.routers: RouterSource | None = None
         """Set by an integration that can listen to the routers of the model it serves."""
         self._stop_listening: Callable[[], None] | None = None
         if priors is not None:
             shape = (store.num_layers, store.num_experts)
             self._observers.append(LivePriors(priors, self.core, shape))
+        self.name = self._take_name(name)
+
+    def _take_name(self, wanted: str) -> str:
+        with _naming:
+            names = (wanted if i == 1 else f"{wanted}#{i}" for i in count(1))
+            name = next(one for one in names if one not in _used_names)
+            _used_names.add(name)
+            _named[name] = self
+        return name
 
     def _warn_of_refused_slots(self) -> None:
         host = self.core.host_stats()
@@ -253,12 +243,12 @@ class ExpertCache:
             torch.cuda.current_stream(self.device).synchronize()
         release()
 
-    def begin_pass(self, *, prefill: bool, new_sequence: bool, batch: int = 1) -> None:
-        """Says what the next forward pass is, for policies and traces. Optional."""
-        self._prefill = prefill
-        self._new_sequence = new_sequence
-        for observer in self._observers:
-            observer.begin_pass(prefill=prefill, new_sequence=new_sequence, batch=batch)
+    def begin_pass(self, one: ForwardPass) -> None:
+        """Says what the calling thread's next steps belong to, for policies and traces. Optional.
+
+        Until the thread begins another pass; harmless when called again with the same object.
+        """
+        self.passes.begin(one)
 
     def record(self, *, router: bool = False) -> Recorder:
         """Keeps the routing of every step from now on; `trace()` of what it returns gives it back.
@@ -269,7 +259,12 @@ class ExpertCache:
         not known how); any other runtime hands them to `Recorder.add_router`.
         """
         self.stop_recording()
-        recorder = Recorder(self, router=router)
+        recorder = Recorder(
+            self.store.num_layers,
+            self.store.num_experts,
+            router=router,
+            on_exit=self.stop_recording,
+        )
         if router and self.routers is not None:
             self._stop_listening = self.routers(recorder.add_router)
         self._observers.append(recorder)
@@ -277,7 +272,7 @@ class ExpertCache:
 
     def stop_recording(self) -> None:
         """Ends `record`; what was recorded stays with the recorder."""
-        self._observers = [one for one in self._observers if not isinstance(one, Recorder)]
+        self._observers[:] = [one for one in self._observers if not isinstance(one, Recorder)]
         if self._stop_listening is not None:
             self._stop_listening()
             self._stop_listening = None
@@ -289,30 +284,6 @@ class ExpertCache:
         it had not been asked. Raises ValueError where neither policy nor prefetch is "eam".
         """
         return EAMC.from_core(self.core.eamc())
-
-    def compute(
-        self,
-        hidden: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        layer: int,
-    ) -> torch.Tensor:
-        """`moeinf.fused_experts` without the operator around it."""
-        new_sequence, self._new_sequence = self._new_sequence, False
-        observe = partial(self._observe, layer, topk_weights) if self._observers else None
-        return self._experts.run(
-            hidden,
-            topk_ids,
-            topk_weights,
-            layer,
-            prefill=self._prefill,
-            new_sequence=new_sequence,
-            on_ids=observe,
-        )
-
-    def _observe(self, layer: int, topk_weights: torch.Tensor, ids: torch.Tensor) -> None:
-        for observer in self._observers:
-            observer.add(layer, ids, topk_weights)
 
     def prefetch(self, layer: int, experts: Sequence[int]) -> int:
         """Starts reading absent experts, best first, ahead of need. Returns how many it started.
@@ -337,8 +308,8 @@ class ExpertCache:
         """
         if not isinstance(experts, torch.Tensor):
             self.core.predict(layer, experts)
-        elif isinstance(self._experts, CudaExperts):
-            self._experts.predict(layer, experts)
+        elif self.streams is not None:
+            self.streams.predict(layer, experts)
         else:
             self.core.predict(layer, distinct(experts))
 
@@ -374,22 +345,16 @@ class ExpertCache:
         the slots lie. `host` counts what the RAM between GPU and files did, and says how bytes go
         to the GPU (`copy_path`) and what computes there (`kernels`); None on the cpu.
         """
-        layers = [dict(layer) for layer in self.core.stats()]
-        total = {name: sum(layer[name] for layer in layers) for name in COUNTERS}
-        for counters in (total, *layers):
-            accesses = counters["accesses"]
-            counters["hit_rate"] = counters["hits"] / accesses if accesses else 0.0
         prefetch = None
         if self.prefetch_kind != "off":
             prefetch = prediction_summary(self.core.prediction_stats())
         return {
-            **total,
+            **with_totals([dict(layer) for layer in self.core.stats()]),
             "slots": self.slots,
             "policy": self.policy,
             "device": self.device_name,
             "host": self._host_stats(),
             "prefetch": prefetch,
-            "layers": layers,
         }
 
     @property
@@ -400,54 +365,17 @@ class ExpertCache:
         return f"cuda:{self._opened.index} ({self._opened.name})"
 
     def _host_stats(self) -> dict[str, Any] | None:
-        if not isinstance(self._experts, CudaExperts) or self._opened is None:
+        if self._opened is None:
             return None
         return {
             **self.core.host_stats(),
             "copy_path": self._copy_path,
-            "kernels": self._experts.kernels,
+            "kernels": self.kernels,
         }
 
     def reset_stats(self) -> None:
         """Sets every counter to zero; residency and the policy's memory stay."""
         self.core.reset_stats()
-
-
-def _copy_path(device: _core.CudaDevice, gather_below: int | None) -> tuple[str, int]:
-    """How experts reach that GPU: in words, and the size up to which they are gathered."""
-    measured = gather_tuning.stored(device) if gather_below is None else None
-    below = measured or gather_below or 0
-    if not device.can_gather:
-        return "dma (this build has no gather kernel)", 0
-    if gather_below is None:
-        why = "never measured here: moeinf doctor" if measured is None else "measured by doctor"
-    else:
-        why = "as asked"
-    return (f"gather up to {below} bytes, dma above" if below else "dma") + f" ({why})", below
-
-
-def prediction_summary(counts: dict[str, Any]) -> dict[str, Any]:
-    """The cache's counts of predictions, with the ratios that people ask for.
-
-    recall: share of the experts used that had been predicted; precision: share of those predicted
-    that were used; precision_among_misses: the same for those that were not resident when they were
-    predicted, which are all that a prefetch can win; active_share: of the predicted steps, those in
-    passes that did read ahead. None where nothing was counted. `late` prefetches were still being
-    read when their step came, and took `late_seconds` more. `gain` is the share of a pass's time
-    that reading ahead saves, from passes with and without it in turn, give or take `gain_error`;
-    prefetching is on where it is clearly above zero (`state`: "off", "on trial" or "on").
-    """
-
-    def ratio(part: str, whole: str) -> float | None:
-        return counts[part] / counts[whole] if counts[whole] else None
-
-    return {
-        **counts,
-        "recall": ratio("correct", "used"),
-        "precision": ratio("correct", "predicted"),
-        "precision_among_misses": ratio("predicted_absent_used", "predicted_absent"),
-        "active_share": ratio("active_steps", "steps"),
-    }
 
 
 def _finish(step: _core.StepLease, positions: list[int]) -> None:

@@ -87,6 +87,19 @@ def stored(device: _core.CudaDevice) -> int | None:
     return below
 
 
+def copy_path(device: _core.CudaDevice, gather_below: int | None) -> tuple[str, int]:
+    """How experts reach that GPU: in words, and the size up to which they are gathered."""
+    measured = stored(device) if gather_below is None else None
+    below = measured or gather_below or 0
+    if not device.can_gather:
+        return "dma (this build has no gather kernel)", 0
+    if gather_below is None:
+        why = "never measured here: moeinf doctor" if measured is None else "measured by doctor"
+    else:
+        why = "as asked"
+    return (f"gather up to {below} bytes, dma above" if below else "dma") + f" ({why})", below
+
+
 def _key(device: _core.CudaDevice) -> str:
     try:
         ours = version("moeinf")

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from moeinf.cache.observers import Array, Pass, PassObserver
+from moeinf.cache.observers import Array, PassObserver, RoutedPass
 from moeinf.traces.trace import DECODE, PREFILL, Trace
-
-if TYPE_CHECKING:
-    from moeinf.cache.cache import ExpertCache
 
 
 class Recorder(PassObserver):
@@ -22,12 +20,22 @@ class Recorder(PassObserver):
     with the probabilities of all experts, one more and their computation.
     """
 
-    def __init__(self, cache: ExpertCache, *, router: bool = False):
-        super().__init__(cache.store.num_layers)
-        self._cache = cache
-        self._router = _RouterRows(cache.store.num_layers) if router else None
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        *,
+        router: bool = False,
+        on_exit: Callable[[], None] | None = None,
+    ):
+        super().__init__(num_layers, num_experts)
+        self._on_exit = on_exit
+        self._keeps_router = router
+        self._given: dict[int, tuple[int, torch.Tensor]] = {}  # by thread: for the layer to come
+        self._router_rows: dict[int, _RouterRows] = {}  # by caller
         self._routers: list[Array] = []  # one per part, where recorded
         self._parts: list[tuple[Array, ...]] = []
+        self._numbers: dict[int, dict[int, int]] = {}  # by caller: its sequences, as recorded
         self._sequences = 0  # numbers given so far
 
     def add_router(self, layer: int, probabilities: torch.Tensor) -> None:
@@ -36,9 +44,9 @@ class Recorder(PassObserver):
 
         Raises ValueError for another shape or dtype, or without `record(router=True)`.
         """
-        if self._router is None:
+        if not self._keeps_router:
             raise ValueError("this recorder keeps no router probabilities: record(router=True)")
-        width = self._cache.store.num_experts
+        width = self._num_experts
         if (
             probabilities.ndim != 2
             or probabilities.shape[1] != width
@@ -48,12 +56,17 @@ class Recorder(PassObserver):
                 f"router probabilities: expected floating point [T, {width}], found "
                 f"{probabilities.dtype} {list(probabilities.shape)}"
             )
-        self._router.given = (layer, probabilities)
+        self._given[threading.get_ident()] = (layer, probabilities)
 
-    def add(self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
-        super().add(layer, topk_ids, topk_weights)
-        if self._router is not None:
-            self._router.take(layer, topk_ids.shape[0])
+    def add(
+        self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor, caller: int = 0
+    ) -> None:
+        super().add(layer, topk_ids, topk_weights, caller)
+        if self._keeps_router:
+            rows = self._router_rows.get(caller)
+            if rows is None:
+                rows = self._router_rows[caller] = _RouterRows(self._num_layers)
+            rows.take(layer, topk_ids.shape[0], self._given.pop(threading.get_ident(), None))
 
     def trace(self, *, model: str = "", source: str = "") -> Trace:
         """Everything recorded so far, sequence after sequence.
@@ -62,7 +75,7 @@ class Recorder(PassObserver):
             ValueError: no complete forward pass was recorded, or router probabilities were to be
                 and have not been handed in for every layer.
         """
-        self.finish_pass()
+        self.finish_passes()
         if not self._parts:
             raise ValueError("nothing was recorded: no forward pass has gone through the cache")
         experts, weights, sequence, phase = (
@@ -72,24 +85,34 @@ class Recorder(PassObserver):
         return Trace(
             experts=experts[order],
             weights=weights[order],
-            router=None if self._router is None else self._all_router()[order],
+            router=self._all_router()[order] if self._keeps_router else None,
             sequence=sequence[order],
             phase=phase[order],
-            num_experts=self._cache.store.num_experts,
+            num_experts=self._num_experts,
             model=model,
             source=source,
         )
 
-    def on_pass(self, one: Pass) -> None:
-        if one.new_sequence or self._sequences == 0:
-            self._sequences += one.batch
-        tokens = len(one.experts)
-        first = self._sequences - one.batch
-        sequence = np.repeat(np.arange(one.batch, dtype=np.int32) + first, tokens // one.batch)
-        phase = np.full(tokens, PREFILL if one.prefill else DECODE, dtype=np.uint8)
-        self._parts.append((one.experts, one.weights, sequence.astype(np.int32), phase))
-        if self._router is not None and (rows := self._router.of_pass(tokens)) is not None:
-            self._routers.append(rows)
+    def on_pass(self, one: RoutedPass) -> None:
+        tokens, info = len(one.experts), one.info
+        numbers = self._numbers.setdefault(one.caller, {})
+        if info.new_sequence:
+            numbers.clear()
+        named = range(info.batch) if info.sequences is None else info.sequences
+        for name in named:
+            if name not in numbers:
+                numbers[name] = self._sequences
+                self._sequences += 1
+        sequence = np.array([numbers[name] for name in named], dtype=np.int32)
+        if info.sequences is None:
+            sequence = np.repeat(sequence, tokens // info.batch)
+        phase = np.full(tokens, PREFILL if info.prefill else DECODE, dtype=np.uint8)
+        self._parts.append((one.experts, one.weights, sequence, phase))
+        if self._keeps_router:
+            rows = self._router_rows.get(one.caller)
+            router = None if rows is None else rows.of_pass(tokens)
+            if router is not None:
+                self._routers.append(router)
 
     def _all_router(self) -> Array:
         if len(self._routers) != len(self._parts):
@@ -108,7 +131,8 @@ class Recorder(PassObserver):
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._cache.stop_recording()
+        if self._on_exit is not None:
+            self._on_exit()
 
 
 class _RouterRows:
@@ -118,14 +142,12 @@ class _RouterRows:
     """
 
     def __init__(self, num_layers: int):
-        self.given: tuple[int, torch.Tensor] | None = None  # for the layer that comes next
         self._rows = torch.empty(num_layers, 0, 0, dtype=torch.float16)
         self._by_layer = list(self._rows)
         self._next = 0  # layers before it have theirs
 
-    def take(self, layer: int, tokens: int) -> None:
-        """The layer's routing has been recorded; what was given belongs to it."""
-        given, self.given = self.given, None
+    def take(self, layer: int, tokens: int, given: tuple[int, torch.Tensor] | None) -> None:
+        """The layer's routing has been recorded; what its thread was given belongs to it."""
         if given is None or given[0] != layer:
             return
         probabilities = given[1]

@@ -50,6 +50,10 @@ class Checkpoint:
                 tensors[name] = entry
         return cls(folder, config, tensors)
 
+    @property
+    def config_file(self) -> Path:
+        return self.path / "config.json"
+
     def text_config(self) -> dict[str, Any]:
         """The part of the configuration that describes the language model."""
         nested = self.config.get("text_config")
@@ -100,25 +104,32 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     """Reads one tensor into fresh memory, and leaves no second copy in the page cache.
 
     Raises:
+        CheckpointError: torch has no such dtype.
         ReadError: the file is gone, short or unreadable.
     """
-    tensor = torch.empty(entry.nbytes, dtype=torch.uint8)
+    dtype = entry.torch_dtype()
+    return read_bytes(entry, entry.offset, entry.nbytes).view(dtype).view(entry.shape)
+
+
+def read_bytes(entry: TensorEntry, offset: int, nbytes: int) -> torch.Tensor:
+    """The same for a part of a tensor, uint8 [nbytes]; `offset` counts from the file's start."""
+    tensor = torch.empty(nbytes, dtype=torch.uint8)
     view = tensor.numpy().data
     try:
         with entry.path.open("rb", buffering=0) as file:
-            file.seek(entry.offset)
+            file.seek(offset)
             done = 0
-            while done < entry.nbytes:
+            while done < nbytes:
                 count = file.readinto(view[done:])
                 if not count:
                     raise ReadError(
-                        f"{entry.path}: {entry.name}: ends after {done} of {entry.nbytes} bytes"
+                        f"{entry.path}: {entry.name}: ends after {done} of {nbytes} bytes"
                     )
                 done += count
             if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(file.fileno(), entry.offset, entry.nbytes, os.POSIX_FADV_DONTNEED)
+                os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_DONTNEED)
     except OSError as error:
         if isinstance(error, ReadError):
             raise
         raise ReadError(f"{entry.path}: {entry.name}: {error.strerror or error}") from error
-    return tensor.view(entry.dtype).view(entry.shape)
+    return tensor

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 
 # The pieces of a matrix, in the order in which they lie in a slot.
-VALUES, SCALES = "values", "scales"
+VALUES, SCALES, BIAS = "values", "scales", "bias"
 PLAIN_SUFFIXES = {".weight": VALUES, "": VALUES}
+BIAS_SUFFIXES = {".bias": BIAS, "_bias": BIAS}  # of every format: a bias is no part of the weights
 
 
 @dataclass(frozen=True)

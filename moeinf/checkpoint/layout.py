@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moeinf.checkpoint.formats import SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.formats import BIAS, SCALES, VALUES, WeightFormat
 from moeinf.kernels.forms import ExpertForm, ExpertMatrices, Matrix
 
 SLOT_ALIGNMENT = 4096  # a page: what direct reads and huge pages want
@@ -172,7 +172,7 @@ def _place(
     """Appends the segments that `parts` matrices of [rows, cols] share; returns the matrices."""
     pieces: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {**format_.segments(rows, cols)}
     if bias is not None:
-        pieces["bias"] = (bias, (rows,))
+        pieces[BIAS] = (bias, (rows,))
     found: dict[str, list[Rows]] = {}
     for piece, (dtype, (count, *width)) in pieces.items():
         if interleaved and parts > 1 and count != rows:
@@ -197,7 +197,7 @@ def _place(
             cols,
             values=found[VALUES][p],
             scales=found[SCALES][p] if SCALES in found else None,
-            bias=found["bias"][p] if "bias" in found else None,
+            bias=found[BIAS][p] if BIAS in found else None,
         )
         for p in range(parts)
     ]

@@ -10,40 +10,31 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
 from moeinf import _core
-from moeinf.checkpoint.families import CONVENTIONS, ExpertTensors, find_experts
-from moeinf.checkpoint.folder import Checkpoint, read_tensor
-from moeinf.checkpoint.formats import PLAIN_FORMATS
-from moeinf.checkpoint.headers import TensorEntry
-from moeinf.checkpoint.layout import Layout
+from moeinf.checkpoint import config as configuration
+from moeinf.checkpoint.families import NAMINGS, family_of, find_experts
+from moeinf.checkpoint.folder import Checkpoint, read_bytes
+from moeinf.checkpoint.formats import BIAS, VALUES
+from moeinf.checkpoint.headers import DTYPE_NAMES, TensorEntry
+from moeinf.checkpoint.index import Index, build_index, check_alike, format_of
+from moeinf.checkpoint.layout import Layout, Segment
 from moeinf.errors import CheckpointError
-from moeinf.kernels.forms import ExpertForm, Gate
+from moeinf.kernels.forms import ExpertForm
+from moeinf.kernels.gates import check_form
 
-# Configurations disagree on a name for the same number; the first one found counts.
-NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
-ACTIVATION_KEYS = ("hidden_act", "hidden_activation")
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
+FLOATS = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 
 
-@dataclass(frozen=True)
-class Piece:
+@dataclass(frozen=True, slots=True)
+class Extent:
     """A run of bytes of one expert: where it lies in a file, and where in the slot it goes."""
 
     entry: TensorEntry
-    offset: int  # bytes from the start of the file
+    file_offset: int  # bytes from the start of the file
     nbytes: int
     slot_offset: int
 
@@ -52,30 +43,48 @@ class ExpertStore:
     """All experts of one checkpoint.
 
     Attributes:
-        num_layers: MoE layers; layers are counted from 0 among these.
-        layer_ids: the checkpoint's own number of each MoE layer.
+        modules: path of the experts' module of each MoE layer; layers are counted from 0 here.
         num_experts: experts in each of them.
         top_k: experts a token is routed to.
-        layout: the segments of an expert, `gate_up` [2I, H] and `down` [H, I], and its matrices.
         form: what an expert computes.
-        activation: silu, gelu, gelu_tanh or relu.
+        layout: the segments of an expert, such as `gate_up` [2I, H] and `down` [H, I], and its
+            matrices.
     """
 
-    def __init__(self, checkpoint: Checkpoint, experts: ExpertTensors):
-        config = checkpoint.text_config()
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        index: Index,
+        *,
+        form: ExpertForm,
+        top_k: int,
+        interleaved: bool = False,
+    ):
+        """A store of experts that the caller found: see `moeinf.checkpoint.index`.
+
+        Args:
+            index: every expert of every MoE layer.
+            interleaved: rows of gate and up alternate in the tensors called gate_up.
+
+        Raises:
+            CheckpointError: experts that are not alike, or that the form does not describe; the
+                message names file, tensor, expected and found.
+        """
+        check_form(form)
         self.checkpoint = checkpoint
-        self.layer_ids = sorted(experts.tensors)
-        self.num_experts = _positive(config, NUM_EXPERTS_KEYS, checkpoint.path)
-        self.top_k = _positive(config, TOP_K_KEYS, checkpoint.path)
-        if self.top_k > self.num_experts:
+        self.form = form
+        self.top_k = top_k
+        self.modules = list(index)
+        self._matrices = check_alike(index, form, checkpoint.path)
+        self.num_experts = len(index[self.modules[0]])
+        if not 0 < top_k <= self.num_experts:
             raise CheckpointError(
-                f"{checkpoint.path / 'config.json'}: routes to {self.top_k} experts per token, "
-                f"there are {self.num_experts}"
+                f"{checkpoint.config_file}: routes to {top_k} experts per token, there are "
+                f"{self.num_experts}"
             )
-        self.activation = _activation(config, checkpoint.path)
-        self.form = ExpertForm(Gate(activation=self.activation))
-        self._experts = experts
-        self.layout = self._check()
+        self._index = index
+        self.layout = self._lay_out(interleaved)
+        self._places = _places(self.layout, self._matrices)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str] | Checkpoint) -> ExpertStore:
@@ -86,20 +95,46 @@ class ExpertStore:
                 known way; the message names file, tensor, expected and found.
         """
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
-        config = checkpoint.text_config()
-        num_layers = _positive(config, ("num_hidden_layers", "num_layers"), checkpoint.path)
-        experts = find_experts(checkpoint.tensors, num_layers=num_layers)
-        if experts is None:
+        config, file = checkpoint.text_config(), checkpoint.config_file
+        found = find_experts(checkpoint.tensors.values(), configuration.num_layers(config, file))
+        if not found:
             raise CheckpointError(
                 f"{checkpoint.path}: no experts found in a {config.get('model_type', 'unnamed')!r} "
                 f"checkpoint of {len(checkpoint.tensors)} tensors; known names are "
-                + "; ".join(convention.name for convention in CONVENTIONS)
+                + "; ".join(naming.name for naming in NAMINGS)
             )
-        return cls(checkpoint, experts)
+        naming, entry = found[0][0].naming, found[0][1]
+        family = family_of(config, file)
+        if naming.fused and family.transposed:
+            raise CheckpointError(
+                f"{entry}: {config['model_type']} stores fused tensors transposed, as [experts, "
+                "inputs, outputs]; expected [experts, outputs, inputs], which kernels read by rows"
+            )
+        store = cls(
+            checkpoint,
+            build_index(found, configuration.num_experts(config, file)),
+            form=family.form(config, file),
+            top_k=configuration.top_k(config, file),
+            interleaved=naming.interleaved,
+        )
+        hidden = config.get("hidden_size", store.layout.hidden)
+        if hidden != store.layout.hidden:
+            down = store._index[store.modules[0]][0]["down", VALUES]
+            raise CheckpointError(f"{down}: config.json says hidden_size is {hidden}")
+        return store
 
     @property
     def num_layers(self) -> int:
-        return len(self.layer_ids)
+        """MoE layers."""
+        return len(self.modules)
+
+    @property
+    def layer_ids(self) -> list[int]:
+        """The checkpoint's own number of each MoE layer: the last one in its module's path."""
+        return [
+            int(next(part for part in reversed(module.split(".")) if part.isdigit()))
+            for module in self.modules
+        ]
 
     @property
     def slot_bytes(self) -> int:
@@ -113,31 +148,32 @@ class ExpertStore:
     def tensor_names(self) -> set[str]:
         """The checkpoint's names of every tensor that belongs to an expert."""
         return {
-            entry.name
-            for layer in self._experts.tensors.values()
-            for parts in layer.values()
-            for entry in parts.values()
+            piece.entry.name
+            for experts in self._index.values()
+            for expert in experts
+            for piece in expert.values()
         }
 
-    def pieces(self, layer: int, expert: int) -> list[Piece]:
+    def extents(self, layer: int, expert: int) -> list[Extent]:
         """The byte ranges that make up one expert, in slot order."""
         if not (0 <= layer < self.num_layers and 0 <= expert < self.num_experts):
             raise IndexError(
                 f"layer {layer}, expert {expert}: this store has {self.num_layers} MoE layers "
                 f"of {self.num_experts} experts"
             )
-        fused = self._experts.convention.fused
-        parts = self._experts.tensors[self.layer_ids[layer]][0 if fused else expert]
-        pieces = []
-        for segment in self.layout.segments:
-            names = [segment.name] if segment.name in parts else ["gate", "up"]
+        parts = self._index[self.modules[layer]][expert]
+        extents = []
+        for segment, matrices, piece in self._places:
             slot_offset = segment.offset
-            for entry in (parts[name] for name in names):
-                nbytes = entry.nbytes // self.num_experts if fused else entry.nbytes
-                offset = entry.offset + (expert * nbytes if fused else 0)
-                pieces.append(Piece(entry, offset, nbytes, slot_offset))
-                slot_offset += nbytes
-        return pieces
+            for matrix in matrices:
+                found = parts[matrix, piece]
+                extents.append(
+                    Extent(
+                        found.entry, found.entry.offset + found.offset, found.nbytes, slot_offset
+                    )
+                )
+                slot_offset += found.nbytes
+        return extents
 
     def read(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """Reads one expert into fresh memory: its segments by name.
@@ -149,12 +185,11 @@ class ExpertStore:
             ReadError: the file is gone, short or unreadable.
         """
         slot = torch.empty(1, self.slot_bytes, dtype=torch.uint8)
-        for piece in self.pieces(layer, expert):
-            entry = piece.entry
-            part = TensorEntry(
-                entry.name, entry.path, torch.uint8, (piece.nbytes,), piece.offset, piece.nbytes
+        for extent in self.extents(layer, expert):
+            end = extent.slot_offset + extent.nbytes
+            slot[0, extent.slot_offset : end] = read_bytes(
+                extent.entry, extent.file_offset, extent.nbytes
             )
-            slot[0, piece.slot_offset : piece.slot_offset + piece.nbytes] = read_tensor(part)
         return {name: view[0] for name, view in self.layout.views(slot).items()}
 
     @cached_property
@@ -167,12 +202,12 @@ class ExpertStore:
                 rows.append(
                     [
                         (
-                            paths.setdefault(piece.entry.path, len(paths)),
-                            piece.offset,
-                            piece.nbytes,
-                            piece.slot_offset,
+                            paths.setdefault(extent.entry.path, len(paths)),
+                            extent.file_offset,
+                            extent.nbytes,
+                            extent.slot_offset,
                         )
-                        for piece in self.pieces(layer, expert)
+                        for extent in self.extents(layer, expert)
                     ]
                 )
         files = [(str(path), path.stat().st_size) for path in paths]
@@ -184,81 +219,51 @@ class ExpertStore:
             np.array(rows, dtype=np.uint64),
         )
 
-    def _check(self) -> Layout:
-        """Every layer has every part of every expert, all of one dtype and shape."""
-        convention = self._experts.convention
-        wanted = set(convention.parts.values())
-        reference: dict[str, TensorEntry] | None = None
-        for layer in self.layer_ids:
-            found = self._experts.tensors[layer]
-            count = 1 if convention.fused else self.num_experts
-            surplus = sorted(set(found) - set(range(count)))
-            if surplus:
-                raise CheckpointError(
-                    f"{self.checkpoint.path}: layer {layer} has an expert {surplus[0]}, "
-                    f"config.json says there are {self.num_experts}"
-                )
-            for expert in range(count):
-                parts = found.get(expert, {})
-                missing = sorted(wanted - parts.keys())
-                if missing:
+    def _lay_out(self, interleaved: bool) -> Layout:
+        """The layout that the form wants; the tensors of the first expert fit it."""
+        first = self._index[self.modules[0]][0]
+        down = first["down", VALUES]
+        if len(down.shape) != 2 or 0 in down.shape:
+            raise CheckpointError(f"{down}: expected 2 sizes above zero")
+        gate = first[self._matrices[0], VALUES]
+        if self._matrices[0] == "gate_up" and gate.shape[0] % 2:
+            raise CheckpointError(f"{gate}: expected an even number of rows, of gate and of up")
+        if interleaved and self._matrices[0] != "gate_up":
+            raise CheckpointError(f"{gate}: expected gate and up in one tensor, row by row in turn")
+        bias = torch.bfloat16
+        if self.form.has_bias:
+            stored = first["down", BIAS]
+            if stored.entry.dtype not in FLOATS:
+                raise CheckpointError(f"{stored}: expected one of {', '.join(FLOATS)}")
+            bias = FLOATS[stored.entry.dtype]
+        weights = format_of(first, "down")
+        hidden, intermediate = down.shape[0], down.shape[1] * weights.pack
+        try:
+            layout = Layout.of(
+                self.form, weights, hidden, intermediate, interleaved=interleaved, bias=bias
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{down}: {error}") from error
+        for segment, matrices, piece in _places(layout, self._matrices):
+            rows, *width = segment.shape
+            expected = rows // len(matrices), *width
+            dtype = DTYPE_NAMES[segment.dtype]
+            for matrix in matrices:
+                found = first[matrix, piece]
+                if (found.shape, found.entry.dtype) != (expected, dtype):
                     raise CheckpointError(
-                        f"{self.checkpoint.path}: layer {layer}, expert {expert}: no tensor for "
-                        f"its {' and '.join(missing)}"
+                        f"{found}: expected {dtype} {list(expected)}, to go with {down}"
                     )
-                if reference is None:
-                    reference = parts
-                    self._check_shapes(parts)
-                for part, entry in parts.items():
-                    first = reference[part]
-                    if (entry.dtype, entry.shape) != (first.dtype, first.shape):
-                        raise CheckpointError(
-                            f"{entry} differs from {first}; experts must be alike"
-                        )
-        assert reference is not None
-        return self._build_layout(reference)
-
-    def _check_shapes(self, parts: dict[str, TensorEntry]) -> None:
-        down = parts["down"]
-        rank = 3 if self._experts.convention.fused else 2
-        if len(down.shape) != rank or 0 in down.shape:
-            raise CheckpointError(f"{down}: expected {rank} sizes above zero")
-        *lead, hidden, intermediate = down.shape
-        if lead and lead[0] != self.num_experts:
-            raise CheckpointError(f"{down}: config.json says there are {self.num_experts} experts")
-        declared = self.checkpoint.text_config().get("hidden_size", hidden)
-        if declared != hidden:
-            raise CheckpointError(f"{down}: config.json says hidden_size is {declared}")
-        for part, entry in parts.items():
-            rows = {"gate": intermediate, "up": intermediate, "gate_up": 2 * intermediate}
-            expected = (*lead, rows[part], hidden) if part in rows else down.shape
-            if entry.shape != tuple(expected):
-                raise CheckpointError(f"{entry}: expected {list(expected)}, to go with {down}")
-            if entry.dtype not in PLAIN_FORMATS or entry.dtype != down.dtype:
-                raise CheckpointError(
-                    f"{entry}: expected bfloat16, float16 or float32, the same for every part"
-                )
-
-    def _build_layout(self, parts: dict[str, TensorEntry]) -> Layout:
-        down = parts["down"]
-        hidden, intermediate = down.shape[-2:]
-        return Layout.of(self.form, PLAIN_FORMATS[down.dtype], hidden, intermediate)
+        return layout
 
 
-def _positive(config: dict[str, Any], keys: tuple[str, ...], path: Path) -> int:
-    for key in keys:
-        value = config.get(key)
-        if value is not None:
-            if type(value) is not int or value < 1:
-                raise CheckpointError(f"{path / 'config.json'}: {key} is {value!r}, expected > 0")
-            return value
-    raise CheckpointError(f"{path / 'config.json'}: none of {', '.join(keys)} is set")
-
-
-def _activation(config: dict[str, Any], path: Path) -> str:
-    name = next((config[key] for key in ACTIVATION_KEYS if config.get(key)), "silu")
-    if name not in ACTIVATIONS:
-        raise CheckpointError(
-            f"{path / 'config.json'}: activation {name!r} is not one of {', '.join(ACTIVATIONS)}"
-        )
-    return ACTIVATIONS[name]
+def _places(
+    layout: Layout, matrices: tuple[str, ...]
+) -> list[tuple[Segment, tuple[str, ...], str]]:
+    """Each segment with the matrices that lie in it, one after another, and the piece of them."""
+    places = []
+    for segment in layout.segments:
+        name, _, piece = segment.name.partition(".")
+        held = matrices[-1:] if name == "down" else matrices[:-1]
+        places.append((segment, held, piece or VALUES))
+    return places

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import psutil
 import typer
 
+from moeinf import _core
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.cli.output import human_bytes, print_facts, print_json
 from moeinf.pocket import POCKET
@@ -56,7 +56,7 @@ def describe(store: ExpertStore) -> dict[str, Any]:
     other = sum(
         entry.nbytes for name, entry in store.checkpoint.tensors.items() if name not in expert_names
     )
-    available = psutil.virtual_memory().available
+    available = _core.available_memory()
     working_set = store.num_layers * store.top_k
     return {
         "path": str(store.checkpoint.path),
@@ -64,7 +64,7 @@ def describe(store: ExpertStore) -> dict[str, Any]:
         "num_layers": store.num_layers,
         "num_experts": store.num_experts,
         "top_k": store.top_k,
-        "activation": store.activation,
+        "activation": store.form.gate.activation,
         "segments": [
             {
                 "name": segment.name,

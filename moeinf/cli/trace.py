@@ -46,6 +46,7 @@ def command(
         import torch
         from transformers import AutoTokenizer
 
+        from moeinf.integrations.transformers.generation import continue_prompt
         from moeinf.integrations.transformers.load import load
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     model: Any = load(checkpoint, memory=memory)
@@ -55,11 +56,11 @@ def command(
         model.moeinf.cache.record(router=router) as recorder,
     ):
         for line in progress.track(lines, description="Prompts"):
-            model.generate(
-                **tokenizer(line, return_tensors="pt"),
+            continue_prompt(
+                model,
+                tokenizer(line, return_tensors="pt"),
                 max_new_tokens=max_new_tokens,
-                do_sample=temperature > 0,
-                temperature=temperature or None,
+                temperature=temperature,
             )
     trace = recorder.trace(model=model_name(checkpoint), source="moeinf trace")
     trace.save(output)

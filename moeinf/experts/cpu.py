@@ -1,23 +1,16 @@
-"""The CPU half of `fused_experts`: checks tensors, and hands their addresses to the C++ kernels."""
+"""The CPU backend: checks tensors, and hands their addresses to the C++ kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 
 from moeinf import _core
+from moeinf.cache.cache import ExpertCache
 from moeinf.checkpoint.layout import Layout, MatrixLayout, Rows
-from moeinf.checkpoint.store import ExpertStore
+from moeinf.experts.checks import DTYPES, check_tensors
 from moeinf.kernels.forms import ExpertForm
-
-# Of tokens, outputs and biases; how weights are stored is moeinf.checkpoint.formats.
-DTYPES = {
-    torch.bfloat16: _core.DType.bf16,
-    torch.float16: _core.DType.f16,
-    torch.float32: _core.DType.f32,
-}
 
 
 @lru_cache(maxsize=1)
@@ -53,15 +46,18 @@ def _core_matrix(matrix: MatrixLayout) -> _core.Matrix:
 
 
 class CpuExperts:
-    """Computes the experts of one store out of a cache's slots."""
+    """Computes experts out of the slots of one cache in RAM. Thread-safe.
 
-    def __init__(
-        self, store: ExpertStore, core: _core.ExpertCache, engine: _core.CpuEngine | None = None
-    ):
+    It keeps what it needs of the cache, not the cache, which ends it.
+    """
+
+    def __init__(self, cache: ExpertCache, engine: _core.CpuEngine | None = None):
+        store = cache.store
         self.hidden = store.layout.hidden
         self.num_experts = store.num_experts
         self.engine = engine or default_engine()
-        self.core = core
+        self.core = cache.core
+        self.passes = cache.passes
         self.expert = core_expert(store.form, store.layout)
 
     def run(
@@ -70,16 +66,12 @@ class CpuExperts:
         topk_ids: torch.Tensor,
         topk_weights: torch.Tensor,
         layer: int,
-        *,
-        prefill: bool = False,
-        new_sequence: bool = False,
-        on_ids: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
-        """See `moeinf.fused_experts`; `prefill` and `new_sequence` are for policies and traces, and
-        `on_ids` is given the ids."""
+        """See `moeinf.fused_experts`."""
         check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=torch.device("cpu"))
-        if on_ids is not None:
-            on_ids(topk_ids)
+        passes = self.passes
+        if passes.observers:
+            passes.observe(layer, topk_ids, topk_weights)
         hidden = hidden.contiguous()
         topk_ids = topk_ids.contiguous()
         topk_weights = topk_weights.contiguous()
@@ -102,40 +94,8 @@ class CpuExperts:
             layer=layer,
             out=out.data_ptr(),
             out_dtype=DTYPES[hidden.dtype],
-            prefill=prefill,
-            new_sequence=new_sequence,
+            prefill=passes.current.prefill,
+            new_sequence=passes.takes_first_step(),
+            caller=passes.caller,
         )
         return out
-
-
-def check_tensors(
-    hidden: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    width: int,
-    *,
-    device: torch.device,
-) -> None:
-    """What the addresses that go to the core must point to."""
-    for name, tensor, dtypes in (
-        ("hidden", hidden, tuple(DTYPES)),
-        ("topk_ids", topk_ids, (torch.int64, torch.int32)),
-        ("topk_weights", topk_weights, tuple(DTYPES)),
-    ):
-        if tensor.dim() != 2:
-            raise ValueError(f"{name}: expected 2 dimensions, found {list(tensor.shape)}")
-        if tensor.dtype not in dtypes:
-            expected = ", ".join(str(dtype)[6:] for dtype in dtypes)
-            raise ValueError(f"{name}: expected {expected}, found {str(tensor.dtype)[6:]}")
-        if tensor.device != device:
-            raise ValueError(
-                f"{name}: expected a tensor on {device}, where the cache is, found {tensor.device}"
-            )
-    if hidden.shape[1] != width:
-        raise ValueError(f"hidden: expected [T, {width}], found {list(hidden.shape)}")
-    expected_shape = (hidden.shape[0], topk_ids.shape[1])
-    if topk_ids.shape != expected_shape or topk_weights.shape != expected_shape:
-        raise ValueError(
-            f"topk_ids and topk_weights: expected [{hidden.shape[0]}, k] both, found "
-            f"{list(topk_ids.shape)} and {list(topk_weights.shape)}"
-        )

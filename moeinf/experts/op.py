@@ -8,19 +8,55 @@ experts were resident, on the policy, the budget or the number of waves: it is i
 
 from __future__ import annotations
 
+import threading
 import weakref
+from typing import Protocol
 
 import torch
 
-from moeinf.cache.cache import ExpertCache
-
-_caches: weakref.WeakValueDictionary[int, ExpertCache] = weakref.WeakValueDictionary()
+from moeinf.cache.cache import ExpertCache, named
+from moeinf.cache.passes import ForwardPass
+from moeinf.experts.cpu import CpuExperts
+from moeinf.experts.cuda import CudaExperts
 
 _library = torch.library.Library("moeinf", "DEF")
 _library.define(
-    "fused_experts(Tensor hidden, Tensor topk_ids, Tensor topk_weights, int cache, int layer)"
+    "fused_experts(Tensor hidden, Tensor topk_ids, Tensor topk_weights, str cache, int layer)"
     " -> Tensor"
 )
+
+
+class Backend(Protocol):
+    """Runs the steps of one cache."""
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+        layer: int,
+    ) -> torch.Tensor:
+        """See `fused_experts`."""
+
+
+_backends: dict[str, Backend] = {}  # by the name of a cache, while it lives
+_choosing = threading.Lock()
+
+
+def backend_of(name: str) -> Backend:
+    """The backend of the cache of that name, chosen once by where its slots lie.
+
+    Raises ValueError once the cache has been released.
+    """
+    backend = _backends.get(name)
+    if backend is not None:
+        return backend
+    with _choosing:
+        cache = named(name)
+        if name not in _backends:
+            _backends[name] = CpuExperts(cache) if cache.streams is None else CudaExperts(cache)
+            weakref.finalize(cache, _backends.pop, name, None).atexit = False
+        return _backends[name]
 
 
 def fused_experts(
@@ -29,15 +65,20 @@ def fused_experts(
     topk_weights: torch.Tensor,
     cache: ExpertCache,
     layer: int,
+    *,
+    forward_pass: ForwardPass | None = None,
 ) -> torch.Tensor:
     """Routes each token through its experts, reading their weights out of `cache`.
 
     Args:
         hidden: [T, H], float32, bfloat16 or float16, where the cache is: on the cpu or its GPU.
-        topk_ids: [T, k], int64 or int32, experts of this layer; -1 adds nothing.
+        topk_ids: [T, k], int64 or int32, experts of this layer; -1 and the number of experts add
+            nothing.
         topk_weights: [T, k], floating point.
         cache: where the experts are.
         layer: MoE layer, counted from 0.
+        forward_pass: what the step belongs to, one object for all layers of a pass; without it,
+            what `cache.begin_pass` last said on this thread. For policies and traces.
 
     Returns:
         [T, H] in the dtype of `hidden`.
@@ -47,30 +88,26 @@ def fused_experts(
             weights are not looked at, for that would wait for the device.
         ReadError: an expert could not be read; the cache stays usable.
     """
-    handle = id(cache)
-    if _caches.get(handle) is not cache:
-        _caches[handle] = cache
-    return torch.ops.moeinf.fused_experts(hidden, topk_ids, topk_weights, handle, layer)
+    if forward_pass is not None:
+        cache.begin_pass(forward_pass)
+    return torch.ops.moeinf.fused_experts(hidden, topk_ids, topk_weights, cache.name, layer)
 
 
 def _fused_experts(
     hidden: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
-    cache: int,
+    cache: str,
     layer: int,
 ) -> torch.Tensor:
-    owner = _caches.get(cache)
-    if owner is None:
-        raise ValueError(f"no cache with handle {cache}: it has been released")
-    return owner.compute(hidden, topk_ids, topk_weights, layer)
+    return backend_of(cache).run(hidden, topk_ids, topk_weights, layer)
 
 
 def _fused_experts_fake(
     hidden: torch.Tensor,
     topk_ids: torch.Tensor,
     topk_weights: torch.Tensor,
-    cache: int,
+    cache: str,
     layer: int,
 ) -> torch.Tensor:
     return torch.empty_like(hidden)

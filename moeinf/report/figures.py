@@ -30,7 +30,7 @@ DARK: dict[Any, Any] = {
     "text.color": "#e6e6e6", "axes.labelcolor": "#e6e6e6", "axes.edgecolor": "#b0b0b0",
     "xtick.color": "#e6e6e6", "ytick.color": "#e6e6e6", "grid.color": "#b0b0b0",
 }  # fmt: skip
-# Okabe and Ito's colours, which nearly everyone can distinguish. One for each policy in the order
+# Okabe and Ito's colours, which nearly everyone can distinguish. One for each policy, in the order
 # of the list, then from the start again with other markers.
 COLOURS = ("#56B4E9", "#009E73", "#E69F00", "#CC79A7", "#0072B2", "#D55E00")
 MARKERS = "os^v*DPXp"

@@ -4,8 +4,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <random>
+#include <ranges>
+#include <span>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -13,7 +17,9 @@
 #include "cache_world.h"
 #include "check.h"
 #include "cuda/cuda.h"
+#include "device/slot_fences.h"
 #include "fake_cuda.h"
+#include "tier/device_link.h"
 
 extern "C" {
 int cuLaunchHostFunc(void* stream, void (*function)(void*), void* data);
@@ -70,9 +76,9 @@ public:
           random_(seed),
           stream_(device->create_stream(false)),
           shared_(*device),
-          reader_(std::make_unique<moeinf::DeviceReader>(cache_, stream_)) {
+          reader_(std::make_unique<moeinf::StepStream>(cache_, stream_)) {
         void* context = nullptr;  // for cuLaunchHostFunc on this thread
-        CHECK_EQ(cuDevicePrimaryCtxRetain(&context, 0), 0);
+        CHECK_EQ(cuDevicePrimaryCtxRetain(&context, device->index()), 0);
         CHECK_EQ(cuCtxPushCurrent_v2(context), 0);
     }
     ~Reader() {
@@ -90,24 +96,22 @@ public:
         std::copy_n(all.begin(), count, shared_.ids());
         const auto layer =
             the_layer >= 0 ? the_layer : static_cast<int32_t>(random_() % kDeviceLayers);
-        moeinf::DeviceStep step;
+        moeinf::RoutedStep step;
         step.layer = moeinf::LayerId{layer};
         step.ids = reinterpret_cast<const std::byte*>(shared_.ids());
         step.tokens = 1;
         step.top_k = static_cast<int32_t>(count);
         step.map = reinterpret_cast<std::byte*>(shared_.map());
-        reader_->ask(step);
-        if (random_() % 8 == 0) reader_->ask(step);  // what was asked for may be given up
-        reader_->begin();
-        while (reader_->next()) {
+        reader_->copy_ids(step);
+        if (random_() % 8 == 0) reader_->copy_ids(step);  // ids may be given up
+        for (auto wave = reader_->begin(); wave; wave = reader_->next()) {
             auto look =
                 std::make_unique<Look>(Look{world_, *cache_, counts_, shared_.map(), layer});
             CHECK_EQ(cuLaunchHostFunc(stream_, Look::run, look.release()), 0);
-            reader_->done();
         }
         return static_cast<int64_t>(count);
     }
-    moeinf::DeviceReader& reader() { return *reader_; }
+    moeinf::StepStream& reader() { return *reader_; }
 
 private:
     const CacheWorld& world_;
@@ -117,7 +121,7 @@ private:
     std::mt19937_64 random_;
     const moeinf::Stream stream_;
     const Shared shared_;
-    std::unique_ptr<moeinf::DeviceReader> reader_;
+    std::unique_ptr<moeinf::StepStream> reader_;
 };
 
 inline moeinf::ExpertCacheOptions device_options(const CacheWorld& world,
@@ -130,4 +134,37 @@ inline moeinf::ExpertCacheOptions device_options(const CacheWorld& world,
     options.exclusive = exclusive;
     options.gather_below = gather ? 1 << 20 : 0;
     return options;
+}
+
+// Steps of a host that waits for the bytes: no stream reads, so every copy is the cache's own.
+struct Stepper {
+    const CacheWorld& world;
+    moeinf::ExpertCache& cache;
+    int64_t wrong = 0;
+
+    void wait_for(moeinf::SlotId slot) {
+        moeinf::SlotFences& fences = cache.device_link()->fences();
+        while (!fences.arrived(slot)) std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+    void step(int32_t layer, std::span<const moeinf::ExpertIndex> experts) {
+        moeinf::StepLease lease =
+            cache.begin_step({.layer = moeinf::LayerId{layer}, .experts = experts});
+        std::vector<moeinf::ReadyExpert> ready;
+        while (lease.wait_ready(ready)) {
+            for (const moeinf::ReadyExpert& one : ready) {
+                wait_for(one.slot);
+                const moeinf::ExpertIndex expert = experts[static_cast<size_t>(one.position)];
+                wrong += world.holds(cache, one.slot, layer, expert) ? 0 : 1;
+                lease.release(one.position);
+            }
+            ready.clear();
+        }
+        std::this_thread::sleep_for(
+            std::chrono::milliseconds(2));  // until RAM has been told of what has arrived
+    }
+    moeinf::HostTierStats host() { return cache.device_link()->host().stats(); }
+};
+
+inline Experts ids(int32_t first, int32_t count) {
+    return Experts(std::views::iota(first, first + count));
 }

@@ -63,15 +63,15 @@ LayerStats total(const ExpertCache& cache) {
 // Runs a whole step in waves, checks every byte, and that each expert comes exactly once.
 void run_step(const CacheWorld& world, ExpertCache& cache, int32_t layer, const Ids& experts,
               bool new_sequence = false) {
-    StepLease lease =
-        cache.begin({.layer = LayerId{layer}, .experts = experts, .new_sequence = new_sequence});
+    StepLease lease = cache.begin_step(
+        {.layer = LayerId{layer}, .experts = experts, .new_sequence = new_sequence});
     std::vector<ReadyExpert> ready;
     std::set<int32_t> seen;
-    while (lease.next(ready)) {
+    while (lease.wait_ready(ready)) {
         for (const ReadyExpert& one : ready) {
             CHECK(seen.insert(one.position).second);
             CHECK(world.holds(cache, one.slot, layer, experts[static_cast<size_t>(one.position)]));
-            lease.done(one.position);
+            lease.release(one.position);
         }
         ready.clear();
     }
@@ -80,9 +80,10 @@ void run_step(const CacheWorld& world, ExpertCache& cache, int32_t layer, const 
 
 IdList<SlotId> acquire(const CacheWorld& world, ExpertCache& cache, int32_t layer,
                        const Ids& experts, std::optional<StepLease>& lease) {
-    lease.emplace(cache.begin({.layer = LayerId{layer}, .experts = experts, .at_once = true}));
+    lease.emplace(
+        cache.begin_step({.layer = LayerId{layer}, .experts = experts, .all_at_once = true}));
     std::vector<ReadyExpert> ready;
-    lease->wait_all(ready);
+    lease->acquire_all(ready);
     CHECK_EQ(ready.size(), experts.size());
     IdList<SlotId> slots;
     for (size_t i = 0; i < ready.size(); ++i) {
@@ -143,10 +144,10 @@ void check_leases_survive_pressure(uint64_t seed) {
         CHECK(world.holds(cache, slots[1], 1, ExpertIndex{7}));
     }
     held->release();
-    check_throws(ErrorCode::kInvalid, "released", [&] { held->done(0); });
+    check_throws(ErrorCode::kInvalid, "released", [&] { held->release(0); });
     std::vector<ReadyExpert> ready;
-    check_throws(ErrorCode::kInvalid, "released", [&] { (void)held->next(ready); });
-    check_throws(ErrorCode::kInvalid, "released", [&] { held->wait_all(ready); });
+    check_throws(ErrorCode::kInvalid, "released", [&] { (void)held->wait_ready(ready); });
+    check_throws(ErrorCode::kInvalid, "released", [&] { held->acquire_all(ready); });
 }
 
 void check_capacity(uint64_t seed) {
@@ -155,28 +156,29 @@ void check_capacity(uint64_t seed) {
     std::optional<StepLease> held;
     std::optional<StepLease> more;
     check_throws(ErrorCode::kCapacity, "3 experts", [&] {
-        (void)cache.begin({.layer = LayerId{0}, .experts = Ids{1, 2, 3}, .at_once = true});
+        (void)cache.begin_step({.layer = LayerId{0}, .experts = Ids{1, 2, 3}, .all_at_once = true});
     });
     CHECK_EQ(total(cache).accesses, int64_t{0});
     (void)acquire(world, cache, 0, {0, 1}, held);
     check_throws(ErrorCode::kCapacity, "other leases hold 2",
                  [&] { (void)acquire(world, cache, 0, {2}, more); });
     (void)acquire(world, cache, 0, {1, 0}, more);  // what the thread holds already it may share
-    run_step(world, cache, 0, {5, 6, 7});          // through transit
-    // Two transit slots handed out, both undone: nothing can come any more.
-    StepLease greedy = cache.begin({.layer = LayerId{0}, .experts = Ids{3, 4, 5}});
+    run_step(world, cache, 0, {5, 6, 7});          // through staging
+    // Two staging slots are handed out and neither is released: no expert can come any more.
+    StepLease greedy = cache.begin_step({.layer = LayerId{0}, .experts = Ids{3, 4, 5}});
     std::vector<ReadyExpert> ready;
-    while (ready.size() < 2) CHECK(greedy.next(ready));
-    check_throws(ErrorCode::kCapacity, "transit", [&] { (void)greedy.next(ready); });
-    greedy.done(ready[0].position);
-    CHECK(greedy.next(ready));
-    CHECK(!greedy.next(ready));
+    while (ready.size() < 2) CHECK(greedy.wait_ready(ready));
+    check_throws(ErrorCode::kCapacity, "staging", [&] { (void)greedy.wait_ready(ready); });
+    greedy.release(ready[0].position);
+    CHECK(greedy.wait_ready(ready));
+    CHECK(!greedy.wait_ready(ready));
     check_throws(ErrorCode::kCapacity, "own leases", [&] { cache.resize(1); });
     CHECK_EQ(cache.slots(), 2);
 }
 
-// Each of two threads holds a transit slot and wants another: one of them is told, none hangs.
-void check_two_threads_in_transit(uint64_t seed) {
+// Each of two threads holds a staging slot and wants another: one of them gets an error, none
+// hangs.
+void check_two_threads_in_staging_slots(uint64_t seed) {
     const CacheWorld world(1, 8, seed);
     ExpertCache cache = world.cache(1, "lru");
     std::optional<StepLease> held;
@@ -184,12 +186,12 @@ void check_two_threads_in_transit(uint64_t seed) {
     std::latch both(2);
     std::atomic<int> refused = 0;
     const auto greedy = [&](const Ids& experts) {
-        StepLease lease = cache.begin({.layer = LayerId{0}, .experts = Ids{experts[0]}});
+        StepLease lease = cache.begin_step({.layer = LayerId{0}, .experts = Ids{experts[0]}});
         std::vector<ReadyExpert> ready;
-        (void)lease.next(ready);
+        (void)lease.wait_ready(ready);
         both.arrive_and_wait();
-        StepLease second = cache.begin({.layer = LayerId{0}, .experts = Ids{experts[1]}});
-        const auto [code, message] = thrown_by([&] { (void)second.next(ready); });
+        StepLease second = cache.begin_step({.layer = LayerId{0}, .experts = Ids{experts[1]}});
+        const auto [code, message] = thrown_by([&] { (void)second.wait_ready(ready); });
         if (!message.empty() && code == ErrorCode::kCapacity) ++refused;
     };
     {
@@ -203,15 +205,15 @@ void check_bad_requests(uint64_t seed) {
     const CacheWorld world(2, 4, seed);
     ExpertCache cache = world.cache(2, "lfu");
     check_throws(ErrorCode::kInvalid, "0..1, found 2",
-                 [&] { (void)cache.begin({.layer = LayerId{2}, .experts = Ids{0}}); });
+                 [&] { (void)cache.begin_step({.layer = LayerId{2}, .experts = Ids{0}}); });
     check_throws(ErrorCode::kInvalid, "found -1",
-                 [&] { (void)cache.begin({.layer = LayerId{-1}, .experts = Ids{0}}); });
+                 [&] { (void)cache.begin_step({.layer = LayerId{-1}, .experts = Ids{0}}); });
     check_throws(ErrorCode::kInvalid, "found 4",
-                 [&] { (void)cache.begin({.layer = LayerId{0}, .experts = Ids{0, 4}}); });
+                 [&] { (void)cache.begin_step({.layer = LayerId{0}, .experts = Ids{0, 4}}); });
     check_throws(ErrorCode::kInvalid, "expert 3 of layer 1 is named twice",
-                 [&] { (void)cache.begin({.layer = LayerId{1}, .experts = Ids{3, 0, 3}}); });
+                 [&] { (void)cache.begin_step({.layer = LayerId{1}, .experts = Ids{3, 0, 3}}); });
     check_throws(ErrorCode::kInvalid, "expected 2 counts, found 1", [&] {
-        (void)cache.begin(
+        (void)cache.begin_step(
             {.layer = LayerId{1}, .experts = Ids{3, 0}, .counts = std::vector<int32_t>{1}});
     });
     check_throws(ErrorCode::kInvalid, "found -7",
@@ -223,9 +225,9 @@ void check_bad_requests(uint64_t seed) {
     check_throws(ErrorCode::kInvalid, "decayed_lfu", [&] { (void)world.cache(1, "nope"); });
     CHECK_EQ(total(cache).accesses, int64_t{0});
     run_step(world, cache, 1, {});
-    StepLease lease = cache.begin({.layer = LayerId{0}, .experts = Ids{1}});
-    check_throws(ErrorCode::kInvalid, "not handed out", [&] { lease.done(0); });
-    check_throws(ErrorCode::kInvalid, "position 1", [&] { lease.done(1); });
+    StepLease lease = cache.begin_step({.layer = LayerId{0}, .experts = Ids{1}});
+    check_throws(ErrorCode::kInvalid, "not handed out", [&] { lease.release(0); });
+    check_throws(ErrorCode::kInvalid, "position 1", [&] { lease.release(1); });
 }
 
 void check_failed_reads(uint64_t seed) {
@@ -236,19 +238,19 @@ void check_failed_reads(uint64_t seed) {
     run_step(world, cache, 0, {1, 2});
     for (const bool at_once : {false, true}) {
         StepLease lease =
-            cache.begin({.layer = LayerId{0}, .experts = Ids{4, 3}, .at_once = at_once});
+            cache.begin_step({.layer = LayerId{0}, .experts = Ids{4, 3}, .all_at_once = at_once});
         std::vector<ReadyExpert> ready;
         const auto wait = [&] {
             if (at_once) {
-                lease.wait_all(ready);
+                lease.acquire_all(ready);
             } else {
-                while (lease.next(ready)) continue;
+                while (lease.wait_ready(ready)) continue;
             }
         };
         check_throws(ErrorCode::kRead, "file-1", wait);
         check_throws(ErrorCode::kRead, "file-1", wait);
     }
-    // In transit, too; and a step that fails there gives its transit slots back.
+    // Also in a staging slot; and a step that fails there releases its staging slots.
     for (int round = 0; round < 4; ++round) {
         check_throws(ErrorCode::kRead, "file-1",
                      [&] { run_step(world, cache, 0, {0, 2, 4, 5, 7, 9, 11}); });
@@ -277,11 +279,11 @@ void check_one_read_for_all(uint64_t seed) {
             std::vector<std::jthread> threads;
             for (int i = 0; i < 4; ++i) {
                 threads.emplace_back([&] {
-                    StepLease lease = cache.begin(
+                    StepLease lease = cache.begin_step(
                         {.layer = LayerId{0}, .experts = Ids{1, 3, 5, 7, 9, 11, 13, 15}});
                     start.arrive_and_wait();
                     std::vector<ReadyExpert> ready;
-                    const auto [code, message] = thrown_by([&] { lease.wait_all(ready); });
+                    const auto [code, message] = thrown_by([&] { lease.acquire_all(ready); });
                     if (!message.empty() && code == ErrorCode::kRead) ++told;
                 });
             }
@@ -410,12 +412,12 @@ void check_lifetimes(uint64_t seed) {
         // A lease dropped with its reads in flight, and a cache dropped with prefetches in flight.
         auto cache = std::make_unique<ExpertCache>(world.catalog, world.options(8, "decayed_lfu"));
         (void)cache->prefetch(LayerId{0}, all);
-        (void)cache->begin({.layer = LayerId{0}, .experts = all});
-        StepLease outlives = cache->begin({.layer = LayerId{0}, .experts = Ids{3, 9}});
+        (void)cache->begin_step({.layer = LayerId{0}, .experts = all});
+        StepLease outlives = cache->begin_step({.layer = LayerId{0}, .experts = Ids{3, 9}});
         StepLease moved = std::move(outlives);
         cache.reset();
         std::vector<ReadyExpert> ready;
-        moved.wait_all(ready);
+        moved.acquire_all(ready);
         CHECK_EQ(ready.size(), size_t{2});
     }
 }
@@ -425,7 +427,7 @@ void check_fork(uint64_t seed) {
     auto cache = std::make_unique<ExpertCache>(world.catalog, world.options(2, "lru"));
     run_step(world, *cache, 0, {1, 2});
     auto lease =
-        std::make_unique<StepLease>(cache->begin({.layer = LayerId{0}, .experts = Ids{0}}));
+        std::make_unique<StepLease>(cache->begin_step({.layer = LayerId{0}, .experts = Ids{0}}));
     const pid_t child = fork();
     if (child == 0) {
         int refused = 0;
@@ -434,8 +436,8 @@ void check_fork(uint64_t seed) {
             const auto [code, message] = thrown_by(action);
             if (!message.empty() && code == ErrorCode::kUnsupported) ++refused;
         };
-        check([&] { (void)cache->begin({.layer = LayerId{0}, .experts = Ids{1}}); });
-        check([&] { (void)lease->next(ready); });
+        check([&] { (void)cache->begin_step({.layer = LayerId{0}, .experts = Ids{1}}); });
+        check([&] { (void)lease->wait_ready(ready); });
         check([&] { (void)cache->stats(); });
         lease.reset();
         cache.reset();
@@ -446,7 +448,7 @@ void check_fork(uint64_t seed) {
     CHECK(WIFEXITED(status));
     CHECK_EQ(WEXITSTATUS(status), 3);
     std::vector<ReadyExpert> ready;
-    CHECK(lease->next(ready));
+    CHECK(lease->wait_ready(ready));
 }
 
 }  // namespace
@@ -460,7 +462,7 @@ int main() {
     }
     check_leases_survive_pressure(seed);
     check_capacity(seed);
-    check_two_threads_in_transit(seed);
+    check_two_threads_in_staging_slots(seed);
     check_bad_requests(seed);
     check_failed_reads(seed);
     check_one_read_for_all(seed);

@@ -6,7 +6,7 @@
 
 #include "base/error.h"
 #include "device_world.h"
-#include "tier/device_transport.h"
+#include "tier/device_link.h"
 #include "watched_device.h"
 
 using namespace moeinf;
@@ -44,7 +44,7 @@ void test_pinned_memory_refused(const CacheWorld& world, const std::shared_ptr<D
     fake_cuda_set_pinned_limit(40 * CacheWorld::kSlotBytes);
     auto cache = std::make_shared<ExpertCache>(world.catalog,
                                                device_options(world, device, 4, 80, false, false));
-    const HostTierStats stats = cache->device_transport()->host().stats();
+    const HostTierStats stats = cache->device_link()->host().stats();
     CHECK(stats.slots >= HostTier::kMinSlots && stats.slots <= 40);
     CHECK_EQ(stats.slots + stats.slots_refused, 80);
     fake_cuda_reset(1);
@@ -87,40 +87,9 @@ void test_exclusive_tiers_add_up(const CacheWorld& world, const std::shared_ptr<
     cache->reset_stats();
     for (int i = 0; i < 200; ++i) reader.step(8);
     reader.reader().synchronize();
-    CHECK_EQ(cache->device_transport()->host().stats().read_bytes, 0);
-    CHECK(cache->device_transport()->link_stats().demoted_bytes > 0);
+    CHECK_EQ(cache->device_link()->host().stats().read_bytes, 0);
+    CHECK(cache->device_link()->stats().demoted_bytes > 0);
     CHECK_EQ(counts.wrong.load(), 0);
-}
-
-// Steps of a host that waits for the bytes: no stream reads, so every copy is the cache's own.
-struct Stepper {
-    const CacheWorld& world;
-    ExpertCache& cache;
-    int64_t wrong = 0;
-
-    void wait_for(SlotId slot) {
-        SlotFences& fences = cache.device_transport()->fences();
-        while (!fences.arrived(slot)) std::this_thread::sleep_for(20us);
-    }
-    void step(int32_t layer, std::span<const ExpertIndex> experts) {
-        StepLease lease = cache.begin({.layer = LayerId{layer}, .experts = experts});
-        std::vector<ReadyExpert> ready;
-        while (lease.next(ready)) {
-            for (const ReadyExpert& one : ready) {
-                wait_for(one.slot);
-                const ExpertIndex expert = experts[static_cast<size_t>(one.position)];
-                wrong += world.holds(cache, one.slot, layer, expert) ? 0 : 1;
-                lease.done(one.position);
-            }
-            ready.clear();
-        }
-        std::this_thread::sleep_for(2ms);  // until RAM has been told of what has arrived
-    }
-    HostTierStats host() { return cache.device_transport()->host().stats(); }
-};
-
-Experts ids(int32_t first, int32_t count) {
-    return Experts(std::views::iota(first, first + count));
 }
 
 // What only passed through the device has not come to stay: RAM lets go of what did.
@@ -161,7 +130,7 @@ struct FullTiers {
 // Both directions at once: an expert is on its way before the one it replaces has gone, unless that
 // has the only row to come to. Shown once, by taking each out in turn: this test fails without
 // - the exchange of rows in CacheState::make_way (the first waits for a copy out),
-// - read() in DeviceTransport::demote (the third does not wait, and RAM gets its bytes).
+// - read() in DeviceLink::demote (the third does not wait, and RAM gets its bytes).
 void test_a_demotion_holds_up_nobody(const CacheWorld& world,
                                      const std::shared_ptr<Device>& device) {
     FullTiers tiers(world, device);
@@ -176,7 +145,7 @@ void test_a_demotion_holds_up_nobody(const CacheWorld& world,
     CHECK_EQ(in.size(), 4u);
     CHECK(!out.empty());
     if (in.size() == 4 && !out.empty()) {
-        for (size_t i = 0; i < ExpertCache::kTransitSlots; ++i) {
+        for (size_t i = 0; i < ExpertCache::kStagingSlots; ++i) {
             CHECK(in[i].start_ns < out[0].end_ns);
         }
         CHECK_EQ(in[2].target, out[0].source);
@@ -191,31 +160,31 @@ void test_a_demotion_holds_up_nobody(const CacheWorld& world,
 }
 
 // From the moment that a demotion is noted until its copy has been enqueued, which is when the
-// row's fences know of it, the transport says that it is not idle: a shrinking pool gives no row
-// back. Shown once: fails without has_queued() in DeviceTransport::idle, and if flush() clears it
-// first.
+// row's fences know of it, the link says that it is not idle: a shrinking pool gives no row
+// back. Shown once: fails without has_commands() in DeviceLink::is_idle, and if Source::flush
+// clears it first.
 void test_a_row_is_not_idle_before_its_copy_out(const CacheWorld& world,
                                                 const std::shared_ptr<Device>& device) {
     struct Watch final : DeviceWatcher {
         void call_begins() override {
-            if (std::this_thread::get_id() == thread) idle = idle || transport->idle(SlotId{0});
+            if (std::this_thread::get_id() == thread) idle = idle || link->is_idle(SlotId{0});
         }
         void call_ends() override {}
         std::thread::id thread;
-        DeviceTransport* transport = nullptr;
+        DeviceLink* link = nullptr;
         bool idle = false;
     } watch;
     FullTiers tiers(world, std::make_shared<WatchedDevice>(device, watch));
-    watch.transport = tiers.cache.device_transport();
-    CHECK(watch.transport->idle(SlotId{0}));
-    watch.transport->left(ExpertId{kDeviceExperts - FullTiers::kSlots / 2},
-                          SlotId{ExpertCache::kTransitSlots});
-    CHECK(!watch.transport->idle(SlotId{0}));
+    watch.link = tiers.cache.device_link();
+    CHECK(watch.link->is_idle(SlotId{0}));
+    watch.link->on_evict(ExpertId{kDeviceExperts - FullTiers::kSlots / 2},
+                         SlotId{ExpertCache::kStagingSlots});
+    CHECK(!watch.link->is_idle(SlotId{0}));
     watch.thread = std::this_thread::get_id();
-    watch.transport->flush();
+    watch.link->flush();
     watch.thread = {};
     CHECK(!watch.idle);
-    CHECK(watch.transport->link_stats().demoted_bytes > 0);
+    CHECK(watch.link->stats().demoted_bytes > 0);
 }
 
 // Then the files still have it.
@@ -224,7 +193,7 @@ void test_a_demotion_that_fails_loses_nothing(const CacheWorld& world,
     FullTiers tiers(world, device);
     fake_cuda_fail("cuMemcpyDtoHAsync_v2", 1, 1);
     tiers.stepper.step(0, ids(0, 1));
-    CHECK_EQ(tiers.cache.device_transport()->link_stats().demoted_bytes, 0);
+    CHECK_EQ(tiers.cache.device_link()->stats().demoted_bytes, 0);
     tiers.stepper.step(0, ids(36, 1));
     CHECK(tiers.stepper.host().read_bytes > 0);
     for (int32_t layer = 0; layer < kDeviceLayers; ++layer) tiers.stepper.step(layer, ids(0, 40));
@@ -244,9 +213,9 @@ void test_a_leased_row_outlives_a_resize(const CacheWorld& world,
             tiers.stepper.step(1 - i % 2, ids((i * 11 + other * 8) % 30, 6));
         }
         tiers.stepper.step(i % 2, std::span(experts).first(5));
-        StepLease lease = tiers.cache.begin({.layer = LayerId{i % 2}, .experts = experts});
+        StepLease lease = tiers.cache.begin_step({.layer = LayerId{i % 2}, .experts = experts});
         std::vector<ReadyExpert> ready;
-        while (lease.next(ready)) {
+        while (lease.wait_ready(ready)) {
         }
         const std::vector<ExpertIndex> kept = tiers.cache.resident(LayerId{i % 2});
         const ReadyExpert passing = *std::find_if(ready.begin(), ready.end(), [&](const auto& one) {
@@ -255,7 +224,7 @@ void test_a_leased_row_outlives_a_resize(const CacheWorld& world,
         });
         for (const ReadyExpert& one : ready) {
             tiers.stepper.wait_for(one.slot);
-            if (one.position != passing.position) lease.done(one.position);
+            if (one.position != passing.position) lease.release(one.position);
         }
         bool fits = true;
         try {
@@ -264,7 +233,7 @@ void test_a_leased_row_outlives_a_resize(const CacheWorld& world,
             CHECK(error.code() == ErrorCode::kCapacity);
             fits = false;
         }
-        CHECK_EQ(fits, passing.slot < SlotId{kFewer + ExpertCache::kTransitSlots});
+        CHECK_EQ(fits, passing.slot < SlotId{kFewer + ExpertCache::kStagingSlots});
         CHECK_EQ(tiers.cache.slots(), fits ? kFewer : FullTiers::kSlots);
         ++(fits ? shrunk : refused);
         CHECK(world.holds(tiers.cache, passing.slot, i % 2,
@@ -283,26 +252,26 @@ void test_a_row_that_goes_takes_nobody_new(const CacheWorld& world,
                                            const std::shared_ptr<Device>& device) {
     FullTiers tiers(world, device);
     constexpr int32_t kFewer = 4;
-    constexpr SlotId kEnd{kFewer + ExpertCache::kTransitSlots};
+    constexpr SlotId kEnd{kFewer + ExpertCache::kStagingSlots};
     bool tried = false;
     for (int32_t i = 0; i < 500 && !tried; ++i) {
         tiers.stepper.step(i % 2, ids(i * 7 % 20, 5));  // so that what does not fit comes last
         const Experts experts = ids(i * 7 % 20, 20);
-        StepLease lease = tiers.cache.begin({.layer = LayerId{i % 2}, .experts = experts});
+        StepLease lease = tiers.cache.begin_step({.layer = LayerId{i % 2}, .experts = experts});
         std::vector<ReadyExpert> ready;
-        while (ready.size() < FullTiers::kSlots + ExpertCache::kTransitSlots) {
-            CHECK(lease.next(ready));
+        while (ready.size() < FullTiers::kSlots + ExpertCache::kStagingSlots) {
+            CHECK(lease.wait_ready(ready));
         }
         if (ready[FullTiers::kSlots].slot < kEnd && ready.back().slot < kEnd) continue;
         tried = true;
         std::thread shrinking([&] { tiers.cache.resize(kFewer); });
         while (tiers.cache.slots() != kFewer) std::this_thread::sleep_for(1ms);
-        for (const ReadyExpert& one : ready) lease.done(one.position);
+        for (const ReadyExpert& one : ready) lease.release(one.position);
         ready.clear();
-        while (lease.next(ready)) {
+        while (lease.wait_ready(ready)) {
             for (const ReadyExpert& one : ready) {
                 CHECK(one.slot < kEnd);
-                lease.done(one.position);
+                lease.release(one.position);
             }
             ready.clear();
         }
@@ -339,8 +308,8 @@ void test_a_demand_overtakes(const CacheWorld& world, const std::shared_ptr<Devi
     fake_cuda_reset(1);
 }
 
-// Ids that were asked for and given up are still on their way when more are asked for than had
-// room: where they go stays until they have come. Shown once: without the wait in DeviceReader::ask
+// Ids that were copied and given up are still on their way when more are copied than had room:
+// where they go stays until they have come. Shown once: without the wait in StepStream::copy_ids
 // the fake driver finds a copy to memory that is no longer registered.
 void test_ids_may_be_given_up(const CacheWorld& world, const std::shared_ptr<Device>& device) {
     fake_cuda_reset(1);
@@ -349,20 +318,19 @@ void test_ids_may_be_given_up(const CacheWorld& world, const std::shared_ptr<Dev
     const Stream stream = device->create_stream(false);
     {
         const Shared shared(*device);
-        DeviceReader reader(cache, stream);
+        StepStream reader(cache, stream);
         std::fill_n(shared.ids(), 4000, 1);
-        DeviceStep step{.layer = LayerId{0},
+        RoutedStep step{.layer = LayerId{0},
                         .ids = reinterpret_cast<const std::byte*>(shared.ids())};
         step.map = reinterpret_cast<std::byte*>(shared.map());
         step.top_k = 1;
         step.tokens = 1;
         fake_cuda_set_link(FAKE_CUDA_TO_HOST, 0, 5'000'000);
-        reader.ask(step);
+        reader.copy_ids(step);
         step.tokens = 4000;
-        reader.ask(step);
-        reader.begin();
-        CHECK(reader.next());
-        CHECK(reader.wave_is_whole());
+        reader.copy_ids(step);
+        const auto wave = reader.begin();
+        CHECK(wave && wave->whole);
         reader.release();
         reader.synchronize();
     }

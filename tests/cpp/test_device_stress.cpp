@@ -3,13 +3,13 @@
 //
 // Shown once, by taking each out in turn: this test finds wrong bytes, or the fake device a copy to
 // memory that has gone, without
-// - before_read() in DeviceReader::next (a reader waits for the fill),
-// - before_fill() in DeviceTransport::copy_demands (a fill waits for the row's past),
+// - before_read() in StepStream::take_wave (a reader waits for the fill),
+// - before_fill() in DeviceLink::copy_demands (a fill waits for the row's past),
 // - the readers' points in SlotFences::before_fill,
-// - the wait for a copy's point in DeviceTransport::release_passed (RAM is held for its copy),
+// - the wait for a copy's point in DeviceLink::release_passed (RAM is held for its copy),
 // - the wait for `demoted_at_` in copy_demands (a copy in waits for the copy out),
 // - the wait for idle rows in ExpertCache::resize,
-// - read() in DeviceTransport::demote (a fill waits for the copy out of its row),
+// - read() in DeviceLink::demote (a fill waits for the copy out of its row),
 // - `resizing` and free() in CacheState::make_way (rows are not exchanged then, nor a leased one),
 // - gather_slots() and transit_has_slots_that_stay() in ExpertCache::resize, and what the latter
 // does

@@ -259,8 +259,9 @@ void check_live(const std::string& name, uint64_t seed) {
     std::mt19937_64 random(seed);
     const Experts held_experts{5};
     std::vector<ReadyExpert> held_ready;
-    StepLease held = cache.begin({.layer = LayerId{2}, .experts = held_experts, .at_once = true});
-    held.wait_all(held_ready);
+    StepLease held =
+        cache.begin_step({.layer = LayerId{2}, .experts = held_experts, .all_at_once = true});
+    held.acquire_all(held_ready);
     int64_t accesses = 1;
     for (int token = 0; token < 150; ++token) {
         for (int32_t layer = 0; layer < 3; ++layer) {
@@ -271,12 +272,12 @@ void check_live(const std::string& name, uint64_t seed) {
             const Experts experts(chosen);
             accesses += 2;
             if (cache.wants_predictions()) cache.predict(LayerId{layer}, experts);
-            StepLease lease = cache.begin({.layer = LayerId{layer},
-                                           .experts = experts,
-                                           .prefill = token % 50 == 0,
-                                           .new_sequence = token % 50 == 0 && layer == 0});
+            StepLease lease = cache.begin_step({.layer = LayerId{layer},
+                                                .experts = experts,
+                                                .prefill = token % 50 == 0,
+                                                .new_sequence = token % 50 == 0 && layer == 0});
             std::vector<ReadyExpert> ready;
-            while (lease.next(ready)) continue;
+            while (lease.wait_ready(ready)) continue;
             CHECK_EQ(ready.size(), size_t{2});
             std::this_thread::sleep_for(std::chrono::microseconds(200));  // an idle link
             for (const ReadyExpert& one : ready) {

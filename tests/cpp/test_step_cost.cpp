@@ -104,9 +104,9 @@ void test_in_ram(const CacheWorld& world, const std::string& policy) {
     const auto step = [&](int32_t i) {
         for (int32_t e = 0; e < 8; ++e)
             experts[size_t(e)] = ExpertIndex{(5 * i + 3 * e) % kExperts};
-        StepLease lease = cache.begin({.layer = LayerId{i % kLayers}, .experts = experts});
-        while (lease.next(ready)) {
-            for (const ReadyExpert& one : ready) lease.done(one.position);
+        StepLease lease = cache.begin_step({.layer = LayerId{i % kLayers}, .experts = experts});
+        while (lease.wait_ready(ready)) {
+            for (const ReadyExpert& one : ready) lease.release(one.position);
             ready.clear();
         }
         lease.release();
@@ -126,17 +126,16 @@ void test_on_a_device(const CacheWorld& world, const std::shared_ptr<Device>& de
     auto* const ids = reinterpret_cast<int32_t*>(shared->data());
     const bool all_resident = slots == kLayers * kExperts;
     {
-        DeviceReader reader(cache, stream);
+        StepStream reader(cache, stream);
         const auto step = [&](int32_t i) {
             for (int32_t e = 0; e < width; ++e) ids[e] = (5 * i + 3 * e) % kExperts;
-            reader.ask({.layer = LayerId{i % kLayers},
-                        .ids = shared->data(),
-                        .tokens = 1,
-                        .top_k = width,
-                        .map = shared->data() + 4096 * sizeof(int32_t)});
-            reader.begin();
-            while (reader.next()) reader.done();
-            reader.release();
+            reader.copy_ids({.layer = LayerId{i % kLayers},
+                             .ids = shared->data(),
+                             .tokens = 1,
+                             .top_k = width,
+                             .map = shared->data() + 4096 * sizeof(int32_t)});
+            auto wave = reader.begin();
+            while (wave) wave = reader.next();
         };
         const int64_t allocated = allocated_by("device, " + policy + ", " + std::to_string(width) +
                                                    " experts, " + std::to_string(slots) + " slots",

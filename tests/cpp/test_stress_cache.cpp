@@ -74,22 +74,22 @@ private:
         if (below(3) == 0) (void)cache_.prefetch(LayerId{layer}, some_experts(3));
         const bool at_once = below(2) == 0;
         const Experts experts = some_experts(at_once ? 3 : below(8) == 0 ? 10 : 4);
-        StepLease lease = cache_.begin({.layer = LayerId{layer},
-                                        .experts = experts,
-                                        .new_sequence = below(10) == 0,
-                                        .at_once = at_once});
+        StepLease lease = cache_.begin_step({.layer = LayerId{layer},
+                                             .experts = experts,
+                                             .new_sequence = below(10) == 0,
+                                             .all_at_once = at_once});
         counts_.asked += static_cast<int64_t>(experts.size());
         if (below(12) == 0) return;  // given up at once
         std::vector<ReadyExpert> ready;
         if (at_once) {
-            lease.wait_all(ready);
+            lease.acquire_all(ready);
             for (const ReadyExpert& one : ready) check(one, layer, experts);
             return;
         }
-        while (lease.next(ready)) {
+        while (lease.wait_ready(ready)) {
             for (const ReadyExpert& one : ready) {
                 check(one, layer, experts);
-                lease.done(one.position);
+                lease.release(one.position);
             }
             ready.clear();
             if (below(20) == 0) return;  // given up half-way
@@ -145,10 +145,10 @@ void stress(const std::string& policy, const std::string& prefetch, uint64_t see
     for (int32_t layer = 0; layer < kLayers; ++layer) {
         for (int32_t expert = 0; expert < kExperts; ++expert) {
             const Experts experts{expert};
-            StepLease lease =
-                cache.begin({.layer = LayerId{layer}, .experts = experts, .at_once = true});
+            StepLease lease = cache.begin_step(
+                {.layer = LayerId{layer}, .experts = experts, .all_at_once = true});
             std::vector<ReadyExpert> ready;
-            lease.wait_all(ready);
+            lease.acquire_all(ready);
             CHECK(world.holds(cache, ready.at(0).slot, layer, ExpertIndex{expert}));
             ++counts.asked;
         }

@@ -9,10 +9,19 @@
 namespace fake {
 namespace {
 
+struct Context {
+    std::atomic<int> retained{0};
+};
+
 std::atomic<pid_t> initialized_by{0};
-std::atomic<int> retained{0};
-thread_local int pushed = 0;
-int context;  // its address is the handle
+Context contexts[kMaxDevices];  // their addresses are the handles
+thread_local std::vector<int> pushed;
+
+int device_of(Handle context) {
+    const auto* const found = static_cast<Context*>(context);
+    const bool known = found >= contexts && found < contexts + kMaxDevices;
+    return known ? static_cast<int>(found - contexts) : -1;
+}
 
 struct Words {
     Result result;
@@ -51,8 +60,10 @@ bool initialized_here() {
     return initialized_by.load(std::memory_order_relaxed) == getpid();
 }
 
-bool context_is_current() {
-    return pushed > 0 && retained.load(std::memory_order_relaxed) > 0;
+int current_device() {
+    if (pushed.empty()) return -1;
+    const int device = pushed.back();
+    return contexts[device].retained.load(std::memory_order_relaxed) > 0 ? device : -1;
 }
 
 }  // namespace fake
@@ -126,31 +137,32 @@ FAKE_CALL(cuDeviceGetAttribute, kInit, (int* value, int attribute, int)) {
     return kSuccess;
 }
 
-FAKE_CALL(cuDevicePrimaryCtxRetain, kInit, (Handle * handle, int)) {
+FAKE_CALL(cuDevicePrimaryCtxRetain, kInit, (Handle * handle, int device)) {
     FAKE_ENTER(cuDevicePrimaryCtxRetain);
-    ++retained;
-    *handle = &context;
+    ++contexts[device].retained;
+    *handle = &contexts[device];
     return kSuccess;
 }
 
-FAKE_CALL(cuDevicePrimaryCtxRelease_v2, kInit, (int)) {
+FAKE_CALL(cuDevicePrimaryCtxRelease_v2, kInit, (int device)) {
     FAKE_ENTER(cuDevicePrimaryCtxRelease_v2);
-    --retained;
+    --contexts[device].retained;
     return kSuccess;
 }
 
 FAKE_CALL(cuCtxPushCurrent_v2, kInit, (Handle handle)) {
     FAKE_ENTER(cuCtxPushCurrent_v2);
-    if (handle != &context || retained == 0) return kInvalidContext;
-    ++pushed;
+    const int device = device_of(handle);
+    if (device < 0 || contexts[device].retained == 0) return kInvalidContext;
+    pushed.push_back(device);
     return kSuccess;
 }
 
 FAKE_CALL(cuCtxPopCurrent_v2, kInit, (Handle * handle)) {
     FAKE_ENTER(cuCtxPopCurrent_v2);
-    if (pushed == 0) return kInvalidContext;
-    --pushed;
-    *handle = &context;
+    if (pushed.empty()) return kInvalidContext;
+    *handle = &contexts[pushed.back()];
+    pushed.pop_back();
     return kSuccess;
 }
 

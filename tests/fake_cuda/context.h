@@ -1,9 +1,9 @@
-// The one device, its primary context, and which threads have it current.
+// The devices, their primary contexts, and which of them a thread has current.
 #pragma once
 
 namespace fake {
 
 bool initialized_here();  // by this process, not one it was forked from
-bool context_is_current();
+int current_device();     // of the calling thread; -1: none
 
 }  // namespace fake

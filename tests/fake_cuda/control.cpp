@@ -8,12 +8,16 @@
 namespace fake {
 namespace {
 
-std::atomic<Result> broken{kSuccess};
+std::atomic<Result> broken[kMaxDevices];
 
 }  // namespace
 
 Settings& settings() {
-    static Settings* const all = new Settings;  // streams may outlive every static object
+    static Settings* const all = [] {
+        auto* const fresh = new Settings;  // streams may outlive every static object
+        for (auto& memory : fresh->memory) memory = kMemory;
+        return fresh;
+    }();
     return *all;
 }
 
@@ -39,8 +43,9 @@ Result Call::enter() {
     if (needs_ == Needs::kNothing) return kSuccess;
     if (!initialized_here()) return kNotInitialized;
     if (needs_ == Needs::kContext) {
-        if (!context_is_current()) return kInvalidContext;
-        return broken.load(std::memory_order_relaxed);
+        const int device = current_device();
+        if (device < 0) return kInvalidContext;
+        return broken[device].load(std::memory_order_relaxed);
     }
     return kSuccess;
 }
@@ -55,13 +60,15 @@ void Call::fail(uint64_t nth, Result result) {
     until_failure_.store(nth, std::memory_order_relaxed);
 }
 
-void break_context(Result result, const char* why) {
+void break_context(int device, Result result, const char* why) {
     Result whole = kSuccess;  // the first fault is the one to look at
-    if (broken.compare_exchange_strong(whole, result)) std::fprintf(stderr, "fake CUDA: %s\n", why);
+    if (broken[device].compare_exchange_strong(whole, result)) {
+        std::fprintf(stderr, "fake CUDA: device %d: %s\n", device, why);
+    }
 }
 
-void mend_context() {
-    broken.store(kSuccess, std::memory_order_relaxed);
+void mend_contexts() {
+    for (std::atomic<Result>& one : broken) one.store(kSuccess, std::memory_order_relaxed);
 }
 
 }  // namespace fake
@@ -75,7 +82,7 @@ FAKE_EXPORT void fake_cuda_reset(uint64_t seed) {
     const fake::Settings fresh;
     fake::Settings& all = settings();
     all.seed = seed;
-    all.memory = fresh.memory.load();
+    fake_cuda_set_memory(fake::kMemory);
     all.granularity = fresh.granularity.load();
     all.pinned_limit = fresh.pinned_limit.load();
     all.max_delay_ns = fresh.max_delay_ns.load();
@@ -86,13 +93,23 @@ FAKE_EXPORT void fake_cuda_reset(uint64_t seed) {
     all.capturing = fresh.capturing.load();
     for (int direction = 0; direction < 2; ++direction) fake_cuda_set_link(direction, 0, 0);
     for (fake::Call* call : fake::all_calls()) call->reset();
-    fake::mend_context();
+    fake::mend_contexts();
     fake::release_hung_events();
     fake::reset_links();
 }
 
 FAKE_EXPORT void fake_cuda_set_memory(uint64_t total_bytes) {
-    settings().memory = total_bytes;
+    for (int device = 0; device < fake::kMaxDevices; ++device) {
+        fake_cuda_set_device_memory(device, total_bytes);
+    }
+}
+
+FAKE_EXPORT void fake_cuda_set_device_memory(int device, uint64_t total_bytes) {
+    settings().memory[device] = total_bytes;
+}
+
+FAKE_EXPORT void fake_cuda_break_device(int device, int result) {
+    fake::break_context(device, result, "broken by a test");
 }
 
 FAKE_EXPORT void fake_cuda_set_granularity(uint64_t bytes) {

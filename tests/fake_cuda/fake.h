@@ -46,6 +46,9 @@ constexpr Result kNotRegistered = 713;
 constexpr Result kMisalignedAddress = 716;
 constexpr Result kCaptureUnsupported = 900;
 
+constexpr int kMaxDevices = 8;
+constexpr uint64_t kMemory = uint64_t{1} << 30;  // of each device, at the start
+
 // One exported function: its calls are counted, and one of them can be made to fail.
 class Call {
 public:
@@ -82,7 +85,7 @@ struct LinkSettings {
 
 struct Settings {
     std::atomic<uint64_t> seed{0};
-    std::atomic<uint64_t> memory{uint64_t{1} << 30};
+    std::atomic<uint64_t> memory[kMaxDevices];  // see fake_cuda_set_memory
     std::atomic<uint64_t> granularity{uint64_t{2} << 20};
     std::atomic<uint64_t> pinned_limit{UINT64_MAX};
     std::atomic<uint64_t> max_delay_ns{0};
@@ -95,22 +98,28 @@ struct Settings {
 };
 Settings& settings();
 
-// The context is broken from here on, as after a fault on a real device; says why on stderr.
-void break_context(Result result, const char* why);
-void mend_context();
+// The device's context is broken from here on, as after a fault on a real device; says why on
+// stderr.
+void break_context(int device, Result result, const char* why);
+void mend_contexts();
 
 // memory.cpp. Copies while no piece can be unmapped or unregistered; false where the device or
-// the host memory is not (any more) what a copy may touch.
+// the host memory is not (any more) what a copy of that device may touch.
 struct Part {
     uint64_t source, target, nbytes;
 };
-bool copyable(const Part& part, int direction);
-bool copy_bytes(const std::vector<Part>& parts, int direction);
+bool copyable(const Part& part, int direction, int device);
+bool copy_bytes(const std::vector<Part>& parts, int direction, int device);
 
-// link.cpp. One copy engine; moves the parts as one and returns when they are over.
-// `ready` is when the copy could start, on the stream's clock; the result is when it ended.
-Time cross_link(const std::vector<Part>& parts, int direction, int priority, Time enqueued,
-                Time ready, bool early);
+// link.cpp. One copy engine each way of each device; moves the parts as one and returns when they
+// are over. `ready` is when the copy could start, on the stream's clock; the result is when it
+// ended.
+struct Crossing {
+    int direction, device, priority;
+    Time enqueued, ready;
+    bool early;  // its bytes appear at its start
+};
+Time cross_link(const std::vector<Part>& parts, const Crossing& crossing);
 void reset_links();
 
 // stream.cpp. A stream has a clock of its own that says when its last task was over: the thread
@@ -125,13 +134,14 @@ public:
     };
     using Work = std::function<Time(const Turn&)>;  // returns when it was over
 
-    explicit Stream(int stream_priority);
-    static std::shared_ptr<Stream> start(int priority);
+    Stream(int stream_priority, int stream_device);
+    static std::shared_ptr<Stream> start(int priority, int device);
     void push(Work work);
     void close();
     bool idle();
     void wait_idle();
     const int priority;
+    const int device;
 
 private:
     void run();
@@ -143,7 +153,7 @@ private:
     bool closing_ = false;
     std::mt19937_64 random_;
 };
-Stream& stream_of(Handle stream);
+Stream& stream_of(Handle stream);  // null: the default stream of the current device
 void release_hung_events();
 
 }  // namespace fake

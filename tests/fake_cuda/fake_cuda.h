@@ -5,8 +5,9 @@
 // again. One copy engine per direction serves all streams, urgent ones first. Device memory is
 // counted in pieces, and reserved addresses without memory cannot be copied to. Stricter than CUDA:
 // host memory must be registered, a copy must lie within one registration (CUDA copies pageable
-// memory slowly), and only non-blocking streams can be made. Unlike CUDA: the default stream waits
-// for no other stream.
+// memory slowly), only non-blocking streams can be made, a stream is given work with its own
+// context current, and a copy touches no memory of another device. Unlike CUDA: the default stream
+// waits for no other stream.
 #pragma once
 
 #include <stdint.h>
@@ -21,11 +22,12 @@ enum { FAKE_CUDA_TO_DEVICE = 0, FAKE_CUDA_TO_HOST = 1 };
 // memory stay. `seed` draws the delays of streams made from now on.
 void fake_cuda_reset(uint64_t seed);
 
-void fake_cuda_set_memory(uint64_t total_bytes);  // at the start 1 GiB
+void fake_cuda_set_memory(uint64_t total_bytes);  // of each device; at the start 1 GiB
+void fake_cuda_set_device_memory(int device, uint64_t total_bytes);
 void fake_cuda_set_granularity(uint64_t bytes);   // of device memory; at the start 2 MiB
 void fake_cuda_set_pinned_limit(uint64_t bytes);  // at the start none
 void fake_cuda_set_driver_version(int version);   // at the start 13000; 11010 is too old
-void fake_cuda_set_device_count(int count);       // at the start 1
+void fake_cuda_set_device_count(int count);       // at most 8; at the start 1
 void fake_cuda_set_same_addresses(int same);      // at the start 1: see attribute 91
 // A copy takes latency + bytes / bandwidth; 0 bytes per second is a link without limit, as at the
 // start.
@@ -43,13 +45,16 @@ void fake_cuda_set_max_delay(uint64_t ns);
 // The nth next call (1: the next one) of a function, by exported name ("cuMemcpyHtoDAsync_v2"),
 // does nothing and returns `result`. Returns 0, or -1 for an unknown name.
 int fake_cuda_fail(const char* function, uint64_t nth, int result);
+// Every later call that needs the context of this device returns `result`, until reset.
+void fake_cuda_break_device(int device, int result);
 // The event recorded next never completes, nor does anything behind it in its stream, until reset.
 void fake_cuda_hang_next_event(void);
 
 // Since the last reset. `function` NULL: of all functions; an unknown name has 0 calls.
 uint64_t fake_cuda_calls(const char* function);
-uint64_t fake_cuda_bytes(int direction);    // moved, copies and gathers
-uint64_t fake_cuda_busy_ns(int direction);  // time the link was occupied
+uint64_t fake_cuda_bytes(int direction);  // moved, copies and gathers, of all devices
+uint64_t fake_cuda_device_bytes(int device, int direction);
+uint64_t fake_cuda_busy_ns(int direction);  // time the links were occupied
 // Right now.
 uint64_t fake_cuda_used_bytes(void);        // device memory created and not released
 uint64_t fake_cuda_registered_bytes(void);  // page-locked host memory

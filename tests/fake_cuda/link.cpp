@@ -1,5 +1,5 @@
-// The link to the device: one engine per direction. Copies queue by urgency, then by age. The link
-// has its own clock, so a thread that wakes up late loses no time of the link.
+// The links to the devices: one engine per device and direction. Copies queue by urgency, then by
+// age. A link has its own clock, so a thread that wakes up late loses no time of the link.
 #include <algorithm>
 #include <thread>
 
@@ -27,9 +27,9 @@ struct Log {
     std::deque<fake_cuda_copy> copies;
 };
 
-Link& link_of(int direction) {
-    static Link* const links = new Link[2];
-    return links[direction];
+Link& link_of(int device, int direction) {
+    static Link* const links = new Link[2 * kMaxDevices];
+    return links[2 * device + direction];
 }
 
 Log& log() {
@@ -70,20 +70,20 @@ Part cut_off_the_end(std::vector<Part>& parts) {
     return {last.source + last.nbytes, last.target + last.nbytes, nbytes};
 }
 
-void move(const std::vector<Part>& parts, int direction) {
-    if (!copy_bytes(parts, direction)) {
-        break_context(kIllegalAddress,
+void move(const std::vector<Part>& parts, const Crossing& crossing) {
+    if (!copy_bytes(parts, crossing.direction, crossing.device)) {
+        break_context(crossing.device, kIllegalAddress,
                       "memory of a copy under way was unmapped or no longer registered");
     }
 }
 
 }  // namespace
 
-Time cross_link(const std::vector<Part>& parts, int direction, int priority, Time enqueued,
-                Time ready, bool early) {
+Time cross_link(const std::vector<Part>& parts, const Crossing& crossing) {
+    const auto& [direction, device, priority, enqueued, ready, early] = crossing;
     uint64_t nbytes = 0;
     for (const Part& part : parts) nbytes += part.nbytes;
-    Link& link = link_of(direction);
+    Link& link = link_of(device, direction);
     take(link, priority);
     // No other thread touches free_at while the link is busy.
     const Time start = std::max(ready, link.free_at);
@@ -95,9 +95,9 @@ Time cross_link(const std::vector<Part>& parts, int direction, int priority, Tim
     std::vector<Part> rest = parts;
     const Part last = early ? Part{} : cut_off_the_end(rest);
     if (!early) sleep_until(start + std::chrono::nanoseconds(cost / 2));
-    move(rest, direction);
+    move(rest, crossing);
     sleep_until(end);
-    if (!early) move({last}, direction);
+    if (!early) move({last}, crossing);
     {
         const std::lock_guard lock(log().mutex);
         log().copies.push_back({parts[0].source, parts[0].target, nbytes, direction, priority,
@@ -114,11 +114,13 @@ Time cross_link(const std::vector<Part>& parts, int direction, int priority, Tim
 }
 
 void reset_links() {
-    for (int direction = 0; direction < 2; ++direction) {
-        Link& link = link_of(direction);
-        const std::lock_guard lock(link.mutex);
-        link.bytes = 0;
-        link.busy_ns = 0;
+    for (int device = 0; device < kMaxDevices; ++device) {
+        for (const int direction : {FAKE_CUDA_TO_DEVICE, FAKE_CUDA_TO_HOST}) {
+            Link& link = link_of(device, direction);
+            const std::lock_guard lock(link.mutex);
+            link.bytes = 0;
+            link.busy_ns = 0;
+        }
     }
     const std::lock_guard lock(log().mutex);
     log().copies.clear();
@@ -128,16 +130,28 @@ void reset_links() {
 
 using namespace fake;
 
-FAKE_EXPORT uint64_t fake_cuda_bytes(int direction) {
-    Link& link = link_of(direction);
+FAKE_EXPORT uint64_t fake_cuda_device_bytes(int device, int direction) {
+    Link& link = link_of(device, direction);
     const std::lock_guard lock(link.mutex);
     return link.bytes;
 }
 
+FAKE_EXPORT uint64_t fake_cuda_bytes(int direction) {
+    uint64_t sum = 0;
+    for (int device = 0; device < kMaxDevices; ++device) {
+        sum += fake_cuda_device_bytes(device, direction);
+    }
+    return sum;
+}
+
 FAKE_EXPORT uint64_t fake_cuda_busy_ns(int direction) {
-    Link& link = link_of(direction);
-    const std::lock_guard lock(link.mutex);
-    return link.busy_ns;
+    uint64_t sum = 0;
+    for (int device = 0; device < kMaxDevices; ++device) {
+        Link& link = link_of(device, direction);
+        const std::lock_guard lock(link.mutex);
+        sum += link.busy_ns;
+    }
+    return sum;
 }
 
 FAKE_EXPORT uint64_t fake_cuda_copies(fake_cuda_copy* copies, uint64_t most) {

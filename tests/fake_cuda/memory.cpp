@@ -3,8 +3,10 @@
 
 #include <cstring>
 #include <map>
+#include <numeric>
 #include <shared_mutex>
 
+#include "context.h"
 #include "fake.h"
 
 namespace fake {
@@ -14,6 +16,7 @@ constexpr int kGarbage = 0xA5;  // what fresh device memory holds
 
 struct Allocation {
     size_t nbytes;
+    int device;
     int references;
 };
 
@@ -23,14 +26,26 @@ struct Mapping {
     bool accessible;
 };
 
+struct Registration {
+    size_t nbytes;
+    int device;  // -1: portable, so every device's
+};
+
+// The head of CUmemAllocationProp.
+struct Properties {
+    int type, handle_types, location_type, device;
+};
+
+constexpr unsigned kPortable = 1;
+
 struct Memory {
     std::shared_mutex mutex;  // guards all below; shared while bytes are copied
     std::map<uint64_t, Allocation> allocations;
     std::map<uint64_t, Mapping> mappings;
     std::map<uint64_t, size_t> reservations;
-    std::map<uint64_t, size_t> registrations;
+    std::map<uint64_t, Registration> registrations;
     uint64_t last_allocation = 0;
-    uint64_t used = 0;
+    uint64_t used[kMaxDevices]{};
     uint64_t registered = 0;
 };
 
@@ -46,12 +61,13 @@ auto at_or_before(const std::map<uint64_t, Value>& map, uint64_t address) {
 }
 
 // The caller holds the mutex.
-bool is_mapped(uint64_t address, uint64_t nbytes) {
+bool is_mapped(uint64_t address, uint64_t nbytes, int device) {
     auto found = at_or_before(memory().mappings, address);
     const uint64_t end = address + nbytes;
     while (found != memory().mappings.end()) {
         const uint64_t mapping_end = found->first + found->second.nbytes;
         if (found->first > address || mapping_end <= address || !found->second.accessible) break;
+        if (memory().allocations.at(found->second.allocation).device != device) break;
         if (mapping_end >= end) return true;
         address = mapping_end;
         ++found;
@@ -59,33 +75,34 @@ bool is_mapped(uint64_t address, uint64_t nbytes) {
     return false;
 }
 
-bool is_registered(uint64_t address, uint64_t nbytes) {
+bool is_registered(uint64_t address, uint64_t nbytes, int device) {
     auto found = at_or_before(memory().registrations, address);
     return found != memory().registrations.end() &&
-           address + nbytes <= found->first + found->second;
+           (found->second.device < 0 || found->second.device == device) &&
+           address + nbytes <= found->first + found->second.nbytes;
 }
 
 // Outside of every reservation lies device memory of other libraries: tensors of torch, whose
 // device here is the CPU.
-bool is_foreign(uint64_t address, uint64_t nbytes) {
+bool is_foreign(uint64_t address, uint64_t nbytes, int device) {
     const auto found = at_or_before(memory().reservations, address + nbytes - 1);
     const bool reserved =
         found != memory().reservations.end() && found->first + found->second > address;
-    return !reserved && !is_registered(address, 1);
+    return !reserved && !is_registered(address, 1, device);
 }
 
-bool is_copyable(const Part& part, int direction) {
+bool is_copyable(const Part& part, int direction, int device) {
     if (part.nbytes == 0) return true;
     const bool in = direction == FAKE_CUDA_TO_DEVICE;
-    const uint64_t device = in ? part.target : part.source;
-    return (is_mapped(device, part.nbytes) || is_foreign(device, part.nbytes)) &&
-           is_registered(in ? part.source : part.target, part.nbytes);
+    const uint64_t there = in ? part.target : part.source;
+    return (is_mapped(there, part.nbytes, device) || is_foreign(there, part.nbytes, device)) &&
+           is_registered(in ? part.source : part.target, part.nbytes, device);
 }
 
 void drop_reference(uint64_t handle) {
     auto found = memory().allocations.find(handle);
     if (--found->second.references > 0) return;
-    memory().used -= found->second.nbytes;
+    memory().used[found->second.device] -= found->second.nbytes;
     memory().allocations.erase(found);
 }
 
@@ -95,15 +112,15 @@ bool in_granules(uint64_t nbytes) {
 
 }  // namespace
 
-bool copyable(const Part& part, int direction) {
+bool copyable(const Part& part, int direction, int device) {
     const std::shared_lock lock(memory().mutex);
-    return is_copyable(part, direction);
+    return is_copyable(part, direction, device);
 }
 
-bool copy_bytes(const std::vector<Part>& parts, int direction) {
+bool copy_bytes(const std::vector<Part>& parts, int direction, int device) {
     const std::shared_lock lock(memory().mutex);
     for (const Part& part : parts) {
-        if (!is_copyable(part, direction)) return false;
+        if (!is_copyable(part, direction, device)) return false;
         std::memcpy(reinterpret_cast<void*>(part.target), reinterpret_cast<void*>(part.source),
                     part.nbytes);
     }
@@ -117,8 +134,9 @@ using namespace fake;
 FAKE_CALL(cuMemGetInfo_v2, kContext, (size_t* free, size_t* total)) {
     FAKE_ENTER(cuMemGetInfo_v2);
     const std::shared_lock lock(memory().mutex);
-    *total = settings().memory;
-    *free = *total > memory().used ? *total - memory().used : 0;
+    const int device = current_device();
+    *total = settings().memory[device];
+    *free = *total > memory().used[device] ? *total - memory().used[device] : 0;
     return kSuccess;
 }
 
@@ -156,14 +174,16 @@ FAKE_CALL(cuMemAddressFree, kContext, (DevicePointer pointer, size_t nbytes)) {
 }
 
 FAKE_CALL(cuMemCreate, kContext,
-          (unsigned long long* handle, size_t nbytes, const void*, unsigned long long)) {
+          (unsigned long long* handle, size_t nbytes, const void* properties, unsigned long long)) {
     FAKE_ENTER(cuMemCreate);
     if (!in_granules(nbytes)) return kInvalidValue;
+    const int device = static_cast<const Properties*>(properties)->device;
+    if (device < 0 || device >= settings().devices) return kInvalidDevice;
     const std::lock_guard lock(memory().mutex);
-    if (memory().used + nbytes > settings().memory) return kOutOfMemory;
-    memory().used += nbytes;
+    if (memory().used[device] + nbytes > settings().memory[device]) return kOutOfMemory;
+    memory().used[device] += nbytes;
     *handle = ++memory().last_allocation;
-    memory().allocations[*handle] = {nbytes, 1};
+    memory().allocations[*handle] = {nbytes, device, 1};
     return kSuccess;
 }
 
@@ -221,7 +241,7 @@ FAKE_CALL(cuMemUnmap, kContext, (DevicePointer pointer, size_t nbytes)) {
     return kSuccess;
 }
 
-FAKE_CALL(cuMemHostRegister_v2, kContext, (void* host, size_t nbytes, unsigned)) {
+FAKE_CALL(cuMemHostRegister_v2, kContext, (void* host, size_t nbytes, unsigned flags)) {
     FAKE_ENTER(cuMemHostRegister_v2);
     const auto address = reinterpret_cast<uint64_t>(host);
     const std::lock_guard lock(memory().mutex);
@@ -229,14 +249,16 @@ FAKE_CALL(cuMemHostRegister_v2, kContext, (void* host, size_t nbytes, unsigned))
     auto next = memory().registrations.lower_bound(address);
     auto before = at_or_before(memory().registrations, address);
     if ((next != memory().registrations.end() && next->first < address + nbytes) ||
-        (before != memory().registrations.end() && before->first + before->second > address)) {
+        (before != memory().registrations.end() &&
+         before->first + before->second.nbytes > address)) {
         return kAlreadyRegistered;
     }
     if (nbytes > settings().pinned_limit ||
         memory().registered > settings().pinned_limit - nbytes) {
         return kOutOfMemory;
     }
-    memory().registrations[address] = nbytes;
+    const bool portable = (flags & kPortable) != 0;
+    memory().registrations[address] = {nbytes, portable ? -1 : current_device()};
     memory().registered += nbytes;
     return kSuccess;
 }
@@ -246,7 +268,7 @@ FAKE_CALL(cuMemHostUnregister, kContext, (void* host)) {
     const std::lock_guard lock(memory().mutex);
     auto found = memory().registrations.find(reinterpret_cast<uint64_t>(host));
     if (found == memory().registrations.end()) return kNotRegistered;
-    memory().registered -= found->second;
+    memory().registered -= found->second.nbytes;
     memory().registrations.erase(found);
     return kSuccess;
 }
@@ -255,12 +277,12 @@ FAKE_CALL(cuMemHostGetDevicePointer_v2, kContext, (DevicePointer * pointer, void
     FAKE_ENTER(cuMemHostGetDevicePointer_v2);
     const std::shared_lock lock(memory().mutex);
     *pointer = reinterpret_cast<DevicePointer>(host);
-    return is_registered(*pointer, 1) ? kSuccess : kInvalidValue;
+    return is_registered(*pointer, 1, current_device()) ? kSuccess : kInvalidValue;
 }
 
 FAKE_EXPORT uint64_t fake_cuda_used_bytes(void) {
     const std::shared_lock lock(memory().mutex);
-    return memory().used;
+    return std::accumulate(std::begin(memory().used), std::end(memory().used), uint64_t{0});
 }
 
 FAKE_EXPORT uint64_t fake_cuda_registered_bytes(void) {

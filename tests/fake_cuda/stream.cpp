@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <thread>
 
+#include "context.h"
 #include "fake.h"
 
 namespace fake {
@@ -42,6 +43,7 @@ struct Generation {
 };
 
 struct Event {
+    const int device;
     std::mutex mutex;
     std::shared_ptr<Generation> newest;  // null: never recorded
 
@@ -86,11 +88,13 @@ int gather_handle;
 
 }  // namespace
 
-Stream::Stream(int stream_priority)
-    : priority(stream_priority), random_(settings().seed * 1000003 + ++streams_started) {}
+Stream::Stream(int stream_priority, int stream_device)
+    : priority(stream_priority),
+      device(stream_device),
+      random_(settings().seed * 1000003 + ++streams_started) {}
 
-std::shared_ptr<Stream> Stream::start(int priority) {
-    auto stream = std::make_shared<Stream>(priority);
+std::shared_ptr<Stream> Stream::start(int priority, int device) {
+    auto stream = std::make_shared<Stream>(priority, device);
     std::thread([stream] { stream->run(); }).detach();
     return stream;
 }
@@ -153,9 +157,15 @@ void Stream::run() {
 }
 
 Stream& stream_of(Handle stream) {
-    static const std::shared_ptr<Stream>* const default_stream =
-        new std::shared_ptr<Stream>(Stream::start(0));
-    return stream == nullptr ? **default_stream : *static_cast<StreamHandle*>(stream)->stream;
+    if (stream != nullptr) return *static_cast<StreamHandle*>(stream)->stream;
+    static const auto* const defaults = [] {
+        auto* const streams = new std::vector<std::shared_ptr<Stream>>;
+        for (int device = 0; device < kMaxDevices; ++device) {
+            streams->push_back(Stream::start(0, device));
+        }
+        return streams;
+    }();
+    return *(*defaults)[static_cast<size_t>(current_device())];
 }
 
 void release_hung_events() {
@@ -166,12 +176,14 @@ void release_hung_events() {
     hang().changed.notify_all();
 }
 
-static Result enqueue_copy(const Part& part, int direction, Handle stream) {
-    if (!copyable(part, direction)) return kInvalidValue;
+static Result enqueue_copy(const Part& part, int direction, Handle handle) {
+    Stream& stream = stream_of(handle);
+    if (stream.device != current_device()) return kInvalidHandle;
+    if (!copyable(part, direction, stream.device)) return kInvalidValue;
     if (part.nbytes == 0) return kSuccess;
-    stream_of(stream).push([part, direction](const Stream::Turn& turn) {
-        return cross_link({part}, direction, turn.priority, turn.enqueued, turn.ready,
-                          turn.random() % 2 == 0);
+    stream.push([part, direction, device = stream.device](const Stream::Turn& turn) {
+        return cross_link({part}, {direction, device, turn.priority, turn.enqueued, turn.ready,
+                                   turn.random() % 2 == 0});
     });
     return kSuccess;
 }
@@ -183,7 +195,7 @@ using namespace fake;
 FAKE_CALL(cuStreamCreateWithPriority, kContext, (Handle * stream, unsigned flags, int priority)) {
     FAKE_ENTER(cuStreamCreateWithPriority);
     if (flags != 1) return kInvalidValue;  // non-blocking
-    *stream = new StreamHandle{Stream::start(std::clamp(priority, -5, 0))};
+    *stream = new StreamHandle{Stream::start(std::clamp(priority, -5, 0), current_device())};
     ++live_streams;
     return kSuccess;
 }
@@ -222,7 +234,7 @@ FAKE_CALL(cuStreamWaitEvent, kContext, (Handle stream, Handle event, unsigned)) 
 FAKE_CALL(cuEventCreate, kContext, (Handle * event, unsigned flags)) {
     FAKE_ENTER(cuEventCreate);
     if (flags != 2) return kInvalidValue;  // without timing, and nobody sleeps until it is reached
-    *event = new Event;
+    *event = new Event{current_device(), {}, {}};
     ++live_events;
     return kSuccess;
 }
@@ -241,6 +253,8 @@ FAKE_CALL(cuEventRecord, kContext, (Handle event, Handle stream)) {
     auto generation = std::make_shared<Generation>();
     const bool hangs = hang_next.exchange(false);
     auto* recorded = static_cast<Event*>(event);
+    const int device = stream_of(stream).device;
+    if (recorded->device != device || current_device() != device) return kInvalidHandle;
     // One lock over both: the newest generation is the one enqueued last.
     const std::lock_guard lock(recorded->mutex);
     recorded->newest = generation;
@@ -320,17 +334,20 @@ FAKE_CALL(cuLaunchKernel, kContext,
           (Handle function, unsigned, unsigned grid_y, unsigned, unsigned, unsigned, unsigned,
            unsigned, Handle stream, void** parameters, void**)) {
     FAKE_ENTER(cuLaunchKernel);
-    if (function != &gather_handle) return kInvalidHandle;
-    stream_of(stream).push([parts = gather_parts(parameters, grid_y)](const Stream::Turn& turn) {
-        for (const Part& part : parts) {
-            if ((part.source | part.target | part.nbytes) % 16 != 0) {
-                break_context(kMisalignedAddress, "a gather's part is not aligned to 16 bytes");
-                return turn.ready;
+    const int device = stream_of(stream).device;
+    if (function != &gather_handle || device != current_device()) return kInvalidHandle;
+    stream_of(stream).push(
+        [parts = gather_parts(parameters, grid_y), device](const Stream::Turn& turn) {
+            for (const Part& part : parts) {
+                if ((part.source | part.target | part.nbytes) % 16 != 0) {
+                    break_context(device, kMisalignedAddress,
+                                  "a gather's part is not aligned to 16 bytes");
+                    return turn.ready;
+                }
             }
-        }
-        return cross_link(parts, FAKE_CUDA_TO_DEVICE, turn.priority, turn.enqueued, turn.ready,
-                          turn.random() % 2 == 0);
-    });
+            return cross_link(parts, {FAKE_CUDA_TO_DEVICE, device, turn.priority, turn.enqueued,
+                                      turn.ready, turn.random() % 2 == 0});
+        });
     return kSuccess;
 }
 

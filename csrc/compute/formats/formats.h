@@ -1,4 +1,4 @@
-// What the CPU engine knows of each weight format besides how to decode it.
+// Facts about each weight format for the CPU engine; its decoder is in another file.
 #pragma once
 
 #include <cstdint>

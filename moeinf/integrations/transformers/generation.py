@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TextStreamer
+from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.integrations.transformers.load import load
@@ -106,18 +106,15 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     if stream is not None:
         stream.write(request.prompt)
     start = time.perf_counter()
-    with torch.inference_mode():
-        output = model.generate(
-            **prompt.to(cache.device),
-            max_new_tokens=request.max_new_tokens,
-            do_sample=request.temperature > 0,
-            temperature=request.temperature or None,
-            top_p=None,
-            top_k=None,
-            streamer=clock,
-            output_logits=request.keep_logits,
-            return_dict_in_generate=True,
-        )
+    output = continue_prompt(
+        model,
+        prompt,
+        max_new_tokens=request.max_new_tokens,
+        temperature=request.temperature,
+        streamer=clock,
+        output_logits=request.keep_logits,
+        return_dict_in_generate=True,
+    )
     end = time.perf_counter()
     if recorder is not None:
         recorder.trace(model=model_name(request.path), source="moeinf run").save(request.record)
@@ -150,6 +147,22 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             prefetch=_prefetch_metrics(stats),
         ),
     )
+
+
+def continue_prompt(
+    model: Any, prompt: BatchEncoding, *, max_new_tokens: int, temperature: float, **options: Any
+) -> Any:
+    """What `model.generate` returns for a prompt; temperature 0 takes the likeliest token."""
+    with torch.inference_mode():
+        return model.generate(
+            **prompt.to(model.moeinf.cache.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=temperature > 0,
+            temperature=temperature or None,
+            top_p=None,
+            top_k=None,
+            **options,
+        )
 
 
 def _prefetch_metrics(stats: dict[str, Any]) -> dict[str, Any] | None:

@@ -16,12 +16,14 @@ import torch
 from moeinf import _core
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
-from moeinf.checkpoint.families import is_expert_tensor
+from moeinf.cache.passes import ForwardPass
+from moeinf.checkpoint.families import parse
 from moeinf.checkpoint.folder import Checkpoint, read_tensor
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.experts.op import fused_experts
+from moeinf.integrations.transformers.form import check_form
 from moeinf.integrations.transformers.lookahead import GateLookahead
 from moeinf.integrations.transformers.routers import listen
 
@@ -82,9 +84,7 @@ def load(
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
     store = ExpertStore.open(checkpoint)
     config = _config(checkpoint)
-    dense = {
-        name: entry for name, entry in checkpoint.tensors.items() if not is_expert_tensor(name)
-    }
+    dense = {name: entry for name, entry in checkpoint.tensors.items() if parse(name) is None}
     # Before the model, so that a budget that cannot work says so before anything large is read.
     cache = ExpertCache(
         store,
@@ -122,7 +122,7 @@ class ServedExperts:
         self.cache = cache
         modules = _match_layers(_experts_modules(model), cache.store)
         for layer, (name, module) in enumerate(modules):
-            _check_form(name, module, cache.store)
+            check_form(name, module, cache.store)
             module.moeinf_layer = layer
             module.moeinf_cache = cache
         blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in modules]
@@ -151,9 +151,11 @@ class ServedExperts:
         past = kwargs.get("past_key_values")
         begins = past is None or past.get_seq_length() == 0
         self.cache.begin_pass(
-            prefill=begins or (tokens is not None and tokens.shape[1] > 1),
-            new_sequence=begins,
-            batch=1 if tokens is None else tokens.shape[0],
+            ForwardPass(
+                prefill=begins or (tokens is not None and tokens.shape[1] > 1),
+                new_sequence=begins,
+                batch=1 if tokens is None else tokens.shape[0],
+            )
         )
 
 
@@ -247,35 +249,6 @@ def _match_layers(modules: list[tuple[str, Any]], store: ExpertStore) -> list[tu
             f"{store.num_layers}; they differ at layer {odd[0] if odd else '?'}"
         )
     return modules
-
-
-def _check_form(name: str, module: Any, store: ExpertStore) -> None:
-    """The module computes what our kernels compute, over tensors of the shapes the store has."""
-    wanted = {
-        "has_gate": True,
-        "has_bias": False,
-        "is_transposed": False,
-        "is_concatenated": True,
-        "has_post_expert_norm": False,
-    }
-    for attribute, expected in wanted.items():
-        found = getattr(module, attribute, expected)
-        if found != expected:
-            raise UnsupportedError(
-                f"{name} ({type(module).__name__}): {attribute} is {found}, expected {expected}"
-            )
-    gate = type(module)._apply_gate
-    if gate.__module__ != "transformers.integrations.moe":
-        raise UnsupportedError(f"{name} ({type(module).__name__}): has a gate of its own")
-    shapes = {
-        "gate_up_proj": (store.num_experts, *store.layout["gate_up"].shape),
-        "down_proj": (store.num_experts, *store.layout["down"].shape),
-    }
-    if module.moeinf_expected != shapes:
-        raise CheckpointError(
-            f"{store.checkpoint.path}: {name} expects {module.moeinf_expected}, the files hold "
-            f"{shapes}"
-        )
 
 
 def _dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -> torch.dtype:

@@ -14,37 +14,15 @@ only where it has been run by then.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from moeinf.cache.cache import ExpertCache
-from moeinf.errors import UnsupportedError
+from moeinf.integrations.transformers.blocks import block_form, route
 
 MOST_TOKENS = 4
 """Of one forward pass. More of them use so many experts that a prediction says little."""
-
-
-@dataclass(frozen=True)
-class BlockForm:
-    """Names of a MoE block's modules; a block has a form if it has all that are not None."""
-
-    gate: str
-    shared: str | None = None
-    shared_gate: str | None = None
-    """A linear map to one number per token; the shared output is scaled by its sigmoid."""
-
-    def fits(self, block: torch.nn.Module) -> bool:
-        wanted = (self.gate, self.shared, self.shared_gate)
-        return all(isinstance(getattr(block, n, None), torch.nn.Module) for n in wanted if n)
-
-
-FORMS = (
-    BlockForm("gate", "shared_expert", "shared_expert_gate"),  # Qwen2
-    BlockForm("gate", "shared_experts"),  # DeepSeek
-    BlockForm("gate"),  # Qwen3, Mixtral, OLMoE
-)
 
 
 class GateLookahead:
@@ -53,7 +31,7 @@ class GateLookahead:
     def __init__(self, blocks: Sequence[Any], cache: ExpertCache):
         self.cache = cache
         self.blocks = list(blocks)
-        self.forms = [form_of(block) for block in blocks]
+        self.forms = [block_form(block) for block in blocks]
         self._shared: dict[int, torch.Tensor] = {}  # by layer: outputs of shared experts, on a GPU
         for layer in range(len(self.blocks) - 1):
             self._watch(layer)
@@ -95,23 +73,3 @@ class GateLookahead:
             scale = torch.sigmoid(shared_gate.forward(hidden)) if shared_gate else 1.0
             hidden = hidden + scale * shared.reshape(hidden.shape)
         self.cache.predict(layer, route(self.blocks[layer], self.forms[layer], hidden))
-
-
-def route(block: Any, form: BlockForm, hidden: torch.Tensor) -> torch.Tensor:
-    """The experts [T, k] a block's router takes for hidden [..., H]."""
-    output = getattr(block, form.gate).forward(hidden.reshape(-1, hidden.shape[-1]))
-    if isinstance(output, torch.Tensor):  # logits only: the block itself chooses
-        output = block.route_tokens_to_experts(output)
-    choices: torch.Tensor = next(one for one in output if not one.is_floating_point())
-    return choices
-
-
-def form_of(block: Any) -> BlockForm:
-    """Raises UnsupportedError for a block of none of the forms."""
-    for form in FORMS:
-        if form.fits(block):
-            return form
-    raise UnsupportedError(
-        f"{type(block).__name__}: it is not known where its router is, which prefetch='gate' and "
-        "recording its probabilities need"
-    )

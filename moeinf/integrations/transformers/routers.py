@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moeinf.errors import UnsupportedError
-from moeinf.integrations.transformers.lookahead import form_of
+from moeinf.integrations.transformers.blocks import block_form
 
 TOLERANCE = 0.02
 """Of the chosen experts' shares: weights may have been rounded to bfloat16."""
@@ -26,7 +26,7 @@ def listen(blocks: Sequence[Any], sink: Callable[[int, torch.Tensor], None]) -> 
         UnsupportedError: a block whose router is not known; while running, a router that makes
             something else of its logits than softmax or sigmoid.
     """
-    routers = [getattr(block, form_of(block).gate) for block in blocks]
+    routers = [getattr(block, block_form(block).gate) for block in blocks]
     hooks = [
         router.register_forward_hook(_Listener(layer, block, sink))
         for layer, (block, router) in enumerate(zip(blocks, routers, strict=True))

@@ -19,7 +19,7 @@ from layers import (
     slot_ids,
 )
 
-from moeinf.kernels import fused_experts
+from moeinf.kernels import ExpertMatrices, Matrix, fused_experts
 from moeinf.kernels.gates import ACTIVATIONS, GATES
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -186,6 +186,28 @@ def test_the_form_of_vllm(path: str, T: int, monkeypatch: pytest.MonkeyPatch) ->
     assert torch.equal(mapped, direct)
     absent = torch.where(layer.ids == layer.ids[0, 0], -1, layer.ids)
     assert error(mapped, layer.expected(absent)) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("path,T", PATHS)
+def test_any_strides(path: str, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where no dimension of a matrix is contiguous; what lies between is NaN."""
+    small_blocks.use(monkeypatch)
+    layer = Layer(T, 2, 3, 40, 24, bias=True)
+    slots, where = resident(layer)
+    call = (layer.hidden.to(DEVICE), slot_ids(layer.ids, where), layer.weights.to(DEVICE))
+    matrices, form = slots.weights()
+
+    def spread(tensor: torch.Tensor) -> torch.Tensor:
+        wide = torch.full([2 * n for n in tensor.shape], torch.nan, device=DEVICE)
+        view = wide[tuple(slice(1, None, 2) for _ in tensor.shape)]
+        return view.copy_(tensor)
+
+    gate, up, down = (
+        Matrix(spread(matrix.values), None, spread(matrix.bias), matrix.format)
+        for matrix in (matrices.gate, matrices.up, matrices.down)
+    )
+    found = fused_experts(*call, ExpertMatrices(gate, up, down), form, path=path)
+    assert error(found, layer.expected()) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("path,T", PATHS)

@@ -1,0 +1,49 @@
+#include "tier/file_source.h"
+
+#include <exception>
+
+#include "tier/tier.h"
+
+namespace moeinf {
+
+FileSource::FileSource(Tier& tier, FileReaderOptions options)
+    : Source(false), tier_(tier), reader_(tier.catalog(), options) {}
+
+int64_t FileSource::delay_bytes() const noexcept {
+    const FileReaderOptions& options = reader_.options();
+    return static_cast<int64_t>(options.threads) * static_cast<int64_t>(options.chunk_bytes);
+}
+
+void FileSource::execute(std::span<const Command> commands) noexcept {
+    for (const Command& command : commands) {
+        if (command.kind == Command::Kind::kFill) {
+            start(command.fill);
+        } else if (command.fill->job != nullptr) {
+            reader_.promote(std::static_pointer_cast<Transfer>(command.fill->job));
+        }
+    }
+}
+
+void FileSource::start(const FillPtr& fill) noexcept {
+    try {
+        // The tier holds the fill until it has ended. A callback this small is not allocated.
+        fill->job = reader_.submit(
+            fill->expert, tier_.pool().slot(fill->slot), fill->priority,
+            [this, fill = fill.get()](const TransferPtr& transfer) { on_read(*fill, *transfer); });
+    } catch (const std::exception& error) {
+        tier_.end_fill(*fill, error.what());
+    }
+}
+
+void FileSource::on_read(Fill& fill, const Transfer& transfer) noexcept {
+    switch (transfer.state()) {
+        case TransferState::kDone:
+            return tier_.end_fill(fill, {});
+        case TransferState::kFailed:
+            return tier_.end_fill(fill, transfer.error());
+        default:
+            return tier_.end_fill(fill, "the read was cancelled");
+    }
+}
+
+}  // namespace moeinf

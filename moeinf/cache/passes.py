@@ -1,0 +1,82 @@
+"""Which forward pass a step belongs to, and who watches the passes of a cache.
+
+What is said of a pass holds for the thread that says it: threads that share a cache share none of
+this.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class ForwardPass:
+    """One run of a model over the tokens of one or several sequences.
+
+    prefill: it reads prompts; else it decodes.
+    new_sequence: every sequence in it begins with it.
+    batch: sequences of equal length, their tokens one sequence after another; or
+    sequences: the sequence of each token. Numbers of the caller's choice: the same number in a
+        later pass is the same sequence, until a pass with `new_sequence`.
+    caller: who runs it, where one thread runs several requests in turn. Passes of one caller follow
+        each other; without it the thread is the caller.
+    """
+
+    prefill: bool = False
+    new_sequence: bool = False
+    batch: int = 1
+    sequences: Sequence[int] | None = None
+    caller: int | None = None
+
+
+UNANNOUNCED = ForwardPass()
+
+
+class Observer(Protocol):
+    """Sees the passes of a cache."""
+
+    def begin_pass(self, one: ForwardPass, caller: int) -> None:
+        """The caller begins a pass."""
+
+    def add(
+        self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor, caller: int
+    ) -> None:
+        """The routing of one MoE layer, both [T, k]; the ids on the host."""
+
+
+class Passes(threading.local):
+    """The pass that the calling thread is in; `observers` are the same for all threads.
+
+    The base class calls `__init__` once in each thread that uses the object.
+    """
+
+    def __init__(self, observers: list[Observer]):
+        self.observers = observers
+        self.caller = threading.get_ident()
+        self.current = UNANNOUNCED
+        self._begins = False
+
+    def begin(self, one: ForwardPass) -> None:
+        """The thread's next steps belong to `one`. Harmless when called again with the same."""
+        if one is self.current:
+            return
+        self.current = one
+        self.caller = threading.get_ident() if one.caller is None else one.caller
+        self._begins = one.new_sequence
+        for observer in tuple(self.observers):
+            observer.begin_pass(one, self.caller)
+
+    def takes_first_step(self) -> bool:
+        """Does the step about to begin open a new sequence? True once for each."""
+        begins, self._begins = self._begins, False
+        return begins
+
+    def observe(self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
+        """Shows the observers the routing of one layer; the ids on the host."""
+        for observer in tuple(self.observers):
+            observer.add(layer, topk_ids, topk_weights, self.caller)

@@ -1,0 +1,71 @@
+"""What `config.json` says about experts. Configurations have several names for one number.
+
+In each list of keys the first one that is set counts.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from moeinf.errors import CheckpointError
+
+Config = dict[str, Any]
+
+NUM_LAYERS_KEYS = ("num_hidden_layers", "num_layers")
+NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+ACTIVATION_KEYS = ("hidden_act", "hidden_activation")
+ACTIVATIONS = {  # transformers' name: ours
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def num_layers(config: Config, file: Path) -> int:
+    """Layers of the model, dense ones among them."""
+    return _count(config, NUM_LAYERS_KEYS, file)
+
+
+def num_experts(config: Config, file: Path) -> int:
+    """Routed experts in each MoE layer."""
+    return _count(config, NUM_EXPERTS_KEYS, file)
+
+
+def top_k(config: Config, file: Path) -> int:
+    """Experts that a token is routed to."""
+    return _count(config, TOP_K_KEYS, file)
+
+
+def activation(config: Config, file: Path) -> str:
+    """One of `kernels.gates.ACTIVATIONS`."""
+    name = next((config[key] for key in ACTIVATION_KEYS if config.get(key)), "silu")
+    if not isinstance(name, str) or name not in ACTIVATIONS:
+        raise CheckpointError(f"{file}: activation {name!r} is not one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def positive_number(config: Config, key: str, default: float, file: Path) -> float:
+    """A constant of a gate function; `default` where the key is absent or null."""
+    value = config.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise CheckpointError(f"{file}: {key} is {value!r}, expected a number > 0")
+    return float(value)
+
+
+def _count(config: Config, keys: tuple[str, ...], file: Path) -> int:
+    for key in keys:
+        value = config.get(key)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]  # one number for each layer
+        if value is not None:
+            if type(value) is not int or value < 1:
+                raise CheckpointError(f"{file}: {key} is {value!r}, expected > 0")
+            return value
+    raise CheckpointError(f"{file}: none of {', '.join(keys)} is set")

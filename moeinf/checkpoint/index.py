@@ -1,0 +1,181 @@
+"""The index of experts: which bytes of which tensors hold which piece of which expert.
+
+An index is made from the table of families, or by a caller who knows the names, such as the
+integration of a runtime. A store is made from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from moeinf.checkpoint.families import Address
+from moeinf.checkpoint.formats import BIAS, FORMATS, SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.headers import DTYPE_NAMES, TensorEntry
+from moeinf.errors import CheckpointError
+from moeinf.kernels.forms import ExpertForm
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A run of one tensor's bytes: a piece of one expert. `offset` counts from the tensor's start.
+
+    `shape` is [rows, columns] of what is stored, or [rows] of a bias.
+    """
+
+    entry: TensorEntry
+    offset: int
+    shape: tuple[int, ...]
+
+    @classmethod
+    def whole(cls, entry: TensorEntry) -> Slice:
+        """All of a tensor that belongs to one expert."""
+        return cls(entry, 0, entry.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.entry.nbytes * math.prod(self.shape) // max(1, math.prod(self.entry.shape))
+
+    def __str__(self) -> str:
+        entry = self.entry
+        return f"{entry.name} ({entry.path.name}: {entry.dtype} {list(self.shape)})"
+
+
+Expert = Mapping[tuple[str, str], Slice]
+"""By matrix (gate, up, down, or gate_up for both at once) and piece (values, scales, bias)."""
+
+Index = Mapping[str, Sequence[Expert]]
+"""By module path of the experts, in the order of layers: all experts in the router's order."""
+
+
+def split_fused(entry: TensorEntry, num_experts: int) -> list[Slice]:
+    """The slices of a tensor [num_experts, ...], one for each expert."""
+    if not entry.shape or entry.shape[0] != num_experts:
+        raise CheckpointError(f"{entry}: config.json says there are {num_experts} experts")
+    nbytes, rest = divmod(entry.nbytes, num_experts)
+    if rest:
+        raise CheckpointError(f"{entry}: its {entry.nbytes} bytes cannot be shared by its experts")
+    return [Slice(entry, e * nbytes, entry.shape[1:]) for e in range(num_experts)]
+
+
+def build_index(found: Iterable[tuple[Address, TensorEntry]], num_experts: int) -> Index:
+    """The index of tensors that were found by their names.
+
+    Raises:
+        CheckpointError: two tensors for one piece, or more experts than configured.
+    """
+    layers: dict[int, tuple[str, list[dict[tuple[str, str], Slice]]]] = {}
+    for address, entry in found:
+        assert address.piece is not None
+        module, experts = layers.setdefault(
+            address.layer, (address.module, [{} for _ in range(num_experts)])
+        )
+        key = address.matrix, address.piece
+        if address.expert is None:
+            holders, slices = experts, split_fused(entry, num_experts)
+        elif address.expert < num_experts:
+            holders, slices = [experts[address.expert]], [Slice.whole(entry)]
+        else:
+            raise CheckpointError(
+                f"{entry.path}: layer {address.layer} has an expert {address.expert}, config.json "
+                f"says there are {num_experts}"
+            )
+        if address.module != module:
+            raise CheckpointError(
+                f"{entry.path}: {entry.name!r}: experts of layer {address.layer} are in "
+                f"{module} too"
+            )
+        for holder, piece in zip(holders, slices, strict=True):
+            if key in holder:
+                raise CheckpointError(
+                    f"{entry.path}: {entry.name!r} and {holder[key].entry.name!r} are both the "
+                    f"{address.matrix} {address.piece} of experts in layer {address.layer}"
+                )
+            holder[key] = piece
+    return {module: experts for _, (module, experts) in sorted(layers.items())}
+
+
+def check_alike(index: Index, form: ExpertForm, path: Path) -> tuple[str, ...]:
+    """Every layer has every expert, and all experts have the same pieces, dtypes and shapes.
+
+    Returns the matrices that the tensors hold, in slot order.
+
+    Raises:
+        CheckpointError: an expert that is unlike the first one, or that the form does not describe.
+    """
+    names = {matrix for experts in index.values() for expert in experts for matrix, _ in expert}
+    if not form.has_gate:
+        matrices: tuple[str, ...] = ("gate", "down")
+    elif "gate_up" in names:
+        matrices = ("gate_up", "down")
+    else:
+        matrices = ("gate", "up", "down")
+    first_module, first_layer = next(iter(index.items()), ("", ()))
+    if not first_layer:
+        raise CheckpointError(f"{path}: the index holds no experts")
+    first, count = first_layer[0], len(first_layer)
+    values = {(matrix, VALUES) for matrix in matrices}
+    if values - first.keys():
+        raise _unlike(f"{path}: {first_module}, expert 0", first, values)
+    formats = {matrix: format_of(first, matrix) for matrix in matrices}
+    wanted = {(m, piece) for m, row in formats.items() for piece in row.segments(1, row.pack)}
+    if form.has_bias:
+        wanted |= {(matrix, BIAS) for matrix in matrices}
+    for module, experts in index.items():
+        if len(experts) != count:
+            raise CheckpointError(
+                f"{path}: {module}: expected {count} experts, found {len(experts)}"
+            )
+        for number, expert in enumerate(experts):
+            if expert.keys() != wanted:
+                raise _unlike(f"{path}: {module}, expert {number}", expert, wanted)
+            for key, piece in expert.items():
+                _check_slice(piece, first[key])
+    if len(set(formats.values())) > 1:
+        raise CheckpointError(
+            f"{first[matrices[0], VALUES]}: expected the format of {first['down', VALUES]}"
+        )
+    return matrices
+
+
+def format_of(expert: Expert, matrix: str) -> WeightFormat:
+    """The weight format whose dtypes the matrix has.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    values, scales = expert[matrix, VALUES], expert.get((matrix, SCALES))
+    for row in FORMATS.values():
+        wanted = None if row.scales is None else DTYPE_NAMES[row.scales]
+        found = None if scales is None else scales.entry.dtype
+        if DTYPE_NAMES[row.values] == values.entry.dtype and wanted == found:
+            return row
+    with_scales = f" with {scales}" if scales else ""
+    raise CheckpointError(
+        f"{values}{with_scales}: expected one of the weight formats {', '.join(FORMATS)}"
+    )
+
+
+def _check_slice(piece: Slice, first: Slice) -> None:
+    """The slice is like that of the first expert, and lies within its tensor."""
+    if piece.shape != first.shape or piece.entry.dtype != first.entry.dtype:
+        raise CheckpointError(f"{piece} differs from {first}; experts must be alike")
+    end = piece.offset + piece.nbytes
+    if not 0 <= piece.offset <= end <= piece.entry.nbytes:
+        raise CheckpointError(
+            f"{piece}: bytes {piece.offset} to {end} leave the tensor's {piece.entry.nbytes}"
+        )
+
+
+def _unlike(where: str, expert: Expert, wanted: Set[tuple[str, str]]) -> CheckpointError:
+    """What is missing in an expert, or what it has too much."""
+    missing = sorted(f"{m} {p}" if p != VALUES else m for m, p in wanted - expert.keys())
+    if missing:
+        return CheckpointError(f"{where}: no tensor for its {' and '.join(missing)}")
+    matrix, piece = min(expert.keys() - wanted)
+    return CheckpointError(
+        f"{where}: {expert[matrix, piece]} holds its {matrix} {piece}, expected none in experts "
+        "of this form and format"
+    )

@@ -1,0 +1,47 @@
+"""What every backend asks of the tensors it is given."""
+
+from __future__ import annotations
+
+import torch
+
+from moeinf import _core
+
+# Of tokens, outputs and biases. How weights are stored is said in moeinf.checkpoint.formats.
+DTYPES = {
+    torch.bfloat16: _core.DType.bf16,
+    torch.float16: _core.DType.f16,
+    torch.float32: _core.DType.f32,
+}
+
+
+def check_tensors(
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    width: int,
+    *,
+    device: torch.device,
+) -> None:
+    """What the addresses that go to the core must point to."""
+    for name, tensor, dtypes in (
+        ("hidden", hidden, tuple(DTYPES)),
+        ("topk_ids", topk_ids, (torch.int64, torch.int32)),
+        ("topk_weights", topk_weights, tuple(DTYPES)),
+    ):
+        if tensor.dim() != 2:
+            raise ValueError(f"{name}: expected 2 dimensions, found {list(tensor.shape)}")
+        if tensor.dtype not in dtypes:
+            expected = ", ".join(str(dtype)[6:] for dtype in dtypes)
+            raise ValueError(f"{name}: expected {expected}, found {str(tensor.dtype)[6:]}")
+        if tensor.device != device:
+            raise ValueError(
+                f"{name}: expected a tensor on {device}, where the cache is, found {tensor.device}"
+            )
+    if hidden.shape[1] != width:
+        raise ValueError(f"hidden: expected [T, {width}], found {list(hidden.shape)}")
+    expected_shape = (hidden.shape[0], topk_ids.shape[1])
+    if topk_ids.shape != expected_shape or topk_weights.shape != expected_shape:
+        raise ValueError(
+            f"topk_ids and topk_weights: expected [{hidden.shape[0]}, k] both, found "
+            f"{list(topk_ids.shape)} and {list(topk_weights.shape)}"
+        )

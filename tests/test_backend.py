@@ -1,0 +1,251 @@
+"""What computes out of a cache: found by the cache's name, called by several threads, compiled."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import COMMON
+from fake_cuda_library import fake_cuda_library
+
+import moeinf
+from moeinf.traces.trace import DECODE, PREFILL, Trace
+
+EXPERTS, HIDDEN = 6, 40
+
+
+@pytest.fixture(autouse=True, scope="module")
+def driver() -> Iterator[None]:
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MOEINF_CUDA_DRIVER", str(fake_cuda_library()))
+    yield
+    patch.undo()
+
+
+@pytest.fixture
+def store(qwen3_folder: Path) -> moeinf.ExpertStore:
+    return moeinf.ExpertStore.open(qwen3_folder)
+
+
+def prompt(seed: int, *shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, COMMON["vocab_size"], shape, generator=generator)
+
+
+def random_step(seed: int, tokens: int, top_k: int = 2) -> tuple[torch.Tensor, ...]:
+    make = torch.Generator().manual_seed(seed)
+    scores = torch.rand(tokens, EXPERTS, generator=make)
+    weights, ids = scores.topk(top_k)
+    return torch.randn(tokens, HIDDEN, generator=make), ids, weights
+
+
+def test_a_name_is_used_once(store: moeinf.ExpertStore) -> None:
+    first = moeinf.ExpertCache(store, slots=3, name="mine")
+    second = moeinf.ExpertCache(store, slots=3, name="mine")
+    assert (first.name, second.name) == ("mine", "mine#2")
+    hidden, ids, weights = random_step(1, 2)
+    expected = moeinf.fused_experts(hidden, ids, weights, first, 0)
+    assert torch.equal(torch.ops.moeinf.fused_experts(hidden, ids, weights, "mine", 0), expected)
+    del first
+    gc.collect()
+    third = moeinf.ExpertCache(store, slots=3, name="mine")
+    assert third.name == "mine#3"
+    with pytest.raises(ValueError, match=r"no cache is named 'mine'.*released"):
+        torch.ops.moeinf.fused_experts(hidden, ids, weights, "mine", 0)
+    with pytest.raises(ValueError, match="no cache is named 'other'"):
+        torch.ops.moeinf.fused_experts(hidden, ids, weights, "other", 0)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_backend_does_not_keep_its_cache_alive(store: moeinf.ExpertStore, device: str) -> None:
+    cache = moeinf.ExpertCache(store, device=device, slots=3)
+    moeinf.fused_experts(*random_step(1, 2), cache, 0)
+    ended = threading.Event()
+    import weakref
+
+    weakref.finalize(cache, ended.set)
+    del cache
+    assert ended.is_set(), "without the garbage collector's help"
+
+
+def test_a_function_that_calls_it_compiles_whole(store: moeinf.ExpertStore, seed: int) -> None:
+    caches = [moeinf.ExpertCache(store, slots=slots) for slots in (18, 1)]
+
+    def layer(hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, cache: Any) -> Any:
+        return hidden + moeinf.fused_experts(2 * hidden, ids, weights, cache, 1)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    step = random_step(seed, 5)
+    for cache in caches:
+        assert torch.equal(compiled(*step, cache), layer(*step, cache))
+        assert cache.stats()["accesses"] > 0
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("slots", "tokens"), [(1, 7), (18, 1), (18, 40)])
+def test_two_ids_mean_no_expert(
+    store: moeinf.ExpertStore, device: str, dtype: torch.dtype, slots: int, tokens: int, seed: int
+) -> None:
+    """-1, and the number of experts, which is what transformers writes."""
+    cache = moeinf.ExpertCache(store, device=device, slots=slots)
+    hidden, ids, weights = random_step(seed, tokens)
+    absent = torch.rand(ids.shape, generator=torch.Generator().manual_seed(seed)) < 0.4
+    if tokens > 1:
+        absent[0] = True
+    weights = weights.masked_fill(absent, 1e6)  # would show
+    with cache.record() as recorder:
+        for layer in range(3):
+            minus = ids.masked_fill(absent, -1).to(dtype)
+            expected = moeinf.fused_experts(hidden, minus, weights, cache, layer)
+        for layer in range(3):
+            past = ids.masked_fill(absent, EXPERTS).to(dtype)
+            found = moeinf.fused_experts(hidden, past, weights, cache, layer)
+    assert torch.equal(found, expected)
+    if tokens > 1:
+        assert torch.equal(found[0], torch.zeros(HIDDEN))
+    assert torch.isfinite(found).all()
+    traced = torch.from_numpy(recorder.trace().experts[:, 0].astype(int))
+    assert torch.equal(traced, ids.masked_fill(absent, -1).repeat(2, 1))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("bad", [-2, EXPERTS + 1, 2**31 - 1, -(2**31)])
+def test_any_other_id_is_named_with_its_place(
+    store: moeinf.ExpertStore, device: str, dtype: torch.dtype, bad: int
+) -> None:
+    cache = moeinf.ExpertCache(store, device=device, slots=4)
+    hidden, ids, weights = random_step(3, 5)
+    ids = ids.to(dtype)
+    good = moeinf.fused_experts(hidden, ids, weights, cache, 1)
+    wrong = ids.clone()
+    wrong[3, 1] = bad
+    with pytest.raises(ValueError, match=rf"-1 to 6, found {bad} at token 3, position 1"):
+        moeinf.fused_experts(hidden, wrong, weights, cache, 1)
+    assert torch.equal(moeinf.fused_experts(hidden, ids, weights, cache, 1), good)
+
+
+def run_together(*calls: Callable[[], None]) -> None:
+    """Runs them on threads of their own; what one raises is raised here."""
+    failures: list[BaseException] = []
+    start = threading.Barrier(len(calls))
+
+    def guarded(call: Callable[[], None]) -> None:
+        try:
+            start.wait()
+            call()
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=guarded, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+def parts(trace: Trace) -> list[tuple[Any, ...]]:
+    """Each sequence's routing and phases, whatever its number."""
+    return sorted(
+        (one.experts.tolist(), one.phase.tolist(), one.weights.tolist()) for one in trace.split()
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_two_threads_generate_on_one_model(qwen3_folder: Path, device: str, seed: int) -> None:
+    """Their tokens and their traces are those of runs alone, sequence numbers aside."""
+    prompts = [prompt(seed, 1, 5), prompt(seed + 1, 2, 4)]
+    arguments: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
+
+    alone = moeinf.load(qwen3_folder, device=device, slots=5)
+    expected, traces = [], []
+    for one in prompts:
+        with alone.moeinf.cache.record(router=True) as recorder:
+            expected.append(alone.generate(one, **arguments))
+        traces.append(recorder.trace())
+
+    shared = moeinf.load(qwen3_folder, device=device, slots=5)
+    found: list[torch.Tensor] = [torch.empty(0)] * 2
+
+    def generate(index: int) -> None:
+        found[index] = shared.generate(prompts[index], **arguments)
+
+    with shared.moeinf.cache.record(router=True) as recorder:
+        run_together(lambda: generate(0), lambda: generate(1))
+    for one, wanted in zip(found, expected, strict=True):
+        assert torch.equal(one, wanted)
+    trace = recorder.trace()
+    assert parts(trace) == sorted(part for one in traces for part in parts(one))
+    assert sorted(set(trace.sequence.tolist())) == [0, 1, 2]
+    assert trace.router is not None
+    routers = [one.router.sum() for one in traces if one.router is not None]
+    assert trace.router.astype(float).sum() == pytest.approx(float(sum(routers)), rel=0.01)
+
+
+def test_steps_of_two_threads_layer_by_layer_in_turn(store: moeinf.ExpertStore) -> None:
+    """A prompt of one thread between the layers of another one's decode pass."""
+    cache = moeinf.ExpertCache(store, slots=4)
+    turn = threading.Condition()
+    now = [0]
+
+    def steps(who: int, passes: list[tuple[moeinf.ForwardPass, int]]) -> None:
+        for one, tokens in passes:
+            for layer in range(3):
+                with turn:
+                    turn.wait_for(lambda: now[0] % 2 == who)
+                    hidden = torch.ones(tokens, HIDDEN)
+                    ids = torch.tensor([[layer + who, 5]] * tokens)
+                    moeinf.fused_experts(
+                        hidden, ids, torch.ones(tokens, 2), cache, layer, forward_pass=one
+                    )
+                    now[0] += 1
+                    turn.notify_all()
+
+    def prompt_of(batch: int) -> moeinf.ForwardPass:
+        return moeinf.ForwardPass(prefill=True, new_sequence=True, batch=batch)
+
+    with cache.record() as recorder:
+        run_together(
+            lambda: steps(0, [(prompt_of(1), 4), (moeinf.ForwardPass(), 1)]),
+            lambda: steps(1, [(prompt_of(2), 6), (moeinf.ForwardPass(batch=2), 2)]),
+        )
+    trace = recorder.trace()
+    found = {
+        (tuple(one.experts[:, 0, 0].tolist()), tuple(one.phase.tolist())) for one in trace.split()
+    }
+    assert found == {
+        ((0,) * 5, (PREFILL,) * 4 + (DECODE,)),
+        ((1,) * 4, (PREFILL,) * 3 + (DECODE,)),
+    }
+    assert len(trace.split()) == 3
+
+
+def test_tokens_of_a_batch_that_name_their_sequences(store: moeinf.ExpertStore) -> None:
+    """Sequences join and leave between passes; a number is the same sequence again."""
+    cache = moeinf.ExpertCache(store, slots=4)
+    passes = [[7, 7, 9], [9, 7], [3, 7], [3]]
+    with cache.record() as recorder:
+        for number, sequences in enumerate(passes):
+            one = moeinf.ForwardPass(prefill=number == 0, sequences=sequences)
+            for layer in range(3):
+                ids = torch.tensor([[s % EXPERTS] for s in sequences])
+                moeinf.fused_experts(
+                    torch.ones(len(sequences), HIDDEN),
+                    ids,
+                    torch.ones(len(sequences), 1),
+                    cache,
+                    layer,
+                    forward_pass=one,
+                )
+    trace = recorder.trace()
+    assert trace.sequence.tolist() == [0] * 4 + [1] * 2 + [2] * 2
+    assert trace.experts[:, 0, 0].tolist() == [1] * 4 + [3] * 4
+    assert trace.phase.tolist() == [0, 0, 1, 1, 0, 1, 1, 1]
