@@ -18,6 +18,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	git ls-files $(CPP) | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/python -m tools.stubs --check
 	$(BIN)/mypy
 
 stubs: $(VENV)/.lint

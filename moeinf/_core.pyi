@@ -1,4 +1,519 @@
-from typing import Any
+# Written by `make stubs` from the compiled module: change csrc/bindings, not this file.
+"""
+Slots, transfers, residency and CPU kernels of moeinf.
+"""
 
-# The compiled module documents itself; to type checkers its names are Any.
-def __getattr__(name: str) -> Any: ...
+from __future__ import annotations
+
+import collections.abc
+import typing
+
+import numpy
+import numpy.typing
+import typing_extensions
+
+class DType:
+    __members__: typing.ClassVar[dict[str, DType]]
+    bf16: typing.ClassVar[DType]
+    f16: typing.ClassVar[DType]
+    f32: typing.ClassVar[DType]
+
+class Rows:
+    """Bytes from the slot's start to row 0, and from row to row."""
+
+    def __init__(self, offset: int, stride: int) -> None: ...
+
+class Matrix:
+    def __init__(
+        self,
+        *,
+        format: str,
+        rows: int,
+        cols: int,
+        values: Rows,
+        scales: Rows | None = None,
+        bias: Rows | None = None,
+        bias_dtype: DType = DType.f32,
+    ) -> None: ...
+
+class Gate:
+    def __init__(
+        self, function: str, activation: str, *, alpha: float = 1.0, limit: float = ...
+    ) -> None: ...
+
+class ExpertFfn:
+    """What an expert computes, and where its matrices lie in a slot."""
+
+    def __init__(
+        self, *, gate: Matrix, up: Matrix | None, down: Matrix, function: Gate
+    ) -> None: ...
+
+class FfnInput:
+    def __init__(
+        self,
+        *,
+        hidden: int,
+        hidden_dtype: DType,
+        topk_ids: int,
+        ids_are_int64: bool,
+        topk_weights: int,
+        topk_weights_dtype: DType,
+        tokens: int,
+        top_k: int,
+        num_experts: int,
+    ) -> None: ...
+
+class CpuEngine:
+    """Kernels of one instruction set, threads and scratch memory."""
+
+    def __init__(self, *, threads: int = 0, kernels: str = "") -> None: ...
+    def read_all(self, data: int, nbytes: int, *, task_bytes: int, streams: int) -> int:
+        """Reads nbytes at address `data` once with all threads; returns the or of its words."""
+
+    @property
+    def kernels(self) -> str: ...
+    @property
+    def threads(self) -> int: ...
+
+class ExpertFfnCall:
+    @staticmethod
+    def tokens_per_call(expert: ExpertFfn, top_k: int, scratch_bytes: int = 67108864) -> int: ...
+    def __init__(self, engine: CpuEngine, expert: ExpertFfn, input: FfnInput) -> None: ...
+    def compute(self, ready: collections.abc.Sequence[tuple[int, int]]) -> None:
+        """Computes the experts at these (position, slot address) pairs."""
+
+    def finish(self, out: int, out_dtype: DType) -> None: ...
+    @property
+    def counts(self) -> list[int]: ...
+    @property
+    def experts(self) -> list[int]: ...
+
+class Catalog:
+    """Which ranges of which files make up every expert, and where in a slot each goes."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_experts: int,
+        slot_bytes: int,
+        files: collections.abc.Sequence[tuple[str, int]],
+        extents: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
+    ) -> None:
+        """files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as (file,
+        file offset, bytes, slot offset), experts by layer * num_experts + expert."""
+
+    def extents(self, expert: int) -> numpy.typing.NDArray[numpy.uint64]:
+        """uint64 [extents, 4] of one flat expert id, as given to the constructor."""
+
+    @property
+    def expert_bytes(self) -> int: ...
+    @property
+    def files(self) -> list[tuple[str, int]]: ...
+    @property
+    def num_experts(self) -> int: ...
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+
+class SlotPool:
+    """Equal slots in one range of RAM; their address never changes."""
+
+    def __init__(self, slot_bytes: int, slots: int, *, capacity: int | None = None) -> None: ...
+    def numpy(self, slot: int) -> numpy.typing.NDArray[numpy.uint8]:
+        """The bytes of one slot, uint8 [slot_bytes], not copied."""
+
+    def resize(self, slots: int) -> None: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def slot_bytes(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+
+class Ticket:
+    """One expert on its way."""
+
+    def wait(self, seconds: float | None = None) -> bool:
+        """False if it is still on its way."""
+
+    @property
+    def error(self) -> str | None: ...
+    @property
+    def seconds(self) -> float | None: ...
+    @property
+    def state(self) -> str: ...
+
+class FileReader:
+    """Reads experts from files into slots on worker threads."""
+
+    def __init__(
+        self, catalog: Catalog, *, threads: int = 0, chunk_bytes: int = 0, direct: bool = True
+    ) -> None: ...
+    def cancel(self, ticket: Ticket) -> bool: ...
+    def file_is_direct(self, file: int) -> bool: ...
+    def promote(self, ticket: Ticket) -> None: ...
+    def submit(
+        self, expert: int, pool: SlotPool, slot: int, *, prefetch: bool = False
+    ) -> Ticket: ...
+    @property
+    def chunk_bytes(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+
+class CudaDevice:
+    """A CUDA device, through the driver library found at run time."""
+
+    def __init__(self, index: int = 0) -> None:
+        """Raises UnsupportedError, saying what is missing, or ValueError for a bad index."""
+
+    def time_copies(self, nbytes: int, count: int, gather: bool, rounds: int) -> float:
+        """Seconds for `count` runs of `nbytes` from pinned RAM, the best of `rounds`."""
+
+    @property
+    def can_gather(self) -> bool:
+        """Was the gather kernel built, and does it run on this device?"""
+
+    @property
+    def driver_version(self) -> int:
+        """13010: CUDA 13.1."""
+
+    @property
+    def free_bytes(self) -> int: ...
+    @property
+    def index(self) -> int: ...
+    @property
+    def is_fake(self) -> bool:
+        """A driver made for tests."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def total_bytes(self) -> int: ...
+
+class HostTier:
+    """Experts in page-locked RAM, read from files, for the caches of one or several devices."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        device: CudaDevice,
+        slots: int,
+        policy: str = "learned",
+        *,
+        exclusive: bool = False,
+        threads: int = 0,
+        chunk_bytes: int = 0,
+        direct: bool = True,
+    ) -> None: ...
+    def reset_stats(self) -> None: ...
+    def stats(self) -> dict: ...
+
+class EamCollection:
+    """Activation matrices of finished requests; see csrc/policy/eam.h."""
+
+    def __init__(self, num_layers: int, num_experts: int, capacity: int) -> None: ...
+    def __len__(self) -> int: ...
+    def add(self, arg0: typing.Annotated[numpy.typing.ArrayLike, numpy.float32]) -> None: ...
+    def entries(self) -> numpy.typing.NDArray[numpy.float32]: ...
+    def predict(
+        self, arg0: collections.abc.Sequence[int]
+    ) -> numpy.typing.NDArray[numpy.float32]: ...
+    @property
+    def capacity(self) -> int: ...
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Layers, and experts per layer."""
+
+class Eamc:
+    """Two collections: of prompts, and of decoding."""
+
+    def __init__(self, prefill: EamCollection, decode: EamCollection) -> None: ...
+    @property
+    def decode(self) -> EamCollection: ...
+    @property
+    def prefill(self) -> EamCollection: ...
+
+class EamMatch:
+    """A growing matrix against a collection."""
+
+    def __init__(self, arg0: EamCollection) -> None: ...
+    def add_row(
+        self,
+        arg0: int,
+        arg1: collections.abc.Sequence[int],
+        arg2: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    ) -> None: ...
+    def nearest(self, arg0: int) -> list[int]: ...
+    def restart(self) -> None: ...
+
+class StepLease:
+    """The experts of one step. Their slots keep their bytes until done() or release(); use it as a
+    context manager."""
+
+    def __enter__(self) -> typing.Any: ...
+    def __exit__(self, *args: typing.Any) -> None: ...
+    def done(self, position: int) -> None:
+        """The slot of that position may be reused."""
+
+    def next(self) -> list[tuple[int, int]] | None:
+        """Waits for experts and returns those that became ready as [(position, slot)]; None once
+        all have been handed out. Raises ReadError or CapacityError."""
+
+    def release(self) -> None:
+        """All slots of the step may be reused."""
+
+    def wait_all(self) -> list:
+        """Waits for all and returns their slots in the order of `experts`."""
+
+class ExpertCache:
+    """Experts in the slots of one pool, filled from files. Thread-safe."""
+
+    transit_slots: typing.ClassVar[int] = 2
+
+    def __dlpack__(
+        self,
+        *,
+        stream: typing.Any = None,
+        max_version: typing.Any = None,
+        dl_device: typing.Any = None,
+        copy: typing.Any = None,
+    ) -> typing_extensions.CapsuleType:
+        """uint8 [transit_slots + slots, slot_bytes], not copied; row numbers are those that leases
+        give. Keeps the memory, not the cache, alive."""
+
+    def __dlpack_device__(self) -> tuple: ...
+    def __init__(
+        self,
+        catalog: Catalog,
+        slots: int,
+        policy: str = "learned",
+        *,
+        threads: int = 0,
+        chunk_bytes: int = 0,
+        direct: bool = True,
+        prefetch: str = "off",
+        device: CudaDevice | None = None,
+        host_slots: int = 0,
+        exclusive: bool = False,
+        gather_below: int = 0,
+        eamc: Eamc | None = None,
+        host_tier: HostTier | None = None,
+    ) -> None: ...
+    def acquire(
+        self,
+        layer: int,
+        experts: typing.Any,
+        counts: typing.Any = None,
+        prefill: bool = False,
+        new_sequence: bool = False,
+    ) -> tuple[StepLease, list]:
+        """Starts a step, waits until all its experts sit in slots at once, and returns the lease
+        and their slots in the order of `experts`. Raises CapacityError where they
+        cannot."""
+
+    def begin(
+        self,
+        layer: int,
+        experts: typing.Any,
+        counts: typing.Any = None,
+        prefill: bool = False,
+        new_sequence: bool = False,
+    ) -> StepLease:
+        """Starts a step and never waits. experts: distinct ids within the layer; counts: tokens
+        routed to each. What slots cannot hold passes through two staging slots."""
+
+    def eamc(self) -> Eamc:
+        """A copy of what 'eam' has collected, the request in progress as it is included."""
+
+    def host_stats(self) -> typing.Any:
+        """Counts of the pinned RAM and of the link to the device; None where slots lie in RAM."""
+
+    def predict(self, layer: int, experts: typing.Any) -> None:
+        """What the next step of that layer is expected to use, best first. Read ahead within the
+        budget, where that pays."""
+
+    def prediction_stats(self) -> dict:
+        """Counts of predictions; see PredictionStats in csrc/prefetch/prefetcher.h."""
+
+    def prefetch(self, layer: int, experts: typing.Any) -> int:
+        """Starts reading what is absent, best first. Returns the number of reads started."""
+
+    def reset_stats(self) -> None: ...
+    def resident(self, layer: int) -> list[int]:
+        """Ids within the layer whose bytes are in slots."""
+
+    def resize(self, slots: int) -> None:
+        """Waits for leases on slots that go. Views of their rows may not be touched any more; after
+        growing, take a new view to see the new rows."""
+
+    def set_priors(self, priors: numpy.typing.NDArray[numpy.float32]) -> None:
+        """How likely each expert is to come, by flat id."""
+
+    def stats(self) -> list:
+        """One dict per layer."""
+
+    def wait_for_rows(self, rows: typing.Any) -> None:
+        """The host waits until the bytes of leased rows are there; at once where slots lie in
+        RAM."""
+
+    @property
+    def address(self) -> int:
+        """Of row 0. The same for the life of the cache."""
+
+    @property
+    def files_direct(self) -> list[bool]:
+        """For each file of the catalog: is it read with O_DIRECT?"""
+
+    @property
+    def policy(self) -> str: ...
+    @property
+    def slot_bytes(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def wants_predictions(self) -> bool:
+        """Is a call of predict() worth making now?"""
+
+class Wave:
+    """The experts of a step that can be computed now."""
+
+    @property
+    def names_past_the_end(self) -> bool:
+        """Is num_experts, which means no expert, among the ids?"""
+
+    @property
+    def slots(self) -> int:
+        """Experts that the cache can hold now."""
+
+    @property
+    def whole(self) -> bool:
+        """Are they all experts of the step?"""
+
+class StepStream:
+    """Steps of one stream of a device; see csrc/cache/stream_step.h. Not thread-safe."""
+
+    def __init__(self, cache: ExpertCache, stream: int) -> None: ...
+    def begin(self) -> Wave | None:
+        """Waits for the ids, starts the step and returns its first wave, or None where no id names
+        an expert. In the stream's order the map will hold the slots of the wave, -1
+        elsewhere, and the stream waits for their bytes."""
+
+    def copy_ids(
+        self,
+        layer: int,
+        ids_address: int,
+        ids_are_int64: bool,
+        tokens: int,
+        top_k: int,
+        map_address: int,
+        prefill: bool = False,
+        new_sequence: bool = False,
+        caller: int = 0,
+    ) -> None:
+        """Enqueues the way of the ids [tokens, top_k] from a device address to the host. The map is
+        int32 [num_experts + 1] on the device."""
+
+    def ids(self) -> numpy.ndarray:
+        """The ids of the step, a copy."""
+
+    def next(self) -> Wave | None:
+        """The next wave, or None at the end of the step. Slots of the wave before may be reused
+        behind what the stream has been given so far."""
+
+    def release(self) -> None:
+        """Ends the step early."""
+
+    def synchronize(self) -> None:
+        """The host waits for the stream."""
+
+def activations() -> list[str]:
+    """The activations of the gate functions."""
+
+def available_memory() -> int:
+    """Bytes that could still be taken: RAM and free swap, or less in a control group."""
+
+def check_trace(
+    arg0: typing.Annotated[numpy.typing.ArrayLike, numpy.int16],
+    arg1: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    arg2: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    arg3: int,
+    arg4: str,
+) -> None: ...
+def cpu_kernels() -> list[tuple[str, bool]]:
+    """(name, whether this CPU can run it) of every set of CPU kernels, best first."""
+
+def fused_experts(
+    cache: ExpertCache,
+    engine: CpuEngine,
+    expert: ExpertFfn,
+    input: FfnInput,
+    *,
+    layer: int,
+    out: int,
+    out_dtype: DType,
+    prefill: bool,
+    new_sequence: bool,
+    caller: int,
+) -> None:
+    """Writes [tokens, hidden] to the address `out`; see moeinf.fused_experts."""
+
+def fused_experts_raw(
+    engine: CpuEngine,
+    expert: ExpertFfn,
+    input: FfnInput,
+    *,
+    slots: collections.abc.Sequence[int],
+    out: int,
+    out_dtype: DType,
+) -> None:
+    """One whole call; slots[e] is the address of expert e, 0 where it has no route."""
+
+def gate_functions() -> list[str]:
+    """The gate functions that the CPU computes."""
+
+def policy_names() -> list[str]:
+    """What `policy` may be."""
+
+def prefetch_names() -> list[str]:
+    """What `prefetch` may be."""
+
+def read_bandwidth(path: str, seconds: float = 1.0) -> dict:
+    """Sequential read rates of a file, or of a folder's largest file: path, direct,
+    bytes_per_second (the best) and ways (request_bytes, in_flight, bytes_per_second each)."""
+
+def simulate(
+    experts: typing.Annotated[numpy.typing.ArrayLike, numpy.int16],
+    sequence: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    phase: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    router: typing.Annotated[numpy.typing.ArrayLike, numpy.uint16] | None,
+    num_experts: int,
+    policy: typing.Any,
+    slots: int,
+    eamc: Eamc | None = None,
+    priors: typing.Any = None,
+    progress: typing.Any = None,
+    step_misses: bool = False,
+) -> dict: ...
+def time_cache_hits(
+    cache: ExpertCache,
+    layer: int,
+    experts: collections.abc.Sequence[int],
+    rounds: int,
+    steps_per_round: int,
+) -> list[float]:
+    """Seconds of a step of resident experts without Python, a mean per round."""
+
+def time_cache_misses(
+    policy: str,
+    num_layers: int,
+    num_experts: int,
+    slots: int,
+    misses: int,
+    rounds: int,
+    steps_per_round: int,
+) -> list[float]:
+    """Seconds to plan a step whose experts all miss, no bytes moved, a mean per round."""
+
+def weight_formats() -> list[str]:
+    """The weight formats that the CPU computes with."""

@@ -10,10 +10,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import moeinf
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.checkpoint.index import Slice, split_fused
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError
+from moeinf.integrations.transformers.form import form_of
 from moeinf.kernels.forms import ExpertForm, Gate
 
 EXPERTS, HIDDEN, INTER = 3, 5, 7
@@ -146,3 +148,42 @@ def test_a_form_that_is_none(checkpoint: Checkpoint) -> None:
         ExpertStore(
             checkpoint, index_of(checkpoint, ("wi", "wo")), form=ExpertForm(Gate("x")), top_k=1
         )
+
+
+def test_gpt_oss_experts_compute_what_transformers_computes(tmp_path: Path, seed: int) -> None:
+    """Interleaved rows, biases and a clamped gate; stored by rows, as in its released files."""
+    from transformers import AutoConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(
+        "gpt_oss", hidden_size=24, intermediate_size=40, num_local_experts=5, swiglu_limit=1.0
+    )
+    module = GptOssExperts(config)
+    parameters = dict(module.named_parameters())
+    for parameter in parameters.values():
+        torch.nn.init.normal_(parameter, std=0.5)
+    tensors = {
+        name: (value if name.endswith("_bias") else value.transpose(1, 2)).detach().contiguous()
+        for name, value in parameters.items()
+    }
+    (tmp_path / "config.json").write_text("{}")
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint.open(tmp_path)
+    keys = {
+        "gate_up_proj": ("gate_up", "values"),
+        "gate_up_proj_bias": ("gate_up", "bias"),
+        "down_proj": ("down", "values"),
+        "down_proj_bias": ("down", "bias"),
+    }
+    slices = {key: split_fused(checkpoint.tensors[name], 5) for name, key in keys.items()}
+    index = {"experts": [{key: found[e] for key, found in slices.items()} for e in range(5)]}
+    store = ExpertStore(checkpoint, index, form=form_of(module), top_k=2, interleaved=True)
+    cache = moeinf.ExpertCache(store, slots=2)
+    hidden = torch.randn(9, 24)
+    ids = torch.stack([torch.randperm(5)[:2] for _ in range(9)])
+    weights = torch.rand(9, 2)
+    with torch.no_grad():
+        expected = module(hidden, ids, weights)
+    found = moeinf.fused_experts(hidden, ids, weights, cache, 0)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -34,7 +34,7 @@ CORE = {
     "trace": "base policy",
     "compute": "base layout",
     "cuda": "base memory device",
-    "probe": "base layout memory device transfer compute",
+    "probe": "base layout memory device policy prefetch transfer tier cache compute",
     "bindings": "base layout memory device policy prefetch transfer tier cache trace compute cuda "
     "probe",
 }
@@ -227,11 +227,3 @@ def test_the_table_in_contributing_is_this_one() -> None:
     for room, known in ROOMS.items():
         short = {name.rpartition("csrc/")[2] for name in known}
         assert shown.get(room) == short, f"row of {room} in CONTRIBUTING.md"
-
-
-# Until the backend holds the cache: moeinf/cache still imports moeinf/experts.
-pending = pytest.mark.xfail(strict=False)
-test_no_circle_of_files = pending(test_no_circle_of_files)
-test_a_room_of_python_imports_only_rooms_and_libraries_that_it_may_know = pending(
-    test_a_room_of_python_imports_only_rooms_and_libraries_that_it_may_know
-)

@@ -27,7 +27,8 @@ NUMBERS = {
 def generate() -> str:
     """The text of the stub. Fails where a signature names a type that Python does not know."""
     with tempfile.TemporaryDirectory() as folder:
-        command = ["pybind11_stubgen", "moeinf._core", "--exit-code", "-o", folder]
+        enums = ["--enum-class-locations", r"\w+:moeinf._core"]
+        command = ["pybind11_stubgen", "moeinf._core", "--exit-code", *enums, "-o", folder]
         run = subprocess.run([sys.executable, "-m", *command], capture_output=True, text=True)
         if run.returncode:
             sys.exit(f"{run.stdout}{run.stderr}csrc/bindings: a signature is not written in Python")

@@ -7,12 +7,14 @@ namespace moeinf {
 
 void bind_errors(pybind11::module_& module);
 void bind_compute(pybind11::module_& module);
-void bind_transfer(pybind11::module_& module);
+void bind_catalog(pybind11::module_& module);
+void bind_pool(pybind11::module_& module);
+void bind_file_reader(pybind11::module_& module);
+void bind_probe(pybind11::module_& module);
 void bind_device(pybind11::module_& module);
 void bind_host_tier(pybind11::module_& module);
 void bind_cache(pybind11::module_& module);
 void bind_step_stream(pybind11::module_& module);
-void bind_cache_timing(pybind11::module_& module);
 void bind_fused_experts(pybind11::module_& module);
 void bind_trace(pybind11::module_& module);
 

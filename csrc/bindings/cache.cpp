@@ -22,6 +22,7 @@
 #include "tier/device_link.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace moeinf {
 namespace {
@@ -155,17 +156,12 @@ std::optional<std::vector<std::pair<int32_t, SlotId>>> next(PythonLease& step) {
 }
 
 py::dict to_dict(const LayerStats& stats) {
-    py::dict row;
-    row["accesses"] = stats.accesses;
-    row["hits"] = stats.hits;
-    row["misses"] = stats.misses;
-    row["evictions"] = stats.evictions;
-    row["demand_bytes"] = stats.demand_bytes;
-    row["prefetch_bytes"] = stats.prefetch_bytes;
-    row["prefetch_useful_bytes"] = stats.prefetch_useful_bytes;
-    row["prefetch_wasted_bytes"] = stats.prefetch_wasted_bytes;
-    row["stall_seconds"] = stats.stall_seconds;
-    return row;
+    return py::dict("accesses"_a = stats.accesses, "hits"_a = stats.hits, "misses"_a = stats.misses,
+                    "evictions"_a = stats.evictions, "demand_bytes"_a = stats.demand_bytes,
+                    "prefetch_bytes"_a = stats.prefetch_bytes,
+                    "prefetch_useful_bytes"_a = stats.prefetch_useful_bytes,
+                    "prefetch_wasted_bytes"_a = stats.prefetch_wasted_bytes,
+                    "stall_seconds"_a = stats.stall_seconds);
 }
 
 const char* name_of(PrefetchTrial::State state) {
@@ -181,23 +177,14 @@ const char* name_of(PrefetchTrial::State state) {
 }
 
 py::dict to_dict(const PredictionStats& stats) {
-    py::dict row;
-    row["predictor"] = stats.predictor;
-    row["state"] = name_of(stats.state);
-    row["gain"] = stats.gain;
-    row["gain_error"] = stats.gain_error;
-    row["switches"] = stats.switches;
-    row["steps"] = stats.steps;
-    row["active_steps"] = stats.active_steps;
-    row["used"] = stats.used;
-    row["predicted"] = stats.predicted;
-    row["correct"] = stats.correct;
-    row["predicted_absent"] = stats.predicted_absent;
-    row["predicted_absent_used"] = stats.predicted_absent_used;
-    row["fetched"] = stats.fetched;
-    row["late"] = stats.late;
-    row["late_seconds"] = stats.late_seconds;
-    return row;
+    return py::dict(
+        "predictor"_a = stats.predictor, "state"_a = name_of(stats.state), "gain"_a = stats.gain,
+        "gain_error"_a = stats.gain_error, "switches"_a = stats.switches, "steps"_a = stats.steps,
+        "active_steps"_a = stats.active_steps, "used"_a = stats.used,
+        "predicted"_a = stats.predicted, "correct"_a = stats.correct,
+        "predicted_absent"_a = stats.predicted_absent,
+        "predicted_absent_used"_a = stats.predicted_absent_used, "fetched"_a = stats.fetched,
+        "late"_a = stats.late, "late_seconds"_a = stats.late_seconds);
 }
 
 const Device* device_of(const ExpertCache& cache) {

@@ -8,6 +8,7 @@
 #include "bindings/bindings.h"
 
 namespace py = pybind11;
+using namespace pybind11::literals;
 
 namespace moeinf {
 namespace {
@@ -27,14 +28,9 @@ std::shared_ptr<HostTier> make_tier(std::shared_ptr<Catalog> catalog,
 }  // namespace
 
 py::dict to_dict(const HostTierStats& stats) {
-    py::dict row;
-    row["slots"] = stats.slots;
-    row["slots_refused"] = stats.slots_refused;
-    row["hits"] = stats.hits;
-    row["misses"] = stats.misses;
-    row["read_bytes"] = stats.read_bytes;
-    row["demoted"] = stats.demoted;
-    return row;
+    return py::dict("slots"_a = stats.slots, "slots_refused"_a = stats.slots_refused,
+                    "hits"_a = stats.hits, "misses"_a = stats.misses,
+                    "read_bytes"_a = stats.read_bytes, "demoted"_a = stats.demoted);
 }
 
 void bind_host_tier(py::module_& module) {

@@ -6,13 +6,15 @@ PYBIND11_MODULE(_core, module) {
     module.doc() = "Slots, transfers, residency and CPU kernels of moeinf.";
     moeinf::bind_errors(module);
     moeinf::bind_compute(module);
-    moeinf::bind_transfer(module);
+    moeinf::bind_catalog(module);
+    moeinf::bind_pool(module);
+    moeinf::bind_file_reader(module);
     moeinf::bind_device(module);
     moeinf::bind_host_tier(module);
     moeinf::bind_trace(module);
     moeinf::bind_cache(module);
     moeinf::bind_step_stream(module);
-    moeinf::bind_cache_timing(module);
+    moeinf::bind_probe(module);
     moeinf::bind_fused_experts(module);
     module.def("available_memory", &moeinf::available_memory,
                "Bytes that could still be taken: RAM and free swap, or less in a control group.");

@@ -12,7 +12,7 @@ constexpr int32_t kNever = std::numeric_limits<int32_t>::max();
 class Belady final : public Policy {
 public:
     explicit Belady(const TraceView& trace) : next_use_(trace.shape().total(), kNever) {
-        // One pass forward: each use fills in the entry of the use before it.
+        // One pass over the trace: each use writes the entry of the previous use.
         next_of_access_.reserve(trace.experts.size());
         PerExpert<int64_t> last_access(next_use_.size(), -1);
         StepReader reader(trace);

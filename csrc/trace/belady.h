@@ -1,5 +1,5 @@
-// Belady's optimal replacement, for comparison only: it must know the future, so it is made from
-// the very trace it will be asked about, and the live cache cannot use it.
+// Belady's optimal replacement, for comparison only. It must know the future, so it is made from
+// the trace that it is simulated on. The live cache cannot use it.
 #pragma once
 
 #include <memory>
@@ -9,9 +9,9 @@
 
 namespace moeinf {
 
-// The farthest next use leaves first; never used again counts as infinitely far; ties go to the
-// lower flat id. Keeps 4 bytes per access of the trace. The policy expects to see exactly the steps
-// of `trace`, once, in order.
+// Evicts the expert with the farthest next use. An expert that is never used again is infinitely
+// far; ties go to the lower flat id. Keeps 4 bytes per access of the trace. The policy must see
+// exactly the steps of `trace`, once and in order.
 std::unique_ptr<Policy> make_belady(const TraceView& trace);
 
 }  // namespace moeinf

@@ -13,7 +13,7 @@ constexpr int64_t kPassesPerReport = 4096;
 
 PerLayer<LayerCounts> simulate(const TraceView& trace, int32_t slots,
                                std::unique_ptr<Policy> policy, const SimulationHooks& hooks) {
-    // More slots than experts stay empty, and may be too many to remember.
+    // Slots beyond the number of experts stay empty, and their number may be too large for memory.
     Residency residency(trace.shape(), std::min(slots, trace.shape().total()), std::move(policy));
     PerLayer<LayerCounts> layers(trace.layers);
     StepReader reader(trace);

@@ -1,5 +1,5 @@
-// Replays a trace through the classes of the live cache, Residency and Policy, and counts. A live
-// run and the simulation of its own trace give the same hits to the unit. Moves no bytes.
+// Replays a trace through the classes of the live cache, Residency and Policy, and counts hits. A
+// live run and the simulation of its trace have exactly the same hits. Moves no bytes.
 #pragma once
 
 #include <cstdint>
@@ -21,11 +21,12 @@ struct LayerCounts {
 };
 
 struct SimulationHooks {
-    // After each pass, with its tokens [first, end); may write priors into the policy.
+    // Called after each pass with its tokens [first, end). It may write priors into the policy.
     std::function<void(int64_t first, int64_t end, Policy& policy)> after_pass;
-    // Every few thousand passes and at the end, with the tokens done so far. May throw to stop.
+    // Called every few thousand passes and at the end, with the tokens done so far. It may throw to
+    // stop.
     std::function<void(int64_t tokens)> progress;
-    // Where to put the misses of every step, in order; null: nowhere.
+    // Receives the misses of every step, in order. May be null.
     std::vector<uint16_t>* step_misses = nullptr;
 };
 

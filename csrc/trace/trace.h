@@ -1,5 +1,5 @@
-// The recorded routing of real runs, and the steps it consists of. The simulator and Belady read
-// traces through this; it owns nothing, reads no files and never changes what it views.
+// The recorded routing of real runs as a view, and its steps. The simulator and Belady read traces
+// through this view. It owns no memory, reads no files and changes no value.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +28,8 @@ struct TraceView {
 // Throws Error(kInvalid), naming `name`, the tensor, what was expected and what was found.
 void check_trace(const TraceView& trace, std::string_view name);
 
-// Yields the steps in order: an unbroken run of prefill tokens of one sequence is one pass, every
-// decode token is one pass, and a pass is one step per layer. A step's experts are distinct, in
+// Yields the steps in order. Consecutive prefill tokens of one sequence are one pass, and every
+// decode token is one pass. A pass has one step per layer. The experts of a step are distinct, in
 // routing order, token by token.
 class StepReader {
 public:
@@ -55,7 +55,7 @@ private:
     bool prefill_ = false, new_sequence_ = false;
     std::vector<ExpertId> experts_;
     std::vector<int32_t> counts_;
-    std::vector<int32_t> position_;  // by in-layer expert: where it stands in experts_
+    std::vector<int32_t> position_;  // by in-layer expert: its position in experts_
     std::vector<int64_t> seen_;      // by in-layer expert: the last step that used it
     std::vector<float> router_;
 };

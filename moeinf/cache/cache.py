@@ -130,24 +130,24 @@ class ExpertCache:
             if opened is None
             else less_reserve(opened.free_bytes, GPU_RESERVE, dense_bytes),
         )
-        options = {
-            "threads": threads,
-            "chunk_bytes": chunk_bytes,
-            "direct": direct,
-            "prefetch": prefetch,
-            "eamc": None if eamc is None else eamc.to_core(),
-        }
+        make_core = partial(
+            _core.ExpertCache,
+            store.catalog,
+            room,
+            policy,
+            threads=threads,
+            chunk_bytes=chunk_bytes,
+            direct=direct,
+            prefetch=prefetch,
+            eamc=None if eamc is None else eamc.to_core(),
+        )
         self.streams: StepStreams | None = None
         """Where steps run on a GPU; None where slots lie in RAM."""
         if opened is None:
-            self.core = _core.ExpertCache(store.catalog, room, policy, **options)
+            self.core = make_core()
         else:
             self._copy_path, below = gather_tuning.copy_path(opened, gather_below)
-            self.core = _core.ExpertCache(
-                store.catalog,
-                room,
-                policy,
-                **options,
+            self.core = make_core(
                 device=opened,
                 host_slots=host_slots_for(
                     host_memory=host_memory,

@@ -38,7 +38,7 @@ class Naming:
     def pattern(self) -> re.Pattern[str]:
         expert = "" if self.fused else r"\.(?P<expert>\d+)"
         return re.compile(
-            r"(?P<module>(?:(?P<model>.+)\.)?layers\.(?P<layer>\d+)\."
+            r"(?P<module>(?:(?P<model>.+?)\.)?layers\.(?P<layer>\d+)\."
             rf"(?:{self.blocks})\.experts){expert}"
             rf"\.(?P<word>{'|'.join(self.matrices)})(?P<suffix>|[._].+)"
         )
@@ -78,7 +78,7 @@ TEXT_MODELS = frozenset(
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Address:
     """Where a tensor of experts belongs.
 

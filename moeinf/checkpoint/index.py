@@ -69,9 +69,9 @@ def build_index(found: Iterable[tuple[Address, TensorEntry]], num_experts: int) 
     layers: dict[int, tuple[str, list[dict[tuple[str, str], Slice]]]] = {}
     for address, entry in found:
         assert address.piece is not None
-        module, experts = layers.setdefault(
-            address.layer, (address.module, [{} for _ in range(num_experts)])
-        )
+        if address.layer not in layers:
+            layers[address.layer] = address.module, [{} for _ in range(num_experts)]
+        module, experts = layers[address.layer]
         key = address.matrix, address.piece
         if address.expert is None:
             holders, slices = experts, split_fused(entry, num_experts)

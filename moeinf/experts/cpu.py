@@ -31,16 +31,16 @@ def core_expert(form: ExpertForm, layout: Layout) -> _core.ExpertFfn:
 
 
 def _core_matrix(matrix: MatrixLayout) -> _core.Matrix:
-    def core_rows(rows: Rows | None) -> _core.Rows | None:
-        return None if rows is None else _core.Rows(rows.offset, rows.stride)
+    def core_rows(rows: Rows) -> _core.Rows:
+        return _core.Rows(rows.offset, rows.stride)
 
     return _core.Matrix(
         format=matrix.format.name,
         rows=matrix.rows,
         cols=matrix.cols,
         values=core_rows(matrix.values),
-        scales=core_rows(matrix.scales),
-        bias=core_rows(matrix.bias),
+        scales=None if matrix.scales is None else core_rows(matrix.scales),
+        bias=None if matrix.bias is None else core_rows(matrix.bias),
         bias_dtype=DTYPES[torch.float32 if matrix.bias is None else matrix.bias.segment.dtype],
     )
 

@@ -60,6 +60,7 @@ class CudaExperts:
         converted = hidden.dtype != self.dtype
         rows = (hidden.to(self.dtype) if converted else hidden).contiguous()
         ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
+        tokens, top_k = ids.shape
         passes = self.passes
         stream = self.streams.current()
         with stream.lock:
@@ -68,7 +69,8 @@ class CudaExperts:
                 layer,
                 ids.data_ptr(),
                 ids.dtype == torch.int64,
-                *ids.shape,
+                tokens,
+                top_k,
                 stream.map_address,
                 prefill=passes.current.prefill,
                 new_sequence=passes.takes_first_step(),

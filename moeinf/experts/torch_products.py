@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from moeinf.kernels.forms import ExpertForm, ExpertMatrices
+from moeinf.checkpoint.formats import FORMATS, SCALES, VALUES
+from moeinf.kernels.forms import ExpertForm, ExpertMatrices, Matrix
 from moeinf.kernels.gates import reference
 
 
@@ -24,26 +25,34 @@ def expert_routes(
 ) -> torch.Tensor:
     """Writes routes[t, j] [T, k, H], float32, for every route whose expert has a slot in the map.
 
-    hidden [T, H], ids [T, k] experts or -1, matrices of plain formats, expert_map [E] expert ->
-    slot or -1. The tokens of an expert are one product, in whatever wave it comes.
+    hidden [T, H], ids [T, k] experts or -1, expert_map [E] expert -> slot or -1. The tokens of an
+    expert are one product, in whatever wave it comes.
     """
     if routes is None:
         shape = (*ids.shape, hidden.shape[1])
         routes = torch.empty(shape, dtype=torch.float32, device=hidden.device)
-    first = [matrix for matrix in (matrices.gate, matrices.up) if matrix is not None]
-    down = matrices.down
     for expert, slot in enumerate(expert_map.tolist()):
         if slot < 0:
             continue
         token, place = (ids == expert).nonzero(as_tuple=True)
-        weights = torch.cat([matrix.values[slot] for matrix in first]).float()
-        rows = F.linear(hidden[token].float(), weights)
-        biases = [matrix.bias[slot].float() for matrix in first if matrix.bias is not None]
-        if biases:
-            rows = rows + torch.cat(biases)
-        y = F.linear(reference(form.gate, *rows.chunk(len(first), 1)), down.values[slot].float())
-        routes[token, place] = y if down.bias is None else y + down.bias[slot].float()
+        gate, up = matrices.gate, matrices.up
+        first = product(hidden[token].float(), [gate] if up is None else [gate, up], slot)
+        inner = reference(form.gate, *first.split(gate.values.shape[1], dim=1))
+        routes[token, place] = product(inner, [matrices.down], slot)
     return routes
+
+
+def product(x: torch.Tensor, matrices: list[Matrix], slot: int) -> torch.Tensor:
+    """x W^T + bias in float32, of one slot, for the rows of all matrices as one product."""
+    weights, biases = [], []
+    for matrix in matrices:
+        parts = {VALUES: matrix.values[slot]}
+        if matrix.scales is not None:
+            parts[SCALES] = matrix.scales[slot]
+        weights.append(FORMATS[matrix.format].dequantise(parts).float())
+        if matrix.bias is not None:
+            biases.append(matrix.bias[slot].float())
+    return F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
 
 
 def combine(

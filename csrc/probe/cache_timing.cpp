@@ -1,16 +1,9 @@
-// What the cache costs with Python left out, for benchmarks/cache_overhead.py.
-#include <pybind11/stl.h>
+#include "probe/cache_timing.h"
 
 #include <chrono>
 #include <random>
-#include <vector>
 
-#include "bindings/bindings.h"
-#include "bindings/ids.h"
-#include "cache/expert_cache.h"
 #include "policy/residency.h"
-
-namespace py = pybind11;
 
 namespace moeinf {
 namespace {
@@ -21,11 +14,11 @@ double seconds_since(Clock::time_point start) {
     return std::chrono::duration<double>(Clock::now() - start).count();
 }
 
-// Mean seconds of a step of resident experts: begin, next until all are handed out, done for each,
-// release. One value per round.
-std::vector<double> time_hits(ExpertCache& cache, LayerId layer,
-                              const std::vector<ExpertIndex>& experts, int32_t rounds,
-                              int32_t steps_per_round) {
+}  // namespace
+
+std::vector<double> time_cache_hits(ExpertCache& cache, LayerId layer,
+                                    const std::vector<ExpertIndex>& experts, int32_t rounds,
+                                    int32_t steps_per_round) {
     std::vector<double> means;
     std::vector<ReadyExpert> ready;
     for (int32_t round = 0; round < rounds; ++round) {
@@ -41,10 +34,9 @@ std::vector<double> time_hits(ExpertCache& cache, LayerId layer,
     return means;
 }
 
-// Mean seconds to plan a step of which every expert misses, `slots` experts being resident.
-std::vector<double> time_misses(const std::string& policy, int32_t num_layers, int32_t num_experts,
-                                int32_t slots, int32_t misses, int32_t rounds,
-                                int32_t steps_per_round) {
+std::vector<double> time_cache_misses(const std::string& policy, int32_t num_layers,
+                                      int32_t num_experts, int32_t slots, int32_t misses,
+                                      int32_t rounds, int32_t steps_per_round) {
     const ModelShape shape{num_layers, num_experts};
     Residency residency(shape, slots, make_policy(policy, shape));
     std::mt19937 random(1);
@@ -76,19 +68,6 @@ std::vector<double> time_misses(const std::string& policy, int32_t num_layers, i
             means.push_back(std::chrono::duration<double>(spent).count() / steps_per_round);
     }
     return means;
-}
-
-}  // namespace
-
-void bind_cache_timing(py::module_& module) {
-    module.def("time_cache_hits", &time_hits, py::arg("cache"), py::arg("layer"),
-               py::arg("experts"), py::arg("rounds"), py::arg("steps_per_round"),
-               py::call_guard<py::gil_scoped_release>(),
-               "Seconds of a step of resident experts without Python, a mean per round.");
-    module.def("time_cache_misses", &time_misses, py::arg("policy"), py::arg("num_layers"),
-               py::arg("num_experts"), py::arg("slots"), py::arg("misses"), py::arg("rounds"),
-               py::arg("steps_per_round"), py::call_guard<py::gil_scoped_release>(),
-               "Seconds to plan a step whose experts all miss, no bytes moved, a mean per round.");
 }
 
 }  // namespace moeinf

@@ -1,0 +1,102 @@
+// The catalog for Python: where every expert lies in the files.
+#include "layout/catalog.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/error.h"
+#include "bindings/bindings.h"
+#include "bindings/ids.h"
+
+namespace py = pybind11;
+
+namespace moeinf {
+namespace {
+
+using ExtentArray = py::array_t<uint64_t, py::array::c_style | py::array::forcecast>;
+
+std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, uint64_t slot_bytes,
+                                      const std::vector<std::pair<std::string, uint64_t>>& files,
+                                      const ExtentArray& extents) {
+    if (extents.ndim() != 3 || extents.shape(2) != 4 ||
+        extents.shape(0) != static_cast<py::ssize_t>(num_layers) * num_experts) {
+        std::string found = "[";
+        for (py::ssize_t i = 0; i < extents.ndim(); ++i) {
+            if (i > 0) found += ", ";
+            found += std::to_string(extents.shape(i));
+        }
+        throw Error(ErrorCode::kInvalid,
+                    "expected extents of shape [" +
+                        std::to_string(static_cast<int64_t>(num_layers) * num_experts) +
+                        ", extents per expert, 4], found " + found + "]");
+    }
+    std::vector<CatalogFile> catalog_files;
+    for (const auto& [path, nbytes] : files) catalog_files.push_back({path, nbytes});
+
+    const auto values = extents.unchecked<3>();
+    std::vector<Extent> flat;
+    flat.reserve(static_cast<size_t>(extents.shape(0) * extents.shape(1)));
+    for (py::ssize_t expert = 0; expert < extents.shape(0); ++expert) {
+        for (py::ssize_t i = 0; i < extents.shape(1); ++i) {
+            const uint64_t file = values(expert, i, 0);
+            if (file >= files.size()) {
+                throw Error(ErrorCode::kInvalid,
+                            "expert " + std::to_string(expert) + ", extent " + std::to_string(i) +
+                                ": expected a file index below " + std::to_string(files.size()) +
+                                ", found " + std::to_string(file));
+            }
+            flat.push_back({static_cast<uint32_t>(file), values(expert, i, 1), values(expert, i, 2),
+                            values(expert, i, 3)});
+        }
+    }
+    return std::make_shared<Catalog>(ModelShape{num_layers, num_experts}, slot_bytes,
+                                     std::move(catalog_files), std::move(flat));
+}
+
+py::array_t<uint64_t> extents_of(const Catalog& catalog, ExpertId expert) {
+    const std::span<const Extent> extents = catalog.extents(expert);
+    py::array_t<uint64_t> result({static_cast<py::ssize_t>(extents.size()), py::ssize_t{4}});
+    auto values = result.mutable_unchecked<2>();
+    for (py::ssize_t i = 0; i < result.shape(0); ++i) {
+        const Extent& extent = extents[static_cast<size_t>(i)];
+        values(i, 0) = extent.file;
+        values(i, 1) = extent.file_offset;
+        values(i, 2) = extent.nbytes;
+        values(i, 3) = extent.slot_offset;
+    }
+    return result;
+}
+
+}  // namespace
+
+void bind_catalog(py::module_& module) {
+    py::class_<Catalog, std::shared_ptr<Catalog>>(
+        module, "Catalog",
+        "Which ranges of which files make up every expert, and where in a slot each goes.")
+        .def(py::init(&make_catalog), py::arg("num_layers"), py::arg("num_experts"),
+             py::arg("slot_bytes"), py::arg("files"), py::arg("extents"),
+             "files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as "
+             "(file, file offset, bytes, slot offset), experts by layer * num_experts + expert.")
+        .def_property_readonly("num_layers", &Catalog::num_layers)
+        .def_property_readonly("num_experts", &Catalog::num_experts)
+        .def_property_readonly("slot_bytes", &Catalog::slot_bytes)
+        .def_property_readonly("expert_bytes", &Catalog::expert_bytes)
+        .def_property_readonly("files",
+                               [](const Catalog& catalog) {
+                                   std::vector<std::pair<std::string, uint64_t>> files;
+                                   for (const CatalogFile& file : catalog.files()) {
+                                       files.emplace_back(file.path, file.nbytes);
+                                   }
+                                   return files;
+                               })
+        .def("extents", &extents_of, py::arg("expert"),
+             "uint64 [extents, 4] of one flat expert id, as given to the constructor.");
+}
+
+}  // namespace moeinf
