@@ -1,4 +1,4 @@
-"""How much memory experts may take, said in bytes, as a share of all experts, or "auto"."""
+"""The memory budget of experts: bytes, a share of all experts, or "auto"."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ UNITS = {
     "t": 2**40,
 }
 
-# Experts on their way between GPU and RAM sit in both: slots of an exclusive RAM tier for as many
-# as a step of decoding may bring and drive out.
+# Extra slots of an exclusive RAM tier. An expert on its way between GPU and RAM takes a slot in
+# both, and a decode step may bring in and evict about this many.
 UNDER_WAY = 16
 
-# What "auto" leaves free of each memory: room for activations and a longer context on a GPU, for
-# everything else in RAM. Where that is more than half of what is free, half of it.
+# Memory that "auto" leaves free: for activations and a longer context on a GPU, for all other use
+# in RAM. At most half of the free memory.
 GPU_RESERVE = 2**30
 RAM_RESERVE = 2 * 2**30
 
@@ -63,9 +63,9 @@ def slots_for(
 ) -> int:
     """The number of cached slots that a budget gives.
 
-    A share such as `"25%"` is of all experts, rounded to the nearest count; bytes pay for the
-    slots and for the two that experts stream through, and so does "auto", which is `free` bytes.
-    Without either, everything is resident.
+    A share such as `"25%"` is a share of all experts, rounded to the nearest count. Bytes pay for
+    the slots and for the two staging slots. "auto" means `free` bytes. Without a budget, every
+    expert is resident.
 
     Raises:
         ValueError: both are given, or one makes no sense.

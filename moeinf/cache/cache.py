@@ -61,18 +61,18 @@ class ExpertCache:
         gather_below: experts of at most so many bytes are copied to the GPU by a kernel, several at
             once, where this build has it; 0 leaves every copy to the copy engines. Without it, what
             `moeinf doctor` has measured for this GPU, else 0.
-        policy: who leaves when a slot is needed; one of `moeinf.policies()`, with
-            parameters where wanted, as in "decayed_lfu:keep=0.9".
-        prefetch: what guesses which experts come next, to read them while the link is idle, where
-            that pays: "off", "previous" (what the layer used for the tokens before), "transition"
-            (what followed the experts of the layer before), "eam" (MoE-Infinity's prediction) or
-            "external" (what `predict` is told).
+        policy: chooses the expert to evict; one of `moeinf.policies()`, with parameters where
+            wanted, as in "decayed_lfu:keep=0.9".
+        prefetch: predicts the next experts, to read them while the link is idle, if that pays:
+            "off", "previous" (the layer's experts of earlier tokens), "transition" (the experts
+            that followed those of the previous layer), "eam" (MoE-Infinity's prediction) or
+            "external" (the experts given to `predict`).
         eamc: the collection that "eam", as policy or prefetch, starts from, else an empty one.
             The cache works on a copy: `eamc()` gives it back, grown.
         priors: an object that sees routing once per token and says how likely each expert is to be
             used soon; see `moeinf.traces.priors.PriorsHook`. The policy `learned` learns how far
             to trust them.
-        threads, chunk_bytes: of the copy engine; 0 takes the measured defaults.
+        threads, chunk_bytes: of the file reader; 0 takes the measured defaults.
         direct: read past the page cache where the file system allows it.
         dense_bytes: of a memory's free bytes, what "auto" leaves for weights loaded later.
         name: what compiled graphs know the cache by. A number is added where it was used before in
@@ -328,11 +328,14 @@ class ExpertCache:
         self.core.resize(slots)
 
     def pool(self) -> torch.Tensor:
-        """The pool as uint8 [slots, slot_bytes], zero-copy."""
+        """The pool as uint8 [slots + 2, slot_bytes], zero-copy. A lease says which slot has what.
+
+        Two slots are staging slots. Experts and staging slots may change places.
+        """
         return torch.from_dlpack(self.core)
 
     def views(self) -> dict[str, torch.Tensor]:
-        """Typed, strided views of the pool by segment: [slots, *shape], zero-copy."""
+        """Typed, strided views of the pool by segment: [slots + 2, *shape], zero-copy."""
         return self.layout.views(self.pool())
 
     def stats(self) -> dict[str, Any]:
