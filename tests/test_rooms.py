@@ -70,6 +70,7 @@ LIBRARIES = {
     "triton": {"kernels", "kernels/gates"},
     "safetensors": {"moeinf/traces"},
     "transformers": {"moeinf/integrations", "moeinf/cli"},
+    "accelerate": {"moeinf/integrations"},
     "matplotlib": {"moeinf/report"},
     "typer": {"moeinf/cli"},
     "rich": {"moeinf/cli"},
