@@ -20,6 +20,8 @@ except ImportError as error:
 
 if TYPE_CHECKING:
     from moeinf.cache.cache import ExpertCache
+    from moeinf.cache.group import CacheGroup
+    from moeinf.cache.host_tier import HostTier
     from moeinf.cache.lease import Lease
     from moeinf.cache.passes import ForwardPass
     from moeinf.checkpoint.store import ExpertStore
@@ -39,11 +41,13 @@ if TYPE_CHECKING:
 # Imported when first used: torch and transformers take seconds, and `moeinf --help` needs neither.
 _HOMES = {
     "EAMC": "moeinf.traces.eam",
+    "CacheGroup": "moeinf.cache.group",
     "CapacityError": "moeinf.errors",
     "CheckpointError": "moeinf.errors",
     "ExpertCache": "moeinf.cache.cache",
     "ExpertStore": "moeinf.checkpoint.store",
     "ForwardPass": "moeinf.cache.passes",
+    "HostTier": "moeinf.cache.host_tier",
     "Lease": "moeinf.cache.lease",
     "ReadError": "moeinf.errors",
     "Trace": "moeinf.traces.trace",
@@ -56,11 +60,13 @@ _HOMES = {
 
 __all__ = [
     "EAMC",
+    "CacheGroup",
     "CapacityError",
     "CheckpointError",
     "ExpertCache",
     "ExpertStore",
     "ForwardPass",
+    "HostTier",
     "Lease",
     "ReadError",
     "Trace",

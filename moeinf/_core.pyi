@@ -150,7 +150,6 @@ class FileReader:
     def __init__(
         self, catalog: Catalog, *, threads: int = 0, chunk_bytes: int = 0, direct: bool = True
     ) -> None: ...
-    def cancel(self, ticket: Ticket) -> bool: ...
     def file_is_direct(self, file: int) -> bool: ...
     def promote(self, ticket: Ticket) -> None: ...
     def submit(
@@ -214,7 +213,7 @@ class EamCollection:
 
     def __init__(self, num_layers: int, num_experts: int, capacity: int) -> None: ...
     def __len__(self) -> int: ...
-    def add(self, arg0: typing.Annotated[numpy.typing.ArrayLike, numpy.float32]) -> None: ...
+    def add(self, matrix: typing.Annotated[numpy.typing.ArrayLike, numpy.float32]) -> None: ...
     def entries(self) -> numpy.typing.NDArray[numpy.float32]: ...
     def predict(
         self, arg0: collections.abc.Sequence[int]
@@ -228,6 +227,8 @@ class EamCollection:
 class Eamc:
     """Two collections: of prompts, and of decoding."""
 
+    PAPER_CAPACITY: typing.ClassVar[int] = 120
+
     def __init__(self, prefill: EamCollection, decode: EamCollection) -> None: ...
     @property
     def decode(self) -> EamCollection: ...
@@ -237,14 +238,14 @@ class Eamc:
 class EamMatch:
     """A growing matrix against a collection."""
 
-    def __init__(self, arg0: EamCollection) -> None: ...
+    def __init__(self, collection: EamCollection) -> None: ...
     def add_row(
         self,
-        arg0: int,
-        arg1: collections.abc.Sequence[int],
-        arg2: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+        layer: int,
+        experts: collections.abc.Sequence[int],
+        counts: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
     ) -> None: ...
-    def nearest(self, arg0: int) -> list[int]: ...
+    def nearest(self, count: int) -> list[int]: ...
     def restart(self) -> None: ...
 
 class StepLease:
@@ -434,11 +435,11 @@ def available_memory() -> int:
     """Bytes that could still be taken: RAM and free swap, or less in a control group."""
 
 def check_trace(
-    arg0: typing.Annotated[numpy.typing.ArrayLike, numpy.int16],
-    arg1: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
-    arg2: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
-    arg3: int,
-    arg4: str,
+    experts: typing.Annotated[numpy.typing.ArrayLike, numpy.int16],
+    sequence: typing.Annotated[numpy.typing.ArrayLike, numpy.int32],
+    phase: typing.Annotated[numpy.typing.ArrayLike, numpy.uint8],
+    num_experts: int,
+    name: str,
 ) -> None: ...
 def cpu_kernels() -> list[tuple[str, bool]]:
     """(name, whether this CPU can run it) of every set of CPU kernels, best first."""
@@ -474,6 +475,9 @@ def gate_functions() -> list[str]:
 
 def policy_names() -> list[str]:
     """What `policy` may be."""
+
+def policy_parameters(policy: str) -> dict:
+    """name: (usual value, least, greatest), for `policy="NAME:name=value"`."""
 
 def prefetch_names() -> list[str]:
     """What `prefetch` may be."""

@@ -123,8 +123,14 @@ std::unique_ptr<Policy> policy_for(const TraceView& trace, const py::object& pol
                                    const std::optional<Eamc>& eamc) {
     if (!py::isinstance<py::str>(policy)) return std::make_unique<PythonPolicy>(policy);
     const auto name = policy.cast<std::string>();
-    if (eamc) check_shape(*eamc, trace.shape(), "the trace");
     py::gil_scoped_release release;
+    if (eamc) {
+        if (name == "belady" || !policy_collects(name)) {
+            throw Error(ErrorCode::kInvalid,
+                        "a collection is for the policy 'eam', found policy='" + name + "'");
+        }
+        check_shape(*eamc, trace.shape(), "the trace");
+    }
     if (name == "belady") return make_belady(trace);
     return make_policy(name, trace.shape(), eamc ? &*eamc : nullptr);
 }
@@ -193,8 +199,10 @@ void bind_eam(py::module_& module) {
                  return EamCollection({num_layers, num_experts}, capacity);
              }),
              "num_layers"_a, "num_experts"_a, "capacity"_a)
-        .def("add",
-             [](EamCollection& self, const Array<float>& matrix) { self.add(values(matrix)); })
+        .def(
+            "add",
+            [](EamCollection& self, const Array<float>& matrix) { self.add(values(matrix)); },
+            "matrix"_a)
         .def("__len__", &EamCollection::size)
         .def_property_readonly("capacity", &EamCollection::capacity)
         .def_property_readonly(
@@ -224,21 +232,27 @@ void bind_eam(py::module_& module) {
                                 {out.mutable_data(), static_cast<size_t>(out.size())});
             return out;
         });
-    py::class_<Eamc>(module, "Eamc", "Two collections: of prompts, and of decoding.")
-        .def(py::init<EamCollection, EamCollection>(), "prefill"_a, "decode"_a)
+    py::class_<Eamc> eamc(module, "Eamc", "Two collections: of prompts, and of decoding.");
+    eamc.attr("PAPER_CAPACITY") = Eamc::kPaperCapacity;
+    eamc.def(py::init<EamCollection, EamCollection>(), "prefill"_a, "decode"_a)
         .def_readonly("prefill", &Eamc::prefill)
         .def_readonly("decode", &Eamc::decode);
     py::class_<EamMatch>(module, "EamMatch", "A growing matrix against a collection.")
-        .def(py::init<const EamCollection&>(), py::keep_alive<1, 2>())
+        .def(py::init<const EamCollection&>(), "collection"_a, py::keep_alive<1, 2>())
         .def("restart", &EamMatch::restart)
-        .def("add_row",
-             [](EamMatch& self, LayerId layer, const std::vector<ExpertId>& experts,
-                const Array<int32_t>& counts) { self.add_row(layer, experts, values(counts)); })
-        .def("nearest", [](EamMatch& self, int32_t count) {
-            std::vector<int32_t> out;
-            self.nearest(count, out);
-            return out;
-        });
+        .def(
+            "add_row",
+            [](EamMatch& self, LayerId layer, const std::vector<ExpertId>& experts,
+               const Array<int32_t>& counts) { self.add_row(layer, experts, values(counts)); },
+            "layer"_a, "experts"_a, "counts"_a)
+        .def(
+            "nearest",
+            [](EamMatch& self, int32_t count) {
+                std::vector<int32_t> out;
+                self.nearest(count, out);
+                return out;
+            },
+            "count"_a);
 }
 
 }  // namespace
@@ -246,11 +260,13 @@ void bind_eam(py::module_& module) {
 void bind_trace(py::module_& module) {
     using namespace py::literals;
     bind_eam(module);
-    module.def("check_trace",
-               [](const Array<int16_t>& experts, const Array<int32_t>& sequence,
-                  const Array<uint8_t>& phase, int32_t num_experts, const std::string& name) {
-                   check_trace(view(experts, sequence, phase, std::nullopt, num_experts), name);
-               });
+    module.def(
+        "check_trace",
+        [](const Array<int16_t>& experts, const Array<int32_t>& sequence,
+           const Array<uint8_t>& phase, int32_t num_experts, const std::string& name) {
+            check_trace(view(experts, sequence, phase, std::nullopt, num_experts), name);
+        },
+        "experts"_a, "sequence"_a, "phase"_a, "num_experts"_a, "name"_a);
     module.def("simulate", &simulate_arrays, "experts"_a, "sequence"_a, "phase"_a, "router"_a,
                "num_experts"_a, "policy"_a, "slots"_a, "eamc"_a = py::none(),
                "priors"_a = py::none(), "progress"_a = py::none(), "step_misses"_a = false);

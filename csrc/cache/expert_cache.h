@@ -54,30 +54,30 @@ class HostTier;
 class ExpertCache;
 struct CacheState;  // in cache_state.h
 
-// One step in progress. Hands out experts as they become ready (hits first, then misses as their
-// reads finish, then those that only pass through), each exactly once and each held until released.
-// Destroying it releases everything, reads in flight included.
+// One step in progress. It hands out experts as they become ready: hits first, then misses when
+// their reads end, then experts that only pass through. Each is handed out exactly once and held
+// until it is released. The destructor releases everything, also reads in flight.
 //
-// Where a step needs more experts than slots can hold, the surplus passes through two staging slots
-// that all steps share: wait_ready() reads one there once another has been released. What stays
-// resident is therefore what the counting rules say, whatever the order of computing.
+// If a step needs more experts than slots can hold, the surplus passes through two staging slots
+// that all steps share: wait_ready() reads an expert there after another one was released. So the
+// resident experts follow the counting rules for every order of computing.
 class [[nodiscard]] StepLease {
 public:
-    // Waits until at least one expert is ready and appends all that are to `out`. False when every
-    // expert has been handed out. Throws Error(kRead) if a read of this step failed, now and at
-    // every later call; Error(kCapacity) if only leases of waiting threads, this one included, hold
-    // the staging slots, so that waiting could never end.
+    // Waits until at least one expert is ready, and appends all ready experts to `out`. False when
+    // every expert has been handed out. Throws Error(kRead) at this and every later call if a read
+    // of this step failed. Throws Error(kCapacity) if only leases of waiting threads hold the
+    // staging slots, because the wait would never end.
     bool wait_ready(std::vector<ReadyExpert>& out);
 
-    // The slot of that position, once handed out, may be reused from now on.
+    // The slot of that position was handed out; from now on it may be reused.
     void release(int32_t position);
 
-    // Everything at once, in the order of positions, before any wait_ready(): waits for reads, and
-    // for other threads' leases where they leave too few slots. Error(kCapacity) if the step needs
-    // more slots than there are besides those that this thread's other leases hold.
+    // Hands out all experts together, in the order of positions. No wait_ready() may come before
+    // it. Waits for reads, and for leases of other threads if they leave too few slots. Throws
+    // Error(kCapacity) if the step needs more slots than this thread's other leases leave.
     void acquire_all(std::vector<ReadyExpert>& out);
 
-    // Ends the step early: all slots may be reused. Every later call but this throws.
+    // Ends the step early: all slots may be reused. Every other later call throws.
     void release() noexcept;
 
     StepLease(StepLease&&) noexcept;
@@ -101,10 +101,11 @@ struct ExpertCacheOptions {
     // What "eam", as policy or prefetch, starts from; null: nothing. Not kept.
     std::shared_ptr<const Eamc> eamc;
 
-    // With a device the slots lie in its memory, filled from pinned RAM, filled from the files.
+    // With a device the slots lie in its memory. They are filled from pinned RAM, and it from the
+    // files.
     std::shared_ptr<Device> device;
-    // The pinned RAM, shared with other caches on the same experts; null: one of this cache's own,
-    // made of the two below and of the policy above.
+    // The pinned RAM, which other caches of the same experts may share. Null: the cache makes its
+    // own from the two options below and the policy above.
     std::shared_ptr<HostTier> host_tier;
     int32_t host_slots = 0;
     bool exclusive = false;   // see HostTierOptions
@@ -117,8 +118,8 @@ struct ExpertCacheOptions {
 
 class ExpertCache {
 public:
-    // Slots of the pool beside those of residents: where surplus experts pass through, and where an
-    // expert is brought while the one it replaces is copied out.
+    // Slots of the pool beside those of residents. Surplus experts pass through them, and an expert
+    // is filled into one while its victim is copied out.
     static constexpr int32_t kStagingSlots = 2;
 
     // Throws Error(kInvalid) unless 1 <= slots <= experts in the catalog, and for a collection of
@@ -134,18 +135,18 @@ public:
     // Error(kInvalid), and counts nothing, for a layer or expert out of range or named twice.
     StepLease begin_step(const StepRequest& request);
 
-    // Starts reading what is absent, best first, where a slot may be had for it. Returns how many
-    // reads it started. Never waits.
+    // Starts to read absent experts, best first, as far as slots can be had. Returns the number of
+    // reads that it started. Never waits.
     int32_t prefetch(LayerId layer, std::span<const ExpertIndex> experts);
 
-    // A prediction of what the next step of `layer` will use, best first. The prefetcher decides
-    // what becomes of it, and when: never before the step of the layer
-    // before has its reads. Ignored where prefetch is "off".
+    // A prediction of the experts of the next step of `layer`, best first. The prefetcher decides
+    // which are read, and when: not until the previous layer has issued its demand reads. Ignored
+    // if prefetch is "off".
     void predict(LayerId layer, std::span<const ExpertIndex> experts);
-    // Is one worth making now? Only "external" ever wants them, and only while decoding.
+    // True if a call of predict() may pay now. Only "external" wants them, and only while decoding.
     [[nodiscard]] bool wants_predictions() const;
 
-    // Experts in slots that go leave the cache; shrinking waits for leases on those slots and
+    // Experts in removed slots leave the cache. Shrinking waits for leases on those slots, and
     // throws Error(kCapacity) if this thread's own leases hold them. Growing throws
     // Error(kCapacity) if the memory cannot be had. Either way the cache then keeps its size.
     void resize(int32_t slots);

@@ -1,13 +1,13 @@
-// Steps of one stream of a device: brings the router's ids to the host, has the experts brought
-// into slots, and tells the stream where they are. The host waits for the router's ids, and for
-// files; everything else is order on the stream.
+// Steps of one stream of a device: copies the router's ids to the host, starts the fills, and gives
+// the stream a map of the slots. The host waits only for the router's ids and for files. All other
+// order is kept by the stream.
 //
 //     copy_ids()         begin()             next()
 //   idle -----> ids under way -----> a wave -----> the next wave, or idle
 //                                      |
 //                                      +-- release() --> idle
 //
-// copy_ids() stands apart from begin() so that the host prepares its kernels while the ids travel.
+// copy_ids() and begin() are two calls, so the host can prepare its kernels while the ids travel.
 // Not thread-safe; one for each stream.
 #pragma once
 
@@ -45,25 +45,24 @@ struct Wave {
 
 class StepStream {
 public:
-    // Experts of one wave whose bytes are still under way: computing overlaps copying.
+    // The most experts of one wave whose copies are still in flight: computing overlaps copying.
     static constexpr size_t kMaxArriving = 16;
 
     // Throws Error(kInvalid) if the cache's slots lie in RAM.
     StepStream(std::shared_ptr<ExpertCache> cache, Stream stream);
     ~StepStream();
 
-    // Enqueues the way of the ids to the host and does not wait; a step still open ends.
+    // Enqueues a copy of the ids to the host and does not wait. Ends a step that is still open.
     void copy_ids(const RoutedStep& step);
 
-    // Waits for the ids, starts the step and gives its first wave; nothing where no id names an
-    // expert. In the stream's order the map will hold the slot of each expert of the wave and -1
-    // for the others, and the stream waits for their bytes. Throws what StepLease::wait_ready
-    // throws, and the step has then ended.
+    // Waits for the ids, starts the step and returns its first wave, or nothing if no id names an
+    // expert. The map will hold the slot of each expert of the wave and -1 for the others, and the
+    // stream will wait for their bytes. Throws the errors of StepLease::wait_ready; the step has
+    // ended then.
     std::optional<Wave> begin();
 
-    // The next wave; nothing, and the step ends, once every expert has been in one. The slots of
-    // the wave before may be reused behind what the stream has been given so far. Throws as
-    // begin().
+    // The next wave, or nothing after the last one, which ends the step. The slots of the previous
+    // wave may be reused after the work that the stream has been given so far. Throws as begin().
     std::optional<Wave> next();
 
     // Ends the step early.

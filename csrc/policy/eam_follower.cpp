@@ -10,7 +10,8 @@ EamFollower::Phase::Phase(const EamCollection& known)
       match(collection),
       request(static_cast<size_t>(collection.shape().total()), 0.0f) {}
 
-EamFollower::EamFollower(Eamc from) : known_(std::move(from)), latest_(&request_of(0)) {}
+EamFollower::EamFollower(Eamc from, int32_t matched)
+    : matched_(matched), known_(std::move(from)), latest_(&request_of(0)) {}
 
 EamFollower::Request& EamFollower::request_of(int64_t caller) {
     return requests_.of(
@@ -31,7 +32,7 @@ void EamFollower::observe(const Step& step) {
     }
     phase.active = phase.active || !step.experts.empty();
     phase.match.add_row(step.layer, step.experts, step.counts);
-    phase.match.nearest(kMatched, phase.nearest);
+    phase.match.nearest(matched_, phase.nearest);
 }
 
 void EamFollower::finish(Request& request) {

@@ -3,8 +3,8 @@
 // of several callers. One thread at a time.
 //
 // Chosen where the paper is silent: the pass in progress (iEAM) is matched over its rows so far,
-// and entries by the same rows; the kMatched nearest are summed; before anything can be matched,
-// the request's own matrix so far stands in.
+// and entries by the same rows; the nearest few (kMatched) are summed; before anything can be
+// matched, the request's own matrix so far stands in.
 #pragma once
 
 #include <span>
@@ -30,7 +30,7 @@ public:
         bool active = false;
     };
 
-    explicit EamFollower(Eamc from);
+    explicit EamFollower(Eamc from, int32_t matched = kMatched);
     EamFollower(const EamFollower&) = delete;  // requests refer to the collections
     EamFollower& operator=(const EamFollower&) = delete;
 
@@ -61,6 +61,7 @@ private:
     Request& request_of(int64_t caller);
     void finish(Request& request);
 
+    int32_t matched_;
     Eamc known_;
     PerCaller<Request> requests_;
     Request* latest_;

@@ -293,7 +293,7 @@ std::vector<std::string> prefetch_names() {
 }
 
 std::unique_ptr<Prefetcher> make_prefetcher(std::string_view name, ModelShape shape,
-                                            Prefetcher::Costs costs, const Eamc* eamc) {
+                                            Prefetcher::Costs costs, const Collection* from) {
     if (name == "off") return nullptr;
     const std::vector<std::string> names = prefetch_names();
     if (std::ranges::find(names, name) == names.end()) {
@@ -302,7 +302,7 @@ std::unique_ptr<Prefetcher> make_prefetcher(std::string_view name, ModelShape sh
         throw Error(ErrorCode::kInvalid,
                     "no prefetch is named '" + std::string(name) + "'; there are: " + known);
     }
-    auto predictor = name == "external" ? nullptr : make_predictor(name, shape, eamc);
+    auto predictor = name == "external" ? nullptr : make_predictor(name, shape, from);
     return std::make_unique<Prefetcher>(shape, std::move(predictor), costs);
 }
 

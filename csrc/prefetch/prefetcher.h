@@ -181,6 +181,7 @@ std::vector<std::string> prefetch_names();
 
 // Null for "off". Throws Error(kInvalid), naming what exists, for an unknown name.
 std::unique_ptr<Prefetcher> make_prefetcher(std::string_view name, ModelShape shape,
-                                            Prefetcher::Costs costs, const Eamc* eamc = nullptr);
+                                            Prefetcher::Costs costs,
+                                            const Collection* from = nullptr);
 
 }  // namespace moeinf

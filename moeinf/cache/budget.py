@@ -1,10 +1,12 @@
-"""How much memory experts may take, said in bytes, as a share of all experts, or "auto"."""
+"""The memory budget of experts: bytes, a share of all experts, or "auto"."""
 
 from __future__ import annotations
 
 import re
 
+from moeinf import _core
 from moeinf.errors import CapacityError
+from moeinf.share import share_of
 
 UNITS = {
     "": 1,
@@ -23,15 +25,12 @@ UNITS = {
     "t": 2**40,
 }
 
-# Slots beyond the cached ones, through which experts stream that a step needs and no slot can keep.
-TRANSIT_SLOTS = 2
-
-# Experts on their way between GPU and RAM sit in both: slots of an exclusive RAM tier for as many
-# as a step of decoding may bring and drive out.
+# Extra slots of an exclusive RAM tier. An expert on its way between GPU and RAM takes a slot in
+# both, and a decode step may bring in and evict about this many.
 UNDER_WAY = 16
 
-# What "auto" leaves free of each memory: room for activations and a longer context on a GPU, for
-# everything else in RAM. Where that is more than half of what is free, half of it.
+# Memory that "auto" leaves free: for activations and a longer context on a GPU, for all other use
+# in RAM. At most half of the free memory.
 GPU_RESERVE = 2**30
 RAM_RESERVE = 2 * 2**30
 
@@ -64,9 +63,9 @@ def slots_for(
 ) -> int:
     """The number of cached slots that a budget gives.
 
-    A share such as `"25%"` is of all experts, rounded to the nearest count; bytes pay for the
-    slots and for the two that experts stream through, and so does "auto", which is `free` bytes.
-    Without either, everything is resident.
+    A share such as `"25%"` is a share of all experts, rounded to the nearest count. Bytes pay for
+    the slots and for the two staging slots. "auto" means `free` bytes. Without a budget, every
+    expert is resident.
 
     Raises:
         ValueError: both are given, or one makes no sense.
@@ -95,7 +94,7 @@ def slots_for(
     count = budget // slot_bytes
     if count >= total_experts:
         return total_experts
-    return max(1, count - TRANSIT_SLOTS)
+    return max(1, count - _core.ExpertCache.transit_slots)
 
 
 def less_reserve(free: int, reserve: int, taken: int = 0) -> int:
@@ -139,13 +138,7 @@ def host_slots_for(
 
 
 def _share(text: str, total_experts: int, name: str = "memory") -> int:
-    try:
-        share = float(text.strip()[:-1]) / 100
-    except ValueError:
-        raise ValueError(f"{text!r} is not a share such as 25%") from None
-    if not 0 < share <= 1:
-        raise ValueError(f"{text!r} is not a share between 0% and 100%")
-    count = int(share * total_experts + 0.5)
+    count = share_of(text, total_experts)
     if count < 1:
         raise CapacityError(f"{name}={text!r} of {total_experts} experts is below one slot")
     return count

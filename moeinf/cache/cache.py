@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,6 +15,7 @@ from moeinf import _core
 from moeinf.cache import gather_tuning
 from moeinf.cache.budget import GPU_RESERVE, RAM_RESERVE, host_slots_for, less_reserve, slots_for
 from moeinf.cache.devices import open_device, torch_device
+from moeinf.cache.host_tier import HostTier, warn_of_refused_slots
 from moeinf.cache.lease import Lease
 from moeinf.cache.live_priors import LivePriors
 from moeinf.cache.passes import ForwardPass, Observer, Passes
@@ -57,23 +57,26 @@ class ExpertCache:
         host_memory: what the RAM between a GPU and the files may take, in bytes or as a share of
             all experts. Without it, all experts, or what is available less 2 GiB.
         exclusive: an expert on the GPU need not sit in that RAM too: an evicted one goes back
-            there, so that both together hold more.
+            there, so that both together hold more; or
+        tier: that RAM, shared with other caches on the same store.
         gather_below: experts of at most so many bytes are copied to the GPU by a kernel, several at
             once, where this build has it; 0 leaves every copy to the copy engines. Without it, what
             `moeinf doctor` has measured for this GPU, else 0.
-        policy: who leaves when a slot is needed; one of `moeinf.policies()`.
-        prefetch: what guesses which experts come next, to read them while the link is idle, where
-            that pays: "off", "previous" (what the layer used for the tokens before), "transition"
-            (what followed the experts of the layer before), "eam" (MoE-Infinity's prediction) or
-            "external" (what `predict` is told).
+        policy: chooses the expert to evict; one of `moeinf.policies()`, with parameters where
+            wanted, as in "decayed_lfu:keep=0.9".
+        prefetch: predicts the next experts, to read them while the link is idle, if that pays:
+            "off", "previous" (the layer's experts of earlier tokens), "transition" (the experts
+            that followed those of the previous layer), "eam" (MoE-Infinity's prediction) or
+            "external" (the experts given to `predict`).
         eamc: the collection that "eam", as policy or prefetch, starts from, else an empty one.
             The cache works on a copy: `eamc()` gives it back, grown.
         priors: an object that sees routing once per token and says how likely each expert is to be
             used soon; see `moeinf.traces.priors.PriorsHook`. The policy `learned` learns how far
             to trust them.
-        threads, chunk_bytes: of the copy engine; 0 takes the measured defaults.
+        threads, chunk_bytes: of the file reader; 0 takes the measured defaults.
         direct: read past the page cache where the file system allows it.
         dense_bytes: of a memory's free bytes, what "auto" leaves for weights loaded later.
+        layers: how many MoE layers the cache will serve, for shares and "auto"; without it, all.
         name: what compiled graphs know the cache by. A number is added where it was used before in
             this process, so that a graph never reaches the cache of another model.
 
@@ -101,21 +104,27 @@ class ExpertCache:
         direct: bool = True,
         host_memory: str | int | None = None,
         exclusive: bool = False,
+        tier: HostTier | None = None,
         gather_below: int | None = None,
         dense_bytes: int = 0,
+        layers: int | None = None,
         name: str = "experts",
     ):
         opened = open_device(device)
-        if opened is None and (host_memory is not None or exclusive or gather_below is not None):
+        for_gpu = (host_memory, exclusive or None, tier, gather_below)
+        if opened is None and any(option is not None for option in for_gpu):
             raise ValueError(
-                "host_memory, exclusive and gather_below say how experts reach a GPU: give device"
+                "host_memory, exclusive, tier and gather_below say how experts reach a GPU: give "
+                "device"
             )
+        if tier is not None and (host_memory is not None or exclusive):
+            raise ValueError("host_memory and exclusive are the tier's own: leave them out")
         self.device = torch_device(opened)
         self.store = store
         self.layout = store.layout
         self.policy = policy
         self.prefetch_kind = prefetch
-        total = store.num_layers * store.num_experts
+        total = (layers or store.num_layers) * store.num_experts
         if opened is not None and memory is None and slots is None:
             memory = "auto"
         in_ram = dense_bytes if self.device.type == "cpu" else 0
@@ -148,11 +157,14 @@ class ExpertCache:
             self._copy_path, below = gather_tuning.copy_path(opened, gather_below)
             self.core = make_core(
                 device=opened,
-                host_slots=host_slots_for(
+                host_tier=None if tier is None else tier.core,
+                host_slots=0
+                if tier is not None
+                else host_slots_for(
                     host_memory=host_memory,
                     slots=room,
                     slot_bytes=store.slot_bytes,
-                    total_experts=total,
+                    total_experts=store.num_layers * store.num_experts,
                     available=ram,
                     exclusive=exclusive,
                 ),
@@ -162,7 +174,8 @@ class ExpertCache:
             self.streams = StepStreams(
                 self.core, self.device, num_experts=store.num_experts, is_fake=opened.is_fake
             )
-            self._warn_of_refused_slots()
+            if tier is None:
+                warn_of_refused_slots(self.core.host_stats())
         self._opened = opened
         self._observers: list[Observer] = []
         self.passes = Passes(self._observers)
@@ -183,15 +196,6 @@ class ExpertCache:
             _used_names.add(name)
             _named[name] = self
         return name
-
-    def _warn_of_refused_slots(self) -> None:
-        host = self.core.host_stats()
-        if host["slots_refused"]:
-            warnings.warn(
-                f"host_memory: page-locked RAM for {host['slots'] + host['slots_refused']} experts "
-                f"was refused; {host['slots']} are kept there, the others are read from the files",
-                stacklevel=3,
-            )
 
     @property
     def slots(self) -> int:
@@ -266,15 +270,23 @@ class ExpertCache:
         )
         if router and self.routers is not None:
             self._stop_listening = self.routers(recorder.add_router)
-        self._observers.append(recorder)
+        self.observe(recorder)
         return recorder
 
     def stop_recording(self) -> None:
         """Ends `record`; what was recorded stays with the recorder."""
-        self._observers[:] = [one for one in self._observers if not isinstance(one, Recorder)]
+        self.stop_observing((Recorder,))
         if self._stop_listening is not None:
             self._stop_listening()
             self._stop_listening = None
+
+    def observe(self, observer: Observer) -> None:
+        """Shows it every pass and the routing of every step from now on."""
+        self._observers.append(observer)
+
+    def stop_observing(self, kinds: tuple[type, ...]) -> None:
+        """Ends `observe` for the observers of these types."""
+        self._observers[:] = [one for one in self._observers if not isinstance(one, kinds)]
 
     def eamc(self) -> EAMC:
         """A copy of the collection that "eam" keeps, with the request in progress as it is so far.
@@ -327,11 +339,14 @@ class ExpertCache:
         self.core.resize(slots)
 
     def pool(self) -> torch.Tensor:
-        """The pool as uint8 [slots, slot_bytes], zero-copy."""
+        """The pool as uint8 [slots + 2, slot_bytes], zero-copy. A lease says which slot has what.
+
+        Two slots are staging slots. Experts and staging slots may change places.
+        """
         return torch.from_dlpack(self.core)
 
     def views(self) -> dict[str, torch.Tensor]:
-        """Typed, strided views of the pool by segment: [slots, *shape], zero-copy."""
+        """Typed, strided views of the pool by segment: [slots + 2, *shape], zero-copy."""
         return self.layout.views(self.pool())
 
     def stats(self) -> dict[str, Any]:

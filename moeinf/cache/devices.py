@@ -1,4 +1,4 @@
-"""Which device a name means: opened by the core, checked against what torch can see."""
+"""Opens the device of a name in the core, and checks that torch can see it."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def pick_device(device: str | torch.device) -> str | torch.device:
 
 
 def torch_device(opened: _core.CudaDevice | None) -> torch.device:
-    """Where tensors lie that a cache on that device takes; a driver made for tests works in RAM."""
+    """The torch device of tensors for that device; the fake driver's is the CPU."""
     if opened is None or opened.is_fake:
         return torch.device("cpu")
     return torch.device("cuda", opened.index)

@@ -1,8 +1,8 @@
 """How small experts reach a GPU: each by its copy engine (DMA), or several gathered by a kernel.
 
-Which is faster depends on the machine, so `moeinf doctor` measures it and keeps what it found for
-this user, in `gather.json` below XDG_CACHE_HOME; `ExpertCache` looks it up. It counts for the GPU,
-driver and version of moeinf it was measured with. Without it every copy is left to DMA.
+The faster way depends on the machine. `moeinf doctor` measures both and saves the result for this
+user, in `gather.json` below XDG_CACHE_HOME. `ExpertCache` reads it. A result is valid for its GPU,
+driver and version of moeinf. Without a result every copy is left to DMA.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def threshold(rows: list[dict[str, Any]]) -> int:
 def path() -> Path:
     """Where measurements are kept."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification ignores what is not an absolute path.
+    # The specification says that relative paths are ignored.
     folder = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
     return folder / "moeinf" / "gather.json"
 

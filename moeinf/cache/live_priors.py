@@ -10,7 +10,7 @@ from moeinf.traces.priors import GuardedHook, PriorsHook
 class LivePriors(PassObserver):
     """Shows a hook every forward pass of a live cache, and gives its priors to the policy.
 
-    One pass at a time; where several threads generate, their passes come in any mixture.
+    One pass at a time. If several threads generate, their passes come in any order.
     """
 
     def __init__(self, hook: PriorsHook, core: _core.ExpertCache, shape: tuple[int, int]) -> None:

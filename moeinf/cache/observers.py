@@ -1,7 +1,7 @@
-"""Puts the routing of a live cache together again, one forward pass at a time.
+"""Collects the routing of a live cache, one forward pass at a time.
 
-`fused_experts` sees one layer at a time; traces and priors hooks want whole passes. The layers of
-several callers may come in any mixture: each caller's passes are collected apart.
+`fused_experts` sees one layer at a time, but traces and priors hooks need whole passes. The layers
+of several callers may come in any order, so the passes of each caller are collected apart.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class _Layers:
         self.make_room(torch.Size((0, 0)), torch.device("cpu"))
 
     def make_room(self, shape: torch.Size, device: torch.device) -> None:
-        """Where passes of the shape [T, k] are collected: [layers, T, k], and views by layer.
+        """Room for passes of the shape [T, k]: [layers, T, k], and views by layer.
 
         Weights stay on their device until the pass is over: one copy, not one per layer.
         """

@@ -1,7 +1,7 @@
-"""Which forward pass a step belongs to, and who watches the passes of a cache.
+"""The forward pass that a step belongs to, and the observers of the passes of a cache.
 
-What is said of a pass holds for the thread that says it: threads that share a cache share none of
-this.
+Information about a pass belongs to the thread that gives it. Threads that share a cache share none
+of it.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from moeinf.traces.trace import DECODE, PREFILL, Trace
 
 
 class Recorder(PassObserver):
-    """Keeps what the router said of every token; made by `ExpertCache.record`.
+    """Keeps the router's choices for every token; made by `ExpertCache.record`.
 
     A context manager: recording ends with it. Costs one small copy per layer and pass, a few us;
     with the probabilities of all experts, one more and their computation.

@@ -1,1 +1,1 @@
-"""What computes: the operator and its backends for the CPU and for CUDA."""
+"""Computing: the operator and its backends for the CPU and for CUDA."""

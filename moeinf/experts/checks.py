@@ -1,4 +1,4 @@
-"""What every backend asks of the tensors it is given."""
+"""Checks of the tensors that every backend takes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 from moeinf import _core
 
-# Of tokens, outputs and biases. How weights are stored is said in moeinf.checkpoint.formats.
+# Of tokens, outputs and biases. Weight formats are in moeinf.checkpoint.formats.
 DTYPES = {
     torch.bfloat16: _core.DType.bf16,
     torch.float16: _core.DType.f16,
@@ -22,7 +22,7 @@ def check_tensors(
     *,
     device: torch.device,
 ) -> None:
-    """What the addresses that go to the core must point to."""
+    """Checks the tensors whose addresses the core reads."""
     for name, tensor, dtypes in (
         ("hidden", hidden, tuple(DTYPES)),
         ("topk_ids", topk_ids, (torch.int64, torch.int32)),

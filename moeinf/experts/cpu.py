@@ -20,7 +20,7 @@ def default_engine() -> _core.CpuEngine:
 
 
 def core_expert(form: ExpertForm, layout: Layout) -> _core.ExpertFfn:
-    """What the C++ core must know of an expert."""
+    """The description of an expert for the C++ core."""
     gate = form.gate
     return _core.ExpertFfn(
         gate=_core_matrix(layout.gate),

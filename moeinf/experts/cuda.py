@@ -1,12 +1,12 @@
 """The CUDA backend: computes a step's waves out of the slots where copies put them.
 
-The host waits once per step, for the router's ids. Everything after that is order on the stream:
-the map of a wave, the wait for its bytes, the kernels, the mark after which its slots may be
+The host waits once per step, for the router's ids. All later work is ordered on the stream: the
+map of a wave, the wait for its bytes, the kernels, and the mark after which its slots may be
 overwritten.
 
-A step whose experts come in one wave, as most do, takes the fused form of the kernels. A step of
-several waves takes the form that writes the output of each route, and one sum at its end. Both add
-in the same order, so the waves cannot show in the result.
+Most steps are one wave and use the fused form of the kernels. A step of several waves uses the form
+that writes the output of each route, and one sum at its end. Both add in the same order, so the
+result does not depend on the number of waves.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class CudaExperts:
                 new_sequence=passes.takes_first_step(),
                 caller=passes.caller,
             )
-            # Most steps are one wave: made ready while the ids are on their way.
+            # Most steps are one wave. It is prepared while the ids are on their way to the host.
             whole = None if converted else self._prepared(rows, ids, weights, stream.expert_map)
             wave = step.begin()
             try:
@@ -85,12 +85,12 @@ class CudaExperts:
                     passes.observe(layer, torch.from_numpy(step.ids()), weights)
                 if wave is None:  # no id names an expert
                     return torch.zeros_like(hidden)
-                if wave.names_past_the_end:  # for the sum, which knows one id for "no expert"
+                if wave.names_past_the_end:  # the sum knows only -1 as "no expert"
                     whole = None
                     ids = ids.masked_fill(ids == self.store.num_experts, -1)
                 routes = None
                 while wave is not None:
-                    if self.is_fake:  # the host computes, so it waits for map and bytes itself
+                    if self.is_fake:  # the host computes, so it must wait for map and bytes
                         step.synchronize()
                     if whole is not None and wave.whole:
                         out = whole()
@@ -114,7 +114,7 @@ class CudaExperts:
     ) -> Callable[[], torch.Tensor] | None:
         """A step in one wave: two launches instead of three, for the same bits.
 
-        A resize moves no slot, so a view from before it holds behind it.
+        resize() never moves slots, so a prepared launch stays valid after it.
         """
         if self._triton is None:
             return None
@@ -156,9 +156,9 @@ class CudaExperts:
         return wave
 
     def _matrices_of(self, slots: int) -> ExpertMatrices:
-        """Views of the whole pool, taken again where it has grown.
+        """Views of the whole pool. They are made again after the pool has grown.
 
-        Those of a larger pool hold while it shrinks: leased slots stay until their release.
+        Views of a larger pool stay valid while it shrinks: leased slots stay until their release.
         """
         with self._lock:
             if slots > self._slots:

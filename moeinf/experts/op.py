@@ -2,8 +2,8 @@
 
     y[t] = sum over k of topk_weights[t, k] * down(act(gate(x[t])) * up(x[t]))
 
-The sum runs in the order of k, each route on its own, so that the result does not depend on which
-experts were resident, on the policy, the budget or the number of waves: it is identical to the bit.
+Each route is computed on its own, and the sum runs in the order of k. So the result is identical to
+the bit for every policy, budget, number of waves and set of resident experts.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _choosing = threading.Lock()
 
 
 def backend_of(name: str) -> Backend:
-    """The backend of the cache of that name, chosen once by where its slots lie.
+    """The backend of the cache of that name. The memory of its slots decides, once.
 
     Raises ValueError once the cache has been released.
     """
@@ -85,7 +85,7 @@ def fused_experts(
 
     Raises:
         ValueError: shapes, dtypes, ids or a weight (NaN, infinite) that make no sense. On a GPU
-            weights are not looked at, for that would wait for the device.
+            weights are not checked, because that would wait for the device.
         ReadError: an expert could not be read; the cache stays usable.
     """
     if forward_pass is not None:

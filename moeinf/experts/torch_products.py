@@ -1,7 +1,7 @@
 """Expert FFNs out of slot views by torch products: for devices without Triton, and for tests.
 
-Same division of labour as the Triton kernels: one wave of experts at a time writes the outputs of
-its routes, and a sum in the order of the router follows. Slow: it reads the map back to the host.
+Works like the Triton kernels: each wave of experts writes the outputs of its routes, and a sum in
+the order of the router follows. Slow, because it reads the map back to the host.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Hooks: a user's Python object that sees routing once per token and returns priors for experts.
+"""Hooks: a user's object that sees the routing once per token and returns priors for experts.
 
-Neither the live cache nor the simulator ever calls it while it decides; a hook that fails costs one
-warning, and the last good priors stay in force.
+Neither the live cache nor the simulator calls a hook while it decides. A hook that fails causes one
+warning, and the last valid priors stay in use.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PriorsHook(Protocol):
 
 
 class GuardedHook:
-    """Calls a hook and lets only sound priors through: float32 [layers * num_experts], or None."""
+    """Calls a hook and returns only valid priors: float32 [layers * num_experts], or None."""
 
     def __init__(self, hook: PriorsHook, *, num_layers: int, num_experts: int) -> None:
         self.hook = hook

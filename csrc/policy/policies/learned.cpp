@@ -22,13 +22,11 @@
 #include "policy/per_caller.h"
 #include "policy/policies/expert_heaps.h"
 #include "policy/policies/learned_kernels.h"
-#include "policy/policies/policies.h"
+#include "policy/policies/row.h"
 
 namespace moeinf {
 namespace {
 
-constexpr float kBiasStep = 0.02f;
-constexpr float kContextStep = 0.05f;
 constexpr float kContextSlowdown = 0.002f;  // step / sqrt(1 + slowdown * uses)
 constexpr size_t kUsualContext = 24;        // experts; larger ones share the step out
 constexpr size_t kMaxSet = 32;              // a larger set says little: it is left out
@@ -46,9 +44,14 @@ struct Rates {
 
 class Learned final : public OrderedPolicy<ScaledOrder<float>> {
 public:
-    explicit Learned(ModelShape shape)
+    Learned(ModelShape shape, std::span<const double> values)
         : OrderedPolicy(shape.num_layers, shape.num_experts, ScaledOrder<float>(shape)),
           shape_(shape),
+          fast_decay_(static_cast<float>(values[0])),
+          slow_decay_(static_cast<float>(values[1])),
+          bias_step_(static_cast<float>(values[2])),
+          context_step_(static_cast<float>(values[3])),
+          horizon_per_frame_(static_cast<float>(values[4])),
           frames_(shape.total()),
           experts_per_step_(std::max(1.0f, static_cast<float>(shape.num_experts) / 16.0f)),
           fast_(shape),
@@ -149,7 +152,8 @@ private:
     // Sets the discounts as seen from this layer.
     void visit(LayerId layer) {
         const auto layers = static_cast<float>(shape_.num_layers);
-        const float horizon = 0.5f * static_cast<float>(frames_) / (layers * experts_per_step_) + 1;
+        const float horizon =
+            horizon_per_frame_ * static_cast<float>(frames_) / (layers * experts_per_step_) + 1;
         if (horizon != horizon_) {
             horizon_ = horizon;
             discount_per_token_ = std::exp(-1.0f / horizon);
@@ -189,8 +193,8 @@ private:
             const float keep = tokens == 1.0f ? decay : std::pow(decay, tokens);
             add(rates, keep, (1.0f - keep) / (1.0f - decay));
         };
-        add_decayed(fast_, learned::kFastDecay);
-        add_decayed(slow_, learned::kSlowDecay);
+        add_decayed(fast_, fast_decay_);
+        add_decayed(slow_, slow_decay_);
         add(caller_->sequence, 1.0f, tokens);
         kernels_.count_visits(unused_for_.data() + from, counts_.data(), counts_.size());
     }
@@ -259,21 +263,21 @@ private:
                           discount_per_token_, errors_.data(), errors_.size());
         const float share = static_cast<float>(kUsualContext) /
                             static_cast<float>(std::max(kUsualContext, layer.context.size()));
-        float shared_step = kBiasStep;
+        float shared_step = bias_step_;
         rows_.clear();
         rates_.clear();
         for (const int32_t context : layer.context) {
             ContextRow& source = context_rows_[static_cast<size_t>(context)];
             source.uses += 1.0f;
             const float rate =
-                share * kContextStep / std::sqrt(1.0f + kContextSlowdown * source.uses);
+                share * context_step_ / std::sqrt(1.0f + kContextSlowdown * source.uses);
             rows_.push_back(row(context));
             rates_.push_back(rate);
             if (source.visit == visit_) shared_step += rate;
         }
         kernels_.learn_rows(rows_.data(), rates_.data(), rows_.size(), errors_.data(),
                             errors_.size());
-        kernels_.add(bias_.data() + from, errors_.data(), kBiasStep, errors_.size());
+        kernels_.add(bias_.data() + from, errors_.data(), bias_step_, errors_.size());
         kernels_.add(sums_.data(), errors_.data(), shared_step, errors_.size());
         if (!prior_odds_.empty()) {
             float gradient = 0.0f;
@@ -298,6 +302,9 @@ private:
 
     const learned::Kernels& kernels_ = learned::fastest_kernels();
     ModelShape shape_;
+    float fast_decay_, slow_decay_;   // of the rates of use, per visit
+    float bias_step_, context_step_;  // of gradient descent
+    float horizon_per_frame_;         // in uses of a layer
     int32_t frames_;
 
     PerCaller<Caller> callers_;
@@ -327,8 +334,13 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Policy> make_learned(ModelShape shape) {
-    return std::make_unique<Learned>(shape);
-}
+constexpr PolicyParameter kParameters[] = {
+    {"fast_decay", 0.8, 0, 0.9999}, {"slow_decay", 0.98, 0, 0.9999}, {"bias_step", 0.02, 0, 1},
+    {"context_step", 0.05, 0, 1},   {"horizon", 0.5, 0, 100},
+};
+
+namespace policies {
+extern const PolicyRow learned = policy_with<Learned>("learned", kParameters);
+}  // namespace policies
 
 }  // namespace moeinf

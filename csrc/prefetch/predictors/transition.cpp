@@ -79,7 +79,7 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Predictor> make_transition_predictor(ModelShape shape) {
+std::unique_ptr<Predictor> make_transition_predictor(ModelShape shape, const Collection* /*from*/) {
     return std::make_unique<Transition>(shape);
 }
 

@@ -1,4 +1,4 @@
-"""MoE blocks of transformers: which of a block's modules is the router, and which are shared."""
+"""MoE blocks of transformers: the router and the shared experts among a block's modules."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What an experts module of transformers computes: asked of the module, not of its name.
+"""Finds the form of an experts module of transformers by running it, not by its name.
 
-`_apply_gate` of the module runs on a few hundred numbers, and its answer is compared with each row
-of the table of gate functions. So a new family whose gate has a row needs no code.
+`_apply_gate` of the module runs on a few hundred numbers, and the result is compared with each row
+of the table of gate functions. So a new family with a known gate function needs no code.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PROBES = 512
 
 
 def form_of(module: Any) -> ExpertForm:
-    """What the experts of this module compute.
+    """The form of this module's experts.
 
     Raises:
         UnsupportedError: no row of the table of gates gives what the module gives.
@@ -41,8 +41,8 @@ def form_of(module: Any) -> ExpertForm:
 def check_form(name: str, module: Any, store: ExpertStore) -> None:
     """The module called `name` computes what the store says, over tensors of the store's sizes.
 
-    Two forms may be equal in all numbers that can be told apart, so the store's own form is put to
-    the module. `module.moeinf_expected` has the shapes of the module's parameters.
+    Several forms may give the same numbers, so the store's own form is compared with the module.
+    `module.moeinf_expected` has the shapes of the module's parameters.
 
     Raises:
         UnsupportedError: the module does something that is not part of a form.
@@ -115,7 +115,7 @@ class _Probe:
         if self.answer.shape != expected.shape:
             return False
         scale = (1 + self.g.abs()) * (1 + self.u.abs()) + expected.abs()
-        # A NaN on either side is no agreement.
+        # NaN never agrees.
         return bool(((self.answer - expected).abs() <= TOLERANCE * scale).all())
 
 

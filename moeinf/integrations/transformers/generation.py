@@ -1,4 +1,4 @@
-"""One prompt in, text and measurements out: what `moeinf run` and the benchmarks share."""
+"""Generates from one prompt and measures it, for `moeinf run` and the benchmarks."""
 
 from __future__ import annotations
 

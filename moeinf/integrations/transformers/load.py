@@ -7,6 +7,7 @@ parameters left out, the library loads everything else, and the registered exper
 
 from __future__ import annotations
 
+import copy
 import os
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from moeinf import _core
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
+from moeinf.cache.group import CacheGroup
 from moeinf.cache.passes import ForwardPass
 from moeinf.checkpoint.families import parse
 from moeinf.checkpoint.folder import Checkpoint, read_tensor
@@ -23,6 +25,7 @@ from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.experts.op import fused_experts
+from moeinf.integrations.transformers.device_map import DeviceMap, Placement
 from moeinf.integrations.transformers.form import check_form
 from moeinf.integrations.transformers.lookahead import GateLookahead
 from moeinf.integrations.transformers.routers import listen
@@ -46,6 +49,7 @@ def load(
     path: str | os.PathLike[str] | Checkpoint,
     *,
     device: str | torch.device = "auto",
+    device_map: DeviceMap | str | None = None,
     memory: str | int | None = None,
     slots: int | None = None,
     policy: str = "learned",
@@ -59,6 +63,10 @@ def load(
         path: a Hugging Face checkpoint folder (safetensors), or one already opened.
         device: where the model computes and the slots lie: "cpu", "cuda", "cuda:N", or "auto", a
             GPU where torch and the core can both use one. `stats()["device"]` says which it was.
+        device_map: instead of `device`, module paths and their devices, as accelerate writes them,
+            or "auto", by free GPU memory. Over several GPUs the experts of a layer lie where the
+            layer does, and `model.moeinf.cache` is a `CacheGroup`: one RAM tier, and `memory` or
+            `slots` of each GPU.
         memory: what the slots may take: bytes (`"2GiB"`), a share of all experts (`"25%"`), or
             "auto", what the rest of the model leaves free, less a reserve; or
         slots: their count. Without either, every expert is kept once read; on a GPU "auto".
@@ -86,17 +94,34 @@ def load(
     config = _config(checkpoint)
     dense = {name: entry for name, entry in checkpoint.tensors.items() if parse(name) is None}
     # Before the model, so that a budget that cannot work says so before anything large is read.
-    cache = ExpertCache(
-        store,
-        device=pick_device(device),
-        memory=memory,
-        slots=slots,
-        policy=policy,
-        prefetch="external" if prefetch == GATE else prefetch,
-        dense_bytes=sum(entry.nbytes for entry in dense.values()),
-        **cache_options,
-    )
     base = _model_class(config, checkpoint)
+    options = {
+        "memory": memory,
+        "slots": slots,
+        "policy": policy,
+        "prefetch": "external" if prefetch == GATE else prefetch,
+        **cache_options,
+    }
+    placed = None
+    if device_map is not None:
+        if device != "auto":
+            raise ValueError("give device or device_map, not both")
+        skeleton = _skeleton(base, config)
+        layers = _match_layers(_experts_modules(skeleton), store)
+        placed = Placement(device_map, skeleton, [path for path, _ in layers])
+    cache: ExpertCache | CacheGroup
+    only = pick_device(device) if placed is None else placed.only
+    if only is not None:
+        cache = ExpertCache(
+            store,
+            device=only,
+            dense_bytes=sum(entry.nbytes for entry in dense.values()),
+            **options,
+        )
+    elif placed is not None and prefetch != GATE:
+        cache = CacheGroup(store, placed.experts, dense_bytes=placed.dense_bytes, **options)
+    else:
+        raise UnsupportedError("prefetch='gate' runs a router early: give one device")
     model: Any = _without_experts(base).from_pretrained(
         None,
         config=config,
@@ -107,7 +132,10 @@ def load(
     # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
     model.config._experts_implementation = IMPLEMENTATION
     model.__class__ = base
-    model.to(cache.device)
+    if isinstance(cache, CacheGroup) and placed is not None:
+        placed.dispatch(model, cache.device)
+    else:
+        model.to(cache.device)
     if (checkpoint.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     model.config.name_or_path = str(checkpoint.path)
@@ -118,16 +146,24 @@ def load(
 class ServedExperts:
     """What connects a model to its cache; the model's `moeinf` attribute."""
 
-    def __init__(self, model: PreTrainedModel, cache: ExpertCache, *, gate_lookahead: bool = False):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        cache: ExpertCache | CacheGroup,
+        *,
+        gate_lookahead: bool = False,
+    ):
         self.cache = cache
         modules = _match_layers(_experts_modules(model), cache.store)
         for layer, (name, module) in enumerate(modules):
             check_form(name, module, cache.store)
             module.moeinf_layer = layer
-            module.moeinf_cache = cache
+            module.moeinf_cache = cache if isinstance(cache, ExpertCache) else cache.of(layer)
         blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in modules]
         cache.routers = partial(listen, blocks)
-        self.lookahead = GateLookahead(blocks, cache) if gate_lookahead else None
+        self.lookahead = None
+        if gate_lookahead and isinstance(cache, ExpertCache):
+            self.lookahead = GateLookahead(blocks, cache)
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def stats(self) -> dict[str, Any]:
@@ -208,6 +244,12 @@ def _model_class(config: Any, checkpoint: Checkpoint) -> type[PreTrainedModel]:
             f"{checkpoint.path / 'config.json'}: model_type {config.model_type!r} is not a causal "
             "language model of this transformers version"
         ) from None
+
+
+def _skeleton(base: type[PreTrainedModel], config: Any) -> PreTrainedModel:
+    """The model without weights."""
+    with torch.device("meta"):
+        return _without_experts(base)(copy.deepcopy(config))
 
 
 def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:

@@ -1,14 +1,14 @@
 """Gate lookahead: the next MoE layer's router, run on this layer's input, names its experts early.
 
-At decode the input of one MoE layer is close to that of the next, and closer still with the shared
-expert's output added, where the model has one. The router's choice goes to the cache's prefetcher,
-which reads what its budget allows and says when predictions are not worth making; then nothing is
-computed here. Nothing of the model changes: forward hooks on its modules see what passes.
+At decode the input of one MoE layer is close to the input of the next. It is closer with the shared
+expert's output added, if the model has one. The router's choice goes to the cache's prefetcher. The
+prefetcher reads experts within its budget, and says when predictions do not pay; then nothing is
+computed here. The model does not change: forward hooks on its modules see their inputs.
 
-The prediction is made as soon as its input is known: before this layer's experts are computed, or,
-for models that run the shared expert last, after them. On a GPU it has to be on its way before the
-host waits for this layer's ids, so that it costs no wait of its own: there the shared expert counts
-only where it has been run by then.
+The prediction is made when its input is known: before this layer's experts are computed, or after
+them in models that compute the shared expert last. On a GPU the prediction must be enqueued before
+the host waits for this layer's ids, so that it costs no wait of its own. So on a GPU the shared
+expert's output is used only if it was computed before the routed experts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The routers' probabilities of all experts, taken from the forward passes of a model.
 
-Forward hooks on the routers of its MoE blocks see what they return; nothing of the model changes.
-They are there only while someone listens: `ExpertCache.record(router=True)`.
+Forward hooks on the routers of its MoE blocks see their outputs; the model does not change. The
+hooks exist only during `ExpertCache.record(router=True)`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TOLERANCE = 0.02
 
 def listen(blocks: Sequence[Any], sink: Callable[[int, torch.Tensor], None]) -> Callable[[], None]:
     """Calls `sink(layer, probabilities [T, num_experts])` whenever the router of `blocks[layer]`
-    has run. Returns what ends it.
+    has run. Returns a function that ends it.
 
     Raises:
         UnsupportedError: a block whose router is not known; while running, a router that makes

@@ -1,0 +1,80 @@
+// The checks of an expert's matrices. They run once, when the expert is described.
+#include <string>
+
+#include "base/error.h"
+#include "compute/expert_ffn.h"
+#include "compute/formats/formats.h"
+
+namespace moeinf {
+namespace {
+
+[[noreturn]] void invalid(const std::string& message) {
+    throw Error(ErrorCode::kInvalid, "expert FFN: " + message);
+}
+
+std::string number(int64_t value) {
+    return std::to_string(value);
+}
+
+// Rows of `row_bytes` bytes, whose elements are `unit` bytes each.
+void check_rows(const Rows& rows, int64_t row_bytes, int64_t unit, const std::string& name) {
+    if (rows.offset % static_cast<uint64_t>(unit) != 0 || rows.stride % unit != 0) {
+        invalid(name + ": offsets and strides must be multiples of " + number(unit) +
+                " bytes, got " + std::to_string(rows.offset) + " and " + number(rows.stride));
+    }
+    if (rows.stride < row_bytes) {
+        invalid(name + ": a row has " + number(row_bytes) + " bytes, the next begins after " +
+                number(rows.stride));
+    }
+}
+
+void check_matrix(const Matrix& matrix, int64_t rows, int64_t cols, const std::string& name) {
+    const FormatFacts& format = facts(matrix.format);
+    if (matrix.rows != rows || matrix.cols != cols) {
+        invalid(name + ": expected " + number(rows) + " x " + number(cols) + " to go with gate, " +
+                "got " + number(matrix.rows) + " x " + number(matrix.cols));
+    }
+    if (cols % format.pack != 0) {
+        invalid(name + ": a row of " + std::string(format.name) + " needs a multiple of " +
+                number(format.pack) + " columns, got " + number(cols));
+    }
+    check_rows(matrix.values, format.row_bytes(cols), format.stored_bytes, name);
+    if (matrix.scales.has_value() != (format.block_cols != 0)) {
+        invalid(name + ": " + std::string(format.name) + " has " +
+                (matrix.scales ? "no scales, got some" : "scales, got none"));
+    }
+    if (matrix.scales) {
+        check_rows(*matrix.scales, format.scale_row_bytes(cols), format.scale_bytes,
+                   name + " scales");
+    }
+    if (matrix.bias) {
+        const auto unit = static_cast<int64_t>(dtype_bytes(matrix.bias_dtype));
+        check_rows(*matrix.bias, unit, unit, name + " bias");
+    }
+}
+
+}  // namespace
+
+ExpertFfn::ExpertFfn(Matrix gate_matrix, std::optional<Matrix> up_matrix, Matrix down_matrix,
+                     Gate gate_function)
+    : gate(gate_matrix), up(up_matrix), down(down_matrix), function(gate_function) {
+    if (gate.rows <= 0 || gate.cols <= 0) {
+        invalid("hidden and intermediate sizes must be positive, got " + number(gate.cols) +
+                " and " + number(gate.rows));
+    }
+    if (up.has_value() != function.has_up) {
+        invalid(function.has_up ? "the gate function needs up, and there is none"
+                                : "the gate function has no up, and there is one");
+    }
+    check_matrix(gate, gate.rows, gate.cols, "gate");
+    if (up) check_matrix(*up, gate.rows, gate.cols, "up");
+    check_matrix(down, gate.cols, gate.rows, "down");
+    const bool biased = gate.bias.has_value();
+    if (down.bias.has_value() != biased || (up && up->bias.has_value() != biased)) {
+        invalid("every matrix has a bias or none has one; missing from" +
+                std::string(biased ? "" : " gate") + (up && !up->bias ? " up" : "") +
+                (down.bias ? "" : " down"));
+    }
+}
+
+}  // namespace moeinf
