@@ -37,7 +37,7 @@ from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
 from moeinf.cache.passes import Passes
 from moeinf.experts.cpu import CpuExperts
 from moeinf.pocket import POCKET
-from moeinf.traces.simulator import TimeEstimate, estimate_time
+from moeinf.traces.time_model import TimeEstimate, estimate_time
 
 RESIDENT = "100%"
 PROBES = 20  # per number of experts, before each prompt

@@ -327,3 +327,72 @@ def test_the_example_policies_run(
         runpy.run_path(str(EXAMPLES / "policy.py"), run_name="__main__")
     printed = capsys.readouterr().out
     assert "MyPolicy" in printed and "learned" in printed
+
+
+def test_parameters_change_a_policy_and_their_usual_values_do_not(seed: int) -> None:
+    trace = random_trace(seed)
+
+    def counts(policy: str) -> list[int]:
+        result = moeinf.simulate(trace, policy=policy, slots="30%")
+        assert result.policy == policy
+        return [*result.decode_hits.tolist(), *result.prefill_hits.tolist()]
+
+    for name in moeinf.policies():
+        parameters = _core.policy_parameters(name)
+        usual = "".join(f":{key}={value!r}" for key, (value, _, _) in parameters.items())
+        assert counts(name + usual) == counts(name)
+        for key, (value, least, greatest) in parameters.items():
+            assert least <= value <= greatest
+            _ = counts(f"{name}:{key}={least!r}"), counts(f"{name}:{key}={greatest!r}")
+
+
+class HalvedFrequency:
+    """decayed_lfu:keep=0.5:layer_weight=0.25 from its definition; of 4 layers all is exact."""
+
+    def __init__(self) -> None:
+        self.token, self.layer = -1, 3
+        self.uses: dict[int, list[int]] = {}
+
+    def observe(self, step: Any) -> None:
+        self.token += step.new_sequence or step.layer <= self.layer
+        self.layer = step.layer
+        for expert in step.experts.tolist():
+            self.uses.setdefault(expert, []).append(self.token)
+
+    def score(self, residents: np.ndarray) -> np.ndarray:
+        def one(expert: int) -> float:
+            distance = (expert // 20 - self.layer - 1) % 4 + 1
+            average = sum(0.5 ** (self.token - use) for use in self.uses[expert][-40:])
+            return average * (1 - 0.25 * distance / 4)
+
+        return np.array([one(expert) for expert in residents.tolist()])
+
+
+def test_decayed_lfu_with_other_parameters_is_as_defined(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    experts = np.minimum(*rng.integers(0, 20, (2, 150, 4, 1)))
+    trace = Trace.from_arrays(experts, num_experts=20)
+    slow = moeinf.simulate(trace, policy=HalvedFrequency(), slots=30)
+    fast = moeinf.simulate(trace, policy="decayed_lfu:keep=0.5:layer_weight=0.25", slots=30)
+    assert fast.decode_hits.tolist() == slow.decode_hits.tolist()
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (
+            "decayed_lfu:kept=0.5",
+            r"'kept'; there are: keep \(0.01 to 1, usually 0.95\)",
+        ),
+        ("decayed_lfu:keep=2", r"'keep'.*expected 0.01 to 1, found '2'"),
+        ("decayed_lfu:keep=nan", "found 'nan'"),
+        ("decayed_lfu:keep=0.5x", "found '0.5x'"),
+        ("decayed_lfu:keep", "found ''"),
+        ("lru:keep=1", "no parameter 'keep'; there are: none"),
+        ("fifo:keep=1", "no policy is named 'fifo'"),
+        ("belady:keep=1", "no parameters"),
+    ],
+)
+def test_parameters_that_make_no_sense_are_refused(policy: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        moeinf.simulate(random_trace(1), policy=policy, slots=3)

@@ -47,8 +47,9 @@ PYTHON = {
     "moeinf/errors": "",
     "moeinf/pocket": "",
     "moeinf/checkpoint": "moeinf/_core moeinf/errors kernels/forms kernels/gates",
-    "moeinf/traces": "moeinf/_core moeinf/errors",
-    "moeinf/cache": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces",
+    "moeinf/share": "",
+    "moeinf/traces": "moeinf/_core moeinf/errors moeinf/share",
+    "moeinf/cache": "moeinf/_core moeinf/errors moeinf/share moeinf/checkpoint moeinf/traces",
     "moeinf/experts": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/cache kernels "
     "kernels/forms kernels/gates",
     "moeinf/integrations": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces "

@@ -11,7 +11,8 @@ import pytest
 from random_traces import random_trace
 
 import moeinf
-from moeinf.traces.simulator import SimulationResult, estimate_time, parse_slots, policy_names
+from moeinf.traces.simulator import SimulationResult, parse_slots, policy_names
+from moeinf.traces.time_model import estimate_time
 from moeinf.traces.trace import Trace
 
 

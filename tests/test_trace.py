@@ -12,6 +12,7 @@ from random_traces import random_trace
 from safetensors.numpy import save_file
 
 from moeinf.errors import TraceError
+from moeinf.traces.csv_import import read_csv
 from moeinf.traces.trace import FORMAT, Trace
 
 
@@ -284,7 +285,7 @@ def test_a_table_comes_in_with_gaps_as_none(tmp_path: Path) -> None:
         + "0,decode,1,1,4,0.5\n"
         + "3,1,0,0,4,0.5\n3,1,0,1,0,0.125\n"
     )
-    trace = Trace.from_csv(table, num_experts=5)
+    trace = read_csv(table, num_experts=5)
     assert trace.experts.tolist() == [[[3, 1], [2, -1]], [[-1, -1], [4, -1]], [[4, -1], [0, -1]]]
     assert trace.sequence.tolist() == [0, 0, 3]
     assert trace.phase.tolist() == [0, 1, 1]
@@ -306,7 +307,7 @@ def test_a_table_written_from_a_trace_reads_back_the_same(tmp_path: Path, seed: 
             lines += [f"{sequence},{phase},{token},{layer},{e},1\n" for e in routes if e >= 0]
     table = tmp_path / "t.csv"
     table.write_text(HEADER + "".join(lines))
-    found = Trace.from_csv(table, num_experts=11)
+    found = read_csv(table, num_experts=11)
     kept = [[[e for e in r if e >= 0] for r in token] for token in trace.experts.tolist()]
     assert [[[e for e in r if e >= 0] for r in token] for token in found.experts.tolist()] == kept
 
@@ -338,17 +339,17 @@ def test_a_bad_table_is_refused(text: str, message: str, tmp_path: Path) -> None
     table = tmp_path / "t.csv"
     table.write_text(text)
     with pytest.raises(TraceError, match=message):
-        Trace.from_csv(table, num_experts=5)
+        read_csv(table, num_experts=5)
 
 
 def test_a_file_that_is_no_text_is_no_table(tmp_path: Path, seed: int) -> None:
     table = tmp_path / "t.csv"
     table.write_bytes(b"\xff\xfe" + np.random.default_rng(seed).bytes(3000))
     with pytest.raises(TraceError, match=r"t\.csv: expected comma-separated text"):
-        Trace.from_csv(table, num_experts=5)
+        read_csv(table, num_experts=5)
 
 
 def test_a_table_from_a_spreadsheet_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_text("\ufeff" + HEADER + "0,decode,0,0,1,1\n", encoding="utf-8")
-    assert Trace.from_csv(table, num_experts=5).experts.tolist() == [[[1]]]
+    assert read_csv(table, num_experts=5).experts.tolist() == [[[1]]]

@@ -277,10 +277,9 @@ def test_threads_submit_while_the_engine_reads(files: FileSet) -> None:
                 ticket = engine.submit(expert, pool, 0, prefetch=rng.random() < 0.5)
                 other = engine.submit(expert, pool, 1, prefetch=True)
                 engine.promote(other if rng.random() < 0.5 else ticket)
-                cancelled = engine.cancel(other)
                 assert ticket.wait(WAIT)
                 assert other.wait(WAIT)
-                assert other.state == ("cancelled" if cancelled else "done")
+                assert other.state == "done"
                 files.check(expert, pool.numpy(0), 5)
         except BaseException as error:
             failures.append(error)

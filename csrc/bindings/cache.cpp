@@ -248,6 +248,18 @@ void bind_lease(py::module_& module) {
 
 void bind_cache(py::module_& module) {
     module.def("policy_names", &policy_names, "What `policy` may be.");
+    module.def(
+        "policy_parameters",
+        [](const std::string& policy) {
+            py::dict parameters;
+            for (const PolicyParameter& one : policy_parameters(policy)) {
+                parameters[py::str(std::string(one.name))] =
+                    py::make_tuple(one.usual, one.least, one.greatest);
+            }
+            return parameters;
+        },
+        py::arg("policy"),
+        "name: (usual value, least, greatest), for `policy=\"NAME:name=value\"`.");
     module.def("prefetch_names", &prefetch_names, "What `prefetch` may be.");
     bind_lease(module);
     py::class_<ExpertCache, std::shared_ptr<ExpertCache>>(

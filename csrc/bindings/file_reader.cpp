@@ -142,12 +142,6 @@ void bind_file_reader(py::module_& module) {
             },
             py::arg("ticket"), py::call_guard<py::gil_scoped_release>())
         .def(
-            "cancel",
-            [](PythonEngine& self, const Ticket& ticket) {
-                return self.engine().cancel(ticket.transfer);
-            },
-            py::arg("ticket"), py::call_guard<py::gil_scoped_release>())
-        .def(
             "file_is_direct",
             [](PythonEngine& self, uint32_t file) { return self.engine().file_is_direct(file); },
             py::arg("file"))

@@ -123,8 +123,14 @@ std::unique_ptr<Policy> policy_for(const TraceView& trace, const py::object& pol
                                    const std::optional<Eamc>& eamc) {
     if (!py::isinstance<py::str>(policy)) return std::make_unique<PythonPolicy>(policy);
     const auto name = policy.cast<std::string>();
-    if (eamc) check_shape(*eamc, trace.shape(), "the trace");
     py::gil_scoped_release release;
+    if (eamc) {
+        if (name == "belady" || !policy_collects(name)) {
+            throw Error(ErrorCode::kInvalid,
+                        "a collection is for the policy 'eam', found policy='" + name + "'");
+        }
+        check_shape(*eamc, trace.shape(), "the trace");
+    }
     if (name == "belady") return make_belady(trace);
     return make_policy(name, trace.shape(), eamc ? &*eamc : nullptr);
 }
@@ -226,8 +232,9 @@ void bind_eam(py::module_& module) {
                                 {out.mutable_data(), static_cast<size_t>(out.size())});
             return out;
         });
-    py::class_<Eamc>(module, "Eamc", "Two collections: of prompts, and of decoding.")
-        .def(py::init<EamCollection, EamCollection>(), "prefill"_a, "decode"_a)
+    py::class_<Eamc> eamc(module, "Eamc", "Two collections: of prompts, and of decoding.");
+    eamc.attr("PAPER_CAPACITY") = Eamc::kPaperCapacity;
+    eamc.def(py::init<EamCollection, EamCollection>(), "prefill"_a, "decode"_a)
         .def_readonly("prefill", &Eamc::prefill)
         .def_readonly("decode", &Eamc::decode);
     py::class_<EamMatch>(module, "EamMatch", "A growing matrix against a collection.")

@@ -27,7 +27,7 @@ std::shared_ptr<SlotPool> make_pool(const Catalog& catalog, int32_t slots, Devic
 
 const Eamc* checked_eamc(const ExpertCacheOptions& options, ModelShape shape) {
     if (options.eamc == nullptr) return nullptr;
-    if (options.policy != "eam" && options.prefetch != "eam") {
+    if (!policy_collects(options.policy) && options.prefetch != "eam") {
         throw Error(ErrorCode::kInvalid, "a collection is for 'eam': policy is '" + options.policy +
                                              "' and prefetch is '" + options.prefetch + "'");
     }

@@ -66,7 +66,7 @@ struct CacheState final : Tier::Owner {
 
     // Takes no lock: what the lock guards may be torn in a forked child, where no thread of the
     // source exists either.
-    [[nodiscard]] bool forked() const noexcept { return process_generation() != generation; }
+    [[nodiscard]] bool forked() const noexcept { return process.forked(); }
     void check_process() const;
 
     [[nodiscard]] const Catalog& catalog() const noexcept { return *tier.catalog(); }
@@ -105,7 +105,7 @@ struct CacheState final : Tier::Owner {
     };
 
     const std::function<void()> poll;
-    const int64_t generation = process_generation();
+    const ForkDetector process;
     std::unique_ptr<Prefetcher> prefetcher;  // null: no prefetch but what callers ask for
     PerLayer<LayerStats> stats;
     PerExpert<uint8_t> prefetched_unused;

@@ -2,7 +2,6 @@
 
 #include "base/error.h"
 #include "cache/cache_state.h"
-#include "policy/eam_follower.h"
 #include "tier/device_link.h"
 
 namespace moeinf {
@@ -235,15 +234,16 @@ void ExpertCache::set_priors(std::span<const float> priors) {
 Eamc ExpertCache::eamc() const {
     state_->check_process();
     const std::lock_guard lock(state_->tier.mutex);
-    const EamFollower* follower = state_->tier.residency().policy().follower();
-    if (follower == nullptr && state_->prefetcher && state_->prefetcher->predictor() != nullptr) {
-        follower = state_->prefetcher->predictor()->follower();
+    std::unique_ptr<Collection> collection = state_->tier.residency().policy().collection();
+    if (!collection && state_->prefetcher && state_->prefetcher->predictor() != nullptr) {
+        collection = state_->prefetcher->predictor()->collection();
     }
-    if (follower == nullptr) {
+    auto* const eamc = dynamic_cast<Eamc*>(collection.get());
+    if (eamc == nullptr) {
         throw Error(ErrorCode::kInvalid,
                     "this cache keeps no collection: neither its policy nor its prefetch is 'eam'");
     }
-    return follower->collections();
+    return std::move(*eamc);
 }
 
 void ExpertCache::reset_stats() {

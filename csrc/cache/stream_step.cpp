@@ -4,13 +4,11 @@
 #include <string>
 
 #include "base/error.h"
-#include "base/round.h"
+#include "base/sizes.h"
 #include "tier/device_link.h"
 
 namespace moeinf {
 namespace {
-
-constexpr size_t kPage = 4096;
 
 size_t pages(size_t nbytes) {
     return round_up(std::max<size_t>(nbytes, 1), kPage);

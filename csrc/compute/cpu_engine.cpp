@@ -6,12 +6,11 @@
 #include <new>
 #include <utility>
 
-#include "base/round.h"
+#include "base/sizes.h"
 
 namespace moeinf {
 namespace {
 
-constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kCacheLine = 64;
 
 }  // namespace

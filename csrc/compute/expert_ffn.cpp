@@ -7,6 +7,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "base/sizes.h"
 #include "compute/formats/formats.h"
 
 namespace moeinf {
@@ -31,10 +32,6 @@ constexpr int64_t kMaxTopK = 64;
 constexpr size_t kAlign = 64;
 // Values of a bias that are widened at a time.
 constexpr int64_t kBiasValues = 256;
-
-size_t aligned(size_t nbytes) {
-    return (nbytes + kAlign - 1) / kAlign * kAlign;
-}
 
 [[noreturn]] void invalid(const std::string& message) {
     throw Error(ErrorCode::kInvalid, "expert FFN: " + message);
@@ -96,9 +93,9 @@ ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const F
     const bool widened = x_dtype_ != input_.hidden_dtype;
     const auto routes = row_token_.size();
     const auto hidden = static_cast<size_t>(expert_.hidden());
-    const size_t y_bytes = aligned(routes * hidden * sizeof(float));
-    const size_t inner_bytes =
-        aligned(routes * static_cast<size_t>(expert_.intermediate()) * dtype_bytes(inner_dtype_));
+    const size_t y_bytes = round_up(routes * hidden * sizeof(float), kAlign);
+    const size_t inner_bytes = round_up(
+        routes * static_cast<size_t>(expert_.intermediate()) * dtype_bytes(inner_dtype_), kAlign);
     const size_t x_bytes =
         widened ? static_cast<size_t>(input_.tokens) * hidden * sizeof(float) : 0;
     scratch_ = engine_.take_scratch(y_bytes + inner_bytes + x_bytes);

@@ -1,7 +1,6 @@
 #include "compute/thread_pool.h"
 
 #include <sched.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <limits>
@@ -42,7 +41,7 @@ int usable_cpus() {
 
 }  // namespace
 
-ThreadPool::ThreadPool(int threads) : owner_(getpid()) {
+ThreadPool::ThreadPool(int threads) {
     if (threads < 0 || threads > 1024) {
         throw Error(ErrorCode::kInvalid, "a thread pool needs 0 (all CPUs) to 1024 threads, got " +
                                              std::to_string(threads));
@@ -53,7 +52,7 @@ ThreadPool::ThreadPool(int threads) : owner_(getpid()) {
 }
 
 ThreadPool::~ThreadPool() {
-    if (getpid() != owner_) {  // only the parent process has the threads
+    if (process_.forked()) {  // only the parent process has the threads
         for (std::thread& worker : workers_) worker.detach();
         return;
     }
@@ -69,7 +68,7 @@ void ThreadPool::run_erased(int64_t tasks, Function function, const void* contex
         for (int64_t i = 0; i < tasks; ++i) function(context, i);
         return;
     }
-    if (getpid() != owner_) {
+    if (process_.forked()) {
         throw Error(ErrorCode::kUnsupported,
                     "this thread pool was made before fork(), and its threads do not exist in the "
                     "child: make a new one after forking");

@@ -4,14 +4,14 @@
 // experts.
 #pragma once
 
-#include <sys/types.h>
-
 #include <atomic>
 #include <cstdint>
 #include <mutex>
 #include <thread>
 #include <type_traits>
 #include <vector>
+
+#include "base/fork.h"
 
 namespace moeinf {
 
@@ -46,7 +46,7 @@ private:
     void work(uint32_t region);
     void worker_loop();
 
-    const pid_t owner_;
+    const ForkDetector process_;
     std::mutex one_region_;
 
     // A region's number (upper half) and its next task (lower half). A late thread cannot claim a

@@ -8,12 +8,11 @@
 #include <vector>
 
 #include "base/error.h"
-#include "base/round.h"
+#include "base/sizes.h"
 
 namespace moeinf::cuda {
 namespace {
 
-constexpr size_t kPage = 4096;
 constexpr size_t kMaxDevicePiece = size_t{64} << 20;
 constexpr size_t kMaxPinnedPiece = size_t{256} << 20;
 constexpr size_t kPiecesWanted = 32;  // a shrink keeps less than one piece too much: 1/32

@@ -1,25 +1,19 @@
 #include "cuda/driver.h"
 
 #include <dlfcn.h>
-#include <pthread.h>
 
 #include <atomic>
 #include <cstdlib>
 #include <utility>
 
 #include "base/error.h"
+#include "base/fork.h"
 
 namespace moeinf::cuda {
 namespace {
 
-// Global, because a fork copies every object: no object can know that it is a copy.
-std::atomic<bool> forked{false};
-
-void watch_forks() {
-    static const int once =
-        pthread_atfork(nullptr, nullptr, [] { forked.store(true, std::memory_order_relaxed); });
-    (void)once;
-}
+// Of the process that used the driver first. Global, like the driver itself.
+std::atomic<int64_t> generation_of_use{-1};
 
 [[noreturn]] void unsupported(const std::string& message) {
     throw Error(ErrorCode::kUnsupported, message);
@@ -47,7 +41,8 @@ void load(void* handle, const std::string& library, const char* name, Function*&
 }  // namespace
 
 bool forked_since_use() noexcept {
-    return forked.load(std::memory_order_relaxed);
+    const int64_t generation = generation_of_use.load(std::memory_order_relaxed);
+    return generation >= 0 && generation != process_generation();
 }
 
 void check_not_forked() {
@@ -98,7 +93,8 @@ std::shared_ptr<const Driver> load_driver(std::string library) {
     const Result result = driver->init(0);
     if (result == kNoDevice) unsupported("the CUDA driver " + library + " finds no device");
     driver->check(result, "cuInit");
-    watch_forks();
+    int64_t never = -1;
+    generation_of_use.compare_exchange_strong(never, process_generation());
     return driver;
 }
 

@@ -9,15 +9,12 @@
 #include <string>
 
 #include "base/error.h"
-#include "base/round.h"
+#include "base/sizes.h"
 #include "memory/arena.h"
 #include "memory/available.h"
 
 namespace moeinf {
 namespace {
-
-constexpr size_t kPage = 4096;
-constexpr size_t kHugePage = size_t{2} << 20;
 
 [[noreturn]] void out_of_memory(const std::string& what, size_t nbytes) {
     throw Error(ErrorCode::kCapacity,

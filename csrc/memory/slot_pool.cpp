@@ -4,19 +4,15 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/sizes.h"
 
 namespace moeinf {
-namespace {
-
-constexpr uint64_t kSlotAlignment = 4096;
-
-}  // namespace
 
 SlotPool::SlotPool(std::unique_ptr<Arena> arena, uint64_t slot_bytes, int32_t capacity,
                    int32_t slots)
     : arena_(std::move(arena)), slot_bytes_(slot_bytes), capacity_(capacity), slots_(0) {
     if (arena_ == nullptr) throw Error(ErrorCode::kInvalid, "a slot pool needs an arena");
-    if (slot_bytes == 0 || slot_bytes % kSlotAlignment != 0) {
+    if (slot_bytes == 0 || slot_bytes % kPage != 0) {
         throw Error(ErrorCode::kInvalid, "expected slots of a multiple of 4096 bytes, found " +
                                              std::to_string(slot_bytes));
     }

@@ -43,7 +43,7 @@ private:
 };
 
 // What finished requests activated, prefill and decode apart: a whole EAMC.
-struct Eamc {
+struct Eamc final : Collection {
     EamCollection prefill, decode;
 
     // Empty, with room for as many entries as the paper found to be of use.

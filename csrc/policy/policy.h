@@ -14,8 +14,11 @@
 
 namespace moeinf {
 
-struct Eamc;        // in eam.h
-class EamFollower;  // in eam_follower.h
+// What a policy or a predictor has collected, so that another run can start from it. Each kind
+// knows its own.
+struct Collection {
+    virtual ~Collection() = default;
+};
 
 // One (forward pass, layer): the distinct experts it routes to.
 struct Step {
@@ -27,7 +30,7 @@ struct Step {
     bool prefill = false;
     bool new_sequence = false;  // the first step of a request
     // Who runs the pass. The steps of one caller come in order, one request after another; those of
-    // several may come in any mixture.
+    // several come in any mixture. Sequences that a caller runs in one batch are one request.
     int64_t caller = 0;
 };
 
@@ -59,16 +62,29 @@ public:
     // Host-side priors per flat expert in [0, 1], written at most once per token; most ignore them.
     virtual void set_priors(std::span<const float> /*priors*/) {}
 
-    // Where a policy keeps a collection of activation matrices; null: it keeps none.
-    [[nodiscard]] virtual const EamFollower* follower() const noexcept { return nullptr; }
+    // A copy of what it has collected; null: it collects nothing.
+    [[nodiscard]] virtual std::unique_ptr<Collection> collection() const { return nullptr; }
 };
 
-// The names make_policy accepts, in the order they are shown.
+// A number that a policy can be given.
+struct PolicyParameter {
+    std::string_view name;
+    double usual, least, greatest;
+};
+
+// The names of all policies, in the order in which they are shown.
 std::vector<std::string> policy_names();
 
-// `eamc` is what the policies with a collection start from, of this shape; null: from nothing.
-// Throws Error(kInvalid), naming what exists, for an unknown name.
-std::unique_ptr<Policy> make_policy(std::string_view name, ModelShape shape,
-                                    const Eamc* eamc = nullptr);
+// Both take a policy's name, with or without parameters, and throw Error(kInvalid), naming what
+// exists, for an unknown name.
+std::span<const PolicyParameter> policy_parameters(std::string_view policy);
+bool policy_collects(std::string_view policy);
+
+// `policy` is a name, or a name with parameters: "decayed_lfu:keep=0.9:nearness=0". `from` is what
+// the policies that collect start from, of this shape; null: from nothing; the others ignore it.
+// Throws Error(kInvalid), naming what exists, for an unknown name or parameter or a value out of
+// range.
+std::unique_ptr<Policy> make_policy(std::string_view policy, ModelShape shape,
+                                    const Collection* from = nullptr);
 
 }  // namespace moeinf

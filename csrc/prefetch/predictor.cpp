@@ -8,7 +8,7 @@ namespace {
 
 struct Row {
     std::string_view name;
-    std::unique_ptr<Predictor> (*make)(ModelShape);
+    std::unique_ptr<Predictor> (*make)(ModelShape, const Collection* from);
 };
 
 constexpr Row kPredictors[] = {
@@ -26,14 +26,13 @@ std::vector<std::string> predictor_names() {
 }
 
 std::unique_ptr<Predictor> make_predictor(std::string_view name, ModelShape shape,
-                                          const Eamc* eamc) {
+                                          const Collection* from) {
     if (shape.num_layers < 1 || shape.num_experts < 1) {
         throw Error(ErrorCode::kInvalid, "a predictor needs at least one layer and one expert");
     }
-    if (eamc != nullptr && name == "eam") return make_eam_predictor(*eamc);
     std::string known;
     for (const Row& row : kPredictors) {
-        if (row.name == name) return row.make(shape);
+        if (row.name == name) return row.make(shape, from);
         known += (known.empty() ? "" : ", ") + std::string(row.name);
     }
     throw Error(ErrorCode::kInvalid,

@@ -29,8 +29,8 @@ public:
     // Layer 0 comes after the last. False, and nothing is written, where nothing is known.
     virtual bool predict(LayerId layer, std::span<float> scores) = 0;
 
-    // Where it keeps a collection of activation matrices; null: it keeps none.
-    [[nodiscard]] virtual const EamFollower* follower() const noexcept { return nullptr; }
+    // A copy of what it has collected; null: it collects nothing.
+    [[nodiscard]] virtual std::unique_ptr<Collection> collection() const { return nullptr; }
 };
 
 // The names make_predictor accepts, in the order they are shown.
@@ -38,6 +38,6 @@ std::vector<std::string> predictor_names();
 
 // As make_policy().
 std::unique_ptr<Predictor> make_predictor(std::string_view name, ModelShape shape,
-                                          const Eamc* eamc = nullptr);
+                                          const Collection* from = nullptr);
 
 }  // namespace moeinf

@@ -7,16 +7,13 @@
 #include <vector>
 
 #include "base/error.h"
-#include "base/round.h"
+#include "base/sizes.h"
 #include "device/timeline.h"
 
 namespace moeinf {
 namespace {
 
 using Clock = std::chrono::steady_clock;
-
-constexpr size_t kPage = 4096;
-constexpr size_t kGatherUnit = 16;
 
 void check(size_t nbytes, size_t count) {
     if (nbytes > 0 && nbytes % kGatherUnit == 0 && count > 0 && count <= Device::kMaxGatherParts) {

@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "base/error.h"
-#include "base/round.h"
+#include "base/sizes.h"
 #include "memory/arena.h"
 #include "transfer/source_file.h"
 
@@ -25,7 +25,6 @@ namespace {
 namespace fs = std::filesystem;
 using Clock = std::chrono::steady_clock;
 
-constexpr size_t kHugePage = size_t{2} << 20;
 constexpr uint64_t kMinFile = uint64_t{1} << 20;
 
 constexpr ReadWay kWays[] = {{size_t{8} << 20, 1, 0},

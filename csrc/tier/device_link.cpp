@@ -6,14 +6,12 @@
 #include <utility>
 
 #include "base/error.h"
-#include "base/round.h"
+#include "base/sizes.h"
 #include "tier/copy_job.h"
 #include "tier/tier.h"
 
 namespace moeinf {
 namespace {
-
-constexpr size_t kGatherUnit = 16;  // bytes; slots are larger multiples of it
 
 // Bytes from the start of the slot to the end of its last segment: one copy moves all segments.
 size_t copied_bytes(const Catalog& catalog) {

@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "base/error.h"
-#include "base/fork.h"
 
 namespace moeinf {
 namespace {
@@ -36,9 +35,9 @@ std::string words_of(const Catalog& catalog) {
 
 // A forked child leaves the tier unchanged: its threads do not exist there, and a lock may be held.
 struct Dispose {
-    int64_t generation = process_generation();
+    ForkDetector process;
     void operator()(HostTier* tier) const {
-        if (process_generation() == generation) std::default_delete<HostTier>()(tier);
+        if (!process.forked()) std::default_delete<HostTier>()(tier);
     }
 };
 
@@ -52,9 +51,7 @@ std::shared_ptr<HostTier> HostTier::make(std::shared_ptr<const Catalog> catalog,
 }
 
 HostTier::HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostTierOptions options)
-    : exclusive_(options.exclusive),
-      generation_(process_generation()),
-      holders_(catalog->total_experts()) {
+    : exclusive_(options.exclusive), holders_(catalog->total_experts()) {
     const int32_t wanted = std::max(options.slots, kMinSlots);
     auto pool = make_pool(*catalog, device, wanted);
     stats_.slots = pool->slots();
@@ -71,7 +68,7 @@ HostTier::HostTier(std::shared_ptr<const Catalog> catalog, Device& device, HostT
 HostTier::~HostTier() = default;
 
 void HostTier::check_serves(const Catalog& catalog) const {
-    if (process_generation() != generation_) {
+    if (process_.forked()) {
         throw Error(ErrorCode::kUnsupported,
                     "a RAM tier does not survive a fork: make a new one in the child process");
     }

@@ -24,6 +24,7 @@
 #include <string>
 #include <vector>
 
+#include "base/fork.h"
 #include "device/device.h"
 #include "tier/file_source.h"
 #include "tier/tier.h"
@@ -37,7 +38,7 @@ struct HostTierOptions {
     // comes back to this tier.
     bool exclusive = false;
     FileReaderOptions read;
-    std::shared_ptr<const Eamc> eamc;  // see ExpertCacheOptions
+    std::shared_ptr<const Collection> eamc;  // see ExpertCacheOptions
 };
 
 struct HostTierStats {
@@ -130,7 +131,7 @@ private:
     void tell(Told told);
 
     const bool exclusive_;
-    const int64_t generation_;
+    const ForkDetector process_;
     bool holds_all_ = false;  // nobody ever leaves, so that no policy need look on
     // Guarded by the tier's lock, up to the next blank line.
     PerExpert<uint16_t> holders_;      // devices that hold it

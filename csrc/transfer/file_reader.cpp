@@ -1,7 +1,5 @@
 #include "transfer/file_reader.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <condition_variable>
 #include <list>
@@ -13,7 +11,8 @@
 #include <vector>
 
 #include "base/error.h"
-#include "base/round.h"
+#include "base/fork.h"
+#include "base/sizes.h"
 #include "memory/arena.h"
 #include "transfer/read_plan.h"
 #include "transfer/source_file.h"
@@ -26,7 +25,6 @@ constexpr int32_t kDefaultThreads = 12;  // see benchmarks/notes/transfer.md
 constexpr int32_t kMaxThreads = 256;
 constexpr size_t kDefaultChunkBytes = size_t{1} << 20;
 constexpr size_t kMaxChunkBytes = size_t{1} << 30;
-constexpr size_t kHugePage = size_t{2} << 20;
 
 struct Job;
 using Queue = std::list<std::shared_ptr<Job>>;
@@ -101,7 +99,7 @@ struct FileReader::Impl {
     }
 
     // A fork copies no threads, and the child may have copied a locked lock.
-    [[nodiscard]] bool forked() const noexcept { return getpid() != owner; }
+    [[nodiscard]] bool forked() const noexcept { return process.forked(); }
 
     void enqueue(const JobPtr& job, Queue& queue) {
         job->queue = &queue;
@@ -180,7 +178,7 @@ struct FileReader::Impl {
 
     const std::shared_ptr<const Catalog> catalog;
     const FileReaderOptions options;
-    const pid_t owner = getpid();
+    const ForkDetector process;
     std::vector<SourceFile> files;
     std::unique_ptr<Arena> bounces;  // one buffer per worker
 
@@ -231,18 +229,6 @@ void FileReader::promote(const ReadJobPtr& transfer) {
     if (job->queue != &impl_->prefetches) return;
     job->queue = &impl_->demands;
     impl_->demands.splice(impl_->demands.end(), impl_->prefetches, job->position);
-}
-
-bool FileReader::cancel(const ReadJobPtr& transfer) {
-    if (impl_->forked()) return false;
-    const auto job = std::static_pointer_cast<Job>(transfer);
-    {
-        const std::lock_guard lock(impl_->queues);
-        if (job->queue == nullptr || job->next_chunk > 0) return false;
-        Impl::dequeue(job);
-    }
-    finish(job, ReadState::kCancelled);
-    return true;
 }
 
 bool FileReader::file_is_direct(uint32_t file) const {

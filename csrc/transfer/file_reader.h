@@ -29,16 +29,13 @@ public:
     FileReader& operator=(const FileReader&) = delete;
 
     // Starts reading every extent of `expert` into the slot that begins at `slot`. `done` is
-    // called from a worker thread, or from cancel() and the destructor for a transfer that never
-    // ran. Throws Error(kUnsupported) in a forked child, where the reader has no threads.
+    // called from a worker thread, or from the destructor for a transfer that never ran. Throws
+    // Error(kUnsupported) in a forked child, where the reader has no threads.
     [[nodiscard]] ReadJobPtr submit(ExpertId expert, std::byte* slot, Priority priority,
                                     ReadCallback done);
 
     // Makes a queued or running prefetch a demand. No effect on a finished transfer.
     void promote(const ReadJobPtr& transfer);
-
-    // True if the transfer had not started. It ends as kCancelled and its slot is untouched.
-    bool cancel(const ReadJobPtr& transfer);
 
     // True if reads of the file go past the page cache.
     [[nodiscard]] bool file_is_direct(uint32_t file) const;

@@ -2,7 +2,7 @@
 
 #include <algorithm>
 
-#include "base/round.h"
+#include "base/sizes.h"
 
 namespace moeinf {
 namespace {

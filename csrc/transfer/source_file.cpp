@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "base/error.h"
-#include "base/round.h"
+#include "base/sizes.h"
 #include "transfer/direct_io.h"
 
 namespace moeinf {

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 
+from moeinf import _core
 from moeinf.errors import CapacityError
+from moeinf.share import share_of
 
 UNITS = {
     "": 1,
@@ -22,9 +24,6 @@ UNITS = {
     "g": 2**30,
     "t": 2**40,
 }
-
-# Staging slots: an expert that a step needs and no cached slot can keep passes through one of them.
-TRANSIT_SLOTS = 2
 
 # Extra slots of an exclusive RAM tier. An expert on its way between GPU and RAM takes a slot in
 # both, and a decode step may bring in and evict about this many.
@@ -95,7 +94,7 @@ def slots_for(
     count = budget // slot_bytes
     if count >= total_experts:
         return total_experts
-    return max(1, count - TRANSIT_SLOTS)
+    return max(1, count - _core.ExpertCache.transit_slots)
 
 
 def less_reserve(free: int, reserve: int, taken: int = 0) -> int:
@@ -139,13 +138,7 @@ def host_slots_for(
 
 
 def _share(text: str, total_experts: int, name: str = "memory") -> int:
-    try:
-        share = float(text.strip()[:-1]) / 100
-    except ValueError:
-        raise ValueError(f"{text!r} is not a share such as 25%") from None
-    if not 0 < share <= 1:
-        raise ValueError(f"{text!r} is not a share between 0% and 100%")
-    count = int(share * total_experts + 0.5)
+    count = share_of(text, total_experts)
     if count < 1:
         raise CapacityError(f"{name}={text!r} of {total_experts} experts is below one slot")
     return count

@@ -62,7 +62,8 @@ class ExpertCache:
         gather_below: experts of at most so many bytes are copied to the GPU by a kernel, several at
             once, where this build has it; 0 leaves every copy to the copy engines. Without it, what
             `moeinf doctor` has measured for this GPU, else 0.
-        policy: chooses the expert to evict; one of `moeinf.policies()`.
+        policy: chooses the expert to evict; one of `moeinf.policies()`, with parameters where
+            wanted, as in "decayed_lfu:keep=0.9".
         prefetch: predicts the next experts, to read them while the link is idle, if that pays:
             "off", "previous" (the layer's experts of earlier tokens), "transition" (the experts
             that followed those of the previous layer), "eam" (MoE-Infinity's prediction) or

@@ -11,14 +11,24 @@ from rich.progress import Progress
 
 from moeinf.cli.output import check_writable, print_json, print_table
 from moeinf.traces.eam import EAMC
-from moeinf.traces.simulator import SimulationResult, parse_slots, policy_names, simulate
+from moeinf.traces.simulator import (
+    SimulationResult,
+    check_policy,
+    parse_slots,
+    policy_names,
+    simulate,
+)
 from moeinf.traces.trace import Trace
 
 
 def command(
     traces: Annotated[list[Path], typer.Argument(help="Trace files.")],
     policy: Annotated[
-        str, typer.Option(help=f"Policies, comma-separated: {', '.join(policy_names())}.")
+        str,
+        typer.Option(
+            help="Policies, comma-separated, with parameters as in eam:matched=5: "
+            f"{', '.join(policy_names())}."
+        ),
     ] = ",".join(policy_names()),
     slots: Annotated[
         str, typer.Option(help="Budgets, comma-separated: counts, or shares of all experts.")
@@ -35,10 +45,9 @@ def command(
     check_writable(plot)
     policies = _listed("policy", policy)
     for name in policies:
-        if name not in policy_names():
-            raise ValueError(f"no policy is named {name!r}; there are: {', '.join(policy_names())}")
+        check_policy(name)
     budgets = _listed("slots", slots)
-    if eamc is not None and "eam" not in policies:
+    if eamc is not None and not any(_is_eam(name) for name in policies):
         raise ValueError(f"--eamc: a collection is for the policy 'eam', found --policy {policy}")
     collection = EAMC.load(eamc) if eamc is not None else None
     loaded = [Trace.load(path) for path in traces]
@@ -76,11 +85,15 @@ def _simulate(
         trace,
         policy=policy,
         slots=slots,
-        eamc=collection if policy == "eam" else None,
+        eamc=collection if _is_eam(policy) else None,
         progress=advance,
     )
     bar.remove_task(task)
     return result
+
+
+def _is_eam(policy: str) -> bool:
+    return policy.partition(":")[0] == "eam"
 
 
 def _listed(option: str, text: str) -> list[str]:

@@ -23,7 +23,7 @@ from moeinf.errors import TraceError
 from moeinf.traces.trace import DECODE, PREFILL, Trace
 
 FORMAT = "moeinf-eamc-1"
-PAPER_CAPACITY = 120
+PAPER_CAPACITY: int = _core.Eamc.PAPER_CAPACITY
 """Entries at which the paper found more to be of no use (section 7)."""
 
 Array = npt.NDArray[Any]

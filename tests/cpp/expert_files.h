@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/sizes.h"
 #include "id_list.h"
 #include "layout/catalog.h"
 #include "scratch.h"
@@ -20,7 +21,6 @@
 
 namespace moeinf {
 
-inline constexpr size_t kPage = 4096;
 inline constexpr std::byte kPoison{0xA5};
 
 struct ExpertFiles {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/sizes.h"
 #include "check.h"
 #include "memory/arena.h"
 #include "memory/available.h"
@@ -18,8 +19,6 @@
 using namespace moeinf;
 
 namespace {
-
-constexpr size_t kPage = 4096;
 
 template <typename Function>
 std::string message_of(ErrorCode code, Function function) {

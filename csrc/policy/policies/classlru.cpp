@@ -1,34 +1,36 @@
 // Frequency classes with a recency list each, the policy llama.cpp ships since October 2026.
 // An expert's class is that of its use count: 0 for counts 0 and 1, then one more per doubling, at
-// most 7. Counts halve every 128 tokens and survive eviction. Every class lists its residents by
-// last use, and the victim is the head with the largest age / 2^class; ties go to the lower flat
-// id. Chosen where the description is silent: a step counts once for each of its experts however
-// many tokens it routes there, a forward pass counts as one token, ages are in steps, and halving
-// moves experts to their new classes at once.
+// most 7. Counts halve every 128 tokens (`tokens_per_halving`) and survive eviction. Every class
+// lists its residents by last use, and the victim is the head with the largest age / 2^class; ties
+// go to the lower flat id. Chosen where the description is silent: a step counts once for each of
+// its experts however many tokens it routes there, a forward pass counts as one token, ages are in
+// steps, and halving moves experts to their new classes at once.
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <utility>
 
-#include "policy/policies/policies.h"
+#include "policy/per_caller.h"
 #include "policy/policies/recency_lists.h"
+#include "policy/policies/row.h"
 
 namespace moeinf {
 namespace {
 
 constexpr int32_t kClasses = 8;
-constexpr int32_t kTokensPerHalving = 128;
 
 class ClassLru final : public Policy {
 public:
-    explicit ClassLru(ModelShape shape)
-        : shape_(shape), counts_(shape.total()), residents_(shape.total(), kClasses) {}
+    ClassLru(ModelShape shape, std::span<const double> values)
+        : shape_(shape),
+          tokens_per_halving_(static_cast<int64_t>(values[0])),
+          counts_(shape.total()),
+          residents_(shape.total(), kClasses) {}
 
     std::string_view name() const noexcept override { return "classlru"; }
 
     void observe(const Step& step) override {
-        if (step.new_sequence || step.layer <= layer_) start_token();
-        layer_ = step.layer;
+        if (starts_.at(step)) start_token();
         now_ = step.index;
         for (const ExpertId expert : step.experts) {
             ++counts_[expert];
@@ -82,7 +84,7 @@ private:
 
     void start_token() {
         ++tokens_;
-        if (tokens_ == 0 || tokens_ % kTokensPerHalving != 0) return;
+        if (tokens_ == 0 || tokens_ % tokens_per_halving_ != 0) return;
         by_age_.clear();
         for (const ExpertId expert : shape_.experts()) {
             if (!residents_.contains(expert)) continue;
@@ -95,18 +97,21 @@ private:
     }
 
     ModelShape shape_;
+    int64_t tokens_per_halving_;
     PerExpert<uint32_t> counts_;
     RecencyLists residents_;  // one list per class
     int64_t now_ = 0;
-    int64_t tokens_ = -1;                               // index of the current one
-    LayerId layer_{0};                                  // of the latest step
+    int64_t tokens_ = -1;  // index of the current one
+    PassStarts starts_;
     std::vector<std::pair<int64_t, ExpertId>> by_age_;  // scratch
 };
 
 }  // namespace
 
-std::unique_ptr<Policy> make_classlru(ModelShape shape) {
-    return std::make_unique<ClassLru>(shape);
-}
+constexpr PolicyParameter kParameters[] = {{"tokens_per_halving", 128, 1, 1e9}};
+
+namespace policies {
+extern const PolicyRow classlru = policy_with<ClassLru>("classlru", kParameters);
+}  // namespace policies
 
 }  // namespace moeinf

@@ -1,36 +1,39 @@
-// Decayed frequency with layer distance: evicts the minimum of EMA * (1 - 0.5 * d / L), EMA <- 0.95
-// * EMA + (1 if used) per token, d the layers that are computed before the expert's layer comes
-// again, L the number of layers; ties go to the lower flat id. A token is a forward pass: it begins
-// where the layer does not rise or a sequence starts. Each step that uses an expert counts once,
-// however many tokens it routes there.
+// Decayed frequency with layer distance: evicts the minimum of EMA * (1 - layer_weight * d / L),
+// EMA
+// <- keep * EMA + (1 if used) per token, d the layers that are computed before the expert's layer
+// comes again, L the number of layers; ties go to the lower flat id. A token is a forward pass: it
+// begins where the layer does not rise or a sequence starts. Each step that uses an expert counts
+// once, however many tokens it routes there.
 //
 // Rather than decaying every average at every token, a use counts for more the later it comes: with
-// `unit` growing by 1 / 0.95 per token and weight += unit at each use, weight / unit is the EMA.
+// `unit` growing by 1 / keep per token and weight += unit at each use, weight / unit is the EMA.
 // Scores are only compared, so that the division is left out.
+#include "policy/per_caller.h"
 #include "policy/policies/expert_heaps.h"
-#include "policy/policies/policies.h"
+#include "policy/policies/row.h"
 
 namespace moeinf {
 namespace {
 
-constexpr double kGrowthPerToken = 1.0 / 0.95;
-// Scaling by a power of two is exact. A weight that nothing adds to reaches zero after some 14,000
-// tokens.
+// Scaling by a power of two is exact. With keep = 0.95 a weight that nothing adds to reaches
+// zero after some 14,000 tokens.
 constexpr double kRescaleAbove = 0x1p64;
 constexpr double kRescaleBy = 0x1p-64;
 
 class DecayedLfu final : public OrderedPolicy<ScaledOrder<double>> {
 public:
-    explicit DecayedLfu(ModelShape shape)
+    DecayedLfu(ModelShape shape, std::span<const double> values)
         : OrderedPolicy(shape.num_layers, shape.num_experts, ScaledOrder<double>(shape)),
-          shape_(shape) {
+          shape_(shape),
+          growth_per_token_(1.0 / values[0]),
+          layer_weight_(values[1]) {
         visit(LayerId{shape.num_layers - 1});  // before the first step every layer is to come
     }
 
     std::string_view name() const noexcept override { return "decayed_lfu"; }
 
     void observe(const Step& step) override {
-        if (step.new_sequence || step.layer <= layer_) start_token();
+        if (starts_.at(step)) start_token();
         if (step.layer != layer_) visit(step.layer);
         for (const ExpertId expert : step.experts) {
             order_.values[expert] += unit_;
@@ -40,7 +43,7 @@ public:
 
 private:
     void start_token() {
-        unit_ *= kGrowthPerToken;
+        unit_ *= growth_per_token_;
         if (unit_ <= kRescaleAbove) return;
         unit_ *= kRescaleBy;
         for (double& weight : order_.values) weight *= kRescaleBy;
@@ -54,19 +57,26 @@ private:
         for (const LayerId layer : shape_.layers()) {
             const int32_t ahead = number(layer) - number(current);
             const int32_t distance = ahead > 0 ? ahead : ahead + shape_.num_layers;
-            order_.factors[layer] = 1.0 - 0.5 * distance / shape_.num_layers;
+            order_.factors[layer] = 1.0 - layer_weight_ * distance / shape_.num_layers;
         }
     }
 
     ModelShape shape_;
+    double growth_per_token_, layer_weight_;
     double unit_ = 1.0;
     LayerId layer_{0};  // of the latest step
+    PassStarts starts_;
 };
 
 }  // namespace
 
-std::unique_ptr<Policy> make_decayed_lfu(ModelShape shape) {
-    return std::make_unique<DecayedLfu>(shape);
-}
+constexpr PolicyParameter kParameters[] = {
+    {"keep", 0.95, 0.01, 1},
+    {"layer_weight", 0.5, 0, 1},
+};
+
+namespace policies {
+extern const PolicyRow decayed_lfu = policy_with<DecayedLfu>("decayed_lfu", kParameters);
+}  // namespace policies
 
 }  // namespace moeinf

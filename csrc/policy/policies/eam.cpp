@@ -7,7 +7,7 @@
 
 #include "policy/eam_follower.h"
 #include "policy/lowest_scores.h"
-#include "policy/policies/policies.h"
+#include "policy/policies/row.h"
 
 namespace moeinf {
 namespace {
@@ -16,9 +16,9 @@ constexpr float kEpsilon = 1e-6f;
 
 class Eam final : public Policy {
 public:
-    explicit Eam(Eamc from)
+    Eam(Eamc from, int32_t matched)
         : shape_(from.decode.shape()),
-          follower_(std::move(from)),
+          follower_(std::move(from), matched),
           predicted_(static_cast<size_t>(shape_.total())),
           scores_(shape_.total()) {}
 
@@ -37,7 +37,9 @@ public:
         return lowest_scores(residents, pins, score_of, candidates_, victims);
     }
 
-    const EamFollower* follower() const noexcept override { return &follower_; }
+    std::unique_ptr<Collection> collection() const override {
+        return std::make_unique<Eamc>(follower_.collections());
+    }
 
 private:
     void score() {
@@ -72,12 +74,16 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Policy> make_eam(ModelShape shape) {
-    return make_eam(Eamc(shape));
-}
+constexpr PolicyParameter kParameters[] = {{"matched", EamFollower::kMatched, 1, 1000}};
 
-std::unique_ptr<Policy> make_eam(Eamc from) {
-    return std::make_unique<Eam>(std::move(from));
-}
+namespace policies {
+extern const PolicyRow eam{
+    "eam", kParameters, true,
+    [](ModelShape shape, std::span<const double> values, const Collection* from) {
+        const auto* eamc = dynamic_cast<const Eamc*>(from);
+        return std::unique_ptr<Policy>(std::make_unique<Eam>(eamc != nullptr ? *eamc : Eamc(shape),
+                                                             static_cast<int32_t>(values[0])));
+    }};
+}  // namespace policies
 
 }  // namespace moeinf

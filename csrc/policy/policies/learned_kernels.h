@@ -9,8 +9,6 @@ namespace moeinf::learned {
 
 // Per visit of a layer. Rates of use are shrunk towards a prior as if it had been seen for so many
 // visits: the mean rate for the slow and the fast one, the slow rate for that of the sequence.
-inline constexpr float kFastDecay = 0.8f;
-inline constexpr float kSlowDecay = 0.98f;
 inline constexpr float kPriorVisits = 6.0f;
 inline constexpr float kSequencePriorVisits = 4.0f;
 

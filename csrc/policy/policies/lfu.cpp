@@ -3,7 +3,7 @@
 #include <compare>
 
 #include "policy/policies/expert_heaps.h"
-#include "policy/policies/policies.h"
+#include "policy/policies/row.h"
 
 namespace moeinf {
 namespace {
@@ -48,8 +48,8 @@ public:
 
 }  // namespace
 
-std::unique_ptr<Policy> make_lfu(ModelShape shape) {
-    return std::make_unique<Lfu>(shape);
-}
+namespace policies {
+extern const PolicyRow lfu = plain_policy<Lfu>("lfu");
+}  // namespace policies
 
 }  // namespace moeinf

@@ -1,7 +1,7 @@
 // Least recently used. Age is the index of the step that used an expert last; the oldest leaves
 // first, and among those of one step the lower flat id.
-#include "policy/policies/policies.h"
 #include "policy/policies/recency_lists.h"
+#include "policy/policies/row.h"
 
 namespace moeinf {
 namespace {
@@ -42,8 +42,8 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Policy> make_lru(ModelShape shape) {
-    return std::make_unique<Lru>(shape);
-}
+namespace policies {
+extern const PolicyRow lru = plain_policy<Lru>("lru");
+}  // namespace policies
 
 }  // namespace moeinf

@@ -39,7 +39,9 @@ public:
         return true;
     }
 
-    const EamFollower* follower() const noexcept override { return &follower_; }
+    std::unique_ptr<Collection> collection() const override {
+        return std::make_unique<Eamc>(follower_.collections());
+    }
 
 private:
     ModelShape shape_;
@@ -50,12 +52,9 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Predictor> make_eam_predictor(ModelShape shape) {
-    return make_eam_predictor(Eamc(shape));
-}
-
-std::unique_ptr<Predictor> make_eam_predictor(Eamc from) {
-    return std::make_unique<EamPredictor>(std::move(from));
+std::unique_ptr<Predictor> make_eam_predictor(ModelShape shape, const Collection* from) {
+    const auto* eamc = dynamic_cast<const Eamc*>(from);
+    return std::make_unique<EamPredictor>(eamc != nullptr ? *eamc : Eamc(shape));
 }
 
 }  // namespace moeinf

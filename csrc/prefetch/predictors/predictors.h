@@ -4,14 +4,13 @@
 
 #include <memory>
 
-#include "policy/eam.h"
 #include "prefetch/predictor.h"
 
 namespace moeinf {
 
-std::unique_ptr<Predictor> make_previous_predictor(ModelShape shape);
-std::unique_ptr<Predictor> make_transition_predictor(ModelShape shape);
-std::unique_ptr<Predictor> make_eam_predictor(ModelShape shape);  // with empty collections
-std::unique_ptr<Predictor> make_eam_predictor(Eamc from);
+// `from`: what it starts from; null: nothing.
+std::unique_ptr<Predictor> make_previous_predictor(ModelShape shape, const Collection* from);
+std::unique_ptr<Predictor> make_transition_predictor(ModelShape shape, const Collection* from);
+std::unique_ptr<Predictor> make_eam_predictor(ModelShape shape, const Collection* from);
 
 }  // namespace moeinf

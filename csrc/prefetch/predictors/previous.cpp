@@ -44,7 +44,7 @@ private:
 
 }  // namespace
 
-std::unique_ptr<Predictor> make_previous_predictor(ModelShape shape) {
+std::unique_ptr<Predictor> make_previous_predictor(ModelShape shape, const Collection* /*from*/) {
     return std::make_unique<Previous>(shape);
 }
 
