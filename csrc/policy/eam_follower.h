@@ -1,9 +1,9 @@
-// A request as it goes, seen against collections of finished ones: what the policy `eam` and the
-// predictor `eam` share. Prefill and decode are traced and matched apart. One thread at a time.
+// Compares a request in progress with collections of finished ones, for the policy `eam` and the
+// predictor `eam`. Prefill and decode are traced and matched apart. One thread at a time.
 //
-// Chosen where the paper is silent: the pass in progress (iEAM) is matched over its rows so far,
-// and entries by the same rows; the nearest few (kMatched) are summed; before anything can be
-// matched, the request's own matrix so far stands in.
+// The paper leaves some choices open. Here the pass in progress (iEAM) is matched over its rows so
+// far, entries by the same rows, and the nearest few (kMatched) are summed. Before the first match
+// the request's own matrix is used.
 #pragma once
 
 #include <span>
@@ -17,7 +17,7 @@ class EamFollower {
 public:
     static constexpr int32_t kMatched = 3;
 
-    // What is known of one phase of the request.
+    // One phase of the request.
     struct Phase {
         explicit Phase(EamCollection from);
         Phase(Phase&& other) noexcept;  // `match` refers to `collection`
@@ -31,16 +31,16 @@ public:
 
     explicit EamFollower(Eamc from, int32_t matched = kMatched);
 
-    // A new sequence ends the request before it, which joins the collections.
+    // A new sequence ends the previous request, which is added to the collections.
     void observe(const Step& step);
 
     // The phase of the latest step; decode before any.
     [[nodiscard]] const Phase& current() const noexcept { return phases_[phase_]; }
 
-    // The collections as they would be if the request in progress ended now; it goes on.
+    // The collections as if the request in progress ended now. The request goes on.
     [[nodiscard]] Eamc collections() const;
 
-    // Each expert's share of what `layer` is predicted to use. False before the first step.
+    // Each expert's share of the predicted uses of `layer`. False before the first step.
     bool predict(LayerId layer, std::span<float> shares) const;
 
 private:

@@ -1,16 +1,16 @@
-// What to read ahead, and whether it pays. The cache tells the prefetcher about every step, read
-// and eviction, under its lock; the prefetcher turns predictions (a predictor's, or those handed in
-// from outside) into a few experts to read now. It never moves bytes, and knows no slots, threads
-// or clocks: times come in as seconds.
+// Chooses the experts to read ahead, and decides whether that pays. The cache reports every step,
+// read and eviction under its lock. The prefetcher turns predictions (of a predictor, or from
+// outside) into a few experts to read now. It moves no bytes and knows no slots, threads or clocks:
+// times are arguments, in seconds.
 //
-// Budget. After a step the link may carry what it usually carries between the end of this layer's
-// demand reads and the next step, less what is still under way. Demand overtakes in any case.
+// Budget. After a step the link may carry the bytes that it usually carries between the end of this
+// layer's demand reads and the next step, less the bytes in flight. A demand overtakes prefetches.
 //
-// Does it pay? With r the useful share of what is fetched, s the share of a read that a useful
-// prefetch saves (less than 1 if it came late) and w what a useless one costs in reads (the link
-// where it was not idle, experts it drove out that were missed soon after), it may pay where r * s
-// is above (1 - r) * w. s and w are measured; so is r, also while nothing is fetched, from what
-// would have been. Where that promises something the clock has the last word: PrefetchTrial.
+// Does it pay? r is the useful share of the fetched experts. s is the share of a read that a useful
+// prefetch saves (less than 1 if it was late). w is the cost of a useless one in reads: the link
+// while it was not idle, and evicted experts that were missed soon after. Prefetching may pay if r
+// * s > (1 - r) * w. s and w are measured. r is measured too, also while prefetching is off. If
+// this is promising, the clock decides: PrefetchTrial.
 #pragma once
 
 #include <cstdint>
@@ -52,26 +52,27 @@ public:
         int64_t delay_bytes;  // that a demand may have to wait for, having overtaken a prefetch
     };
 
-    // Without a predictor, what on_external() is told is all that is known.
+    // Without a predictor the only predictions are those of on_external().
     Prefetcher(ModelShape shape, std::unique_ptr<Predictor> predictor, Costs costs);
 
-    // A step, in this order: before its experts are placed; for each that gets a slot or passes
-    // through; after its demand reads have been started.
+    // The events of a step, in this order: on_step() before its experts are placed,
+    // on_demand_miss() for each expert that gets a slot or passes through, look_ahead() after its
+    // demand reads have started.
     void on_step(const Step& step, double now);
     void on_demand_miss(ExpertId expert);
     void look_ahead(const Step& step, double now);
 
     // A prediction from outside, best first.
     void on_external(LayerId layer, std::span<const ExpertId> experts);
-    // Is a prediction from outside for this pass worth making? Now and then also while off.
+    // True if a prediction from outside may pay in this pass. Sometimes also true while off.
     [[nodiscard]] bool wants_external() const noexcept;
-    // True if the step just before this layer has begun, so that nothing stands before an external
-    // prediction.
+    // True if the step of the previous layer has begun, so an external prediction for this layer
+    // can be used.
     [[nodiscard]] bool is_next(LayerId layer) const noexcept;
 
-    // Absent experts to prefetch now, best first. Each that is started is to be announced.
+    // Absent experts to prefetch now, best first. on_issued() must follow for each that is started.
     std::span<const ExpertId> choose(const Residency& residency);
-    // Residents that none of them may drive out: those expected for what comes next.
+    // Residents that a prefetch must not evict, because they are predicted too.
     [[nodiscard]] std::span<const ExpertId> expected_residents() const noexcept { return kept_; }
     void on_issued(ExpertId expert, ExpertId evicted);
 
@@ -81,7 +82,7 @@ public:
     [[nodiscard]] PredictionStats stats() const;
     void reset_stats();
 
-    // Null: only what on_external() is told.
+    // Null: predictions come only from on_external().
     [[nodiscard]] const Predictor* predictor() const noexcept { return predictor_.get(); }
 
     // For tests: the least score that is fetched.
@@ -92,7 +93,7 @@ private:
         ExpertId expert;
         float score;
         bool latest;     // of the latest prediction for its layer
-        bool absent;     // was not resident when there was a chance to fetch it
+        bool absent;     // was not resident when it could have been fetched
         bool candidate;  // was worth fetching, and within the budget
         bool fetched;
         ExpertId evicted;  // by fetching it; kNone: nobody
@@ -143,8 +144,9 @@ private:
     bool decoding_ = false;
     int64_t pass_ = 0;
     int64_t step_ = 0;
-    PerExpert<int64_t> used_at_;        // the latest step that used it
-    PerExpert<int64_t> missed_before_;  // driven out for nothing, if before pass
+    PerExpert<int64_t> used_at_;  // the latest step that used it
+    PerExpert<int64_t>
+        missed_before_;  // evicted by a useless prefetch; a miss before this pass is a regret
 
     // The link.
     PerExpert<uint8_t> reading_;            // a prefetch is under way
