@@ -144,9 +144,8 @@ private:
     bool decoding_ = false;
     int64_t pass_ = 0;
     int64_t step_ = 0;
-    PerExpert<int64_t> used_at_;  // the latest step that used it
-    PerExpert<int64_t>
-        missed_before_;  // evicted by a useless prefetch; a miss before this pass is a regret
+    PerExpert<int64_t> used_at_;        // the latest step that used it
+    PerExpert<int64_t> missed_before_;  // a miss before this pass is a useless prefetch's fault
 
     // The link.
     PerExpert<uint8_t> reading_;            // a prefetch is under way
