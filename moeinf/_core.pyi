@@ -150,7 +150,6 @@ class FileReader:
     def __init__(
         self, catalog: Catalog, *, threads: int = 0, chunk_bytes: int = 0, direct: bool = True
     ) -> None: ...
-    def cancel(self, ticket: Ticket) -> bool: ...
     def file_is_direct(self, file: int) -> bool: ...
     def promote(self, ticket: Ticket) -> None: ...
     def submit(
@@ -227,6 +226,8 @@ class EamCollection:
 
 class Eamc:
     """Two collections: of prompts, and of decoding."""
+
+    PAPER_CAPACITY: typing.ClassVar[int] = 120
 
     def __init__(self, prefill: EamCollection, decode: EamCollection) -> None: ...
     @property
@@ -474,6 +475,9 @@ def gate_functions() -> list[str]:
 
 def policy_names() -> list[str]:
     """What `policy` may be."""
+
+def policy_parameters(policy: str) -> dict:
+    """name: (usual value, least, greatest), for `policy="NAME:name=value"`."""
 
 def prefetch_names() -> list[str]:
     """What `prefetch` may be."""

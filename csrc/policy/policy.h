@@ -30,7 +30,7 @@ struct Step {
     bool prefill = false;
     bool new_sequence = false;  // the first step of a request
     // Who runs the pass. The steps of one caller come in order, one request after another; those of
-    // several may come in any mixture.
+    // several come in any mixture. Sequences that a caller runs in one batch are one request.
     int64_t caller = 0;
 };
 

@@ -8,6 +8,7 @@
 // Rather than decaying every average at every token, a use counts for more the later it comes: with
 // `unit` growing by 1 / keep per token and weight += unit at each use, weight / unit is the EMA.
 // Scores are only compared, so that the division is left out.
+#include "policy/per_caller.h"
 #include "policy/policies/expert_heaps.h"
 #include "policy/policies/row.h"
 
@@ -32,7 +33,7 @@ public:
     std::string_view name() const noexcept override { return "decayed_lfu"; }
 
     void observe(const Step& step) override {
-        if (step.new_sequence || step.layer <= layer_) start_token();
+        if (starts_.at(step)) start_token();
         if (step.layer != layer_) visit(step.layer);
         for (const ExpertId expert : step.experts) {
             order_.values[expert] += unit_;
@@ -64,6 +65,7 @@ private:
     double growth_per_token_, layer_weight_;
     double unit_ = 1.0;
     LayerId layer_{0};  // of the latest step
+    PassStarts starts_;
 };
 
 }  // namespace
