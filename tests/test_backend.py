@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from checkpoints import COMMON
 from fake_cuda_library import fake_cuda_library
 
 import moeinf
+from moeinf.traces.eam import activation_matrix
 from moeinf.traces.trace import DECODE, PREFILL, Trace
 
 EXPERTS, HIDDEN = 6, 40
@@ -66,8 +68,6 @@ def test_a_backend_does_not_keep_its_cache_alive(store: moeinf.ExpertStore, devi
     cache = moeinf.ExpertCache(store, device=device, slots=3)
     moeinf.fused_experts(*random_step(1, 2), cache, 0)
     ended = threading.Event()
-    import weakref
-
     weakref.finalize(cache, ended.set)
     del cache
     assert ended.is_set(), "without the garbage collector's help"
@@ -188,6 +188,21 @@ def test_two_threads_generate_on_one_model(qwen3_folder: Path, device: str, seed
     assert trace.router is not None
     routers = [one.router.sum() for one in traces if one.router is not None]
     assert trace.router.astype(float).sum() == pytest.approx(float(sum(routers)), rel=0.01)
+
+
+def test_two_threads_collect_their_own_matrices(qwen3_folder: Path, seed: int) -> None:
+    shared = moeinf.load(qwen3_folder, slots=5, policy="eam")
+    cache = shared.moeinf.cache
+
+    def generate(turn: int) -> None:
+        shared.generate(prompt(seed + turn, 1, 5), max_new_tokens=6, do_sample=False)
+
+    with cache.record() as recorder:
+        run_together(lambda: generate(0), lambda: generate(1), lambda: generate(2))
+    collected = cache.eamc()
+    for phase, of_phase in ((PREFILL, collected.prefill), (DECODE, collected.decode)):
+        expected = [activation_matrix(one, phase).tolist() for one in recorder.trace().split()]
+        assert sorted(of_phase.entries().tolist()) == sorted(expected)
 
 
 def test_steps_of_two_threads_layer_by_layer_in_turn(store: moeinf.ExpertStore) -> None:

@@ -5,24 +5,27 @@
 
 namespace moeinf {
 
-EamFollower::Phase::Phase(EamCollection from)
-    : collection(std::move(from)),
+EamFollower::Phase::Phase(const EamCollection& known)
+    : collection(known),
       match(collection),
       request(static_cast<size_t>(collection.shape().total()), 0.0f) {}
 
-EamFollower::Phase::Phase(Phase&& other) noexcept : Phase(std::move(other.collection)) {}
-
 EamFollower::EamFollower(Eamc from, int32_t matched)
-    : matched_(matched), phases_{Phase(std::move(from.prefill)), Phase(std::move(from.decode))} {}
+    : matched_(matched), known_(std::move(from)), latest_(&request_of(0)) {}
+
+EamFollower::Request& EamFollower::request_of(int64_t caller) {
+    return requests_.of(
+        caller, [this] { return Request(known_); }, [this](Request& old) { finish(old); });
+}
 
 void EamFollower::observe(const Step& step) {
-    if (step.new_sequence) {
-        for (Phase& phase : phases_) finish_request(phase);
-    }
-    phase_ = step.prefill ? 0 : 1;
-    Phase& phase = phases_[phase_];
-    if (step.new_sequence || step.layer <= layer_) phase.match.restart();
-    layer_ = step.layer;
+    Request& request = request_of(step.caller);
+    latest_ = &request;
+    if (step.new_sequence) finish(request);
+    request.phase = step.prefill ? 0 : 1;
+    Phase& phase = request.phases[request.phase];
+    if (step.new_sequence || step.layer <= request.layer) phase.match.restart();
+    request.layer = step.layer;
     for (size_t i = 0; i < step.experts.size(); ++i) {
         phase.request[index(step.experts[i])] +=
             step.counts.empty() ? 1.0f : static_cast<float>(step.counts[i]);
@@ -32,22 +35,32 @@ void EamFollower::observe(const Step& step) {
     phase.match.nearest(matched_, phase.nearest);
 }
 
-void EamFollower::finish_request(Phase& phase) {
-    if (phase.active) phase.collection.add(phase.request);
-    std::fill(phase.request.begin(), phase.request.end(), 0.0f);
-    phase.active = false;
-    phase.match.restart();
+void EamFollower::finish(Request& request) {
+    EamCollection* const collections[2] = {&known_.prefill, &known_.decode};
+    for (size_t i = 0; i < 2; ++i) {
+        Phase& phase = request.phases[i];
+        if (phase.active) {
+            collections[i]->add(phase.request);
+            // Matches so far are with what was in it before.
+            requests_.for_each([i](Request& other) { other.phases[i].match.restart(); });
+        }
+        std::fill(phase.request.begin(), phase.request.end(), 0.0f);
+        phase.active = false;
+        phase.match.restart();
+    }
 }
 
 Eamc EamFollower::collections() const {
-    Eamc all(phases_[0].collection, phases_[1].collection);
-    if (phases_[0].active) all.prefill.add(phases_[0].request);
-    if (phases_[1].active) all.decode.add(phases_[1].request);
+    Eamc all = known_;
+    requests_.for_each([&](const Request& request) {
+        if (request.phases[0].active) all.prefill.add(request.phases[0].request);
+        if (request.phases[1].active) all.decode.add(request.phases[1].request);
+    });
     return all;
 }
 
 bool EamFollower::predict(LayerId layer, std::span<float> shares) const {
-    if (!is_some(layer_)) return false;
+    if (!is_some(latest_->layer)) return false;
     const Phase& phase = current();
     const ModelShape shape = phase.collection.shape();
     const auto width = static_cast<size_t>(shape.num_experts);

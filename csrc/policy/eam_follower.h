@@ -1,5 +1,6 @@
-// Compares a request in progress with collections of finished ones, for the policy `eam` and the
-// predictor `eam`. Prefill and decode are traced and matched apart. One thread at a time.
+// Compares requests in progress with collections of finished ones, for the policy `eam` and the
+// predictor `eam`. Prefill and decode are traced and matched apart, and so are the requests of
+// several callers. One thread at a time.
 //
 // The paper leaves some choices open. Here the pass in progress (iEAM) is matched over its rows so
 // far, entries by the same rows, and the nearest few (kMatched) are summed. Before the first match
@@ -10,6 +11,7 @@
 #include <vector>
 
 #include "policy/eam.h"
+#include "policy/per_caller.h"
 
 namespace moeinf {
 
@@ -19,10 +21,9 @@ public:
 
     // One phase of the request.
     struct Phase {
-        explicit Phase(EamCollection from);
-        Phase(Phase&& other) noexcept;  // `match` refers to `collection`
+        explicit Phase(const EamCollection& known);
 
-        EamCollection collection;
+        const EamCollection& collection;
         EamMatch match;
         std::vector<float> request;    // its rEAM so far
         std::vector<int32_t> nearest;  // entries, nearest first
@@ -30,26 +31,40 @@ public:
     };
 
     explicit EamFollower(Eamc from, int32_t matched = kMatched);
+    EamFollower(const EamFollower&) = delete;  // requests refer to the collections
+    EamFollower& operator=(const EamFollower&) = delete;
 
-    // A new sequence ends the previous request, which is added to the collections.
+    // A new sequence ends its caller's previous request, which is added to the collections. So is
+    // the request of a caller that is forgotten because too many are known.
     void observe(const Step& step);
 
     // The phase of the latest step; decode before any.
-    [[nodiscard]] const Phase& current() const noexcept { return phases_[phase_]; }
+    [[nodiscard]] const Phase& current() const noexcept { return latest_->current(); }
 
-    // The collections as if the request in progress ended now. The request goes on.
+    // The collections as if the requests in progress ended now. The requests go on.
     [[nodiscard]] Eamc collections() const;
 
     // Each expert's share of the predicted uses of `layer`. False before the first step.
     bool predict(LayerId layer, std::span<float> shares) const;
 
 private:
-    static void finish_request(Phase& phase);
+    // What one caller is at.
+    struct Request {
+        explicit Request(const Eamc& known) : phases{Phase(known.prefill), Phase(known.decode)} {}
+        [[nodiscard]] const Phase& current() const noexcept { return phases[phase]; }
+
+        Phase phases[2];  // prefill, decode
+        size_t phase = 1;
+        LayerId layer = LayerId::kNone;  // of the latest step
+    };
+
+    Request& request_of(int64_t caller);
+    void finish(Request& request);
 
     int32_t matched_;
-    Phase phases_[2];  // prefill, decode
-    size_t phase_ = 1;
-    LayerId layer_ = LayerId::kNone;  // of the latest step
+    Eamc known_;
+    PerCaller<Request> requests_;
+    Request* latest_;
 };
 
 }  // namespace moeinf

@@ -30,7 +30,8 @@ struct Step {
     bool prefill = false;
     bool new_sequence = false;  // the first step of a request
     // The caller that runs the pass. The steps of one caller come in order, one request after
-    // another. Steps of several callers may alternate in any way.
+    // another. Steps of several callers may alternate in any way. Sequences that a caller runs in
+    // one batch are one request.
     int64_t caller = 0;
 };
 

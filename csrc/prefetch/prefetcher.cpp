@@ -37,7 +37,10 @@ Prefetcher::Prefetcher(ModelShape shape, std::unique_ptr<Predictor> predictor, C
 
 void Prefetcher::on_step(const Step& step, double now) {
     measure_idle(step, now);
-    if (step.new_sequence || step.layer <= layer_) start_pass(step, now);
+    Pass& pass = passes_.of(step.caller);
+    if (step.new_sequence || step.layer <= pass.layer) start_pass(step, pass, now);
+    pass.layer = step.layer;
+    pass.decoding = !step.prefill;
     decoding_ = !step.prefill;
     layer_ = step.layer;
     ++step_;
@@ -84,10 +87,10 @@ void Prefetcher::on_step(const Step& step, double now) {
 }
 
 // The previous pass is over. Its time counts if it was a decode pass directly followed by this one.
-void Prefetcher::start_pass(const Step& step, double now) {
-    if (decoding_ && !step.prefill && !step.new_sequence) trial_.end_pass(now - pass_started_);
+void Prefetcher::start_pass(const Step& step, Pass& pass, double now) {
+    if (pass.decoding && !step.prefill && !step.new_sequence) trial_.end_pass(now - pass.started);
     ++pass_;
-    pass_started_ = now;
+    pass.started = now;
     fetching_ = !step.prefill && trial_.begin_pass(promising());
     if (trial_.state() != PrefetchTrial::State::kOff) return;
     // The costs measured in the last active phase may have changed.

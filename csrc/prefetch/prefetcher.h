@@ -20,6 +20,7 @@
 #include <string_view>
 #include <vector>
 
+#include "policy/per_caller.h"
 #include "policy/residency.h"
 #include "prefetch/predictor.h"
 #include "prefetch/prefetch_trial.h"
@@ -105,6 +106,11 @@ private:
         size_t usual_experts = 0;  // of the latest decode step
         double idle_seconds = -1;  // of the link after a step of this layer; below 0: not known
     };
+    struct Pass {                        // that a caller is in
+        LayerId layer = LayerId::kNone;  // of its latest step
+        double started = 0;
+        bool decoding = false;
+    };
     struct Late {
         ExpertId expert;
         double since;
@@ -126,7 +132,7 @@ private:
         }
     };
 
-    void start_pass(const Step& step, double now);
+    void start_pass(const Step& step, Pass& pass, double now);
     void measure_idle(const Step& step, double now);
     void predict(LayerId layer);
     LayerPredictions& start_prediction(LayerId layer);
@@ -159,7 +165,7 @@ private:
     PrefetchTrial trial_;
     int64_t switches_before_ = 0;  // of the trial, at the latest reset
     bool fetching_ = false;        // in this pass
-    double pass_started_ = 0;
+    PerCaller<Pass> passes_;
     double judged_ = 0, useful_ = 0, useless_ = 0;  // predictions, and candidates among them
     Mean saved_{1.0, 4, 0.97};
     Mean wasted_{0.25, 8, 0.97};

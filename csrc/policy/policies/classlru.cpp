@@ -10,6 +10,7 @@
 #include <bit>
 #include <utility>
 
+#include "policy/per_caller.h"
 #include "policy/policies/recency_lists.h"
 #include "policy/policies/row.h"
 
@@ -29,8 +30,7 @@ public:
     std::string_view name() const noexcept override { return "classlru"; }
 
     void observe(const Step& step) override {
-        if (step.new_sequence || step.layer <= layer_) start_token();
-        layer_ = step.layer;
+        if (starts_.at(step)) start_token();
         now_ = step.index;
         for (const ExpertId expert : step.experts) {
             ++counts_[expert];
@@ -101,8 +101,8 @@ private:
     PerExpert<uint32_t> counts_;
     RecencyLists residents_;  // one list per class
     int64_t now_ = 0;
-    int64_t tokens_ = -1;                               // index of the current one
-    LayerId layer_{0};                                  // of the latest step
+    int64_t tokens_ = -1;  // index of the current one
+    PassStarts starts_;
     std::vector<std::pair<int64_t, ExpertId>> by_age_;  // scratch
 };
 

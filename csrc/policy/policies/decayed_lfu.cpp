@@ -10,6 +10,7 @@
 // The averages are not decayed at every token. Instead later uses count more: `unit` grows by 1 /
 // keep per token, and each use adds `unit` to the weight, so weight / unit is the EMA. Scores are
 // only compared, so the division is left out.
+#include "policy/per_caller.h"
 #include "policy/policies/expert_heaps.h"
 #include "policy/policies/row.h"
 
@@ -34,7 +35,7 @@ public:
     std::string_view name() const noexcept override { return "decayed_lfu"; }
 
     void observe(const Step& step) override {
-        if (step.new_sequence || step.layer <= layer_) start_token();
+        if (starts_.at(step)) start_token();
         if (step.layer != layer_) visit(step.layer);
         for (const ExpertId expert : step.experts) {
             order_.values[expert] += unit_;
@@ -66,6 +67,7 @@ private:
     double growth_per_token_, layer_weight_;
     double unit_ = 1.0;
     LayerId layer_{0};  // of the latest step
+    PassStarts starts_;
 };
 
 }  // namespace

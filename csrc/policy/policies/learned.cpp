@@ -20,6 +20,7 @@
 #include <cmath>
 #include <utility>
 
+#include "policy/per_caller.h"
 #include "policy/policies/expert_heaps.h"
 #include "policy/policies/learned_kernels.h"
 #include "policy/policies/row.h"
@@ -56,7 +57,6 @@ public:
           experts_per_step_(std::max(1.0f, static_cast<float>(shape.num_experts) / 16.0f)),
           fast_(shape),
           slow_(shape),
-          sequence_(shape),
           unused_for_(shape.total(), 1000.0f),
           bias_(shape.total()),
           layers_(shape.num_layers),
@@ -75,15 +75,18 @@ public:
     std::string_view name() const noexcept override { return "learned"; }
 
     void observe(const Step& step) override {
+        caller_ =
+            &callers_.of(step.caller, [this] { return Caller(shape_); }, [](const Caller&) {});
         if (step.new_sequence) {
-            std::fill(sequence_.uses.begin(), sequence_.uses.end(), 0.0f);
-            std::fill(sequence_.visits.begin(), sequence_.visits.end(), 0.0f);
+            std::fill(caller_->sequence.uses.begin(), caller_->sequence.uses.end(), 0.0f);
+            std::fill(caller_->sequence.visits.begin(), caller_->sequence.visits.end(), 0.0f);
         }
-        if (step.new_sequence || step.layer <= layer_) start_pass();
+        if (step.new_sequence || step.layer <= caller_->layer) start_pass();
+        caller_->layer = step.layer;
         visit(step.layer);
         if (!step.prefill) {
-            ++decode_steps_in_pass_;
-            decode_experts_in_pass_ += step.experts.size();
+            ++caller_->decode_steps;
+            caller_->decode_experts += step.experts.size();
         }
         remember_set(step);
         gather_context(step.layer);
@@ -114,9 +117,22 @@ private:
     };
     struct Layer {
         bool visited = false;
-        int64_t pass = -1;             // of the latest visit
-        std::vector<ExpertId> set;     // of that visit, if it says anything
         std::vector<int32_t> context;  // rows of context_weights_ behind the estimates made then
+    };
+    // What is known of the sequence that one caller reads or writes, and of its pass in progress.
+    struct Caller {
+        explicit Caller(ModelShape shape) : sequence(shape), latest(shape.num_layers) {}
+
+        struct Visit {
+            int64_t pass = -1;
+            std::vector<ExpertId> set;  // if it says anything
+        };
+        Rates sequence;
+        LayerId layer = LayerId::kNone;  // of the latest step
+        int64_t pass = 0;
+        float tokens = 1.0f;                          // of the pass, at least
+        size_t decode_steps = 0, decode_experts = 0;  // of the pass
+        PerLayer<Visit> latest;
     };
 
     float* row(int32_t context) {
@@ -124,19 +140,18 @@ private:
     }
 
     void start_pass() {
-        ++pass_;
-        tokens_ = 1.0f;
-        if (decode_steps_in_pass_ > 0 && decode_experts_in_pass_ > 0) {
-            experts_per_step_ = static_cast<float>(decode_experts_in_pass_) /
-                                static_cast<float>(decode_steps_in_pass_);
+        ++caller_->pass;
+        caller_->tokens = 1.0f;
+        if (caller_->decode_steps > 0 && caller_->decode_experts > 0) {
+            experts_per_step_ = static_cast<float>(caller_->decode_experts) /
+                                static_cast<float>(caller_->decode_steps);
         }
-        decode_steps_in_pass_ = 0;
-        decode_experts_in_pass_ = 0;
+        caller_->decode_steps = 0;
+        caller_->decode_experts = 0;
     }
 
     // Sets the discounts as seen from this layer.
     void visit(LayerId layer) {
-        layer_ = layer;
         const auto layers = static_cast<float>(shape_.num_layers);
         const float horizon =
             horizon_per_frame_ * static_cast<float>(frames_) / (layers * experts_per_step_) + 1;
@@ -161,13 +176,14 @@ private:
     void count_uses(const Step& step) {
         std::fill(counts_.begin(), counts_.end(), 0.0f);
         const size_t from = shape_.begin_of(step.layer);
+        float& tokens = caller_->tokens;
         if (step.prefill) {
-            for (const int32_t n : step.counts) tokens_ = std::max(tokens_, static_cast<float>(n));
+            for (const int32_t n : step.counts) tokens = std::max(tokens, static_cast<float>(n));
         }
         for (size_t i = 0; i < step.experts.size(); ++i) {
             const bool many = step.prefill && i < step.counts.size();
             counts_[index(step.experts[i]) - from] =
-                many ? static_cast<float>(step.counts[i]) / tokens_ : 1.0f;
+                many ? static_cast<float>(step.counts[i]) / tokens : 1.0f;
         }
         const auto add = [&](Rates& rates, float keep, float gain) {
             float& visits = rates.visits[step.layer];
@@ -175,21 +191,21 @@ private:
             kernels_.decay(rates.uses.data() + from, counts_.data(), keep, gain, counts_.size());
         };
         const auto add_decayed = [&](Rates& rates, float decay) {
-            const float keep = tokens_ == 1.0f ? decay : std::pow(decay, tokens_);
+            const float keep = tokens == 1.0f ? decay : std::pow(decay, tokens);
             add(rates, keep, (1.0f - keep) / (1.0f - decay));
         };
         add_decayed(fast_, fast_decay_);
         add_decayed(slow_, slow_decay_);
-        add(sequence_, 1.0f, tokens_);
+        add(caller_->sequence, 1.0f, tokens);
         kernels_.count_visits(unused_for_.data() + from, counts_.data(), counts_.size());
     }
 
     void remember_set(const Step& step) {
-        Layer& layer = layers_[step.layer];
-        layer.pass = pass_;
-        layer.set.clear();
+        Caller::Visit& latest = caller_->latest[step.layer];
+        latest.pass = caller_->pass;
+        latest.set.clear();
         if (step.prefill || step.experts.size() > kMaxSet) return;
-        layer.set.assign(step.experts.begin(), step.experts.end());
+        latest.set.assign(step.experts.begin(), step.experts.end());
     }
 
     // Fills context_ with the rows of the experts just active here and in the layers below.
@@ -197,8 +213,8 @@ private:
         ++visit_;
         context_.clear();
         for (int32_t below = 0; below < std::min(contexts_, number(layer) + 1); ++below) {
-            const Layer& source = layers_[LayerId{number(layer) - below}];
-            if (source.pass != pass_) break;
+            const Caller::Visit& source = caller_->latest[LayerId{number(layer) - below}];
+            if (source.pass != caller_->pass) break;
             for (const ExpertId expert : source.set) {
                 const int32_t context = below * shape_.total() + number(expert);
                 context_.push_back(context);
@@ -220,17 +236,17 @@ private:
     void estimate(LayerId layer) {
         const size_t from = shape_.begin_of(layer);
         const float mean_rate = experts_per_step_ / static_cast<float>(shape_.num_experts);
-        kernels_.begin_sums(
-            {.fast = fast_.uses.data() + from,
-             .slow = slow_.uses.data() + from,
-             .sequence = sequence_.uses.data() + from,
-             .unused_for = unused_for_.data() + from,
-             .bias = bias_.data() + from,
-             .added = learned::kPriorVisits * mean_rate,
-             .fast_scale = 1.0f / (fast_.visits[layer] + learned::kPriorVisits),
-             .slow_scale = 1.0f / (slow_.visits[layer] + learned::kPriorVisits),
-             .sequence_scale = 1.0f / (sequence_.visits[layer] + learned::kSequencePriorVisits)},
-            sums_.data(), sums_.size());
+        kernels_.begin_sums({.fast = fast_.uses.data() + from,
+                             .slow = slow_.uses.data() + from,
+                             .sequence = caller_->sequence.uses.data() + from,
+                             .unused_for = unused_for_.data() + from,
+                             .bias = bias_.data() + from,
+                             .added = learned::kPriorVisits * mean_rate,
+                             .fast_scale = 1.0f / (fast_.visits[layer] + learned::kPriorVisits),
+                             .slow_scale = 1.0f / (slow_.visits[layer] + learned::kPriorVisits),
+                             .sequence_scale = 1.0f / (caller_->sequence.visits[layer] +
+                                                       learned::kSequencePriorVisits)},
+                            sums_.data(), sums_.size());
         if (!prior_odds_.empty()) {
             kernels_.add(sums_.data(), prior_odds_.data() + from, prior_weight_, sums_.size());
         }
@@ -292,18 +308,16 @@ private:
     float horizon_per_frame_;         // in uses of a layer
     int32_t frames_;
 
-    LayerId layer_ = LayerId::kNone;  // of the latest step
-    int64_t pass_ = 0;
-    uint32_t visit_ = 0;   // steps seen; may wrap
-    float tokens_ = 1.0f;  // of the pass, at least
+    PerCaller<Caller> callers_;
+    Caller* caller_ = nullptr;  // of the latest step
+    uint32_t visit_ = 0;        // steps seen; may wrap
     float experts_per_step_;
-    size_t decode_steps_in_pass_ = 0, decode_experts_in_pass_ = 0;
 
     float horizon_ = 0.0f;  // tokens
     float discount_per_token_ = 0.0f;
     std::vector<float> by_distance_;
 
-    Rates fast_, slow_, sequence_;
+    Rates fast_, slow_;
     PerExpert<float> unused_for_;  // visits since the latest use
     PerExpert<float> bias_;
     int32_t contexts_ = 0;

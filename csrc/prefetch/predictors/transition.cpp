@@ -4,6 +4,7 @@
 // follows the last layer.
 #include <algorithm>
 
+#include "policy/per_caller.h"
 #include "prefetch/predictors/predictors.h"
 
 namespace moeinf {
@@ -22,21 +23,22 @@ public:
     std::string_view name() const noexcept override { return "transition"; }
 
     void observe(const Step& step) override {
+        caller_ = &callers_.of(step.caller);
         const bool usable = !step.prefill && step.experts.size() <= kMaxSet;
         if (usable && !step.new_sequence && follows(step.layer)) learn(step);
-        latest_.clear();
-        layer_ = step.layer;
-        if (usable) latest_.assign(step.experts.begin(), step.experts.end());
+        caller_->latest.clear();
+        caller_->layer = step.layer;
+        if (usable) caller_->latest.assign(step.experts.begin(), step.experts.end());
     }
 
     bool predict(LayerId layer, std::span<float> scores) override {
-        if (!follows(layer)) return false;
+        if (caller_ == nullptr || !follows(layer)) return false;
         std::ranges::fill(scores, 0.0f);
-        for (const ExpertId expert : latest_) {
+        for (const ExpertId expert : caller_->latest) {
             const float* next = row(expert);
             for (size_t b = 0; b < scores.size(); ++b) scores[b] += next[b];
         }
-        const float share = 1.0f / static_cast<float>(latest_.size());
+        const float share = 1.0f / static_cast<float>(caller_->latest.size());
         for (float& score : scores) score *= share;
         return true;
     }
@@ -47,12 +49,12 @@ private:
     }
 
     [[nodiscard]] bool follows(LayerId layer) const {
-        return !latest_.empty() && layer == shape_.after(layer_, 1);
+        return !caller_->latest.empty() && layer == shape_.after(caller_->layer, 1);
     }
 
     void learn(const Step& step) {
         const size_t first = shape_.begin_of(step.layer);
-        for (const ExpertId expert : latest_) {
+        for (const ExpertId expert : caller_->latest) {
             float& uses = uses_[expert];
             uses += 1.0f;
             // As if it had once been seen before with nothing after it.
@@ -63,11 +65,16 @@ private:
         }
     }
 
+    struct Caller {
+        LayerId layer = LayerId::kNone;  // of the latest step
+        std::vector<ExpertId> latest;    // its experts, if it says anything
+    };
+
     ModelShape shape_;
-    LayerId layer_ = LayerId::kNone;  // of the latest step
-    std::vector<ExpertId> latest_;    // its experts, if it says anything
-    PerExpert<float> uses_;           // steps that each has learned from
-    std::vector<float> used_next_;    // [flat expert, expert of the next layer]
+    PerCaller<Caller> callers_;
+    Caller* caller_ = nullptr;      // of the latest step
+    PerExpert<float> uses_;         // steps that each has learned from
+    std::vector<float> used_next_;  // [flat expert, expert of the next layer]
 };
 
 }  // namespace
