@@ -1,16 +1,16 @@
-// Chooses the experts to read ahead, and decides whether that pays. The cache reports every step,
-// read and eviction under its lock. The prefetcher turns predictions (of a predictor, or from
-// outside) into a few experts to read now. It moves no bytes and knows no slots, threads or clocks:
-// times are arguments, in seconds.
+// Which experts to read before a step needs them, and whether that pays. The cache reports every
+// step, read and eviction, under its lock. The prefetcher turns predictions, from a predictor or
+// from outside, into a few experts to read now. It moves no bytes and knows no slots, threads or
+// clocks. Times come in as seconds. Three parts: Predictions, LinkMeter, PrefetchTrial.
 //
-// Budget. After a step the link may carry the bytes that it usually carries between the end of this
-// layer's demand reads and the next step, less the bytes in flight. A demand overtakes prefetches.
+// Budget. After a step the prefetches may use the time in which the link usually rests before the
+// next step, less what is still under way. A demand overtakes a prefetch in any case.
 //
-// Does it pay? r is the useful share of the fetched experts. s is the share of a read that a useful
-// prefetch saves (less than 1 if it was late). w is the cost of a useless one in reads: the link
-// while it was not idle, and evicted experts that were missed soon after. Prefetching may pay if r
-// * s > (1 - r) * w. s and w are measured. r is measured too, also while prefetching is off. If
-// this is promising, the clock decides: PrefetchTrial.
+// Does it pay? r is the useful share of the prefetches. s is the share of a read that a useful one
+// saves: less than 1 if it is late. w is what a useless one costs, in reads: the link where it was
+// not idle, and evicted experts that are missed soon after. Prefetching may pay where r * s is
+// above (1 - r) * w. All three are measured; r also while nothing is fetched, from predictions
+// alone. Where these numbers are promising, PrefetchTrial decides by the clock.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,8 @@
 
 #include "policy/per_caller.h"
 #include "policy/residency.h"
+#include "prefetch/link_meter.h"
+#include "prefetch/predictions.h"
 #include "prefetch/predictor.h"
 #include "prefetch/prefetch_trial.h"
 
@@ -86,34 +88,11 @@ public:
     // Null: predictions come only from on_external().
     [[nodiscard]] const Predictor* predictor() const noexcept { return predictor_.get(); }
 
-    // For tests: the least score that is fetched.
-    [[nodiscard]] float least_score() const noexcept;
-
 private:
-    struct Prediction {
-        ExpertId expert;
-        float score;
-        bool latest;     // of the latest prediction for its layer
-        bool absent;     // was not resident when it could have been fetched
-        bool candidate;  // was worth fetching, and within the budget
-        bool fetched;
-        ExpertId evicted;  // by fetching it; kNone: nobody
-    };
-    struct LayerPredictions {
-        std::vector<Prediction> predictions;
-        bool fresh = false;        // not yet chosen from
-        bool active = false;       // predicted in a pass that fetches
-        size_t usual_experts = 0;  // of the latest decode step
-        double idle_seconds = -1;  // of the link after a step of this layer; below 0: not known
-    };
     struct Pass {                        // that a caller is in
         LayerId layer = LayerId::kNone;  // of its latest step
         double started = 0;
         bool decoding = false;
-    };
-    struct Late {
-        ExpertId expert;
-        double since;
     };
     // A mean that forgets, and starts from a prior worth `weight` values.
     struct Mean {
@@ -133,12 +112,10 @@ private:
     };
 
     void start_pass(const Step& step, Pass& pass, double now);
-    void measure_idle(const Step& step, double now);
+    void judge(const Step& step, const LayerPredictions& predicted, double now);
     void predict(LayerId layer);
-    LayerPredictions& start_prediction(LayerId layer);
-    static void add(LayerPredictions& to, ExpertId expert, float score);
+    [[nodiscard]] float least_score() const noexcept;
     [[nodiscard]] bool promising() const noexcept;
-    [[nodiscard]] double bandwidth() const noexcept;
 
     ModelShape shape_;
     std::unique_ptr<Predictor> predictor_;
@@ -153,13 +130,8 @@ private:
     PerExpert<int64_t> used_at_;        // the latest step that used it
     PerExpert<int64_t> missed_before_;  // a miss before this pass is a useless prefetch's fault
 
-    // The link.
-    PerExpert<uint8_t> reading_;            // a prefetch is under way
-    int32_t demands_ = 0, prefetches_ = 0;  // reads under way
-    double started_ = 0, demands_ended_ = 0;
-    double busy_since_ = 0, busy_bytes_ = 0;  // since something is under way
-    double read_bytes_ = 0, read_seconds_ = 0;
-    double budget_ = 0;
+    LinkMeter link_;
+    double budget_ = 0;  // bytes
 
     // What pays.
     PrefetchTrial trial_;
@@ -169,7 +141,6 @@ private:
     double judged_ = 0, useful_ = 0, useless_ = 0;  // predictions, and candidates among them
     Mean saved_{1.0, 4, 0.97};
     Mean wasted_{0.25, 8, 0.97};
-    std::vector<Late> late_;
 
     std::vector<float> scores_;                           // scratch
     std::vector<std::pair<float, ExpertId>> best_;        // scratch
@@ -177,10 +148,7 @@ private:
     std::vector<ExpertId> wanted_, kept_;
 };
 
-// What `prefetch` may be: off, every predictor, and external for those from outside alone.
-std::vector<std::string> prefetch_names();
-
-// Null for "off". Throws Error(kInvalid), naming what exists, for an unknown name.
+// Null for "off". Throws what make_predictor() throws.
 std::unique_ptr<Prefetcher> make_prefetcher(std::string_view name, ModelShape shape,
                                             Prefetcher::Costs costs,
                                             const Collection* from = nullptr);

@@ -3,7 +3,7 @@
 // count divided by the count of the layer's most used expert.
 #include <algorithm>
 
-#include "prefetch/predictors/predictors.h"
+#include "prefetch/predictor.h"
 
 namespace moeinf {
 namespace {
