@@ -20,6 +20,7 @@ import torch
 from moeinf.cache.cache import ExpertCache
 from moeinf.experts import torch_products
 from moeinf.experts.checks import check_tensors
+from moeinf.experts.marks import mark
 from moeinf.kernels.forms import ExpertMatrices
 
 
@@ -65,20 +66,21 @@ class CudaExperts:
         stream = self.streams.current()
         with stream.lock:
             step = stream.core
-            step.copy_ids(
-                layer,
-                ids.data_ptr(),
-                ids.dtype == torch.int64,
-                tokens,
-                top_k,
-                stream.map_address,
-                prefill=passes.current.prefill,
-                new_sequence=passes.takes_first_step(),
-                caller=passes.caller,
-            )
-            # Most steps are one wave. It is prepared while the ids are on their way to the host.
-            whole = None if converted else self._prepared(rows, ids, weights, stream.expert_map)
-            wave = step.begin()
+            with mark("moeinf::acquire"):
+                step.copy_ids(
+                    layer,
+                    ids.data_ptr(),
+                    ids.dtype == torch.int64,
+                    tokens,
+                    top_k,
+                    stream.map_address,
+                    prefill=passes.current.prefill,
+                    new_sequence=passes.takes_first_step(),
+                    caller=passes.caller,
+                )
+                # Most steps are one wave. It is prepared while the ids travel to the host.
+                whole = None if converted else self._prepared(rows, ids, weights, stream.expert_map)
+                wave = step.begin()
             try:
                 stream.hand_over_predictions()
                 if passes.observers:
@@ -92,11 +94,12 @@ class CudaExperts:
                 while wave is not None:
                     if self.is_fake:  # the host computes, so it must wait for map and bytes
                         step.synchronize()
-                    if whole is not None and wave.whole:
-                        out = whole()
-                        step.next()
-                        return out
-                    routes = self._wave(rows, ids, stream.expert_map, routes, wave.slots)
+                    with mark("moeinf::compute"):
+                        if whole is not None and wave.whole:
+                            out = whole()
+                            step.next()
+                            return out
+                        routes = self._wave(rows, ids, stream.expert_map, routes, wave.slots)
                     wave = step.next()
             except BaseException:
                 step.release()
