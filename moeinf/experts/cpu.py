@@ -10,7 +10,7 @@ from moeinf import _core
 from moeinf.cache.cache import ExpertCache
 from moeinf.checkpoint.layout import Layout, MatrixLayout, Rows
 from moeinf.experts.checks import DTYPES, check_tensors
-from moeinf.experts.marks import mark
+from moeinf.experts.marks import Marks, profiling
 from moeinf.kernels.forms import ExpertForm
 
 
@@ -77,7 +77,10 @@ class CpuExperts:
         topk_ids = topk_ids.contiguous()
         topk_weights = topk_weights.contiguous()
         out = torch.empty_like(hidden)
-        with mark("moeinf::acquire_and_compute"):
+        marks = Marks() if profiling() else None
+        if marks is not None:
+            marks.begin("moeinf::acquire_and_compute")
+        try:
             _core.fused_experts(
                 self.core,
                 self.engine,
@@ -100,4 +103,7 @@ class CpuExperts:
                 new_sequence=passes.takes_first_step(),
                 caller=passes.caller,
             )
+        finally:
+            if marks is not None:
+                marks.end()
         return out

@@ -20,7 +20,7 @@ import torch
 from moeinf.cache.cache import ExpertCache
 from moeinf.experts import torch_products
 from moeinf.experts.checks import check_tensors
-from moeinf.experts.marks import mark
+from moeinf.experts.marks import Marks, profiling
 from moeinf.kernels.forms import ExpertMatrices
 
 
@@ -66,7 +66,10 @@ class CudaExperts:
         stream = self.streams.current()
         with stream.lock:
             step = stream.core
-            with mark("moeinf::acquire"):
+            marks = Marks() if profiling() else None
+            if marks is not None:
+                marks.begin("moeinf::acquire")
+            try:
                 step.copy_ids(
                     layer,
                     ids.data_ptr(),
@@ -81,7 +84,8 @@ class CudaExperts:
                 # Most steps are one wave. It is prepared while the ids travel to the host.
                 whole = None if converted else self._prepared(rows, ids, weights, stream.expert_map)
                 wave = step.begin()
-            try:
+                if marks is not None:
+                    marks.begin("moeinf::compute")
                 stream.hand_over_predictions()
                 if passes.observers:
                     passes.observe(layer, torch.from_numpy(step.ids()), weights)
@@ -94,16 +98,18 @@ class CudaExperts:
                 while wave is not None:
                     if self.is_fake:  # the host computes, so it must wait for map and bytes
                         step.synchronize()
-                    with mark("moeinf::compute"):
-                        if whole is not None and wave.whole:
-                            out = whole()
-                            step.next()
-                            return out
-                        routes = self._wave(rows, ids, stream.expert_map, routes, wave.slots)
+                    if whole is not None and wave.whole:
+                        out = whole()
+                        step.next()
+                        return out
+                    routes = self._wave(rows, ids, stream.expert_map, routes, wave.slots)
                     wave = step.next()
             except BaseException:
                 step.release()
                 raise
+            finally:
+                if marks is not None:
+                    marks.end()
         combine: Any = torch_products.combine if self._triton is None else self._triton.combine
         summed: torch.Tensor = combine(routes, ids, weights, dtype=hidden.dtype)
         return summed
