@@ -70,7 +70,8 @@ void check_a_gain_that_ends(uint64_t seed) {
     CHECK(passes.trial.switches() >= 3);
 }
 
-void check_counts_have_a_veto(uint64_t seed) {
+TEST("counts have a veto") {
+    const uint64_t seed = drawn_seed();
     Passes passes(seed);
     passes.run(1000, 0.5, 0.05, false);
     CHECK_EQ(passes.fetched, int64_t{0});
@@ -81,7 +82,7 @@ void check_counts_have_a_veto(uint64_t seed) {
     CHECK_EQ(passes.fetched, int64_t{0});
 }
 
-void check_times_of_nothing() {
+TEST("times of nothing") {
     PrefetchTrial trial;
     for (int i = 0; i < 1000; ++i) {
         (void)trial.begin_pass(true);
@@ -91,19 +92,19 @@ void check_times_of_nothing() {
     CHECK_EQ(trial.gain(), 0.0);
 }
 
+TEST("a gain is found, a loss costs little, and a gain may end") {
+    for (uint64_t seed = drawn_seed(), i = 0; i < 20; ++i, ++seed) {
+        check_a_gain_is_found(seed, 0.2, 0.1, 300);
+        check_a_gain_is_found(seed, 0.05, 0.02, 1000);
+        check_a_loss_costs_little(seed, 0.15, 0.1);
+        check_a_loss_costs_little(seed, 0.05, 0.3);
+        check_a_loss_costs_little(seed, 0.02, 0.02);
+        check_a_gain_that_ends(seed);
+    }
+}
+
 }  // namespace
 
-int main() {
-    const uint64_t seed = drawn_seed();
-    for (uint64_t i = 0; i < 20; ++i) {
-        check_a_gain_is_found(seed + i, 0.2, 0.1, 300);
-        check_a_gain_is_found(seed + i, 0.05, 0.02, 1000);
-        check_a_loss_costs_little(seed + i, 0.15, 0.1);
-        check_a_loss_costs_little(seed + i, 0.05, 0.3);
-        check_a_loss_costs_little(seed + i, 0.02, 0.02);
-        check_a_gain_that_ends(seed + i);
-    }
-    check_counts_have_a_veto(seed);
-    check_times_of_nothing();
-    return test_result();
+int main(int argc, char** argv) {
+    return run_tests(argc, argv);
 }
