@@ -36,7 +36,11 @@ public:
 // The names make_predictor accepts, in the order they are shown.
 std::vector<std::string> predictor_names();
 
-// As make_policy().
+// What `prefetch` may be: off, every predictor, and external, which is told what comes.
+std::vector<std::string> prefetch_names();
+
+// `from`: a collection to start from; null: none. Throws Error(kInvalid), naming what exists, for
+// an unknown name.
 std::unique_ptr<Predictor> make_predictor(std::string_view name, ModelShape shape,
                                           const Collection* from = nullptr);
 

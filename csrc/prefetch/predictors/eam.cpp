@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "policy/eam_follower.h"
-#include "prefetch/predictors/predictors.h"
+#include "prefetch/predictor.h"
 
 namespace moeinf {
 namespace {

@@ -3,7 +3,7 @@
 // layer's most used one stands for a use.
 #include <algorithm>
 
-#include "prefetch/predictors/predictors.h"
+#include "prefetch/predictor.h"
 
 namespace moeinf {
 namespace {

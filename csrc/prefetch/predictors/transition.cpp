@@ -5,7 +5,7 @@
 #include <algorithm>
 
 #include "policy/per_caller.h"
-#include "prefetch/predictors/predictors.h"
+#include "prefetch/predictor.h"
 
 namespace moeinf {
 namespace {
