@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -162,6 +163,8 @@ def parts(trace: Trace) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_two_threads_generate_on_one_model(qwen3_folder: Path, device: str, seed: int) -> None:
     """Their tokens and their traces are those of runs alone, sequence numbers aside."""
+    if device == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton's interpreter serves one thread")
     prompts = [prompt(seed, 1, 5), prompt(seed + 1, 2, 4)]
     arguments: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
 
