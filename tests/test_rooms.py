@@ -206,7 +206,7 @@ def test_no_room_holds_more_than_a_quarter_of_the_core() -> None:
     assert lines[largest] <= sum(lines.values()) / 4, f"{largest}: {lines[largest]} lines"
 
 
-def test_only_bindings_know_python_and_only_the_driver_loads_libraries() -> None:
+def test_only_bindings_know_python_and_only_two_files_load_libraries() -> None:
     for file in c_sources():
         text, room = file.read_text(encoding="utf-8"), room_of(name_of(file))
         if room != "csrc/bindings":
@@ -214,7 +214,7 @@ def test_only_bindings_know_python_and_only_the_driver_loads_libraries() -> None
         assert not re.search(r"#include <(torch|ATen|c10)", text), file
         if room != "csrc/cuda":
             assert not re.search(r"#include <(cuda|nv)", text), file
-        if name_of(file) != "csrc/cuda/driver.cpp":
+        if name_of(file) not in ("csrc/cuda/driver.cpp", "csrc/base/ranges.cpp"):
             assert not re.search(r"\bdlm?open\s*\(", text), file
 
 

@@ -11,6 +11,7 @@ PYBIND11_MODULE(_core, module) {
     moeinf::bind_file_reader(module);
     moeinf::bind_device(module);
     moeinf::bind_host_tier(module);
+    moeinf::bind_eam(module);
     moeinf::bind_trace(module);
     moeinf::bind_cache(module);
     moeinf::bind_step_stream(module);

@@ -1,6 +1,7 @@
 #include "cache/expert_cache.h"
 
 #include "base/error.h"
+#include "base/ranges.h"
 #include "cache/cache_state.h"
 #include "tier/device_link.h"
 
@@ -41,6 +42,7 @@ ExpertCache::ExpertCache(std::shared_ptr<const Catalog> catalog, ExpertCacheOpti
 ExpertCache::~ExpertCache() = default;
 
 StepLease ExpertCache::begin_step(const StepRequest& request) {
+    const Range range("moeinf acquire");
     CacheState& cache = *state_;
     cache.check_process();
     const Catalog& catalog = cache.catalog();

@@ -3,6 +3,7 @@
 #include <chrono>
 
 #include "base/error.h"
+#include "base/ranges.h"
 #include "cache/cache_state.h"
 
 namespace moeinf {
@@ -132,6 +133,7 @@ void StepLease::release() noexcept {
 }
 
 bool StepLease::wait_ready(std::vector<ReadyExpert>& out) {
+    const Range range("moeinf wait");
     CacheState& cache = *cache_;
     Impl& lease = *impl_;
     cache.check_process();
@@ -189,6 +191,7 @@ void StepLease::release(int32_t position) {
 }
 
 void StepLease::acquire_all(std::vector<ReadyExpert>& out) {
+    const Range range("moeinf wait");
     CacheState& cache = *cache_;
     Impl& lease = *impl_;
     cache.check_process();

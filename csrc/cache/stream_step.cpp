@@ -4,6 +4,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "base/ranges.h"
 #include "base/sizes.h"
 #include "tier/device_link.h"
 
@@ -80,6 +81,7 @@ void StepStream::copy_ids(const RoutedStep& step) {
 
 void StepStream::read_ids() {
     if (!ids_point_) throw Error(ErrorCode::kInvalid, "begin() without copy_ids()");
+    const Range range("moeinf router ids");
     timeline_->synchronize(*ids_point_);
     ids_point_.reset();
     const std::byte* const ids = ids_->data();

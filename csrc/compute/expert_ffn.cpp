@@ -7,6 +7,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "base/ranges.h"
 #include "base/sizes.h"
 #include "compute/formats/formats.h"
 
@@ -146,6 +147,7 @@ void ExpertFfnCall::read_topk_weights() {
 }
 
 void ExpertFfnCall::compute(std::span<const SlotOfExpert> ready) {
+    const Range range("moeinf compute");
     for (const SlotOfExpert& expert : ready) {
         const auto p = static_cast<size_t>(expert.position);
         if (expert.position < 0 || p >= routing_.experts().size()) {

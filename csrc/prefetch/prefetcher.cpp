@@ -3,22 +3,18 @@
 #include <algorithm>
 #include <utility>
 
-#include "base/error.h"
-
 namespace moeinf {
 namespace {
 
 constexpr size_t kMaxPredicted = 32;      // experts of one layer
-constexpr float kMinScore = 0.1f;         // below this nothing is ever fetched
-constexpr float kGreatestScore = 0.8f;    // what is likelier always is
+constexpr float kMinScore = 0.1f;         // experts below it are never fetched
+constexpr float kGreatestScore = 0.8f;    // experts above it are always fetched
 constexpr double kForget = 0.99;          // per prediction, of what pays
 constexpr double kForgetWhileOff = 0.99;  // per pass
 constexpr double kEnoughPredictions = 16;
-constexpr double kSwitchOnMargin = 1.5;  // so that it does not flutter
-constexpr int64_t kRegretPasses = 8;     // a miss that late would have come anyway
-constexpr int64_t kHintPeriod = 32;      // passes, while switched off
-constexpr double kIdleRate = 0.1;
-constexpr double kBandwidthKeep = 0.95;
+constexpr double kSwitchOnMargin = 1.5;   // so the state changes rarely
+constexpr int64_t kRegretPasses = 8;      // a later miss would have happened anyway
+constexpr int64_t kHintPeriod = 32;       // passes, while switched off
 constexpr int32_t kSlotsPerPrefetch = 4;  // prefetches under way leave most slots to steps
 
 }  // namespace
@@ -30,37 +26,42 @@ Prefetcher::Prefetcher(ModelShape shape, std::unique_ptr<Predictor> predictor, C
       layers_(shape.num_layers),
       used_at_(shape.total(), -1),
       missed_before_(used_at_.size(), -1),
-      reading_(used_at_.size(), 0),
+      link_(shape, costs.expert_bytes),
       scores_(static_cast<size_t>(shape.num_experts)) {
     stats_.predictor = predictor_ == nullptr ? "external" : std::string(predictor_->name());
 }
 
 void Prefetcher::on_step(const Step& step, double now) {
-    measure_idle(step, now);
+    if (decoding_ && !step.prefill && !step.new_sequence && is_some(layer_)) {
+        link_.next_step(layer_, now);
+    }
     Pass& pass = passes_.of(step.caller);
     if (step.new_sequence || step.layer <= pass.layer) start_pass(step, pass, now);
     pass.layer = step.layer;
     pass.decoding = !step.prefill;
     decoding_ = !step.prefill;
     layer_ = step.layer;
-    ++step_;
-    for (const ExpertId expert : step.experts) used_at_[expert] = step_;
 
     LayerPredictions& predicted = layers_[step.layer];
-    if (!step.prefill) predicted.usual_experts = step.experts.size();
-    if (step.prefill || step.new_sequence || predicted.predictions.empty()) {
-        predicted.predictions.clear();
-        return;
+    if (!step.prefill) {
+        predicted.usual_experts = step.experts.size();
+        if (!step.new_sequence && !predicted.experts.empty()) judge(step, predicted, now);
     }
+    predicted.experts.clear();
+}
+
+// Compares what was predicted with what the step uses.
+void Prefetcher::judge(const Step& step, const LayerPredictions& predicted, double now) {
+    ++step_;
+    for (const ExpertId expert : step.experts) used_at_[expert] = step_;
     ++stats_.steps;
     stats_.active_steps += predicted.active;
     stats_.used += static_cast<int64_t>(step.experts.size());
     judged_ = kForget * judged_ + 1;
     useful_ *= kForget;
     useless_ *= kForget;
-    for (const Prediction& one : predicted.predictions) {
-        const ExpertId expert = one.expert;
-        const bool used = used_at_[expert] == step_;
+    for (const Prediction& one : predicted.experts) {
+        const bool used = used_at_[one.expert] == step_;
         if (one.latest) {
             ++stats_.predicted;
             stats_.correct += used;
@@ -68,43 +69,32 @@ void Prefetcher::on_step(const Step& step, double now) {
             stats_.predicted_absent_used += one.absent && used;
         }
         if (one.candidate) (used ? useful_ : useless_) += 1;
-        if (!one.fetched) continue;
-        const bool late = reading_[expert] != 0;
-        if (used) {
-            stats_.late += late;
-            if (late) late_.push_back({one.expert, now});
-            if (!late) saved_.add(1.0);
-            // A miss would have driven it out as well.
-            if (is_some(one.evicted)) missed_before_[one.evicted] = -1;
-        } else {
+        if (!one.issued) continue;
+        const bool late = link_.prefetching(one.expert);
+        if (!used) {
             const double delay =
                 static_cast<double>(costs_.delay_bytes) / static_cast<double>(costs_.expert_bytes);
             wasted_.add(late ? std::min(1.0, delay) : 0.0);
+            continue;
         }
+        stats_.late += late;
+        if (late) link_.wait_for(one.expert, now);
+        if (!late) saved_.add(1.0);
+        // A demand miss would have evicted the same expert.
+        if (is_some(one.evicted)) missed_before_[one.evicted] = -1;
     }
-    predicted.predictions.clear();
-    predicted.fresh = false;
 }
 
-// The pass before is over; its time counts if it was a decode pass with another right behind it.
+// The previous pass is over. Its time counts if it was a decode pass directly followed by this one.
 void Prefetcher::start_pass(const Step& step, Pass& pass, double now) {
     if (pass.decoding && !step.prefill && !step.new_sequence) trial_.end_pass(now - pass.started);
     ++pass_;
     pass.started = now;
     fetching_ = !step.prefill && trial_.begin_pass(promising());
     if (trial_.state() != PrefetchTrial::State::kOff) return;
-    // What was learned when it last fetched may not hold any more.
+    // The costs measured in the last active phase may have changed.
     saved_.forget(kForgetWhileOff);
     wasted_.forget(kForgetWhileOff);
-}
-
-void Prefetcher::measure_idle(const Step& step, double now) {
-    if (decoding_ && !step.prefill && !step.new_sequence && is_some(layer_)) {
-        const double idle =
-            demands_ > 0 || !late_.empty() ? 0.0 : now - std::max(started_, demands_ended_);
-        double& usual = layers_[layer_].idle_seconds;
-        usual = usual < 0 ? idle : usual + kIdleRate * (idle - usual);
-    }
 }
 
 void Prefetcher::on_demand_miss(ExpertId expert) {
@@ -114,14 +104,14 @@ void Prefetcher::on_demand_miss(ExpertId expert) {
 }
 
 void Prefetcher::look_ahead(const Step& step, double now) {
-    started_ = now;
+    link_.demands_started(now);
     if (predictor_ != nullptr) predictor_->observe(step);
     if (step.prefill) {
         budget_ = 0;
         return;
     }
     const double left = std::min(budget_, static_cast<double>(costs_.expert_bytes));
-    budget_ = std::max(0.0, layers_[step.layer].idle_seconds) * bandwidth() + left;
+    budget_ = link_.idle_bytes(step.layer) + left;
     if (predictor_ == nullptr) return;
     const int32_t reach = std::min(predictor_->reach(), shape_.num_layers);
     for (int32_t distance = 1; distance <= reach; ++distance) {
@@ -129,7 +119,7 @@ void Prefetcher::look_ahead(const Step& step, double now) {
     }
 }
 
-// The likeliest experts of a layer, as many as it usually uses.
+// The most likely experts of a layer, as many as it usually uses.
 void Prefetcher::predict(LayerId layer) {
     if (!predictor_->predict(layer, scores_)) return;
     const size_t usual = layers_[layer].usual_experts;
@@ -146,35 +136,13 @@ void Prefetcher::predict(LayerId layer) {
         best_.insert(place, {score, shape_.id(layer, ExpertIndex(e))});
     }
     if (best_.empty()) return;
-    LayerPredictions& predicted = start_prediction(layer);
-    for (const auto& [score, expert] : best_) {
-        add(predicted, expert, score);
-    }
+    layers_[layer].start(fetching_);
+    for (const auto& [score, expert] : best_) layers_[layer].add(expert, score);
 }
 
 void Prefetcher::on_external(LayerId layer, std::span<const ExpertId> experts) {
-    LayerPredictions& predicted = start_prediction(layer);
-    for (const ExpertId expert : experts) add(predicted, expert, 1.0f);
-}
-
-// Forgets an earlier prediction, but not what has been fetched for it.
-Prefetcher::LayerPredictions& Prefetcher::start_prediction(LayerId layer) {
-    LayerPredictions& predicted = layers_[layer];
-    std::erase_if(predicted.predictions, [](const Prediction& one) { return !one.fetched; });
-    for (Prediction& one : predicted.predictions) one.latest = false;
-    predicted.fresh = true;
-    predicted.active = fetching_;
-    return predicted;
-}
-
-void Prefetcher::add(LayerPredictions& to, ExpertId expert, float score) {
-    const auto known = std::ranges::find(to.predictions, expert, &Prediction::expert);
-    if (known == to.predictions.end()) {
-        to.predictions.push_back({expert, score, true, false, false, false, ExpertId::kNone});
-    } else {
-        known->score = score;
-        known->latest = true;
-    }
+    layers_[layer].start(fetching_);
+    for (const ExpertId expert : experts) layers_[layer].add(expert, 1.0f);
 }
 
 std::span<const ExpertId> Prefetcher::choose(const Residency& residency) {
@@ -183,10 +151,10 @@ std::span<const ExpertId> Prefetcher::choose(const Residency& residency) {
     kept_.clear();
     wanted_.clear();
     for (LayerPredictions& predicted : layers_) {
-        for (Prediction& one : predicted.predictions) {
+        for (Prediction& one : predicted.experts) {
             const bool absent = !residency.resident(one.expert);
             if (one.score >= least && !absent) kept_.push_back(one.expert);
-            if (!predicted.fresh || !one.latest || one.fetched) continue;
+            if (!predicted.fresh || !one.latest || one.issued) continue;
             one.absent = absent;
             if (one.score >= least && absent) chances_.emplace_back(one.score, &one);
         }
@@ -194,8 +162,8 @@ std::span<const ExpertId> Prefetcher::choose(const Residency& residency) {
     }
     std::ranges::stable_sort(chances_, std::greater(), &std::pair<float, Prediction*>::first);
     const auto bytes = static_cast<double>(costs_.expert_bytes);
-    const double under_way = bytes * prefetches_;
-    int32_t room = residency.frames() / kSlotsPerPrefetch - prefetches_;
+    const double under_way = bytes * link_.prefetches();
+    int32_t room = residency.frames() / kSlotsPerPrefetch - link_.prefetches();
     for (const auto& chance : chances_) {
         if (budget_ - under_way < bytes || room-- <= 0) break;
         budget_ -= bytes;
@@ -207,9 +175,9 @@ std::span<const ExpertId> Prefetcher::choose(const Residency& residency) {
 
 void Prefetcher::on_issued(ExpertId expert, ExpertId evicted) {
     ++stats_.fetched;
-    for (Prediction& one : layers_[shape_.layer_of(expert)].predictions) {
+    for (Prediction& one : layers_[shape_.layer_of(expert)].experts) {
         if (one.expert != expert) continue;
-        one.fetched = true;
+        one.issued = true;
         one.evicted = evicted;
     }
     missed_before_[expert] = -1;
@@ -217,37 +185,16 @@ void Prefetcher::on_issued(ExpertId expert, ExpertId evicted) {
 }
 
 void Prefetcher::read_started(ExpertId expert, bool demand, double now) {
-    if (demands_ + prefetches_ == 0) {
-        busy_since_ = now;
-        busy_bytes_ = 0;
-    }
-    ++(demand ? demands_ : prefetches_);
-    if (!demand) reading_[expert] = 1;
+    link_.read_started(expert, demand, now);
 }
 
 void Prefetcher::read_ended(ExpertId expert, bool demand, bool complete, double now) {
-    --(demand ? demands_ : prefetches_);
-    if (demand && demands_ == 0) demands_ended_ = now;
-    if (complete) busy_bytes_ += static_cast<double>(costs_.expert_bytes);
-    if (demands_ + prefetches_ == 0) {
-        read_bytes_ = kBandwidthKeep * read_bytes_ + busy_bytes_;
-        read_seconds_ = kBandwidthKeep * read_seconds_ + (now - busy_since_);
-    }
-    if (demand) return;
-    reading_[expert] = 0;
-    std::erase_if(late_, [&](const Late& late) {
-        if (late.expert != expert) return false;
-        const double waited = now - late.since;
-        const double read = static_cast<double>(costs_.expert_bytes) / std::max(bandwidth(), 1.0);
-        stats_.late_seconds += waited;
-        saved_.add(std::max(0.0, 1.0 - waited / read));
-        demands_ended_ = now;
-        return true;
-    });
-}
-
-double Prefetcher::bandwidth() const noexcept {
-    return read_seconds_ > 0 ? read_bytes_ / read_seconds_ : 0.0;
+    const double waited = link_.read_ended(expert, demand, complete, now);
+    if (waited < 0) return;
+    const double read =
+        static_cast<double>(costs_.expert_bytes) / std::max(link_.bytes_per_second(), 1.0);
+    stats_.late_seconds += waited;
+    saved_.add(std::max(0.0, 1.0 - waited / read));
 }
 
 float Prefetcher::least_score() const noexcept {
@@ -264,7 +211,7 @@ bool Prefetcher::is_next(LayerId layer) const noexcept {
     return is_some(layer_) && decoding_ && layer == shape_.after(layer_, 1);
 }
 
-// Compares what predictions gain with what they cost, both in reads.
+// Compares the gain of predictions with their cost, both in reads.
 bool Prefetcher::promising() const noexcept {
     if (judged_ < kEnoughPredictions) return false;
     const bool off = trial_.state() == PrefetchTrial::State::kOff;
@@ -285,23 +232,9 @@ void Prefetcher::reset_stats() {
     switches_before_ = trial_.switches();
 }
 
-std::vector<std::string> prefetch_names() {
-    std::vector<std::string> names{"off"};
-    for (std::string& name : predictor_names()) names.push_back(std::move(name));
-    names.emplace_back("external");
-    return names;
-}
-
 std::unique_ptr<Prefetcher> make_prefetcher(std::string_view name, ModelShape shape,
                                             Prefetcher::Costs costs, const Collection* from) {
     if (name == "off") return nullptr;
-    const std::vector<std::string> names = prefetch_names();
-    if (std::ranges::find(names, name) == names.end()) {
-        std::string known;
-        for (const std::string& one : names) known += (known.empty() ? "" : ", ") + one;
-        throw Error(ErrorCode::kInvalid,
-                    "no prefetch is named '" + std::string(name) + "'; there are: " + known);
-    }
     auto predictor = name == "external" ? nullptr : make_predictor(name, shape, from);
     return std::make_unique<Prefetcher>(shape, std::move(predictor), costs);
 }

@@ -1,16 +1,16 @@
-// What to read ahead, and whether it pays. The cache tells the prefetcher about every step, read
-// and eviction, under its lock; the prefetcher turns predictions (a predictor's, or those handed in
-// from outside) into a few experts to read now. It never moves bytes, and knows no slots, threads
-// or clocks: times come in as seconds.
+// Which experts to read before a step needs them, and whether that pays. The cache reports every
+// step, read and eviction, under its lock. The prefetcher turns predictions, from a predictor or
+// from outside, into a few experts to read now. It moves no bytes and knows no slots, threads or
+// clocks. Times come in as seconds. Three parts: Predictions, LinkMeter, PrefetchTrial.
 //
-// Budget. After a step the link may carry what it usually carries between the end of this layer's
-// demand reads and the next step, less what is still under way. Demand overtakes in any case.
+// Budget. After a step the prefetches may use the time in which the link usually rests before the
+// next step, less what is still under way. A demand overtakes a prefetch in any case.
 //
-// Does it pay? With r the useful share of what is fetched, s the share of a read that a useful
-// prefetch saves (less than 1 if it came late) and w what a useless one costs in reads (the link
-// where it was not idle, experts it drove out that were missed soon after), it may pay where r * s
-// is above (1 - r) * w. s and w are measured; so is r, also while nothing is fetched, from what
-// would have been. Where that promises something the clock has the last word: PrefetchTrial.
+// Does it pay? r is the useful share of the prefetches. s is the share of a read that a useful one
+// saves: less than 1 if it is late. w is what a useless one costs, in reads: the link where it was
+// not idle, and evicted experts that are missed soon after. Prefetching may pay where r * s is
+// above (1 - r) * w. All three are measured; r also while nothing is fetched, from predictions
+// alone. Where these numbers are promising, PrefetchTrial decides by the clock.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,8 @@
 
 #include "policy/per_caller.h"
 #include "policy/residency.h"
+#include "prefetch/link_meter.h"
+#include "prefetch/predictions.h"
 #include "prefetch/predictor.h"
 #include "prefetch/prefetch_trial.h"
 
@@ -53,26 +55,27 @@ public:
         int64_t delay_bytes;  // that a demand may have to wait for, having overtaken a prefetch
     };
 
-    // Without a predictor, what on_external() is told is all that is known.
+    // Without a predictor the only predictions are those of on_external().
     Prefetcher(ModelShape shape, std::unique_ptr<Predictor> predictor, Costs costs);
 
-    // A step, in this order: before its experts are placed; for each that gets a slot or passes
-    // through; after its demand reads have been started.
+    // The events of a step, in this order: on_step() before its experts are placed,
+    // on_demand_miss() for each expert that gets a slot or passes through, look_ahead() after its
+    // demand reads have started.
     void on_step(const Step& step, double now);
     void on_demand_miss(ExpertId expert);
     void look_ahead(const Step& step, double now);
 
     // A prediction from outside, best first.
     void on_external(LayerId layer, std::span<const ExpertId> experts);
-    // Is a prediction from outside for this pass worth making? Now and then also while off.
+    // True if a prediction from outside may pay in this pass. Sometimes also true while off.
     [[nodiscard]] bool wants_external() const noexcept;
-    // True if the step just before this layer has begun, so that nothing stands before an external
-    // prediction.
+    // True if the step of the previous layer has begun, so an external prediction for this layer
+    // can be used.
     [[nodiscard]] bool is_next(LayerId layer) const noexcept;
 
-    // Absent experts to prefetch now, best first. Each that is started is to be announced.
+    // Absent experts to prefetch now, best first. on_issued() must follow for each that is started.
     std::span<const ExpertId> choose(const Residency& residency);
-    // Residents that none of them may drive out: those expected for what comes next.
+    // Residents that a prefetch must not evict, because they are predicted too.
     [[nodiscard]] std::span<const ExpertId> expected_residents() const noexcept { return kept_; }
     void on_issued(ExpertId expert, ExpertId evicted);
 
@@ -82,37 +85,14 @@ public:
     [[nodiscard]] PredictionStats stats() const;
     void reset_stats();
 
-    // Null: only what on_external() is told.
+    // Null: predictions come only from on_external().
     [[nodiscard]] const Predictor* predictor() const noexcept { return predictor_.get(); }
 
-    // For tests: the least score that is fetched.
-    [[nodiscard]] float least_score() const noexcept;
-
 private:
-    struct Prediction {
-        ExpertId expert;
-        float score;
-        bool latest;     // of the latest prediction for its layer
-        bool absent;     // was not resident when there was a chance to fetch it
-        bool candidate;  // was worth fetching, and within the budget
-        bool fetched;
-        ExpertId evicted;  // by fetching it; kNone: nobody
-    };
-    struct LayerPredictions {
-        std::vector<Prediction> predictions;
-        bool fresh = false;        // not yet chosen from
-        bool active = false;       // predicted in a pass that fetches
-        size_t usual_experts = 0;  // of the latest decode step
-        double idle_seconds = -1;  // of the link after a step of this layer; below 0: not known
-    };
     struct Pass {                        // that a caller is in
         LayerId layer = LayerId::kNone;  // of its latest step
         double started = 0;
         bool decoding = false;
-    };
-    struct Late {
-        ExpertId expert;
-        double since;
     };
     // A mean that forgets, and starts from a prior worth `weight` values.
     struct Mean {
@@ -132,12 +112,10 @@ private:
     };
 
     void start_pass(const Step& step, Pass& pass, double now);
-    void measure_idle(const Step& step, double now);
+    void judge(const Step& step, const LayerPredictions& predicted, double now);
     void predict(LayerId layer);
-    LayerPredictions& start_prediction(LayerId layer);
-    static void add(LayerPredictions& to, ExpertId expert, float score);
+    [[nodiscard]] float least_score() const noexcept;
     [[nodiscard]] bool promising() const noexcept;
-    [[nodiscard]] double bandwidth() const noexcept;
 
     ModelShape shape_;
     std::unique_ptr<Predictor> predictor_;
@@ -150,15 +128,10 @@ private:
     int64_t pass_ = 0;
     int64_t step_ = 0;
     PerExpert<int64_t> used_at_;        // the latest step that used it
-    PerExpert<int64_t> missed_before_;  // driven out for nothing, if before pass
+    PerExpert<int64_t> missed_before_;  // a miss before this pass is a useless prefetch's fault
 
-    // The link.
-    PerExpert<uint8_t> reading_;            // a prefetch is under way
-    int32_t demands_ = 0, prefetches_ = 0;  // reads under way
-    double started_ = 0, demands_ended_ = 0;
-    double busy_since_ = 0, busy_bytes_ = 0;  // since something is under way
-    double read_bytes_ = 0, read_seconds_ = 0;
-    double budget_ = 0;
+    LinkMeter link_;
+    double budget_ = 0;  // bytes
 
     // What pays.
     PrefetchTrial trial_;
@@ -168,7 +141,6 @@ private:
     double judged_ = 0, useful_ = 0, useless_ = 0;  // predictions, and candidates among them
     Mean saved_{1.0, 4, 0.97};
     Mean wasted_{0.25, 8, 0.97};
-    std::vector<Late> late_;
 
     std::vector<float> scores_;                           // scratch
     std::vector<std::pair<float, ExpertId>> best_;        // scratch
@@ -176,10 +148,7 @@ private:
     std::vector<ExpertId> wanted_, kept_;
 };
 
-// What `prefetch` may be: off, every predictor, and external for those from outside alone.
-std::vector<std::string> prefetch_names();
-
-// Null for "off". Throws Error(kInvalid), naming what exists, for an unknown name.
+// Null for "off". Throws what make_predictor() throws.
 std::unique_ptr<Prefetcher> make_prefetcher(std::string_view name, ModelShape shape,
                                             Prefetcher::Costs costs,
                                             const Collection* from = nullptr);

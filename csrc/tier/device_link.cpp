@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "base/ranges.h"
 #include "base/sizes.h"
 #include "tier/copy_job.h"
 #include "tier/tier.h"
@@ -140,6 +141,7 @@ void DeviceLink::enqueue(const CopyJobPtr& job, size_t nbytes, Stream stream) {
 
 // Enqueues all copies and marks one point after them.
 void DeviceLink::copy_demands(std::span<const CopyJobPtr> demands) noexcept {
+    const Range range("moeinf copy");
     const bool gather = demands.size() > 1 && copy_bytes_ <= gather_below_;
     std::vector<GatherPart> parts;
     const Stream stream = demand_->stream();

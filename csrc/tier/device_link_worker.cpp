@@ -7,6 +7,7 @@
 #include <exception>
 #include <utility>
 
+#include "base/ranges.h"
 #include "tier/copy_job.h"
 #include "tier/device_link.h"
 #include "tier/tier.h"
@@ -94,6 +95,7 @@ bool DeviceLink::pump_prefetches() {
 }
 
 void DeviceLink::start_chunk(const CopyJobPtr& job) {
+    const Range range("moeinf copy");
     const Stream stream = prefetch_->stream();
     if (job->copied == 0) {
         job->wait_for_source(stream);

@@ -12,6 +12,7 @@
 
 #include "base/error.h"
 #include "base/fork.h"
+#include "base/ranges.h"
 #include "base/sizes.h"
 #include "memory/arena.h"
 #include "transfer/read_plan.h"
@@ -141,6 +142,7 @@ struct FileReader::Impl {
 
     // The error message, or empty.
     std::string read(const Job& job, const Chunk& chunk, std::span<std::byte> buffer) const {
+        const Range range("moeinf read");
         try {
             files[chunk.file].read(chunk, job.plan.pieces_of(chunk), job.slot, buffer);
         } catch (const std::exception& error) {

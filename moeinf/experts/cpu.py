@@ -10,6 +10,7 @@ from moeinf import _core
 from moeinf.cache.cache import ExpertCache
 from moeinf.checkpoint.layout import Layout, MatrixLayout, Rows
 from moeinf.experts.checks import DTYPES, check_tensors
+from moeinf.experts.marks import Marks, profiling
 from moeinf.kernels.forms import ExpertForm
 
 
@@ -76,26 +77,33 @@ class CpuExperts:
         topk_ids = topk_ids.contiguous()
         topk_weights = topk_weights.contiguous()
         out = torch.empty_like(hidden)
-        _core.fused_experts(
-            self.core,
-            self.engine,
-            self.expert,
-            _core.FfnInput(
-                hidden=hidden.data_ptr(),
-                hidden_dtype=DTYPES[hidden.dtype],
-                topk_ids=topk_ids.data_ptr(),
-                ids_are_int64=topk_ids.dtype == torch.int64,
-                topk_weights=topk_weights.data_ptr(),
-                topk_weights_dtype=DTYPES[topk_weights.dtype],
-                tokens=hidden.shape[0],
-                top_k=topk_ids.shape[1],
-                num_experts=self.num_experts,
-            ),
-            layer=layer,
-            out=out.data_ptr(),
-            out_dtype=DTYPES[hidden.dtype],
-            prefill=passes.current.prefill,
-            new_sequence=passes.takes_first_step(),
-            caller=passes.caller,
-        )
+        marks = Marks() if profiling() else None
+        if marks is not None:
+            marks.begin("moeinf::acquire_and_compute")
+        try:
+            _core.fused_experts(
+                self.core,
+                self.engine,
+                self.expert,
+                _core.FfnInput(
+                    hidden=hidden.data_ptr(),
+                    hidden_dtype=DTYPES[hidden.dtype],
+                    topk_ids=topk_ids.data_ptr(),
+                    ids_are_int64=topk_ids.dtype == torch.int64,
+                    topk_weights=topk_weights.data_ptr(),
+                    topk_weights_dtype=DTYPES[topk_weights.dtype],
+                    tokens=hidden.shape[0],
+                    top_k=topk_ids.shape[1],
+                    num_experts=self.num_experts,
+                ),
+                layer=layer,
+                out=out.data_ptr(),
+                out_dtype=DTYPES[hidden.dtype],
+                prefill=passes.current.prefill,
+                new_sequence=passes.takes_first_step(),
+                caller=passes.caller,
+            )
+        finally:
+            if marks is not None:
+                marks.end()
         return out

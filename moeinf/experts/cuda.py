@@ -20,6 +20,7 @@ import torch
 from moeinf.cache.cache import ExpertCache
 from moeinf.experts import torch_products
 from moeinf.experts.checks import check_tensors
+from moeinf.experts.marks import Marks, profiling
 from moeinf.kernels.forms import ExpertMatrices
 
 
@@ -65,21 +66,26 @@ class CudaExperts:
         stream = self.streams.current()
         with stream.lock:
             step = stream.core
-            step.copy_ids(
-                layer,
-                ids.data_ptr(),
-                ids.dtype == torch.int64,
-                tokens,
-                top_k,
-                stream.map_address,
-                prefill=passes.current.prefill,
-                new_sequence=passes.takes_first_step(),
-                caller=passes.caller,
-            )
-            # Most steps are one wave. It is prepared while the ids are on their way to the host.
-            whole = None if converted else self._prepared(rows, ids, weights, stream.expert_map)
-            wave = step.begin()
+            marks = Marks() if profiling() else None
+            if marks is not None:
+                marks.begin("moeinf::acquire")
             try:
+                step.copy_ids(
+                    layer,
+                    ids.data_ptr(),
+                    ids.dtype == torch.int64,
+                    tokens,
+                    top_k,
+                    stream.map_address,
+                    prefill=passes.current.prefill,
+                    new_sequence=passes.takes_first_step(),
+                    caller=passes.caller,
+                )
+                # Most steps are one wave. It is prepared while the ids travel to the host.
+                whole = None if converted else self._prepared(rows, ids, weights, stream.expert_map)
+                wave = step.begin()
+                if marks is not None:
+                    marks.begin("moeinf::compute")
                 stream.hand_over_predictions()
                 if passes.observers:
                     passes.observe(layer, torch.from_numpy(step.ids()), weights)
@@ -101,6 +107,9 @@ class CudaExperts:
             except BaseException:
                 step.release()
                 raise
+            finally:
+                if marks is not None:
+                    marks.end()
         combine: Any = torch_products.combine if self._triton is None else self._triton.combine
         summed: torch.Tensor = combine(routes, ids, weights, dtype=hidden.dtype)
         return summed

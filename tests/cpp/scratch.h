@@ -54,10 +54,14 @@ inline std::vector<std::byte> random_bytes(size_t count, std::mt19937_64& random
     return bytes;
 }
 
-// New on every run; printed, so that a failure can be repeated with SEED=number.
+// New on every run, the same for all cases of it; printed, so that a failure can be repeated with
+// SEED=number.
 inline uint64_t drawn_seed() {
-    const char* given = std::getenv("SEED");
-    const uint64_t seed = given != nullptr ? std::stoull(given) : std::random_device{}();
-    std::cout << "seed " << seed << std::endl;
+    static const uint64_t seed = [] {
+        const char* given = std::getenv("SEED");
+        const uint64_t drawn = given != nullptr ? std::stoull(given) : std::random_device{}();
+        std::cout << "seed " << drawn << std::endl;
+        return drawn;
+    }();
     return seed;
 }

@@ -43,9 +43,7 @@ static_assert(!takes<decltype(&Residency::exchange), Residency&, SlotId, SlotId>
 static_assert(!takes<decltype(&Residency::frame_of), const Residency&, ExpertIndex>);
 static_assert(!takes<decltype(&Residency::frame_of), const Residency&, int32_t>);
 
-}  // namespace
-
-int main() {
+TEST("the three ids of an expert agree") {
     const ModelShape shape{3, 7};
     for (const LayerId layer : shape.layers()) {
         size_t position = shape.begin_of(layer);
@@ -56,5 +54,10 @@ int main() {
         }
     }
     CHECK(shape.after(LayerId{2}, 1) == LayerId{0});
-    return test_result();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    return run_tests(argc, argv);
 }

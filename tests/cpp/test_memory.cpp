@@ -54,7 +54,7 @@ size_t resident_pages(const std::byte* data, size_t nbytes) {
     return count;
 }
 
-void only_the_committed_prefix_may_be_touched() {
+TEST("only the committed prefix may be touched") {
     const auto arena = make_host_arena(10 * kPage + 1);
     CHECK_EQ(arena->committed(), size_t{0});
     CHECK_EQ(arena->reserved(), 10 * kPage + 1);
@@ -71,7 +71,7 @@ void only_the_committed_prefix_may_be_touched() {
     CHECK(!readable(arena->data()));
 }
 
-void growing_takes_no_memory_and_shrinking_gives_it_back() {
+TEST("growing takes no memory and shrinking gives it back") {
     constexpr size_t kBytes = size_t{64} << 20;
     const auto arena = make_host_arena(kBytes);
     arena->commit(kBytes);
@@ -86,7 +86,7 @@ void growing_takes_no_memory_and_shrinking_gives_it_back() {
     CHECK(arena->data()[kPage] == std::byte{0});
 }
 
-void what_cannot_be_had_is_refused_and_changes_nothing() {
+TEST("what cannot be had is refused and changes nothing") {
     const size_t too_much = 2 * available_memory() / kPage * kPage;
     const auto arena = make_host_arena(too_much);
     arena->commit(2 * kPage);
@@ -117,7 +117,7 @@ size_t data_bytes() {
     return 0;
 }
 
-void a_limit_of_the_system_is_an_error_too() {
+TEST("a limit of the system is an error too") {
     constexpr size_t kBytes = size_t{1} << 30;
     const auto arena = make_host_arena(kBytes);
     rlimit before{};
@@ -138,7 +138,7 @@ void a_limit_of_the_system_is_an_error_too() {
     CHECK_EQ(arena->committed(), kBytes);
 }
 
-void slots_lie_side_by_side_and_stay_where_they_are() {
+TEST("slots lie side by side and stay where they are") {
     constexpr uint64_t kSlot = 3 * kPage;
     SlotPool pool(make_host_arena(kSlot * 4), kSlot, 4, 2);
     std::byte* const first = pool.slot(SlotId{0});
@@ -160,7 +160,7 @@ void slots_lie_side_by_side_and_stay_where_they_are() {
     CHECK_EQ(pool.slots(), 1);
 }
 
-void pools_that_do_not_fit_their_arena_are_refused() {
+TEST("pools that do not fit their arena are refused") {
     const auto pool = [](uint64_t slot_bytes, int32_t capacity, int32_t slots) {
         return [=] { SlotPool(make_host_arena(8 * kPage), slot_bytes, capacity, slots); };
     };
@@ -173,15 +173,12 @@ void pools_that_do_not_fit_their_arena_are_refused() {
     (void)message_of(ErrorCode::kInvalid, [] { SlotPool(nullptr, kPage, 1, 1); });
 }
 
+TEST("some memory is available") {
+    CHECK(available_memory() > 0);
+}
+
 }  // namespace
 
-int main() {
-    only_the_committed_prefix_may_be_touched();
-    growing_takes_no_memory_and_shrinking_gives_it_back();
-    what_cannot_be_had_is_refused_and_changes_nothing();
-    a_limit_of_the_system_is_an_error_too();
-    slots_lie_side_by_side_and_stay_where_they_are();
-    pools_that_do_not_fit_their_arena_are_refused();
-    CHECK(available_memory() > 0);
-    return test_result();
+int main(int argc, char** argv) {
+    return run_tests(argc, argv);
 }

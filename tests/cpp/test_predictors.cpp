@@ -163,16 +163,21 @@ void check(const std::string& name, uint64_t seed) {
     CHECK(compared > 100);
 }
 
-}  // namespace
+TEST("every predictor is as defined") {
+    for (const std::string& name : predictor_names()) check(name, drawn_seed());
+}
 
-int main() {
-    const uint64_t seed = drawn_seed();
-    for (const std::string& name : predictor_names()) check(name, seed);
+TEST("an unknown name is refused with those that exist") {
     try {
         (void)make_predictor("psychic", {1, 1});
         CHECK(false);
     } catch (const Error& error) {
         CHECK(std::string(error.what()).find("previous, transition, eam") != std::string::npos);
     }
-    return test_result();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    return run_tests(argc, argv);
 }

@@ -151,7 +151,7 @@ Ids alternating(int32_t layer, int token) {
     return pair_of(layer, token % 2);
 }
 
-void check_it_helps_stops_and_returns() {
+TEST("it helps stops and returns") {
     Machine machine("previous");
     CHECK(machine.prefetcher->stats().state !=
           PrefetchTrial::State::kOn);  // until it is known to pay
@@ -177,7 +177,7 @@ void check_it_helps_stops_and_returns() {
     CHECK(machine.prefetcher->stats().switches >= 3);
 }
 
-void check_a_busy_link_carries_none() {
+TEST("a busy link carries none") {
     Machine machine("previous");
     decode(machine, 60, 0.0, same);  // the next step begins when the last read ends
     CHECK_EQ(machine.fetched, int64_t{0});
@@ -186,7 +186,7 @@ void check_a_busy_link_carries_none() {
     CHECK(machine.fetched <= 60 * kLayers / 4 + 1);
 }
 
-void check_prompts_are_left_alone() {
+TEST("prompts are left alone") {
     Machine machine("transition");
     for (int request = 0; request < 30; ++request) {
         for (int32_t layer = 0; layer < kLayers; ++layer) {
@@ -197,7 +197,7 @@ void check_prompts_are_left_alone() {
     CHECK_EQ(machine.prefetcher->stats().steps, int64_t{0});
 }
 
-void check_hints_are_counted() {
+TEST("hints are counted") {
     Machine machine("external");
     const auto run = [&](int tokens) {
         for (int token = 0; token < tokens; ++token) {
@@ -225,7 +225,7 @@ void check_hints_are_counted() {
 
 // A prediction that takes longer to make than it saves is not asked for again and again, however
 // right it is.
-void check_dear_hints_are_refused() {
+TEST("dear hints are refused") {
     Machine machine("external");
     int asked = 0;
     const auto run = [&](int tokens) {
@@ -303,17 +303,12 @@ void check_live(const std::string& name, uint64_t seed) {
     std::cout << name << ": " << stats.fetched << " prefetched, " << stats.late << " late\n";
 }
 
-}  // namespace
+TEST("every byte is right whatever is prefetched") {
+    for (const std::string& name : prefetch_names()) check_live(name, drawn_seed());
+}
 
-int main() {
-    const uint64_t seed = drawn_seed();
-    check_it_helps_stops_and_returns();
-    check_a_busy_link_carries_none();
-    check_prompts_are_left_alone();
-    check_hints_are_counted();
-    check_dear_hints_are_refused();
-    for (const std::string& name : prefetch_names()) check_live(name, seed);
-    const CacheWorld world(1, 2, seed);
+TEST("an unknown name is refused with those that exist") {
+    const CacheWorld world(1, 2, drawn_seed());
     ExpertCacheOptions options = world.options(1, "lru");
     options.prefetch = "psychic";
     try {
@@ -322,5 +317,10 @@ int main() {
     } catch (const Error& error) {
         CHECK(std::string(error.what()).find("transition, eam, external") != std::string::npos);
     }
-    return test_result();
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+    return run_tests(argc, argv);
 }

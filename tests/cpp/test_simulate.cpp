@@ -10,6 +10,7 @@
 #include "id_list.h"
 #include "policy/policies/learned_kernels.h"
 #include "policy/residency.h"
+#include "scratch.h"
 #include "trace/belady.h"
 #include "trace/simulator.h"
 
@@ -58,7 +59,8 @@ Recorded random_trace(std::mt19937& random, ModelShape shape, int32_t k, int tok
     return trace;
 }
 
-void simulation_counts_what_residency_did(std::mt19937& random) {
+TEST("simulation counts what residency did") {
+    std::mt19937 random(static_cast<uint32_t>(drawn_seed()));
     const Recorded trace = random_trace(random, {6, 13}, 3, 160);
     for (const std::string& name : policy_names()) {
         Residency residency({6, 13}, 19, make_policy(name, {6, 13}));
@@ -80,7 +82,8 @@ void simulation_counts_what_residency_did(std::mt19937& random) {
 
 // No order of prefetches, pins, removals and resizes makes a policy name an absent or pinned
 // expert (residency throws if it does), and no expert sits in two frames.
-void policies_survive_whatever_an_owner_does(std::mt19937& random) {
+TEST("policies survive whatever an owner does") {
+    std::mt19937 random(static_cast<uint32_t>(drawn_seed()));
     const ModelShape shape{5, 9};
     const Recorded trace = random_trace(random, shape, 3, 120);
     for (const std::string& name : policy_names()) {
@@ -131,7 +134,7 @@ void policies_survive_whatever_an_owner_does(std::mt19937& random) {
 }
 
 // Whole batches and prompts route to every expert of a layer; estimates must stay numbers.
-void learned_takes_steps_of_any_size() {
+TEST("learned takes steps of any size") {
     const ModelShape shape{4, 200};
     Residency residency(shape, 300, make_policy("learned", shape));
     std::mt19937 random(3);
@@ -167,7 +170,8 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 }
 
 // A simulation on one machine must match a live run on another.
-void every_instruction_set_gives_the_same_bits(std::mt19937& random) {
+TEST("every instruction set gives the same bits") {
+    std::mt19937 random(static_cast<uint32_t>(drawn_seed()));
     const learned::Kernels& portable = learned::kPortable;
     const learned::Kernels& fastest = learned::fastest_kernels();
     std::cout << "kernels: " << fastest.name << "\n";
@@ -239,7 +243,7 @@ void every_instruction_set_gives_the_same_bits(std::mt19937& random) {
     }
 }
 
-void a_bad_trace_is_refused() {
+TEST("a bad trace is refused") {
     std::mt19937 random(1);
     const Recorded good = random_trace(random, {2, 5}, 2, 50);
     check_trace(good.view(), "good");
@@ -267,14 +271,6 @@ void a_bad_trace_is_refused() {
 
 }  // namespace
 
-int main() {
-    const uint32_t seed = std::random_device{}();
-    std::cout << "seed: " << seed << "\n";
-    std::mt19937 random(seed);
-    simulation_counts_what_residency_did(random);
-    policies_survive_whatever_an_owner_does(random);
-    learned_takes_steps_of_any_size();
-    every_instruction_set_gives_the_same_bits(random);
-    a_bad_trace_is_refused();
-    return test_result();
+int main(int argc, char** argv) {
+    return run_tests(argc, argv);
 }

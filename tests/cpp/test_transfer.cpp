@@ -51,7 +51,8 @@ private:
     TransferPtr transfer_;
 };
 
-void every_byte_lands_in_its_place(std::mt19937_64& random) {
+TEST("every byte lands in its place") {
+    std::mt19937_64 random(drawn_seed());
     for (int round = 0; round < 12; ++round) {
         const size_t largest = std::vector<size_t>{3, 600, 40'000, 300'000}[random() % 4];
         const ExpertFiles world(random, 6, 1 + random() % 5, largest, 1 + random() % 3);
@@ -77,7 +78,8 @@ void every_byte_lands_in_its_place(std::mt19937_64& random) {
     }
 }
 
-void demands_go_before_prefetches_and_promotion_makes_one(std::mt19937_64& random) {
+TEST("demands go before prefetches and promotion makes one") {
+    std::mt19937_64 random(drawn_seed());
     const ExpertFiles world(random, 6, 2, 5'000, 1);
     std::vector slots(6, std::vector(world.slot_bytes, kPoison));
     Order order;
@@ -107,7 +109,7 @@ void demands_go_before_prefetches_and_promotion_makes_one(std::mt19937_64& rando
 // With one worker, a demand that ends before a prefetch which ran already when it was submitted
 // must have been taken up between two chunks of it. A stalled test may submit too late, so it tries
 // again; an engine that finishes what it began would fail every time.
-void a_demand_overtakes_a_running_prefetch_at_the_next_chunk() {
+TEST("a demand overtakes a running prefetch at the next chunk") {
     bool overtook = false;
     for (int attempt = 0; attempt < 50 && !overtook; ++attempt) {
         LargeExperts large;
@@ -126,7 +128,8 @@ void a_demand_overtakes_a_running_prefetch_at_the_next_chunk() {
     CHECK(overtook);
 }
 
-void the_destructor_cancels_what_waits_and_ends_what_runs(std::mt19937_64& random) {
+TEST("the destructor cancels what waits and ends what runs") {
+    std::mt19937_64 random(drawn_seed());
     const ExpertFiles world(random, 4, 2, 9'000, 1);
     const std::vector untouched(world.slot_bytes, kPoison);
     std::vector slots(4, untouched);
@@ -149,7 +152,7 @@ void the_destructor_cancels_what_waits_and_ends_what_runs(std::mt19937_64& rando
     for (const size_t i : {1, 2, 3}) CHECK(slots[i] == untouched);
 }
 
-void a_running_transfer_stops_with_its_engine() {
+TEST("a running transfer stops with its engine") {
     LargeExperts large;
     std::atomic<int> calls{0};
     TransferPtr transfer;
@@ -164,7 +167,8 @@ void a_running_transfer_stops_with_its_engine() {
     CHECK(transfer->state() != TransferState::kFailed);
 }
 
-void many_threads_submit_and_promote(std::mt19937_64& random) {
+TEST("many threads submit and promote") {
+    std::mt19937_64 random(drawn_seed());
     const ExpertFiles world(random, 7, 3, 20'000, 2);
     FileReader engine(world.catalog, {3, 2 * kPage, true});
     std::atomic<int> calls{0}, wrong{0};
@@ -198,13 +202,6 @@ void many_threads_submit_and_promote(std::mt19937_64& random) {
 
 }  // namespace
 
-int main() {
-    std::mt19937_64 random(drawn_seed());
-    every_byte_lands_in_its_place(random);
-    demands_go_before_prefetches_and_promotion_makes_one(random);
-    a_demand_overtakes_a_running_prefetch_at_the_next_chunk();
-    the_destructor_cancels_what_waits_and_ends_what_runs(random);
-    a_running_transfer_stops_with_its_engine();
-    many_threads_submit_and_promote(random);
-    return test_result();
+int main(int argc, char** argv) {
+    return run_tests(argc, argv);
 }

@@ -45,7 +45,8 @@ bool contains(const std::string& text, const std::string& part) {
 }
 
 // Puts something that refuses to be read where the engine's file was, then puts the file back.
-void a_read_that_fails_fails_its_transfer_and_leaves_the_engine_usable(std::mt19937_64& random) {
+TEST("a read that fails fails its transfer and leaves the engine usable") {
+    std::mt19937_64 random(drawn_seed());
     const ExpertFiles world(random, 1, 3, 60'000, 1);
     std::vector slot(world.slot_bytes, kPoison);
     for (const bool direct : {true, false}) {
@@ -70,7 +71,7 @@ void a_read_that_fails_fails_its_transfer_and_leaves_the_engine_usable(std::mt19
     }
 }
 
-void nothing_is_written_after_a_failure_was_reported() {
+TEST("nothing is written after a failure was reported") {
     LargeExperts large;
     FileReader engine(large.catalog, {4, 4 * kPage, true});
     std::filesystem::resize_file(large.path, LargeExperts::kBytes / 2);
@@ -92,7 +93,7 @@ void nothing_is_written_after_a_failure_was_reported() {
     CHECK_EQ(calls.load(), 1);
 }
 
-void a_reading_that_ends_early_or_fails_says_where() {
+TEST("a reading that ends early or fails says where") {
     const auto failure = [](int descriptor, ReadRequest request) -> std::string {
         std::vector<std::byte> out(request.capacity);
         try {
@@ -120,7 +121,7 @@ void a_reading_that_ends_early_or_fails_says_where() {
     close(memory);
 }
 
-void what_cannot_be_opened_is_named() {
+TEST("what cannot be opened is named") {
     const ScratchFolder folder;
     const std::string path = folder.write("present", std::vector(100, std::byte{1}));
     const auto failure = [](const std::string& name, uint64_t nbytes) -> std::string {
@@ -142,7 +143,8 @@ void what_cannot_be_opened_is_named() {
     CHECK(contains(failure("/dev/null", 100), "/dev/null: expected a regular file"));
 }
 
-void settings_that_cannot_work_are_refused(std::mt19937_64& random) {
+TEST("settings that cannot work are refused") {
+    std::mt19937_64 random(drawn_seed());
     const ExpertFiles world(random, 1, 1, 10, 1);
     for (const FileReaderOptions& options :
          {FileReaderOptions{-1, 0, true}, FileReaderOptions{257, 0, true},
@@ -170,12 +172,6 @@ void settings_that_cannot_work_are_refused(std::mt19937_64& random) {
 
 }  // namespace
 
-int main() {
-    std::mt19937_64 random(drawn_seed());
-    a_read_that_fails_fails_its_transfer_and_leaves_the_engine_usable(random);
-    nothing_is_written_after_a_failure_was_reported();
-    a_reading_that_ends_early_or_fails_says_where();
-    what_cannot_be_opened_is_named();
-    settings_that_cannot_work_are_refused(random);
-    return test_result();
+int main(int argc, char** argv) {
+    return run_tests(argc, argv);
 }
