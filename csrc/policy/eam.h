@@ -1,6 +1,6 @@
-// Expert activation matrices, the memory of the policy this project is named after (MoE-Infinity,
-// arXiv 2401.14361v3, section 4): a collection of what whole requests activated, and the match of
-// the pass in progress against it. Knows nothing of slots; one thread at a time.
+// Expert activation matrices, the memory of the policy that this project is named after
+// (MoE-Infinity, arXiv 2401.14361v3, section 4): a collection of the activations of whole requests,
+// and the match of the pass in progress against it. Knows no slots. One thread at a time.
 #pragma once
 
 #include <cstdint>
@@ -42,11 +42,11 @@ private:
     std::vector<float> squares_;  // [layers, capacity]
 };
 
-// What finished requests activated, prefill and decode apart: a whole EAMC.
+// The activations of finished requests, prefill and decode apart: a whole EAMC.
 struct Eamc final : Collection {
     EamCollection prefill, decode;
 
-    // Empty, with room for as many entries as the paper found to be of use.
+    // Empty, with room for the paper's number of entries.
     static constexpr int32_t kPaperCapacity = 120;
     explicit Eamc(ModelShape shape)
         : prefill(shape, kPaperCapacity), decode(shape, kPaperCapacity) {}
@@ -54,12 +54,12 @@ struct Eamc final : Collection {
         : prefill(std::move(of_prefill)), decode(std::move(of_decode)) {}
 };
 
-// Throws Error(kInvalid), naming both, unless both collections are of this shape. `owner` is what
-// has the shape.
+// Throws Error(kInvalid) and names both shapes unless both collections have this shape. `owner` is
+// the name of the object with the shape.
 void check_shape(const Eamc& eamc, ModelShape expected, std::string_view owner);
 
 // Matches a matrix that grows by one row at a time against a collection. The scalar products are
-// kept up to date, so that a row of k experts costs k additions per entry.
+// updated with each row, so a row of k experts costs k additions per entry.
 class EamMatch {
 public:
     explicit EamMatch(const EamCollection& collection);
@@ -83,7 +83,7 @@ private:
 // Scales every row to sum 1; a row of zeros becomes uniform.
 void normalise_rows(ModelShape shape, std::span<float> matrix);
 
-// Sum of the matched entries with normalised rows: what the requests most like this one used.
+// The sum of the matched entries with normalised rows: the experts of the most similar requests.
 void predict_activations(const EamCollection& collection, std::span<const int32_t> matched,
                          std::span<float> out);
 

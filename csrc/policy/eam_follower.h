@@ -1,10 +1,10 @@
-// A request as it goes, seen against collections of finished ones: what the policy `eam` and the
-// predictor `eam` share. Prefill and decode are traced and matched apart, and so are the requests
-// of several callers. One thread at a time.
+// Compares requests in progress with collections of finished ones, for the policy `eam` and the
+// predictor `eam`. Prefill and decode are traced and matched apart, and so are the requests of
+// several callers. One thread at a time.
 //
-// Chosen where the paper is silent: the pass in progress (iEAM) is matched over its rows so far,
-// and entries by the same rows; the nearest few (kMatched) are summed; before anything can be
-// matched, the request's own matrix so far stands in.
+// The paper leaves some choices open. Here the pass in progress (iEAM) is matched over its rows so
+// far, entries by the same rows, and the nearest few (kMatched) are summed. Before the first match
+// the request's own matrix is used.
 #pragma once
 
 #include <span>
@@ -19,7 +19,7 @@ class EamFollower {
 public:
     static constexpr int32_t kMatched = 3;
 
-    // What is known of one phase of the request.
+    // One phase of the request.
     struct Phase {
         explicit Phase(const EamCollection& known);
 
@@ -34,17 +34,17 @@ public:
     EamFollower(const EamFollower&) = delete;  // requests refer to the collections
     EamFollower& operator=(const EamFollower&) = delete;
 
-    // A new sequence ends its caller's request before it, which joins the collections. So does the
-    // request of a caller that gives up its place among those known.
+    // A new sequence ends its caller's previous request, which is added to the collections. So is
+    // the request of a caller that is forgotten because too many are known.
     void observe(const Step& step);
 
     // The phase of the latest step; decode before any.
     [[nodiscard]] const Phase& current() const noexcept { return latest_->current(); }
 
-    // The collections as they would be if the requests in progress ended now; they go on.
+    // The collections as if the requests in progress ended now. The requests go on.
     [[nodiscard]] Eamc collections() const;
 
-    // Each expert's share of what `layer` is predicted to use. False before the first step.
+    // Each expert's share of the predicted uses of `layer`. False before the first step.
     bool predict(LayerId layer, std::span<float> shares) const;
 
 private:

@@ -1,4 +1,4 @@
-// For policies that score all residents anew when someone has to leave.
+// For policies that compute the scores of all residents at each eviction.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@ namespace moeinf {
 template <class Score>
 using ScoredExperts = std::vector<std::pair<Score, ExpertId>>;
 
-// Fills `victims` with the residents of the lowest scores that are not pinned, ties by the lower
-// flat id, and returns how many there were. Asks for scores in the order of `residents`.
+// Fills `victims` with the unpinned residents of the lowest scores, ties by the lower flat id, and
+// returns their number. Computes scores in the order of `residents`.
 template <class Score, class ScoreOf>
 size_t lowest_scores(std::span<const ExpertId> residents, const Pins& pins, const ScoreOf& score_of,
                      ScoredExperts<Score>& scratch, std::span<ExpertId> victims) {

@@ -1,5 +1,5 @@
-// State that is kept apart for each caller of steps, so that requests which run side by side do not
-// look like one. Bounded: past kMost callers, the state unused for longest gives up its place.
+// State that is kept apart for each caller of steps, so requests that run side by side stay apart.
+// Bounded: beyond kMax callers the state that was unused for longest is removed.
 #pragma once
 
 #include <algorithm>
@@ -15,16 +15,16 @@ namespace moeinf {
 template <class T>
 class PerCaller {
 public:
-    static constexpr size_t kMost = 16;
+    static constexpr size_t kMax = 16;
 
-    // The caller's state; `make()` makes one for a caller that has none. A state that gives up its
-    // place is handed to `leaves` first. The address stays until then.
+    // The caller's state; `make()` makes one for a new caller. `leaves` receives a state before it
+    // is removed. The address is valid until then.
     template <class Make, class Leaves>
     T& of(int64_t caller, Make make, Leaves leaves) {
         ++now_;
         auto found =
             std::ranges::find(entries_, caller, [](const auto& one) { return one->caller; });
-        if (found == entries_.end() && entries_.size() == kMost) {
+        if (found == entries_.end() && entries_.size() == kMax) {
             found =
                 std::ranges::min_element(entries_, {}, [](const auto& one) { return one->seen; });
             leaves((*found)->state);

@@ -1,6 +1,6 @@
-// What decides who leaves. A policy sees every step and names victims; it never sees bytes, slots,
-// leases or threads, and is called under its owner's lock. The live cache and the simulator drive
-// the same objects, so that a simulation of a recorded run gives the same hits to the unit.
+// A policy decides which experts are evicted. It sees every step and names victims. It never sees
+// bytes, slots, leases or threads, and is called under its owner's lock. The live cache and the
+// simulator use the same objects, so a simulation of a recorded run has exactly the same hits.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +14,7 @@
 
 namespace moeinf {
 
-// What a policy or a predictor has collected, so that another run can start from it. Each kind
+// The data that a policy or a predictor has collected, so another run can start from it. Each kind
 // knows its own.
 struct Collection {
     virtual ~Collection() = default;
@@ -29,12 +29,13 @@ struct Step {
     std::span<const float> router;      // mean router probability of all experts; empty if unknown
     bool prefill = false;
     bool new_sequence = false;  // the first step of a request
-    // Who runs the pass. The steps of one caller come in order, one request after another; those of
-    // several come in any mixture. Sequences that a caller runs in one batch are one request.
+    // The caller that runs the pass. The steps of one caller come in order, one request after
+    // another. Steps of several callers may alternate in any way. Sequences that a caller runs in
+    // one batch are one request.
     int64_t caller = 0;
 };
 
-// How many leases and reads hold each expert where it is.
+// The number of leases and fills that hold each expert in its slot.
 using Pins = PerExpert<uint32_t>;
 
 class Policy {
@@ -45,24 +46,25 @@ public:
     // Every step, before its misses are placed.
     virtual void observe(const Step& step) = 0;
 
-    // Writes up to `victims.size()` residents to evict, best first, and returns how many it found.
-    // `residents` come in the order of frames (kNone: a free one); an expert with pins[expert] != 0
-    // may not be named. Deterministic: ties go to the lower flat id.
+    // Writes up to `victims.size()` residents to evict, best first, and returns their number.
+    // `residents` are in the order of frames (kNone: a free frame). An expert with pins[expert] !=
+    // 0 must not be named. Deterministic: ties go to the lower flat id.
     virtual size_t choose_victims(std::span<const ExpertId> residents, const Pins& pins,
                                   std::span<ExpertId> victims) = 0;
 
-    // How many frames there are, before the first step and at each change.
+    // Receives the number of frames, before the first step and at each change.
     virtual void resized(int32_t /*frames*/) {}
 
-    // Kept in step with residency: an expert got a frame (after observe() if a step needed it,
-    // alone if a prefetch brought it), or lost it for any reason.
+    // Follow residency: an expert got a frame (after observe() if a step needed it, without
+    // observe() if it was prefetched), or lost it for any reason.
     virtual void inserted(ExpertId /*expert*/) {}
     virtual void evicted(ExpertId /*expert*/) {}
 
-    // Host-side priors per flat expert in [0, 1], written at most once per token; most ignore them.
+    // Priors of all experts by flat id, in [0, 1], at most once per token. Most policies ignore
+    // them.
     virtual void set_priors(std::span<const float> /*priors*/) {}
 
-    // A copy of what it has collected; null: it collects nothing.
+    // A copy of the data that it has collected. Null if it collects none.
     [[nodiscard]] virtual std::unique_ptr<Collection> collection() const { return nullptr; }
 };
 
@@ -80,10 +82,10 @@ std::vector<std::string> policy_names();
 std::span<const PolicyParameter> policy_parameters(std::string_view policy);
 bool policy_collects(std::string_view policy);
 
-// `policy` is a name, or a name with parameters: "decayed_lfu:keep=0.9:nearness=0". `from` is what
-// the policies that collect start from, of this shape; null: from nothing; the others ignore it.
-// Throws Error(kInvalid), naming what exists, for an unknown name or parameter or a value out of
-// range.
+// `policy` is a name, or a name with parameters: "decayed_lfu:keep=0.9:layer_weight=0". `from` is
+// what the policies that collect start from, of this shape; null: from nothing; the others ignore
+// it. Throws Error(kInvalid), naming what exists, for an unknown name or parameter or a value out
+// of range.
 std::unique_ptr<Policy> make_policy(std::string_view policy, ModelShape shape,
                                     const Collection* from = nullptr);
 

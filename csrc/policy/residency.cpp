@@ -70,7 +70,7 @@ FrameId Residency::take_free_frame() noexcept {
 
 void Residency::enter(ExpertId expert, FrameId frame, ExpertId evicted, Placement& out) {
     if (is_some(evicted)) {
-        // A wrong victim would mean wrong weights later, so it is worth a branch.
+        // A wrong victim would cause wrong weights later, so this check is worth a branch.
         if (!is_some(frame) || pinned(evicted)) {
             throw Error(ErrorCode::kInvalid, "policy '" + std::string(policy_->name()) +
                                                  "' named expert " +
@@ -125,14 +125,14 @@ void Residency::resize(int32_t frames) {
                 opened.push_back(frame);
             }
         }
-        // Low frames are used first, so that a cache touches no more memory than it needs.
+        // Low frames are used first, so a cache touches only the memory that it needs.
         free_frames_.insert(free_frames_.begin(), opened.rbegin(), opened.rend());
     } else {
         std::erase_if(free_frames_, [this](FrameId frame) { return !is_open(frame); });
         for (const FrameId frame : IdRange<FrameId>(frames, before)) {
             if (is_some(residents_[frame])) ++occupied_closed_frames_;
         }
-        // The last to leave takes the closed frames off the end.
+        // The last resident of closed frames removes them from the end.
         for (FrameId frame{frames}; index(frame) < residents_.size();
              frame = FrameId{number(frame) + 1}) {
             const ExpertId expert = residents_[frame];

@@ -1,6 +1,6 @@
-// Which expert sits in which frame, and what a step changes about it. Pure bookkeeping: no threads,
-// no bytes. The live cache drives it under its lock; the simulator drives it alone. A frame is a
-// place on paper: the owner of a pool keeps a table of the slot that each frame has.
+// A map from experts to frames, and the change that a step makes to it. It moves no bytes and has
+// no threads. The live cache calls it under its lock; the simulator calls it alone. A frame is an
+// entry of this map. The owner of a pool keeps a table that gives the slot of each frame.
 #pragma once
 
 #include <cstdint>
@@ -13,18 +13,19 @@
 
 namespace moeinf {
 
-// An expert that must be brought into `frame`, where `evicted` sat (kNone: the frame was free).
+// An expert that must be filled into `frame`. `evicted` was there before (kNone: the frame was
+// free).
 struct Placement {
     ExpertId expert;
     FrameId frame;
     ExpertId evicted;
 };
 
-// What one step needs. Cleared and reused from step to step, so that planning does not allocate.
+// The plan of one step. It is cleared and used again for every step, so planning does not allocate.
 struct StepPlan {
     std::vector<ExpertId> hits;         // resident before the step
     std::vector<Placement> placements;  // misses that get a frame, in routing order
-    std::vector<ExpertId> surplus;      // misses beyond what frames can hold: they pass through
+    std::vector<ExpertId> surplus;      // misses that no frame can keep: they pass through
 };
 
 class Residency {
@@ -35,15 +36,15 @@ public:
     // Shows the step to the policy, then places its experts.
     void plan(const Step& step, StepPlan& out);
 
-    // Counts exactly as the simulator documents: members of the set are never victims; misses are
-    // inserted in the order given; what does not fit passes through and is not kept.
+    // Counts as the simulator documents: members of the set are never victims, misses are inserted
+    // in the given order, and experts that do not fit pass through and are not kept.
     void insert(std::span<const ExpertId> experts, StepPlan& out);
 
     // Makes room for one absent expert outside any step (a prefetch). False if nothing may be
     // evicted.
     bool place(ExpertId expert, Placement& out);
 
-    // Takes a resident out (its read failed, or its frame goes away). It must not be pinned.
+    // Removes a resident whose read failed or whose frame is closed. It must not be pinned.
     void remove(ExpertId expert);
 
     // A pinned expert is never a victim. Pins count.
@@ -56,7 +57,7 @@ public:
     [[nodiscard]] bool resident(ExpertId expert) const noexcept {
         return is_some(frame_of_[expert]);
     }
-    // By frame, kNone: free. Closed frames that are still occupied come last.
+    // By frame; kNone is a free frame. Closed frames that are still occupied come last.
     [[nodiscard]] std::span<const ExpertId> residents() const noexcept {
         return {residents_.data(), residents_.size()};
     }
@@ -65,14 +66,14 @@ public:
 
     [[nodiscard]] bool has_free_frame() const noexcept { return !free_frames_.empty(); }
 
-    // How many experts could be placed now: free frames and residents that may be evicted.
+    // The number of experts that can be placed now: free frames and residents that may be evicted.
     [[nodiscard]] int32_t room() const noexcept;
 
-    // Opens free frames at the end, or closes frames from the end. Residents of closed frames leave
-    // at once, but a pinned one stays until its owner has unpinned and removed it; nothing else
-    // ever enters a closed frame. Growing again reopens them.
+    // Opens free frames at the end, or closes frames from the end. Residents of closed frames are
+    // evicted at once, but a pinned one stays until its owner has unpinned and removed it. No
+    // expert enters a closed frame. Growing opens closed frames again.
     void resize(int32_t frames);
-    // Two open frames trade places: the resident of one is found in the other.
+    // Exchanges the residents of two open frames.
     void exchange(FrameId frame, FrameId other);
     [[nodiscard]] int32_t occupied_closed_frames() const noexcept {
         return occupied_closed_frames_;

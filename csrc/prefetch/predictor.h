@@ -1,7 +1,6 @@
-// What guesses which experts come next. A predictor sees the same steps as a policy and, after one,
-// scores the experts of the layers that follow; the prefetcher decides what to do about it. It
-// never sees bytes, slots, leases or threads, and is called under the cache's lock: it must answer
-// in about a microsecond.
+// A predictor scores the experts of the next layers after each step. It sees the same steps as a
+// policy; the prefetcher decides which experts to read. It never sees bytes, slots, leases or
+// threads. It is called under the cache's lock, so it must answer in about a microsecond.
 #pragma once
 
 #include <memory>
@@ -22,14 +21,14 @@ public:
     // Every step, in order.
     virtual void observe(const Step& step) = 0;
 
-    // How many layers after that of the latest step predict() may be asked about.
+    // predict() may be called for this many layers after that of the latest step.
     [[nodiscard]] virtual int32_t reach() const noexcept { return 1; }
 
-    // Writes how likely each expert of `layer` is to be used when the layer comes next, in [0, 1].
-    // Layer 0 comes after the last. False, and nothing is written, where nothing is known.
+    // Writes the probability that each expert of `layer` is used when the layer comes next. Layer 0
+    // comes after the last. Returns false and writes nothing if nothing is known.
     virtual bool predict(LayerId layer, std::span<float> scores) = 0;
 
-    // A copy of what it has collected; null: it collects nothing.
+    // A copy of the data that it has collected. Null if it collects none.
     [[nodiscard]] virtual std::unique_ptr<Collection> collection() const { return nullptr; }
 };
 

@@ -1,10 +1,14 @@
-// Whether reading ahead makes passes faster, by the clock: passes with and without it take turns,
-// and their times are compared round by round, so that what slows both alike tells nothing. All
-// that reading ahead costs is in those times: predictions, woken threads, a link that is shared.
+// Decides by the clock whether prefetching makes passes faster. Passes with and without it take
+// turns, and their times are compared within one round, so other work on the machine has no effect.
+// The times contain all costs of prefetching: predictions, woken threads, a shared link.
 //
-// It begins off. Where counts promise something, a trial of short rounds ends on once the gain
-// stands clear of its scatter, and off once a loss is likely or nothing has come of it; each trial
-// in vain doubles the rest before the next. While on, two passes in sixteen still go without.
+//   kOff --(counts are promising and the pause is over)--> kTrying
+//   kTrying --(gain above 3 standard errors)--> kOn
+//   kTrying --(loss above 1 standard error, or 32 rounds)--> kOff, and the next pause doubles
+//   kOn --(the mean gain is below 0)--> kOff
+//   kTrying, kOn --(counts are not promising any more)--> kOff
+//
+// While on, two passes in sixteen still run without prefetching.
 //
 // Knows no experts, links or clocks; one thread at a time.
 #pragma once

@@ -7,13 +7,13 @@ namespace moeinf {
 namespace {
 
 constexpr size_t kMaxPredicted = 32;      // experts of one layer
-constexpr float kMinScore = 0.1f;         // below this nothing is ever fetched
-constexpr float kGreatestScore = 0.8f;    // what is likelier always is
+constexpr float kMinScore = 0.1f;         // experts below it are never fetched
+constexpr float kGreatestScore = 0.8f;    // experts above it are always fetched
 constexpr double kForget = 0.99;          // per prediction, of what pays
 constexpr double kForgetWhileOff = 0.99;  // per pass
 constexpr double kEnoughPredictions = 16;
-constexpr double kSwitchOnMargin = 1.5;   // so that it does not flutter
-constexpr int64_t kRegretPasses = 8;      // a miss that late would have come anyway
+constexpr double kSwitchOnMargin = 1.5;   // so the state changes rarely
+constexpr int64_t kRegretPasses = 8;      // a later miss would have happened anyway
 constexpr int64_t kHintPeriod = 32;       // passes, while switched off
 constexpr int32_t kSlotsPerPrefetch = 4;  // prefetches under way leave most slots to steps
 
@@ -80,19 +80,19 @@ void Prefetcher::judge(const Step& step, const LayerPredictions& predicted, doub
         stats_.late += late;
         if (late) link_.wait_for(one.expert, now);
         if (!late) saved_.add(1.0);
-        // A miss would have driven it out as well.
+        // A demand miss would have evicted the same expert.
         if (is_some(one.evicted)) missed_before_[one.evicted] = -1;
     }
 }
 
-// The pass before is over; its time counts if it was a decode pass with another right behind it.
+// The previous pass is over. Its time counts if it was a decode pass directly followed by this one.
 void Prefetcher::start_pass(const Step& step, Pass& pass, double now) {
     if (pass.decoding && !step.prefill && !step.new_sequence) trial_.end_pass(now - pass.started);
     ++pass_;
     pass.started = now;
     fetching_ = !step.prefill && trial_.begin_pass(promising());
     if (trial_.state() != PrefetchTrial::State::kOff) return;
-    // What was learned when it last fetched may not hold any more.
+    // The costs measured in the last active phase may have changed.
     saved_.forget(kForgetWhileOff);
     wasted_.forget(kForgetWhileOff);
 }
@@ -119,7 +119,7 @@ void Prefetcher::look_ahead(const Step& step, double now) {
     }
 }
 
-// The likeliest experts of a layer, as many as it usually uses.
+// The most likely experts of a layer, as many as it usually uses.
 void Prefetcher::predict(LayerId layer) {
     if (!predictor_->predict(layer, scores_)) return;
     const size_t usual = layers_[layer].usual_experts;
@@ -211,7 +211,7 @@ bool Prefetcher::is_next(LayerId layer) const noexcept {
     return is_some(layer_) && decoding_ && layer == shape_.after(layer_, 1);
 }
 
-// Compares what predictions gain with what they cost, both in reads.
+// Compares the gain of predictions with their cost, both in reads.
 bool Prefetcher::promising() const noexcept {
     if (judged_ < kEnoughPredictions) return false;
     const bool off = trial_.state() == PrefetchTrial::State::kOff;

@@ -55,26 +55,27 @@ public:
         int64_t delay_bytes;  // that a demand may have to wait for, having overtaken a prefetch
     };
 
-    // Without a predictor, what on_external() is told is all that is known.
+    // Without a predictor the only predictions are those of on_external().
     Prefetcher(ModelShape shape, std::unique_ptr<Predictor> predictor, Costs costs);
 
-    // A step, in this order: before its experts are placed; for each that gets a slot or passes
-    // through; after its demand reads have been started.
+    // The events of a step, in this order: on_step() before its experts are placed,
+    // on_demand_miss() for each expert that gets a slot or passes through, look_ahead() after its
+    // demand reads have started.
     void on_step(const Step& step, double now);
     void on_demand_miss(ExpertId expert);
     void look_ahead(const Step& step, double now);
 
     // A prediction from outside, best first.
     void on_external(LayerId layer, std::span<const ExpertId> experts);
-    // Is a prediction from outside for this pass worth making? Now and then also while off.
+    // True if a prediction from outside may pay in this pass. Sometimes also true while off.
     [[nodiscard]] bool wants_external() const noexcept;
-    // True if the step just before this layer has begun, so that nothing stands before an external
-    // prediction.
+    // True if the step of the previous layer has begun, so an external prediction for this layer
+    // can be used.
     [[nodiscard]] bool is_next(LayerId layer) const noexcept;
 
-    // Absent experts to prefetch now, best first. Each that is started is to be announced.
+    // Absent experts to prefetch now, best first. on_issued() must follow for each that is started.
     std::span<const ExpertId> choose(const Residency& residency);
-    // Residents that none of them may drive out: those expected for what comes next.
+    // Residents that a prefetch must not evict, because they are predicted too.
     [[nodiscard]] std::span<const ExpertId> expected_residents() const noexcept { return kept_; }
     void on_issued(ExpertId expert, ExpertId evicted);
 
@@ -84,7 +85,7 @@ public:
     [[nodiscard]] PredictionStats stats() const;
     void reset_stats();
 
-    // Null: only what on_external() is told.
+    // Null: predictions come only from on_external().
     [[nodiscard]] const Predictor* predictor() const noexcept { return predictor_.get(); }
 
 private:
@@ -127,7 +128,7 @@ private:
     int64_t pass_ = 0;
     int64_t step_ = 0;
     PerExpert<int64_t> used_at_;        // the latest step that used it
-    PerExpert<int64_t> missed_before_;  // driven out for nothing, if before pass
+    PerExpert<int64_t> missed_before_;  // a miss before this pass is a useless prefetch's fault
 
     LinkMeter link_;
     double budget_ = 0;  // bytes

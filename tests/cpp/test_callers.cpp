@@ -143,7 +143,7 @@ void test_eam(const Callers& callers) {
 void test_callers_without_end() {
     EamFollower follower{Eamc(kShape)};
     const std::vector<int32_t> counts{1};
-    constexpr int64_t kCallers = 3 * PerCaller<int>::kMost;
+    constexpr int64_t kCallers = 3 * PerCaller<int>::kMax;
     for (int64_t caller = 1; caller <= kCallers; ++caller) {
         const std::vector<ExpertId> used{ExpertId{int32_t(caller) % kShape.num_experts}};
         follower.observe({.experts = used,
@@ -162,7 +162,7 @@ void test_the_one_unused_for_longest_leaves() {
         return table.of(
             caller, [&] { return int(caller); }, [&](int state) { left.push_back(state); });
     };
-    for (int64_t caller = 0; caller < int64_t(table.kMost); ++caller) of(caller);
+    for (int64_t caller = 0; caller < int64_t(table.kMax); ++caller) of(caller);
     of(0);
     of(100);
     CHECK(left == std::vector<int>{1});

@@ -10,10 +10,8 @@
 // - the wait for `demoted_at_` in copy_demands (a copy in waits for the copy out),
 // - the wait for idle rows in ExpertCache::resize,
 // - read() in DeviceLink::demote (a fill waits for the copy out of its row),
-// - `resizing` and free() in CacheState::make_way (rows are not exchanged then, nor a leased one),
-// - gather_slots() and transit_has_slots_that_stay() in ExpertCache::resize, and what the latter
-// does
-//   to the rows of closed slots.
+// - `resizing` in Tier (slots are not exchanged then),
+// - give_staging_slots_that_stay() in Tier::resize, and what it does to closed slots.
 #include <atomic>
 #include <chrono>
 #include <cstdlib>

@@ -40,34 +40,42 @@ private:
     double drift_ = 0;
 };
 
-void check_a_gain_is_found(uint64_t seed, double gain, double noise, int64_t within) {
+bool finds_a_gain(uint64_t seed, double gain, double noise, int64_t within) {
     Passes passes(seed);
     CHECK(passes.trial.state() == State::kOff);
     passes.run(within, gain, noise);
     passes.run(3000, gain, noise);
-    CHECK(passes.fetched > 3000 / 2);
+    return passes.fetched > 3000 / 2;
 }
 
-void check_a_loss_costs_little(uint64_t seed, double loss, double noise) {
+bool loses_little(uint64_t seed, double loss, double noise) {
     Passes passes(seed);
     passes.run(10000, -loss, noise);
-    std::cout << "loss " << loss << ", noise " << noise << ": " << passes.fetched << " of 10000\n";
-    CHECK(static_cast<double>(passes.fetched) * loss < 0.01 * 10000);
-    CHECK(passes.trial.state() != State::kOn);
+    return static_cast<double>(passes.fetched) * loss < 0.01 * 10000 &&
+           passes.trial.state() != State::kOn;
 }
 
-void check_a_gain_that_ends(uint64_t seed) {
+bool follows_a_gain_that_ends(uint64_t seed) {
     Passes passes(seed);
     passes.run(600, 0.1, 0.05);
-    CHECK(passes.trial.state() == State::kOn);
+    const bool found = passes.trial.state() == State::kOn;
     passes.run(600, -0.1, 0.05);
-    CHECK(passes.trial.state() != State::kOn);
+    const bool left = passes.trial.state() != State::kOn;
     passes.run(3000, -0.1, 0.05);
-    CHECK(passes.fetched < 300);
+    const bool stayed_off = passes.fetched < 300;
     passes.run(6000, 0.1, 0.05);
-    CHECK(passes.trial.state() == State::kOn);
-    CHECK(passes.trial.gain() > 0.05);
-    CHECK(passes.trial.switches() >= 3);
+    return found && left && stayed_off && passes.trial.state() == State::kOn &&
+           passes.trial.gain() > 0.05 && passes.trial.switches() >= 3;
+}
+
+// The trial is a statistical test, and noise misleads it about once in 2,000 runs of each kind. Two
+// misses of one kind in 20 runs mean a fault.
+template <class Run>
+void check_nearly_always(uint64_t seed, const char* what, const Run& run) {
+    int misses = 0;
+    for (uint64_t i = 0; i < 20; ++i) misses += !run(seed + i);
+    if (misses > 0) std::cout << what << ": " << misses << " of 20 runs missed\n";
+    CHECK(misses <= 1);
 }
 
 TEST("counts have a veto") {
@@ -93,14 +101,14 @@ TEST("times of nothing") {
 }
 
 TEST("a gain is found, a loss costs little, and a gain may end") {
-    for (uint64_t seed = drawn_seed(), i = 0; i < 20; ++i, ++seed) {
-        check_a_gain_is_found(seed, 0.2, 0.1, 300);
-        check_a_gain_is_found(seed, 0.05, 0.02, 1000);
-        check_a_loss_costs_little(seed, 0.15, 0.1);
-        check_a_loss_costs_little(seed, 0.05, 0.3);
-        check_a_loss_costs_little(seed, 0.02, 0.02);
-        check_a_gain_that_ends(seed);
-    }
+    const uint64_t seed = drawn_seed();
+    check_nearly_always(seed, "gain 0.2", [](auto s) { return finds_a_gain(s, 0.2, 0.1, 300); });
+    check_nearly_always(seed, "gain 0.05",
+                        [](auto s) { return finds_a_gain(s, 0.05, 0.02, 1000); });
+    check_nearly_always(seed, "loss 0.15", [](auto s) { return loses_little(s, 0.15, 0.1); });
+    check_nearly_always(seed, "loss 0.05", [](auto s) { return loses_little(s, 0.05, 0.3); });
+    check_nearly_always(seed, "loss 0.02", [](auto s) { return loses_little(s, 0.02, 0.02); });
+    check_nearly_always(seed, "a gain that ends", follows_a_gain_that_ends);
 }
 
 }  // namespace

@@ -2,9 +2,9 @@
 // An expert's class is that of its use count: 0 for counts 0 and 1, then one more per doubling, at
 // most 7. Counts halve every 128 tokens (`tokens_per_halving`) and survive eviction. Every class
 // lists its residents by last use, and the victim is the head with the largest age / 2^class; ties
-// go to the lower flat id. Chosen where the description is silent: a step counts once for each of
-// its experts however many tokens it routes there, a forward pass counts as one token, ages are in
-// steps, and halving moves experts to their new classes at once.
+// go to the lower flat id. The description leaves some choices open. Here a step counts once for
+// each of its experts, for any number of tokens; a forward pass counts as one token; ages are in
+// steps; and halving moves experts to their new classes at once.
 #include <algorithm>
 #include <array>
 #include <bit>

@@ -1,13 +1,15 @@
-// Decayed frequency with layer distance: evicts the minimum of EMA * (1 - layer_weight * d / L),
-// EMA
-// <- keep * EMA + (1 if used) per token, d the layers that are computed before the expert's layer
-// comes again, L the number of layers; ties go to the lower flat id. A token is a forward pass: it
-// begins where the layer does not rise or a sequence starts. Each step that uses an expert counts
-// once, however many tokens it routes there.
+// Decayed frequency with layer distance. Evicts the minimum of
 //
-// Rather than decaying every average at every token, a use counts for more the later it comes: with
-// `unit` growing by 1 / keep per token and weight += unit at each use, weight / unit is the EMA.
-// Scores are only compared, so that the division is left out.
+//   EMA * (1 - layer_weight * d / L),   EMA <- keep * EMA + (1 if used) per token
+//
+// d is the number of layers that are computed before the expert's layer comes again, and L the
+// number of layers. Ties go to the lower flat id. A token is a forward pass: it begins where the
+// layer does not rise or where a sequence starts. A step that uses an expert counts once, for any
+// number of tokens.
+//
+// The averages are not decayed at every token. Instead later uses count more: `unit` grows by 1 /
+// keep per token, and each use adds `unit` to the weight, so weight / unit is the EMA. Scores are
+// only compared, so the division is left out.
 #include "policy/per_caller.h"
 #include "policy/policies/expert_heaps.h"
 #include "policy/policies/row.h"
@@ -50,7 +52,7 @@ private:
         residents_.rebuild();  // small weights may have become equal
     }
 
-    // Sets the factors as seen from this layer. Its own turn is now: its other experts wait for the
+    // Sets the factors as seen from this layer. Its experts that are not used now wait for the
     // whole next token.
     void visit(LayerId current) {
         layer_ = current;

@@ -1,8 +1,8 @@
 // The paper's policy (MoE-Infinity, arXiv 2401.14361v3, section 5.2): evicts the minimum of
-// (p + eps) * (1 - l / L) / row sum, p the predicted activation of an expert of layer l, so that
-// early layers, which prefetching covers worst, are favoured.
+// (p + eps) * (1 - l / L) / row sum, where p is the predicted activation of an expert of layer l.
+// This favours early layers, which prefetching covers worst.
 //
-// Ties go to the lower flat id. How the prediction is made is said in eam_follower.h.
+// Ties go to the lower flat id. eam_follower.h describes the prediction.
 #include <utility>
 
 #include "policy/eam_follower.h"

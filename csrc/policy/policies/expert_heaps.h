@@ -1,7 +1,7 @@
-// Keeps residents ordered for policies whose scores change with use: one binary min-heap per group
-// of experts (all of them, or one layer each), linked by index. A use, an insertion and an eviction
-// cost O(log n); naming the lowest few changes nothing and looks at a few experts of each group,
-// where a scan of all residents took 4 us at 1,800 of them.
+// Keeps residents in order for policies whose scores change with use: one binary min-heap per group
+// of experts (all experts, or one layer each), linked by index. A use, an insertion and an eviction
+// cost O(log n). Finding the lowest few changes nothing and reads a few experts of each group. A
+// scan of 1,800 residents took 4 us instead.
 #pragma once
 
 #include <algorithm>
@@ -15,9 +15,10 @@
 
 namespace moeinf {
 
-// The order of policies that score value[expert] * factor[layer]: within a layer all scores share
-// one factor, so that a layer's order is that of its values and changes only with them. Two unequal
-// values of a layer may round to one score; they keep their order. Ties go to the lower flat id.
+// The order of policies with the score value[expert] * factor[layer]. All scores of a layer share
+// one factor, so the order within a layer is the order of values and changes only with them. Two
+// unequal values of a layer may round to one score; they keep their order. Ties go to the lower
+// flat id.
 template <class Value>
 struct ScaledOrder {
     struct Key {
@@ -50,9 +51,10 @@ struct ScaledOrder {
     PerLayer<Value> factors;
 };
 
-// Group g holds experts of flat ids [g * per_group, (g + 1) * per_group). An Order says who leaves
-// first: `before(a, b)` for two experts of one group, a strict total order; `key(group, expert)`
-// for experts of any groups, never in contradiction to `before`. It must outlive the heaps.
+// Group g holds experts of flat ids [g * per_group, (g + 1) * per_group). An Order says which
+// expert is evicted first: `before(a, b)` for two experts of one group, a strict total order;
+// `key(group, expert)` for experts of any groups, never in contradiction to `before`. It must
+// outlive the heaps.
 template <class Order>
 class ExpertHeaps {
 public:
@@ -79,13 +81,13 @@ public:
         sink(last, base, size);
     }
 
-    // To be called for every expert whose place in the order rose.
+    // Call this for every expert whose place in the order rose.
     void raised(ExpertId expert) {
         if (positions_[expert] < 0) return;  // absent
         sink(expert, base_of(expert), size_of(expert));
     }
 
-    // To be called when any number of experts changed places, or only experts of one group.
+    // Call this when any number of experts changed places, or only experts of one group.
     void rebuild() {
         for (size_t group = 0; group < sizes_.size(); ++group) {
             rebuild(static_cast<int32_t>(group));
@@ -97,9 +99,10 @@ public:
         for (int32_t at = base + size / 2 - 1; at >= base; --at) sink(item(at), base, size);
     }
 
-    // Fills `victims` with the lowest that are not pinned, lowest first, and returns how many there
-    // were. Learned first from the roots: nobody is below its parent. The frontier has about as
-    // many as there are groups: scanning it for each victim is faster than keeping it in order.
+    // Fills `victims` with the lowest unpinned experts, lowest first, and returns their number. The
+    // search begins at the roots, because no expert is lower than its parent. The frontier has
+    // about one expert per group, and scanning it for each victim is faster than keeping it in
+    // order.
     size_t lowest(const Pins& pins, std::span<ExpertId> victims) {
         frontier_.clear();
         for (int32_t group = 0; group < static_cast<int32_t>(sizes_.size()); ++group) {

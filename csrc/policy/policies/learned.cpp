@@ -1,20 +1,21 @@
 // The default policy: learns online how soon each expert will be used again, and evicts the one
 // whose use is farthest.
 //
-// Value. For every expert it keeps an estimate of g^n, n the visits of its layer until its next
-// use, discounted by g = exp(-1 / horizon); the horizon in tokens grows with the slots, for a large
-// cache should look further ahead. The score of a resident is its value times g^(d / L), d the
-// layers until its layer comes again.
+// Value. For every expert it keeps an estimate of g^n. n is the number of visits of its layer until
+// its next use, and g = exp(-1 / horizon). The horizon in tokens grows with the slots, because a
+// large cache should look further ahead. The score of a resident is its value times g^(d / L),
+// where d is the number of layers until its layer comes again.
 //
-// Estimate. The logistic function of a sum: how often the expert was used of late (two decays), in
-// this sequence and how long ago, with fixed weights; a bias per expert; and, learned, one weight
-// for each expert that was just active at its own layer and at the two layers below. This context
-// is what recency and frequency do not see: tokens alike route alike.
+// Estimate. The logistic function of a sum of three parts. With fixed weights: how often the expert
+// was used recently (two decays) and in this sequence, and how long ago. Learned: a bias per
+// expert. Learned too: one weight for each expert that was just active at its own layer and at the
+// two layers below. Recency and frequency do not see this context: similar tokens use similar
+// experts.
 //
-// Learning. When a layer is visited, each of its experts has an outcome for the estimate made at
-// the visit before: 1 if it was used, else g times its new estimate (temporal-difference learning,
+// Learning. When a layer is visited, each of its experts has a result for the estimate of the
+// previous visit: 1 if it was used, else g times its new estimate (temporal-difference learning,
 // Sutton 1988). One step of gradient descent follows, over all experts of the layer, resident or
-// not. benchmarks/notes/policies.md says what else was tried.
+// not. benchmarks/notes/policies.md has the other attempts.
 #include <array>
 #include <cmath>
 #include <utility>
@@ -99,7 +100,7 @@ public:
 
     void resized(int32_t frames) override { frames_ = frames; }
 
-    // Priors enter as one more term, their log odds; its weight is learned from how well they did.
+    // The log odds of the priors are one more term. Its weight is learned from their success.
     void set_priors(std::span<const float> priors) override {
         prior_odds_.resize(priors.size());
         used_prior_odds_.resize(priors.size());
@@ -170,8 +171,8 @@ private:
         std::copy_n(by_distance_.begin() + 1 + (next - below), number(layer) + 1, factors.begin());
     }
 
-    // A prefill step of n tokens stands for n visits. Steps do not say how many tokens they had;
-    // the largest count of the pass so far comes close.
+    // A prefill step of n tokens counts as n visits. A step does not state its number of tokens;
+    // the largest count of the pass so far is close to it.
     void count_uses(const Step& step) {
         std::fill(counts_.begin(), counts_.end(), 0.0f);
         const size_t from = shape_.begin_of(step.layer);
@@ -222,7 +223,7 @@ private:
         }
     }
 
-    // The weights of a large model lie in memory, not in a cache.
+    // Prefetches the weights, because those of a large model do not fit into the processor's cache.
     void prefetch(const std::vector<int32_t>& rows) {
         for (const int32_t context : rows) {
             const float* weights = row(context);
@@ -254,8 +255,8 @@ private:
         kernels_.add_rows(sums_.data(), rows_.data(), rows_.size(), sums_.size());
     }
 
-    // One gradient step on the estimates of the previous visit. The new estimates, in sums_, move
-    // along where they share weights with them.
+    // One gradient step on the estimates of the previous visit. The new estimates, in sums_, change
+    // too where they share weights with them.
     void learn(LayerId id) {
         const size_t from = shape_.begin_of(id);
         const Layer& layer = layers_[id];

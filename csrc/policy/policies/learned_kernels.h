@@ -1,18 +1,19 @@
 // The arithmetic of the default policy over the experts of one layer: plain loops over plain arrays
-// of floats, in one copy per instruction set. All give the same bits, for each does the same
-// additions, multiplications and divisions in the same order and none is fused.
+// of floats, in one copy per instruction set. All copies give the same bits, because each does the
+// same additions, multiplications and divisions in the same order, and none is fused.
 #pragma once
 
 #include <cstddef>
 
 namespace moeinf::learned {
 
-// Per visit of a layer. Rates of use are shrunk towards a prior as if it had been seen for so many
-// visits: the mean rate for the slow and the fast one, the slow rate for that of the sequence.
+// Per visit of a layer. A rate of use is shrunk towards a prior, as if the prior had been seen for
+// a number of visits. The prior is the mean rate for the slow and the fast rate, and the slow rate
+// for the rate of the sequence.
 inline constexpr float kPriorVisits = 6.0f;
 inline constexpr float kSequencePriorVisits = 4.0f;
 
-// Weights of the fixed part of an estimate. Anything near these does as well.
+// Weights of the fixed part of an estimate. Nearby values give the same hit rates.
 inline constexpr float kFastWeight = 0.25f;
 inline constexpr float kSlowWeight = 0.4f;
 inline constexpr float kSequenceWeight = 0.3f;

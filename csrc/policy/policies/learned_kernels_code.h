@@ -1,7 +1,7 @@
 // The loops behind learned_kernels.h, included once per instruction set. Everything here has
-// internal linkage: a function shared between files would be linked in whichever copy came first,
-// and the wide one does not run everywhere. No libm: these polynomials vectorise, and give the same
-// bits on every machine.
+// internal linkage. Of a function shared between files the linker keeps any one copy, and the copy
+// for wide vectors does not run on every CPU. No libm: these polynomials vectorise and give the
+// same bits on every machine.
 #pragma once
 
 #include <cstddef>
@@ -63,7 +63,7 @@ void count_visits(float* __restrict unused_for, const float* __restrict counts, 
     for (size_t e = 0; e < n; ++e) unused_for[e] = counts[e] > 0.0f ? 0.0f : unused_for[e] + 1.0f;
 }
 
-// Four vectors at a time, so that sums and errors stay in registers while the rows go by.
+// Four vectors at a time, so sums and errors stay in registers during the loop over rows.
 using Vector = float __attribute__((vector_size(32)));
 constexpr size_t kBlock = 32;  // floats
 

@@ -1,5 +1,5 @@
 // Least frequently used. Counts the steps that used an expert since the beginning, kept across
-// evictions; the lowest count leaves first, then the older last use, then the lower flat id.
+// evictions; it evicts the lowest count, then the older last use, then the lower flat id.
 #include <compare>
 
 #include "policy/policies/expert_heaps.h"

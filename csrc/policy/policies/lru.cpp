@@ -1,5 +1,5 @@
-// Least recently used. Age is the index of the step that used an expert last; the oldest leaves
-// first, and among those of one step the lower flat id.
+// Least recently used. Age is the index of the step that used an expert last; it evicts the
+// oldest, and of experts of one step the lower flat id.
 #include "policy/policies/recency_lists.h"
 #include "policy/policies/row.h"
 

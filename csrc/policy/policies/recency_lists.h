@@ -27,8 +27,8 @@ public:
     [[nodiscard]] ExpertId oldest(int32_t list) const noexcept { return after(experts_ + list); }
     [[nodiscard]] ExpertId newer(ExpertId expert) const noexcept { return after(number(expert)); }
 
-    // As the newest of its list. A walk over those of the same step keeps them in order of ids; a
-    // step has few.
+    // Inserts it as the newest of its list. Experts of the same step stay in the order of ids; the
+    // walk over them is short.
     void add(ExpertId expert, int32_t list, int64_t last_use) {
         const int32_t at = number(expert);
         int32_t older = node(experts_ + list).older;

@@ -1,5 +1,5 @@
-// What a policy's file tells of it. A new policy is one file in this folder with one row, and the
-// row's name in the list in policy/policy.cpp.
+// The facts that a policy's file states about it. A new policy is one file in this folder with one
+// row, and the row's name in the list in policy/policy.cpp.
 #pragma once
 
 #include <memory>

@@ -2,10 +2,10 @@
 // collection nearest to the pass so far, summed, rows normalised, and row i scaled by
 // (1 - (i - l) / L), l the current layer.
 //
-// Chosen where the text is silent: as the policy `eam` does (eam_follower.h). A normalised row is a
-// share of all uses; times the experts a step uses it is how likely each is used, up to 1. The
-// paper orders all later layers; here a step is asked for the next kReach, since idle link time
-// carries a few experts at most.
+// Open choices are made as in the policy `eam` (eam_follower.h). A normalised row is a share of all
+// uses. Multiplied by the experts of a step it is the probability of each expert, up to 1. The
+// paper orders all later layers. Here a prediction covers the next kReach layers, because idle link
+// time carries only a few experts.
 #include <algorithm>
 #include <utility>
 

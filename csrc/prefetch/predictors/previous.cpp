@@ -1,6 +1,6 @@
-// Previous token: a layer uses again what it used for the tokens before. The score is an average of
-// uses that halves with every visit of the layer; of a prompt, an expert's count relative to the
-// layer's most used one stands for a use.
+// Previous token: predicts that a layer uses the experts of earlier tokens again. The score is an
+// average of uses that halves with every visit of the layer. For a prompt, a use is an expert's
+// count divided by the count of the layer's most used expert.
 #include <algorithm>
 
 #include "prefetch/predictor.h"

@@ -1,7 +1,7 @@
-// Layer-to-layer transitions, learned online: for each expert a of a layer, how often each expert b
-// of the next layer was used when a had been, as an average that becomes exponential once it has
-// seen enough. The score of b is the mean over the experts that the latest step used. The last
-// layer is followed by the first, of the next token.
+// Layer-to-layer transitions, learned online. For each expert a of a layer it keeps how often each
+// expert b of the next layer was used after a: a plain average at first, an exponential one later.
+// The score of b is the mean over the experts of the latest step. The first layer of the next token
+// follows the last layer.
 #include <algorithm>
 
 #include "policy/per_caller.h"
@@ -11,7 +11,7 @@ namespace moeinf {
 namespace {
 
 constexpr float kSlowestRate = 0.02f;
-constexpr size_t kMaxSet = 32;  // a larger one says little, and prompts are large
+constexpr size_t kMaxSet = 32;  // a larger set predicts little, and prompts are large
 
 class Transition final : public Predictor {
 public:
