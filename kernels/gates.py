@@ -12,6 +12,7 @@ first, is `glu`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -121,9 +122,13 @@ def check_form(form: ExpertForm) -> None:
             f"found {gate.activation!r}"
         )
     for name in ("alpha", "limit"):
-        if name in row.constants and not getattr(gate, name) > 0:
+        found = getattr(gate, name)
+        # An infinite limit clamps nothing; as a divisor it gives NaN.
+        finite = name == "alpha" or gate.function == "softcap_swiglu"
+        if name in row.constants and not (found > 0 and (math.isfinite(found) or not finite)):
             raise ValueError(
-                f"gate function {gate.function!r}: expected {name} > 0, found {getattr(gate, name)}"
+                f"gate function {gate.function!r}: expected a {'finite ' if finite else ''}{name} "
+                f"above 0, found {found}"
             )
 
 

@@ -272,7 +272,7 @@ class StepLease:
 class ExpertCache:
     """Experts in the slots of one pool, filled from files. Thread-safe."""
 
-    transit_slots: typing.ClassVar[int] = 2
+    staging_slots: typing.ClassVar[int] = 2
 
     def __dlpack__(
         self,
@@ -282,7 +282,7 @@ class ExpertCache:
         dl_device: typing.Any = None,
         copy: typing.Any = None,
     ) -> typing_extensions.CapsuleType:
-        """uint8 [transit_slots + slots, slot_bytes], not copied; row numbers are those that leases
+        """uint8 [staging_slots + slots, slot_bytes], not copied; row numbers are those that leases
         give. Keeps the memory, not the cache, alive."""
 
     def __dlpack_device__(self) -> tuple: ...

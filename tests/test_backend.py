@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -162,6 +163,8 @@ def parts(trace: Trace) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_two_threads_generate_on_one_model(qwen3_folder: Path, device: str, seed: int) -> None:
     """Their tokens and their traces are those of runs alone, sequence numbers aside."""
+    if device == "cuda" and os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("Triton's interpreter serves one thread")
     prompts = [prompt(seed, 1, 5), prompt(seed + 1, 2, 4)]
     arguments: dict[str, Any] = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 0}
 
@@ -264,3 +267,56 @@ def test_tokens_of_a_batch_that_name_their_sequences(store: moeinf.ExpertStore) 
     assert trace.sequence.tolist() == [0] * 4 + [1] * 2 + [2] * 2
     assert trace.experts[:, 0, 0].tolist() == [1] * 4 + [3] * 4
     assert trace.phase.tolist() == [0, 0, 1, 1, 0, 1, 1, 1]
+
+
+def test_passes_of_two_callers_in_turn_on_one_thread(store: moeinf.ExpertStore) -> None:
+    """An event loop that runs two requests layer by layer: each pass begins once, none is lost."""
+    cache = moeinf.ExpertCache(store, slots=4, policy="eam")
+    with cache.record() as recorder:
+        for number, sizes in enumerate([(4, 2), (1, 1), (1, 1)]):
+            first = number == 0
+            both = [
+                moeinf.ForwardPass(prefill=first, new_sequence=first, caller=caller)
+                for caller in (70, 71)
+            ]
+            for layer in range(3):
+                for who, tokens in enumerate(sizes):
+                    ids = torch.tensor([[layer + who, 5]] * tokens)
+                    moeinf.fused_experts(
+                        torch.ones(tokens, HIDDEN),
+                        ids,
+                        torch.ones(tokens, 2),
+                        cache,
+                        layer,
+                        forward_pass=both[who],
+                    )
+    trace = recorder.trace()
+    assert [one.experts[:, :, 0].tolist() for one in trace.split()] == [
+        [[0, 1, 2]] * 6,
+        [[1, 2, 3]] * 4,
+    ]
+    assert [one.phase.tolist() for one in trace.split()] == [[0] * 4 + [1] * 2, [0] * 2 + [1] * 2]
+    assert len(cache.eamc().prefill.entries()) == 2  # one for each request, not for each turn
+
+
+def test_a_pass_of_other_tokens_than_it_says_is_not_recorded(store: moeinf.ExpertStore) -> None:
+    cache = moeinf.ExpertCache(store, slots=4)
+    with pytest.raises(ValueError, match="batch of 1 or more, found 0"):
+        moeinf.ForwardPass(batch=0)
+    for one, words in (
+        (moeinf.ForwardPass(sequences=[1, 2]), "sequence of each of 3 tokens, found 2"),
+        (moeinf.ForwardPass(batch=2), "2 sequences of equal length, found 3 tokens"),
+    ):
+        with cache.record(), pytest.raises(ValueError, match=words):
+            step = torch.ones(3, HIDDEN), torch.ones(3, 1, dtype=torch.int64), torch.ones(3, 1)
+            moeinf.fused_experts(*step, cache, 0, forward_pass=one)
+
+
+def test_the_output_of_strided_tokens_is_as_torch_compile_expects(
+    store: moeinf.ExpertStore,
+) -> None:
+    cache = moeinf.ExpertCache(store, slots=4)
+    hidden = torch.randn(HIDDEN, 4).t()
+    ids, weights = torch.ones(4, 1, dtype=torch.int64), torch.ones(4, 1)
+    torch.library.opcheck(torch.ops.moeinf.fused_experts, (hidden, ids, weights, cache.name, 0))
+    assert moeinf.fused_experts(hidden, ids, weights, cache, 0).is_contiguous()

@@ -141,7 +141,7 @@ def test_a_leased_slot_survives_any_pressure(world: World) -> None:
 def test_torch_and_numpy_see_the_pool_itself(world: World) -> None:
     cache = world.cache(4)
     pool = torch.from_dlpack(cache)
-    assert pool.shape == (cache.transit_slots + 4, SLOT_BYTES)
+    assert pool.shape == (cache.staging_slots + 4, SLOT_BYTES)
     assert pool.dtype == torch.uint8
     assert pool.data_ptr() == cache.address
     assert np.from_dlpack(cache).ctypes.data == cache.address
@@ -155,7 +155,7 @@ def test_torch_and_numpy_see_the_pool_itself(world: World) -> None:
     assert cache.address == address
     lease, (row,) = cache.acquire(0, [1])
     pool = torch.from_dlpack(cache)
-    assert len(pool) == cache.transit_slots + 9
+    assert len(pool) == cache.staging_slots + 9
     unclaimed = cache.__dlpack__()
     del lease, cache, unclaimed
     world.check(pool, row, 0, 1)  # the view keeps the memory

@@ -182,6 +182,16 @@ def test_ids_that_no_expert_has_and_tokens_without_any(store: moeinf.ExpertStore
     assert torch.isfinite(good).all()
 
 
+def test_tokens_that_are_routed_to_no_expert(store: moeinf.ExpertStore) -> None:
+    """No columns of ids, or no experts in them; the output is contiguous for strided tokens too."""
+    cache = moeinf.ExpertCache(store, device="cuda", slots=4)
+    hidden = torch.randn(COMMON["hidden_size"], 5).t()
+    for ids in (torch.ones(5, 0, dtype=torch.int64), torch.full((5, 2), -1)):
+        out = moeinf.fused_experts(hidden, ids, torch.ones(ids.shape), cache, 0)
+        assert torch.equal(out, torch.zeros(5, COMMON["hidden_size"]))
+        assert out.is_contiguous()
+
+
 def test_tensors_elsewhere(store: moeinf.ExpertStore) -> None:
     cache = moeinf.ExpertCache(store, device="cuda", slots=2)
     ids, weights = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1)

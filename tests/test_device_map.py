@@ -166,9 +166,13 @@ def without(path: str) -> dict[str, Any]:
         (SPLIT | {"lm_head": None}, ValueError, "device for 'lm_head', found None"),
         (SPLIT | {"lm_head": True}, ValueError, "device for 'lm_head', found True"),
         (SPLIT | {3: 0}, ValueError, "module path, found 3"),
+        (SPLIT | {"model.layerz.1": 1}, ValueError, "module of the model, found 'model.layerz.1'"),
+        (SPLIT | {"model.layers.3": 1}, ValueError, "module of the model, found 'model.layers.3'"),
+        (SPLIT | {"lm_head": "meta"}, UnsupportedError, "lm_head.*meta"),
         (SPLIT | {"lm_head": "disk"}, UnsupportedError, "lm_head.*disk"),
         (SPLIT | {"model.layers.2": "cpu"}, UnsupportedError, "layer 2 lies on 'cpu'"),
         (without("model.layers.1"), ValueError, "model.layers.1.*found none"),
+        (without("model.rotary_emb"), ValueError, "model.rotary_emb.*found none"),
         (without("model.norm"), ValueError, "model.norm.*found none"),
         ({}, ValueError, "expected 'auto', or module paths"),
         ([0, 1], ValueError, "expected 'auto', or module paths"),
@@ -235,3 +239,16 @@ def test_recorded_routing_is_that_of_one_device(qwen3_folder: Path, seed: int) -
     assert (traces[0].experts == traces[1].experts).all()
     assert (traces[0].sequence == traces[1].sequence).all()
     assert (traces[0].phase == traces[1].phase).all()
+
+
+def test_experts_may_lie_elsewhere_than_their_layer(qwen3_folder: Path, seed: int) -> None:
+    """Also by the names of parameters, which a map made for the whole model may hold."""
+    prompt = random_prompt(seed)
+    expected = logits_of(moeinf.load(qwen3_folder, device="cuda:0", slots=4), prompt)
+    for path in ("model.layers.1.mlp.experts", "model.layers.1.mlp"):
+        served = moeinf.load(qwen3_folder, device_map={"": 0, path: 1}, slots=4)
+        assert served.moeinf.cache.devices == ["cuda:0", "cuda:1", "cuda:0"]
+        assert torch.equal(logits_of(served, prompt), expected)
+    named = {"": 0, "model.layers.1": 1, "model.layers.1.mlp.experts.down_proj": 1}
+    served = moeinf.load(qwen3_folder, device_map=named, slots=4)
+    assert torch.equal(logits_of(served, prompt), expected)

@@ -143,6 +143,14 @@ def test_a_slice_outside_its_tensor(checkpoint: Checkpoint) -> None:
             ExpertStore(checkpoint, index, form=ExpertForm(), top_k=1)
 
 
+def test_a_slice_that_begins_inside_an_element(checkpoint: Checkpoint) -> None:
+    index = index_of(checkpoint, ("wi", "wo"))
+    good = index["stack.0.moe"][0]["down", "values"]
+    index["stack.0.moe"][0]["down", "values"] = Slice(good.entry, 2, good.shape)
+    with pytest.raises(CheckpointError, match=r"L0/wo .*: byte 2 is inside an element"):
+        ExpertStore(checkpoint, index, form=ExpertForm(), top_k=1)
+
+
 def test_a_form_that_is_none(checkpoint: Checkpoint) -> None:
     with pytest.raises(ValueError, match="gate function"):
         ExpertStore(

@@ -388,6 +388,8 @@ def test_decayed_lfu_with_other_parameters_is_as_defined(seed: int) -> None:
         ("decayed_lfu:keep=nan", "found 'nan'"),
         ("decayed_lfu:keep=0.5x", "found '0.5x'"),
         ("decayed_lfu:keep", "found ''"),
+        ("lru:", "no parameter ''; there are: none"),
+        ("decayed_lfu:keep=0.9:", "no parameter ''"),
         ("lru:keep=1", "no parameter 'keep'; there are: none"),
         ("fifo:keep=1", "no policy is named 'fifo'"),
         ("belady:keep=1", "no parameters"),

@@ -384,7 +384,7 @@ void bind_cache(py::module_& module) {
             },
             "Of row 0. The same for the life of the cache.")
         .def_property_readonly_static(
-            "transit_slots", [](const py::object&) { return ExpertCache::kStagingSlots; },
+            "staging_slots", [](const py::object&) { return ExpertCache::kStagingSlots; },
             "Rows of the pool before those that hold residents.")
         .def(
             "__dlpack__",
@@ -393,7 +393,7 @@ void bind_cache(py::module_& module) {
                py::handle copy) { return export_pool(cache, dl_device, copy); },
             py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
             py::arg("dl_device") = py::none(), py::arg("copy") = py::none(),
-            "uint8 [transit_slots + slots, slot_bytes], not copied; row numbers are those that "
+            "uint8 [staging_slots + slots, slot_bytes], not copied; row numbers are those that "
             "leases give. Keeps the memory, not the cache, alive.")
         .def("__dlpack_device__",
              [](const ExpertCache& cache) { return dlpack_device(device_of(cache)); });

@@ -1,5 +1,6 @@
 // Copies parts from mapped RAM to device memory; blocks with index y copy part y. Each thread keeps
-// four 16-byte loads in flight, because the latency of the link is a thousand times its time per load.
+// four 16-byte loads in flight, because the latency of the link is a thousand times its time per
+// load.
 #include "cuda/gather_table.h"
 
 extern "C" __global__ void moeinf_gather(const moeinf::cuda::GatherTable table) {

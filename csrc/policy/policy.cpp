@@ -84,6 +84,7 @@ double read_value(const PolicyRow& row, const PolicyParameter& parameter, std::s
 std::vector<double> read_values(const PolicyRow& row, std::string_view policy) {
     std::vector<double> values;
     for (const PolicyParameter& parameter : row.parameters) values.push_back(parameter.usual);
+    if (policy.ends_with(':')) (void)find_parameter(row, "");  // always refused
     (void)take_part(policy);
     while (!policy.empty()) {
         const std::string_view setting = take_part(policy);

@@ -94,7 +94,7 @@ def slots_for(
     count = budget // slot_bytes
     if count >= total_experts:
         return total_experts
-    return max(1, count - _core.ExpertCache.transit_slots)
+    return max(1, count - _core.ExpertCache.staging_slots)
 
 
 def less_reserve(free: int, reserve: int, taken: int = 0) -> int:

@@ -62,6 +62,8 @@ class PassObserver:
             self.begin_pass(ForwardPass(prefill=several, new_sequence=several), caller)
             if layer != 0:  # the rest of a pass whose beginning was not seen
                 return
+        if layer == 0:
+            layers.info.check_tokens(shape[0])
         if shape != layers.shape:
             layers.make_room(shape, topk_weights.device)
         experts, weights = layers.rows[layer]

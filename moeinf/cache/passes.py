@@ -33,8 +33,26 @@ class ForwardPass:
     sequences: Sequence[int] | None = None
     caller: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.batch < 1:
+            raise ValueError(f"ForwardPass: expected a batch of 1 or more, found {self.batch}")
+
+    def check_tokens(self, tokens: int) -> None:
+        """Raises ValueError where a pass of so many tokens cannot have these sequences."""
+        if self.sequences is not None and len(self.sequences) != tokens:
+            raise ValueError(
+                f"ForwardPass: expected the sequence of each of {tokens} tokens, found "
+                f"{len(self.sequences)}"
+            )
+        if self.sequences is None and tokens % self.batch:
+            raise ValueError(
+                f"ForwardPass: expected {self.batch} sequences of equal length, found {tokens} "
+                "tokens"
+            )
+
 
 UNANNOUNCED = ForwardPass()
+MOST_CALLERS = 64  # whose passes one thread can run in turn
 
 
 class Observer(Protocol):
@@ -59,21 +77,30 @@ class Passes(threading.local):
         self.observers = observers
         self.caller = threading.get_ident()
         self.current = UNANNOUNCED
-        self._begins = False
+        self._in_progress: dict[int, ForwardPass] = {}  # by caller, the latest last
+        self._to_begin: set[int] = set()  # callers whose next step opens a new sequence
 
     def begin(self, one: ForwardPass) -> None:
-        """The thread's next steps belong to `one`. Harmless when called again with the same."""
+        """The thread's next steps belong to `one`. It begins once, also where the passes of
+        several callers take turns."""
         if one is self.current:
             return
         self.current = one
         self.caller = threading.get_ident() if one.caller is None else one.caller
-        self._begins = one.new_sequence
+        before = self._in_progress.pop(self.caller, None)
+        self._in_progress[self.caller] = one
+        if before is one:
+            return
+        if len(self._in_progress) > MOST_CALLERS:
+            del self._in_progress[next(iter(self._in_progress))]
+        (self._to_begin.add if one.new_sequence else self._to_begin.discard)(self.caller)
         for observer in tuple(self.observers):
             observer.begin_pass(one, self.caller)
 
     def takes_first_step(self) -> bool:
         """Does the step about to begin open a new sequence? True once for each."""
-        begins, self._begins = self._begins, False
+        begins = self.caller in self._to_begin
+        self._to_begin.discard(self.caller)
         return begins
 
     def observe(self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:

@@ -167,6 +167,8 @@ def _check_slice(piece: Slice, first: Slice) -> None:
         raise CheckpointError(
             f"{piece}: bytes {piece.offset} to {end} leave the tensor's {piece.entry.nbytes}"
         )
+    if piece.offset * 8 % (piece.entry.bits or 8):
+        raise CheckpointError(f"{piece}: byte {piece.offset} is inside an element")
 
 
 def _unlike(where: str, expert: Expert, wanted: Set[tuple[str, str]]) -> CheckpointError:

@@ -56,8 +56,8 @@ class CudaExperts:
     ) -> torch.Tensor:
         """See `moeinf.fused_experts`."""
         check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=self.device)
-        if hidden.shape[0] == 0:
-            return torch.empty_like(hidden)
+        if topk_ids.numel() == 0:
+            return hidden.new_zeros(hidden.shape)
         converted = hidden.dtype != self.dtype
         rows = (hidden.to(self.dtype) if converted else hidden).contiguous()
         ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
@@ -90,7 +90,7 @@ class CudaExperts:
                 if passes.observers:
                     passes.observe(layer, torch.from_numpy(step.ids()), weights)
                 if wave is None:  # no id names an expert
-                    return torch.zeros_like(hidden)
+                    return hidden.new_zeros(hidden.shape)
                 if wave.names_past_the_end:  # the sum knows only -1 as "no expert"
                     whole = None
                     ids = ids.masked_fill(ids == self.store.num_experts, -1)

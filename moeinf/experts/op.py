@@ -71,14 +71,16 @@ def fused_experts(
     """Routes each token through its experts, reading their weights out of `cache`.
 
     Args:
-        hidden: [T, H], float32, bfloat16 or float16, where the cache is: on the cpu or its GPU.
+        hidden: [T, H], float32, bfloat16 or float16, where the cache is: on the cpu or its GPU. On
+            a GPU it is rounded to the dtype of the weights first.
         topk_ids: [T, k], int64 or int32, experts of this layer; -1 and the number of experts add
             nothing.
         topk_weights: [T, k], floating point.
         cache: where the experts are.
         layer: MoE layer, counted from 0.
         forward_pass: what the step belongs to, one object for all layers of a pass; without it,
-            what `cache.begin_pass` last said on this thread. For policies and traces.
+            what `cache.begin_pass` last said on this thread. For policies and traces. Not for
+            functions that torch.compile traces: they call `begin_pass` before.
 
     Returns:
         [T, H] in the dtype of `hidden`.
@@ -110,7 +112,7 @@ def _fused_experts_fake(
     cache: str,
     layer: int,
 ) -> torch.Tensor:
-    return torch.empty_like(hidden)
+    return hidden.new_empty(hidden.shape)  # contiguous, as backends make it
 
 
 _library.impl("fused_experts", _fused_experts, "CPU")

@@ -92,10 +92,17 @@ def test_contradictions_are_refused() -> None:
         check_form(ExpertForm(Gate("plain")))
     with pytest.raises(ValueError, match="uses no activation: expected 'silu', found 'gelu'"):
         check_form(ExpertForm(Gate("swiglu_oai", "gelu", 1.7, 7.0)))
-    with pytest.raises(ValueError, match="expected limit > 0, found -1"):
+    with pytest.raises(ValueError, match="expected a limit above 0, found -1"):
         check_form(ExpertForm(Gate("clamped_glu", limit=-1.0)))
-    with pytest.raises(ValueError, match="expected alpha > 0, found nan"):
+    with pytest.raises(ValueError, match="expected a finite alpha above 0, found nan"):
         check_form(ExpertForm(Gate("softcap_swiglu", alpha=math.nan, limit=1.0)))
+    for gate, words in (
+        (Gate("swiglu_oai", alpha=math.inf), "finite alpha above 0, found inf"),
+        (Gate("softcap_swiglu"), "finite limit above 0, found inf"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_form(ExpertForm(gate))
+    check_form(ExpertForm(Gate("swiglu_oai", alpha=1.7)))
     check_form(ExpertForm(Gate("plain", "relu2"), has_gate=False))
     check_form(ExpertForm())
 

@@ -70,9 +70,14 @@ def resolve(
     resolved = {path: _device(path, device) for path, device in device_map.items()}
     for path in experts:
         device_of(resolved, path)
-    for path, parameter in model.named_parameters():
-        if parameter is not None:
-            device_of(resolved, path)
+    tensors = [path for path, _ in [*model.named_parameters(), *model.named_buffers()]]
+    for path in tensors:
+        device_of(resolved, path)
+    known = {path for path, _ in model.named_modules()}.union(tensors)
+    for path in resolved:
+        # Parameters of experts, which the skeleton lacks, may be named too.
+        if path not in known and path.rpartition(".")[0] not in experts:
+            raise ValueError(f"device_map: expected a module of the model, found {path!r}")
     return resolved
 
 
@@ -146,6 +151,6 @@ def _device(path: object, device: object) -> str:
         raise UnsupportedError(f"device_map: {path!r} on disk: expected a GPU or the cpu")
     try:
         opened = open_device(f"cuda:{device}" if isinstance(device, int) else device)
-    except ValueError as error:
-        raise ValueError(f"device_map: {path!r}: {error}") from error
+    except (ValueError, UnsupportedError) as error:
+        raise type(error)(f"device_map: {path!r}: {error}") from error
     return "cpu" if opened is None else f"cuda:{opened.index}"
