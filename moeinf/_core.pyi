@@ -249,23 +249,25 @@ class EamMatch:
     def restart(self) -> None: ...
 
 class StepLease:
-    """The experts of one step. Their slots keep their bytes until done() or release(); use it as a
-    context manager."""
+    """The experts of one step. Their slots keep their bytes until release(); use it as a context
+    manager."""
 
     def __enter__(self) -> typing.Any: ...
     def __exit__(self, *args: typing.Any) -> None: ...
-    def done(self, position: int) -> None:
-        """The slot of that position may be reused."""
+    def acquire_all(self) -> list:
+        """Waits for all and returns their slots in the order of `experts`."""
 
-    def next(self) -> list[tuple[int, int]] | None:
-        """Waits for experts and returns those that became ready as [(position, slot)]; None once
-        all have been handed out. Raises ReadError or CapacityError."""
-
+    @typing.overload
     def release(self) -> None:
         """All slots of the step may be reused."""
 
-    def wait_all(self) -> list:
-        """Waits for all and returns their slots in the order of `experts`."""
+    @typing.overload
+    def release(self, position: int) -> None:
+        """The slot of that position may be reused."""
+
+    def wait_ready(self) -> list[tuple[int, int]] | None:
+        """Waits for experts and returns those that became ready as [(position, slot)]; None once
+        all have been handed out. Raises ReadError or CapacityError."""
 
 class ExpertCache:
     """Experts in the slots of one pool, filled from files. Thread-safe."""
@@ -313,7 +315,7 @@ class ExpertCache:
         and their slots in the order of `experts`. Raises CapacityError where they
         cannot."""
 
-    def begin(
+    def begin_step(
         self,
         layer: int,
         experts: typing.Any,

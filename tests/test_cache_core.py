@@ -71,11 +71,11 @@ def test_every_expert_of_every_step_arrives_with_its_bytes(
         experts = rng.permutation(EXPERTS)[: rng.integers(1, EXPERTS + 1)]
         accesses += len(experts)
         seen = []
-        with cache.begin(layer, experts, counts=[1] * len(experts)) as lease:
-            while (ready := lease.next()) is not None:
+        with cache.begin_step(layer, experts, counts=[1] * len(experts)) as lease:
+            while (ready := lease.wait_ready()) is not None:
                 for position, row in ready:
                     world.check(pool, row, layer, int(experts[position]))
-                    lease.done(position)
+                    lease.release(position)
                     seen.append(position)
         assert sorted(seen) == list(range(len(experts)))
     stats = cache.stats()
@@ -129,10 +129,10 @@ def test_a_leased_slot_survives_any_pressure(world: World) -> None:
     pool = torch.from_dlpack(cache)
     lease, (row,) = cache.acquire(0, [5])
     for step in range(20):
-        with cache.begin(step % LAYERS, list(range(EXPERTS))) as other:
-            while (ready := other.next()) is not None:
+        with cache.begin_step(step % LAYERS, list(range(EXPERTS))) as other:
+            while (ready := other.wait_ready()) is not None:
                 for position, _ in ready:
-                    other.done(position)
+                    other.release(position)
         cache.prefetch(1, [1, 2, 3])
         world.check(pool, row, 0, 5)
     lease.release()
@@ -170,21 +170,21 @@ def test_what_does_not_fit_is_refused_and_leaves_the_cache_usable(world: World) 
     with pytest.raises(CapacityError, match="3 experts at once does not fit into 2 slots"):
         cache.acquire(0, [0, 1, 2])
     with pytest.raises(ValueError, match=r"0\.\.8 of layer 1, found 9"):
-        cache.begin(1, [0, 9])
+        cache.begin_step(1, [0, 9])
     with pytest.raises(ValueError, match=r"layer in 0\.\.1, found 2"):
-        cache.begin(2, [0])
+        cache.begin_step(2, [0])
     with pytest.raises(ValueError, match="named twice"):
-        cache.begin(0, [3, 3])
+        cache.begin_step(0, [3, 3])
     with pytest.raises(ValueError, match="2 counts, found 1"):
-        cache.begin(0, [3, 4], counts=[1])
+        cache.begin_step(0, [3, 4], counts=[1])
     with pytest.raises(ValueError, match="32 bits"):
-        cache.begin(0, [1 << 40])
+        cache.begin_step(0, [1 << 40])
     with pytest.raises(ValueError, match="int32 or int64"):
-        cache.begin(0, np.array([1.0, 2.0]))
+        cache.begin_step(0, np.array([1.0, 2.0]))
     with pytest.raises(TypeError):
-        cache.begin(0, ["one"])
+        cache.begin_step(0, ["one"])
     with pytest.raises(TypeError, match="sequence of ints"):
-        cache.begin(0, 3)
+        cache.begin_step(0, 3)
     assert cache.stats()[0]["accesses"] == 0
     held, _ = cache.acquire(0, [0, 1])
     with pytest.raises(CapacityError, match="other leases hold 2"):
@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_refused_and_leaves_the_cache_usable(world: World) 
     assert cache.slots == 2
     held.release()
     with pytest.raises(ValueError, match="released"):
-        held.next()
+        held.wait_ready()
     cache.acquire(0, [2])[0].release()
 
 
@@ -206,8 +206,11 @@ def test_a_failed_read_fails_its_step_only(world: World) -> None:
     for _ in range(3):
         with pytest.raises(ReadError, match="shard-1"):
             cache.acquire(0, [2, 3])
-        with cache.begin(0, [1, 3, 5, 7, 2]) as lease, pytest.raises(ReadError, match="shard-1"):
-            while lease.next() is not None:
+        with (
+            cache.begin_step(0, [1, 3, 5, 7, 2]) as lease,
+            pytest.raises(ReadError, match="shard-1"),
+        ):
+            while lease.wait_ready() is not None:
                 pass
         lease, (row,) = cache.acquire(0, [4])
         world.check(pool, row, 0, 4)
@@ -253,11 +256,11 @@ def test_threads_share_a_tiny_cache(world: World, seed: int) -> None:
                     lease.release()
                     continue
                 experts = rng.permutation(EXPERTS)[: rng.integers(1, EXPERTS)]
-                with cache.begin(layer, experts) as lease:
-                    while (ready := lease.next()) is not None:
+                with cache.begin_step(layer, experts) as lease:
+                    while (ready := lease.wait_ready()) is not None:
                         for position, row in ready:
                             world.check(pool, row, layer, int(experts[position]))
-                            lease.done(position)
+                            lease.release(position)
         except BaseException as error:
             errors.append(error)
 

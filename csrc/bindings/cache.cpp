@@ -144,7 +144,7 @@ PythonLease start(ExpertCache& cache, LayerId layer, py::handle experts, py::han
     return step;
 }
 
-std::optional<std::vector<std::pair<int32_t, SlotId>>> next(PythonLease& step) {
+std::optional<std::vector<std::pair<int32_t, SlotId>>> wait_ready(PythonLease& step) {
     std::vector<ReadyExpert> ready;
     {
         const py::gil_scoped_release released;
@@ -215,14 +215,15 @@ py::capsule export_pool(const ExpertCache& cache, py::handle dl_device, py::hand
 }
 
 void bind_lease(py::module_& module) {
-    py::class_<PythonLease>(module, "StepLease",
-                            "The experts of one step. Their slots keep their bytes until done() or "
-                            "release(); use it as a context manager.")
-        .def("next", &next,
+    py::class_<PythonLease>(
+        module, "StepLease",
+        "The experts of one step. Their slots keep their bytes until release(); use it "
+        "as a context manager.")
+        .def("wait_ready", &wait_ready,
              "Waits for experts and returns those that became ready as [(position, slot)]; None "
              "once all have been handed out. Raises ReadError or CapacityError.")
         .def(
-            "wait_all",
+            "acquire_all",
             [](PythonLease& step) {
                 {
                     const py::gil_scoped_release released;
@@ -233,11 +234,11 @@ void bind_lease(py::module_& module) {
             },
             "Waits for all and returns their slots in the order of `experts`.")
         .def(
-            "done", [](PythonLease& step, int32_t position) { step.lease.release(position); },
-            py::arg("position"), "The slot of that position may be reused.")
-        .def(
             "release", [](PythonLease& step) { step.lease.release(); },
             "All slots of the step may be reused.")
+        .def(
+            "release", [](PythonLease& step, int32_t position) { step.lease.release(position); },
+            py::arg("position"), "The slot of that position may be reused.")
         .def("__enter__", [](py::object self) { return self; })
         .def("__exit__",
              [](PythonLease& step, const py::args& /*error*/) { step.lease.release(); });
@@ -272,7 +273,7 @@ void bind_cache(py::module_& module) {
              py::arg("eamc") = py::none(), py::arg("host_tier") = py::none(),
              py::call_guard<py::gil_scoped_release>())
         .def(
-            "begin",
+            "begin_step",
             [](ExpertCache& cache, LayerId layer, py::handle experts, py::handle counts,
                bool prefill, bool new_sequence) {
                 return start(cache, layer, experts, counts, prefill, new_sequence, false);

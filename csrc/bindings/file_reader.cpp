@@ -25,7 +25,7 @@ namespace {
 // A transfer that Python can wait for. Holds the pool, so that the slot outlives the read.
 struct Ticket {
     std::shared_ptr<SlotPool> pool;
-    TransferPtr transfer;
+    ReadJobPtr transfer;
     std::mutex lock;  // guards finished_at and finished
     std::condition_variable changed;
     std::chrono::steady_clock::time_point started = std::chrono::steady_clock::now();
@@ -63,13 +63,13 @@ public:
         }
         auto ticket = std::make_shared<Ticket>();
         ticket->pool = std::move(pool);
-        auto transfer = engine_.submit(expert, ticket->pool->slot(slot), priority,
-                                       [ticket](const TransferPtr&) {
-                                           const std::lock_guard guard(ticket->lock);
-                                           ticket->finished = true;
-                                           ticket->finished_at = std::chrono::steady_clock::now();
-                                           ticket->changed.notify_all();
-                                       });
+        auto transfer =
+            engine_.submit(expert, ticket->pool->slot(slot), priority, [ticket](const ReadJobPtr&) {
+                const std::lock_guard guard(ticket->lock);
+                ticket->finished = true;
+                ticket->finished_at = std::chrono::steady_clock::now();
+                ticket->changed.notify_all();
+            });
         ticket->transfer = std::move(transfer);
         return ticket;
     }
@@ -81,17 +81,17 @@ private:
     FileReader engine_;
 };
 
-const char* state_name(TransferState state) {
+const char* state_name(ReadState state) {
     switch (state) {
-        case TransferState::kQueued:
+        case ReadState::kQueued:
             return "queued";
-        case TransferState::kRunning:
+        case ReadState::kRunning:
             return "running";
-        case TransferState::kDone:
+        case ReadState::kDone:
             return "done";
-        case TransferState::kFailed:
+        case ReadState::kFailed:
             return "failed";
-        case TransferState::kCancelled:
+        case ReadState::kCancelled:
             return "cancelled";
     }
     return "unknown";
@@ -107,7 +107,7 @@ void bind_file_reader(py::module_& module) {
             "state", [](const Ticket& ticket) { return state_name(ticket.transfer->state()); })
         .def_property_readonly("error",
                                [](const Ticket& ticket) -> std::optional<std::string> {
-                                   if (ticket.transfer->state() != TransferState::kFailed)
+                                   if (ticket.transfer->state() != ReadState::kFailed)
                                        return std::nullopt;
                                    return ticket.transfer->error();
                                })

@@ -44,7 +44,7 @@ StepStream::~StepStream() {
     release();
     bool passed = false;
     try {
-        passed = timeline_->reached_within(timeline_->mark(), Timeline::kShutdownTimeout);
+        passed = timeline_->is_complete_within(timeline_->signal(), Timeline::kShutdownTimeout);
     } catch (const std::exception&) {
         passed = true;  // a device that only answers with errors copies nothing any more
     }
@@ -76,7 +76,7 @@ void StepStream::copy_ids(const RoutedStep& step) {
                           (step.ids_are_int64 ? 8 : 4);
     reserve(nbytes);
     device_->copy_out(ids_->data(), step.ids, nbytes, timeline_->stream());
-    ids_point_ = timeline_->mark();
+    ids_point_ = timeline_->signal();
 }
 
 void StepStream::read_ids() {
@@ -150,7 +150,7 @@ std::optional<Wave> StepStream::take_wave() {
 }
 
 void StepStream::end_wave() {
-    const uint64_t point = timeline_->mark();
+    const uint64_t point = timeline_->signal();
     map_points_[maps_used_ % kMaps] = point;
     for (const ReadyExpert& one : wave_) link_.fences().read(one.slot, timeline_, point);
     if (wave_.size() == routing_.experts().size()) {  // as most are: one lock for all
@@ -174,7 +174,7 @@ void StepStream::release() noexcept {
 }
 
 void StepStream::synchronize() {
-    timeline_->synchronize(timeline_->mark());
+    timeline_->synchronize(timeline_->signal());
 }
 
 const std::byte* StepStream::ids() const noexcept {

@@ -116,7 +116,7 @@ public:
         driver_.check(driver_.event_synchronize(event), "cuEventSynchronize");
     }
 
-    void leave_captures_alone() noexcept override {
+    void set_relaxed_capture_mode() noexcept override {
         int mode = kCaptureRelaxed;  // the call writes the earlier mode here; nobody needs it
         (void)driver_.exchange_capture_mode(&mode);
     }

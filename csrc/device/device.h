@@ -55,7 +55,7 @@ public:
     virtual void synchronize(Event event) = 0;  // the host waits
 
     // For the calling thread: its calls no longer end a graph capture of another thread.
-    virtual void leave_captures_alone() noexcept = 0;
+    virtual void set_relaxed_capture_mode() noexcept = 0;
 
     // `host` is page-locked. Both calls return before the bytes have moved.
     virtual void copy_in(std::byte* device, const std::byte* host, size_t nbytes,

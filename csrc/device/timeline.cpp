@@ -16,7 +16,7 @@ Timeline::~Timeline() {
     if (own_) device_->destroy_stream(stream_);
 }
 
-uint64_t Timeline::mark() {
+uint64_t Timeline::signal() {
     const std::lock_guard lock(mutex_);
     Event& event = events_[(marked_ + 1) % kEvents];
     if (event == nullptr) event = device_->create_event();
@@ -24,7 +24,7 @@ uint64_t Timeline::mark() {
     return ++marked_;
 }
 
-bool Timeline::reached_locked(uint64_t point) {
+bool Timeline::is_complete_locked(uint64_t point) {
     if (point <= reached_) return true;
     // The event may stand for a newer point by now. If that is reached, this one is too.
     if (!device_->finished(event_of(point))) return false;
@@ -32,20 +32,20 @@ bool Timeline::reached_locked(uint64_t point) {
     return true;
 }
 
-bool Timeline::reached(uint64_t point) {
+bool Timeline::is_complete(uint64_t point) {
     const std::lock_guard lock(mutex_);
-    return reached_locked(point);
+    return is_complete_locked(point);
 }
 
-void Timeline::hold_back(Stream other, uint64_t point) {
+void Timeline::wait_on(Stream other, uint64_t point) {
     if (other == stream_) return;  // a stream keeps its own order
     const std::lock_guard lock(mutex_);
-    if (!reached_locked(point)) device_->wait(other, event_of(point));
+    if (!is_complete_locked(point)) device_->wait(other, event_of(point));
 }
 
-bool Timeline::reached_within(uint64_t point, std::chrono::milliseconds patience) {
+bool Timeline::is_complete_within(uint64_t point, std::chrono::milliseconds patience) {
     const auto give_up = std::chrono::steady_clock::now() + patience;
-    while (!reached(point)) {
+    while (!is_complete(point)) {
         if (std::chrono::steady_clock::now() > give_up) return false;
         std::this_thread::sleep_for(std::chrono::microseconds(100));
     }
@@ -56,7 +56,7 @@ void Timeline::synchronize(uint64_t point) {
     Event event = nullptr;
     {
         const std::lock_guard lock(mutex_);
-        if (reached_locked(point)) return;
+        if (is_complete_locked(point)) return;
         event = event_of(point);
     }
     device_->synchronize(event);

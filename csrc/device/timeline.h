@@ -1,5 +1,5 @@
-// A stream and points on it that other streams wait for. mark() allocates nothing, because only 64
-// events exist and are used in a ring:
+// A stream and points on it that other streams wait for. signal() allocates nothing, because only
+// 64 events exist and are used in a ring:
 //
 //     point   1    2    3   ...   64   65   66
 //     event  [1]  [2]  [3]  ...  [0]  [1]  [2]     point 1 now shares the event of point 65
@@ -33,21 +33,21 @@ public:
     [[nodiscard]] Stream stream() const noexcept { return stream_; }
 
     // Marks the point behind all work that was enqueued so far. Points grow, from 1 on.
-    uint64_t mark();
+    uint64_t signal();
 
     // True if the stream has passed the point. Always true for 0.
-    [[nodiscard]] bool reached(uint64_t point);
+    [[nodiscard]] bool is_complete(uint64_t point);
 
     // Makes the stream `other` wait for the point. Enqueues nothing if it was reached already.
-    void hold_back(Stream other, uint64_t point);
+    void wait_on(Stream other, uint64_t point);
 
     void synchronize(uint64_t point);  // the host waits
     // The host waits for `patience` at most. False if the point was not reached.
-    [[nodiscard]] bool reached_within(uint64_t point, std::chrono::milliseconds patience);
+    [[nodiscard]] bool is_complete_within(uint64_t point, std::chrono::milliseconds patience);
 
 private:
     static constexpr uint64_t kEvents = 64;
-    [[nodiscard]] bool reached_locked(uint64_t point);
+    [[nodiscard]] bool is_complete_locked(uint64_t point);
     [[nodiscard]] Event event_of(uint64_t point) const { return events_[point % kEvents]; }
 
     const std::shared_ptr<Device> device_;

@@ -51,7 +51,7 @@ double time_copies(const std::shared_ptr<Device>& device, size_t nbytes, size_t 
                 device->copy_in(part.target, part.source, part.nbytes, timeline.stream());
             }
         }
-        timeline.synchronize(timeline.mark());
+        timeline.synchronize(timeline.signal());
         best = std::min(best, std::chrono::duration<double>(Clock::now() - start).count());
     }
     return best;

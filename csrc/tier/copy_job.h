@@ -23,7 +23,7 @@ struct DeviceLink::CopyJob final : FillWaiter {
 
     // Makes the stream wait for a demotion that still brings the bytes to RAM.
     void wait_for_source(Stream stream) const {
-        if (source.behind) source.behind->hold_back(stream, source.point);
+        if (source.behind) source.behind->wait_on(stream, source.point);
     }
 
     DeviceLink& link;

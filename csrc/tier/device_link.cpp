@@ -148,7 +148,7 @@ void DeviceLink::copy_demands(std::span<const CopyJobPtr> demands) noexcept {
     for (const CopyJobPtr& job : demands) {
         try {
             job->wait_for_source(stream);
-            if (job->copied > 0) prefetch_->hold_back(stream, prefetch_->mark());
+            if (job->copied > 0) prefetch_->wait_on(stream, prefetch_->signal());
             if (job->copied == 0) fences_.before_fill(job->slot, stream);
             if (gather && job->copied == 0) {
                 parts.push_back({job->source.bytes, tier_.pool().slot(job->slot), copy_bytes_});
@@ -169,7 +169,7 @@ void DeviceLink::copy_demands(std::span<const CopyJobPtr> demands) noexcept {
             ++stats_.gathers;
             stats_.copied_bytes += static_cast<int64_t>(count * copy_bytes_);
         }
-        const uint64_t point = demand_->mark();
+        const uint64_t point = demand_->signal();
         for (const CopyJobPtr& job : demands | std::views::filter(enqueued)) {
             fences_.filled(job->slot, demand_, point);
             unpin_behind(job, demand_, point, job->fill->priority);
@@ -195,13 +195,13 @@ void DeviceLink::demote(ExpertId expert, SlotId slot) {
         // pinned expert is not accepted for demotion.
         device_->copy_out(target, tier_.pool().slot(slot), copy_bytes_, out_->stream());
         enqueued = true;
-        point = out_->mark();
+        point = out_->signal();
         fences_.read(slot, out_, point);
     } catch (const std::exception&) {
         try {
             // The bytes and the slot are in use until this copy is over. If nothing can be
             // enqueued, no copy is in flight.
-            if (enqueued) out_->synchronize(out_->mark());
+            if (enqueued) out_->synchronize(out_->signal());
         } catch (const std::exception&) {
         }
         return host_->abort_demotion(expert);  // the expert is still in the files
@@ -228,7 +228,7 @@ void DeviceLink::set_holder(ExpertId expert, bool holds) {
 void DeviceLink::abandon(const CopyJobPtr& job, const TimelinePtr& timeline,
                          const char* why) noexcept {
     try {
-        const uint64_t point = timeline->mark();
+        const uint64_t point = timeline->signal();
         fences_.filled(job->slot, timeline, point);
         unpin_behind(job, timeline, point, {});
     } catch (const std::exception&) {

@@ -25,7 +25,7 @@ void DeviceLink::work(const std::stop_token& stop) {
 #ifdef __linux__
     (void)prctl(PR_SET_TIMERSLACK, 1000UL);  // without this, a sleep of 20 us takes 70
 #endif
-    device_->leave_captures_alone();
+    device_->set_relaxed_capture_mode();
     while (!stop.stop_requested()) {
         const bool pumping = pump_prefetches();
         const bool holding = unpin_passed();
@@ -53,7 +53,7 @@ bool DeviceLink::unpin_passed() {
         std::erase_if(in_flight_, [&](const InFlight& copy) {
             if (copy.timeline.get() == late && copy.point >= late_point) return false;
             try {
-                if (!copy.timeline->reached(copy.point)) {
+                if (!copy.timeline->is_complete(copy.point)) {
                     late = copy.timeline.get();
                     late_point = copy.point;
                     return false;
@@ -103,7 +103,7 @@ void DeviceLink::start_chunk(const CopyJobPtr& job) {
     }
     const size_t nbytes = std::min(kChunkBytes, copy_bytes_ - job->copied);
     enqueue(job, nbytes, stream);
-    job->last_chunk = prefetch_->mark();
+    job->last_chunk = prefetch_->signal();
     window_.push_back({job->last_chunk, nbytes});
     window_bytes_ += nbytes;
     if (job->copied == copy_bytes_) fences_.filled(job->slot, prefetch_, job->last_chunk);
@@ -126,7 +126,7 @@ void DeviceLink::end_prefetches() {
 
 bool DeviceLink::prefetches_passed(uint64_t point) noexcept {
     try {
-        return prefetch_->reached(point);
+        return prefetch_->is_complete(point);
     } catch (const std::exception&) {
         return false;
     }
@@ -173,7 +173,7 @@ DeviceLink::~DeviceLink() {
 bool DeviceLink::drain() {
     try {
         for (const TimelinePtr& timeline : {demand_, prefetch_, out_}) {
-            if (!timeline->reached_within(timeline->mark(), Timeline::kShutdownTimeout)) {
+            if (!timeline->is_complete_within(timeline->signal(), Timeline::kShutdownTimeout)) {
                 return false;
             }
         }
@@ -191,7 +191,7 @@ bool DeviceLink::drain() {
 void DeviceLink::give_back_pins(std::span<const CopyJobPtr> jobs) {
     const auto passed = [](const InFlight& copy) {
         try {
-            return copy.timeline->reached(copy.point);
+            return copy.timeline->is_complete(copy.point);
         } catch (const std::exception&) {
             return false;
         }

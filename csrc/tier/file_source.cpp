@@ -19,7 +19,7 @@ void FileSource::execute(std::span<const Command> commands) noexcept {
         if (command.kind == Command::Kind::kFill) {
             start(command.fill);
         } else if (command.fill->job != nullptr) {
-            reader_.promote(std::static_pointer_cast<Transfer>(command.fill->job));
+            reader_.promote(std::static_pointer_cast<ReadJob>(command.fill->job));
         }
     }
 }
@@ -29,17 +29,17 @@ void FileSource::start(const FillPtr& fill) noexcept {
         // The tier holds the fill until it has ended. A callback this small is not allocated.
         fill->job = reader_.submit(
             fill->expert, tier_.pool().slot(fill->slot), fill->priority,
-            [this, fill = fill.get()](const TransferPtr& transfer) { on_read(*fill, *transfer); });
+            [this, fill = fill.get()](const ReadJobPtr& transfer) { on_read(*fill, *transfer); });
     } catch (const std::exception& error) {
         tier_.end_fill(*fill, error.what());
     }
 }
 
-void FileSource::on_read(Fill& fill, const Transfer& transfer) noexcept {
+void FileSource::on_read(Fill& fill, const ReadJob& transfer) noexcept {
     switch (transfer.state()) {
-        case TransferState::kDone:
+        case ReadState::kDone:
             return tier_.end_fill(fill, {});
-        case TransferState::kFailed:
+        case ReadState::kFailed:
             return tier_.end_fill(fill, transfer.error());
         default:
             return tier_.end_fill(fill, "the read was cancelled");

@@ -22,7 +22,7 @@ public:
 private:
     void execute(std::span<const Command> commands) noexcept override;
     void start(const FillPtr& fill) noexcept;
-    void on_read(Fill& fill, const Transfer& transfer) noexcept;
+    void on_read(Fill& fill, const ReadJob& transfer) noexcept;
 
     Tier& tier_;
     FileReader reader_;

@@ -14,7 +14,7 @@
 
 #include "base/ids.h"
 #include "device/timeline.h"
-#include "transfer/transfer.h"
+#include "transfer/read_job.h"
 
 namespace moeinf {
 

@@ -32,10 +32,10 @@ using Queue = std::list<std::shared_ptr<Job>>;
 
 // A transfer with its plan, slot and callback. The reader's lock guards all other members until the
 // last chunk has ended.
-struct Job final : Transfer {
+struct Job final : ReadJob {
     ReadPlan plan;
     std::byte* slot = nullptr;
-    TransferCallback done;
+    ReadCallback done;
     Queue* queue = nullptr;    // the queue that holds it; null after its last chunk has started
     Queue::iterator position;  // in `queue`
     size_t next_chunk = 0;
@@ -64,9 +64,9 @@ FileReaderOptions resolved(FileReaderOptions options) {
 
 // Called without the lock. The callback is dropped after the call, so the objects that it holds do
 // not live as long as the transfer.
-void finish(const JobPtr& job, TransferState state) {
-    TransferCallback done = std::exchange(job->done, nullptr);
-    TransferAccess::set_state(*job, state);
+void finish(const JobPtr& job, ReadState state) {
+    ReadCallback done = std::exchange(job->done, nullptr);
+    ReadJobAccess::set_state(*job, state);
     if (done) done(job);
 }
 
@@ -121,7 +121,7 @@ struct FileReader::Impl {
             const Chunk& chunk = job->plan.chunks[job->next_chunk++];
             ++job->chunks_in_flight;
             if (job->next_chunk == job->plan.chunks.size()) dequeue(job);
-            TransferAccess::set_state(*job, TransferState::kRunning);
+            ReadJobAccess::set_state(*job, ReadState::kRunning);
 
             lock.unlock();
             std::string failure = read(*job, chunk, buffer);
@@ -153,10 +153,10 @@ struct FileReader::Impl {
 
     static void conclude(const JobPtr& job) {
         if (!job->failure.empty()) {
-            TransferAccess::set_error(*job, std::move(job->failure));
-            finish(job, TransferState::kFailed);
+            ReadJobAccess::set_error(*job, std::move(job->failure));
+            finish(job, ReadState::kFailed);
         } else {
-            finish(job, job->cut_short ? TransferState::kCancelled : TransferState::kDone);
+            finish(job, job->cut_short ? ReadState::kCancelled : ReadState::kDone);
         }
     }
 
@@ -175,7 +175,7 @@ struct FileReader::Impl {
                 }
             }
         }
-        for (const JobPtr& job : idle) finish(job, TransferState::kCancelled);
+        for (const JobPtr& job : idle) finish(job, ReadState::kCancelled);
     }
 
     const std::shared_ptr<const Catalog> catalog;
@@ -205,14 +205,14 @@ FileReader::~FileReader() {
     impl_->cancel_all();
 }
 
-TransferPtr FileReader::submit(ExpertId expert, std::byte* slot, Priority priority,
-                               TransferCallback done) {
+ReadJobPtr FileReader::submit(ExpertId expert, std::byte* slot, Priority priority,
+                              ReadCallback done) {
     if (impl_->forked()) {
         throw Error(ErrorCode::kUnsupported,
                     "a file reader does not survive a fork: make a new one in the child process");
     }
     auto job = std::make_shared<Job>();
-    TransferAccess::begin(*job, expert);
+    ReadJobAccess::begin(*job, expert);
     job->plan = plan_reads(impl_->catalog->extents(expert), impl_->options.chunk_bytes);
     job->slot = slot;
     job->done = std::move(done);
@@ -224,7 +224,7 @@ TransferPtr FileReader::submit(ExpertId expert, std::byte* slot, Priority priori
     return job;
 }
 
-void FileReader::promote(const TransferPtr& transfer) {
+void FileReader::promote(const ReadJobPtr& transfer) {
     if (impl_->forked()) return;
     const auto job = std::static_pointer_cast<Job>(transfer);
     const std::lock_guard lock(impl_->queues);

@@ -7,7 +7,7 @@
 #include <memory>
 
 #include "layout/catalog.h"
-#include "transfer/transfer.h"
+#include "transfer/read_job.h"
 
 namespace moeinf {
 
@@ -31,11 +31,11 @@ public:
     // Starts reading every extent of `expert` into the slot that begins at `slot`. `done` is
     // called from a worker thread, or from the destructor for a transfer that never ran. Throws
     // Error(kUnsupported) in a forked child, where the reader has no threads.
-    [[nodiscard]] TransferPtr submit(ExpertId expert, std::byte* slot, Priority priority,
-                                     TransferCallback done);
+    [[nodiscard]] ReadJobPtr submit(ExpertId expert, std::byte* slot, Priority priority,
+                                    ReadCallback done);
 
     // Makes a queued or running prefetch a demand. No effect on a finished transfer.
-    void promote(const TransferPtr& transfer);
+    void promote(const ReadJobPtr& transfer);
 
     // True if reads of the file go past the page cache.
     [[nodiscard]] bool file_is_direct(uint32_t file) const;

@@ -226,9 +226,9 @@ class ExpertCache:
         Every expert comes exactly once, those already resident first. A lease ends when the next
         one is asked for, so that a budget of one slot serves any number of experts.
         """
-        step = self.core.begin(layer, experts)
+        step = self.core.begin_step(layer, experts)
         try:
-            while (ready := step.next()) is not None:
+            while (ready := step.wait_ready()) is not None:
                 positions = [position for position, _ in ready]
                 self.core.wait_for_rows([slot for _, slot in ready])
                 with Lease(
@@ -394,4 +394,4 @@ class ExpertCache:
 
 def _finish(step: _core.StepLease, positions: list[int]) -> None:
     for position in positions:
-        step.done(position)
+        step.release(position)

@@ -83,8 +83,8 @@ struct ExpertFiles {
     }
 };
 
-inline void wait_until_finished(const TransferPtr& transfer) {
-    while (transfer->state() <= TransferState::kRunning) std::this_thread::yield();
+inline void wait_until_finished(const ReadJobPtr& transfer) {
+    while (transfer->state() <= ReadState::kRunning) std::this_thread::yield();
 }
 
 // Two experts of many chunks each, in files that take no space on the disk.

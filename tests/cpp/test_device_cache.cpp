@@ -129,7 +129,7 @@ struct FullTiers {
 
 // Both directions at once: an expert is on its way before the one it replaces has gone, unless that
 // has the only row to come to. Shown once, by taking each out in turn: this test fails without
-// - the exchange of rows in CacheState::make_way (the first waits for a copy out),
+// - the exchange of slots in Tier::evict_for (the first waits for a copy out),
 // - read() in DeviceLink::demote (the third does not wait, and RAM gets its bytes).
 void test_a_demotion_holds_up_nobody(const CacheWorld& world,
                                      const std::shared_ptr<Device>& device) {
@@ -170,7 +170,7 @@ void test_a_row_is_not_idle_before_its_copy_out(const CacheWorld& world,
             if (std::this_thread::get_id() == thread) idle = idle || link->is_idle(SlotId{0});
         }
         void call_ends() override {}
-        std::thread::id thread;
+        std::atomic<std::thread::id> thread;
         DeviceLink* link = nullptr;
         bool idle = false;
     } watch;
@@ -182,7 +182,7 @@ void test_a_row_is_not_idle_before_its_copy_out(const CacheWorld& world,
     CHECK(!watch.link->is_idle(SlotId{0}));
     watch.thread = std::this_thread::get_id();
     watch.link->flush();
-    watch.thread = {};
+    watch.thread = std::thread::id();
     CHECK(!watch.idle);
     CHECK(watch.link->stats().demoted_bytes > 0);
 }
@@ -339,7 +339,7 @@ void test_ids_may_be_given_up(const CacheWorld& world, const std::shared_ptr<Dev
 }
 
 // Another thread captures a graph while prefetches are under way: the cache's own thread looks
-// after them all the same. Shown once: without leave_captures_alone() it ends the capture.
+// after them all the same. Shown once: without set_relaxed_capture_mode() it ends the capture.
 void test_a_capture_is_left_alone(const CacheWorld& world, const std::shared_ptr<Device>& device) {
     fake_cuda_reset(1);
     ExpertCache cache(world.catalog, device_options(world, device, 80, 80, false, false));

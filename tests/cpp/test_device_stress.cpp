@@ -6,12 +6,13 @@
 // - before_read() in StepStream::take_wave (a reader waits for the fill),
 // - before_fill() in DeviceLink::copy_demands (a fill waits for the row's past),
 // - the readers' points in SlotFences::before_fill,
-// - the wait for a copy's point in DeviceLink::release_passed (RAM is held for its copy),
-// - the wait for `demoted_at_` in copy_demands (a copy in waits for the copy out),
-// - the wait for idle rows in ExpertCache::resize,
+// - the wait for a copy's point in DeviceLink::unpin_passed (RAM is held for its copy),
+// - CopyJob::wait_for_source in copy_demands (a copy in waits for the copy out),
+// - the wait for idle slots in Tier::close_frames,
 // - read() in DeviceLink::demote (a fill waits for the copy out of its row),
-// - `resizing` in Tier (slots are not exchanged then),
-// - give_staging_slots_that_stay() in Tier::resize, and what it does to closed slots.
+// - `resizing` and is_free() in Tier::evict_for (slots are not exchanged then, nor a leased one),
+// - Tier::compact, and Tier::give_staging_slots_that_stay with what it does to the slots of closed
+//   frames.
 #include <atomic>
 #include <chrono>
 #include <cstdlib>

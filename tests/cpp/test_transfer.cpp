@@ -17,8 +17,8 @@ namespace {
 // Who finished, in order. Callbacks may come from any thread.
 class Order {
 public:
-    TransferCallback note() {
-        return [this](const TransferPtr& transfer) {
+    ReadCallback note() {
+        return [this](const ReadJobPtr& transfer) {
             const std::lock_guard guard(lock_);
             experts_.push_back(transfer->expert());
         };
@@ -37,7 +37,7 @@ private:
 class Gate {
 public:
     Gate(FileReader& engine, ExpertId expert, std::byte* slot) {
-        transfer_ = engine.submit(expert, slot, Priority::kDemand, [this](const TransferPtr&) {
+        transfer_ = engine.submit(expert, slot, Priority::kDemand, [this](const ReadJobPtr&) {
             entered_.count_down();
             open_.wait();
         });
@@ -48,7 +48,7 @@ public:
 private:
     std::latch entered_{1};
     std::latch open_{1};
-    TransferPtr transfer_;
+    ReadJobPtr transfer_;
 };
 
 TEST("every byte lands in its place") {
@@ -61,7 +61,7 @@ TEST("every byte lands in its place") {
         options.chunk_bytes = kPage * (1 + random() % 40);
         options.direct = random() % 4 != 0;
         std::vector<std::vector<std::byte>> slots(12, std::vector(world.slot_bytes, kPoison));
-        std::vector<TransferPtr> transfers;
+        std::vector<ReadJobPtr> transfers;
         {
             FileReader engine(world.catalog, options);
             for (int32_t i = 0; i < 12; ++i) {
@@ -69,10 +69,10 @@ TEST("every byte lands in its place") {
                 transfers.push_back(engine.submit(
                     ExpertId{i % 6}, slots[static_cast<size_t>(i)].data(), priority, {}));
             }
-            for (const TransferPtr& transfer : transfers) wait_until_finished(transfer);
+            for (const ReadJobPtr& transfer : transfers) wait_until_finished(transfer);
         }
         for (int32_t i = 0; i < 12; ++i) {
-            CHECK(transfers[static_cast<size_t>(i)]->state() == TransferState::kDone);
+            CHECK(transfers[static_cast<size_t>(i)]->state() == ReadState::kDone);
             CHECK(slots[static_cast<size_t>(i)] == world.expected(ExpertId{i % 6}));
         }
     }
@@ -117,7 +117,7 @@ TEST("a demand overtakes a running prefetch at the next chunk") {
         FileReader engine(large.catalog, {1, kPage, true});
         const auto prefetch =
             engine.submit(ExpertId{0}, large.slots[0].data(), Priority::kPrefetch, order.note());
-        while (prefetch->state() == TransferState::kQueued) std::this_thread::yield();
+        while (prefetch->state() == ReadState::kQueued) std::this_thread::yield();
         const auto demand =
             engine.submit(ExpertId{1}, large.slots[1].data(), Priority::kDemand, order.note());
         wait_until_finished(demand);
@@ -139,8 +139,8 @@ TEST("the destructor cancels what waits and ends what runs") {
     for (const int32_t expert : {1, 2, 3}) {
         (void)engine->submit(ExpertId{expert}, slots[static_cast<size_t>(expert)].data(),
                              expert == 1 ? Priority::kDemand : Priority::kPrefetch,
-                             [&](const TransferPtr& transfer) {
-                                 cancelled += transfer->state() == TransferState::kCancelled;
+                             [&](const ReadJobPtr& transfer) {
+                                 cancelled += transfer->state() == ReadState::kCancelled;
                              });
     }
     std::jthread destroyer([&] { engine.reset(); });
@@ -155,16 +155,16 @@ TEST("the destructor cancels what waits and ends what runs") {
 TEST("a running transfer stops with its engine") {
     LargeExperts large;
     std::atomic<int> calls{0};
-    TransferPtr transfer;
+    ReadJobPtr transfer;
     {
         FileReader engine(large.catalog, {2, kPage, true});
         transfer = engine.submit(ExpertId{0}, large.slots[0].data(), Priority::kDemand,
-                                 [&](const TransferPtr&) { ++calls; });
-        while (transfer->state() == TransferState::kQueued) std::this_thread::yield();
+                                 [&](const ReadJobPtr&) { ++calls; });
+        while (transfer->state() == ReadState::kQueued) std::this_thread::yield();
     }
     CHECK_EQ(calls.load(), 1);
-    CHECK(transfer->state() >= TransferState::kDone);
-    CHECK(transfer->state() != TransferState::kFailed);
+    CHECK(transfer->state() >= ReadState::kDone);
+    CHECK(transfer->state() != ReadState::kFailed);
 }
 
 TEST("many threads submit and promote") {
@@ -184,14 +184,14 @@ TEST("many threads submit and promote") {
                     std::latch done(1);
                     const auto transfer = engine.submit(
                         expert, slot.data(), own() % 2 ? Priority::kDemand : Priority::kPrefetch,
-                        [&](const TransferPtr&) {
+                        [&](const ReadJobPtr&) {
                             ++calls;
                             done.count_down();
                         });
                     if (own() % 2) engine.promote(transfer);
                     done.wait();
                     wrong +=
-                        transfer->state() != TransferState::kDone || slot != world.expected(expert);
+                        transfer->state() != ReadState::kDone || slot != world.expected(expert);
                 }
             });
         }

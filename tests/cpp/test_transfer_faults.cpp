@@ -34,9 +34,9 @@ int descriptor_of(const std::string& path) {
 std::string failure_of(FileReader& engine, ExpertId expert, std::byte* slot) {
     std::atomic<int> calls{0};
     const auto transfer =
-        engine.submit(expert, slot, Priority::kDemand, [&](const TransferPtr&) { ++calls; });
+        engine.submit(expert, slot, Priority::kDemand, [&](const ReadJobPtr&) { ++calls; });
     while (calls == 0) std::this_thread::yield();
-    CHECK(transfer->state() == TransferState::kFailed);
+    CHECK(transfer->state() == ReadState::kFailed);
     return transfer->error();
 }
 
@@ -66,7 +66,7 @@ TEST("a read that fails fails its transfer and leaves the engine usable") {
         std::fill(slot.begin(), slot.end(), kPoison);
         const auto transfer = engine.submit(ExpertId{0}, slot.data(), Priority::kDemand, {});
         wait_until_finished(transfer);
-        CHECK(transfer->state() == TransferState::kDone);
+        CHECK(transfer->state() == ReadState::kDone);
         CHECK(slot == world.expected(ExpertId{0}));
     }
 }
@@ -78,12 +78,12 @@ TEST("nothing is written after a failure was reported") {
     std::atomic<int> calls{0};
     const std::vector poison(LargeExperts::kBytes, kPoison);
     const auto transfer = engine.submit(ExpertId{0}, large.slots[0].data(), Priority::kDemand,
-                                        [&](const TransferPtr&) {
+                                        [&](const ReadJobPtr&) {
                                             large.slots[0] = poison;
                                             ++calls;
                                         });
     while (calls == 0) std::this_thread::yield();
-    CHECK(transfer->state() == TransferState::kFailed);
+    CHECK(transfer->state() == ReadState::kFailed);
     CHECK(contains(transfer->error(), large.path));
     CHECK(contains(transfer->error(), std::to_string(2 * LargeExperts::kBytes)) ||
           contains(transfer->error(),

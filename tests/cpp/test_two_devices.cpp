@@ -5,16 +5,22 @@
 // Shown once, by removing each: this test fails without
 // - the fill that HostTier::accept_demotion starts (another device copies bytes that are to come),
 // - CopyJob::wait_for_source (a device copies out of RAM before the other has copied there),
-// - HostTier::withdraw in ~DeviceLink (RAM tells a link that has gone),
-// - give_back_pins() and the set_holder() calls in ~DeviceLink (RAM is full for ever).
+// - the holders in HostTier::accept_demotion (RAM keeps what a device has),
+// - the holders that ~DeviceLink removes (RAM refuses what nobody has),
+// - `arrived` in HostTier::end_demotion (bytes are used that a broken device never copied);
+// and it hangs without
+// - give_back_pins() in ~DeviceLink (RAM is full for ever),
+// - HostTier::withdraw in ~DeviceLink, on most seeds (the last waiter starves).
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
+#include <optional>
 #include <thread>
 
 #include "base/error.h"
 #include "device_world.h"
 #include "tier/device_link.h"
+#include "watched_device.h"
 
 using namespace moeinf;
 using namespace std::chrono_literals;
@@ -154,76 +160,134 @@ void test_any_order_of_destruction(const CacheWorld& world, const Devices& devic
     CHECK_EQ(fake_cuda_used_bytes(), uint64_t{0});
 }
 
-// An expert goes back to RAM when the last device evicts it, and is read from there by either.
+// What a device evicts comes to RAM unless another device still holds it. RAM is exclusive: what a
+// device holds leaves it first.
 void test_the_last_holder_demotes(const CacheWorld& world, const Devices& devices) {
     reset();
+    const auto nbytes = static_cast<int64_t>(world.catalog->expert_bytes());
     auto tier = make_tier(world, devices, 12, true);
-    auto first = make_cache(world, devices[0], tier, 4);
+    auto first = make_cache(world, devices[0], tier, 8);
     auto second = make_cache(world, devices[1], tier, 4);
     Stepper one{world, *first}, two{world, *second};
     one.step(0, ids(0, 4));
     two.step(0, ids(0, 4));
-    // RAM lets go of what both devices hold, then of what it has beside.
-    for (int32_t i = 4; i < 40; i += 4) one.step(1, ids(i, 4));
+    for (int32_t i = 0; i < 40; i += 4) {  // until RAM has given away its copies of the four
+        one.step(1, ids(i, 4));
+        one.step(0, ids(0, 4));
+    }
+    for (int32_t i = 0; i < 8; i += 4) one.step(1, ids(i, 4));  // drives them out
     tier->reset_stats();
     one.step(0, ids(0, 4));
-    CHECK(tier->stats().read_bytes > 0);  // the other still held them: they had not come to RAM
-    for (int32_t i = 4; i < 12; i += 4) one.step(1, ids(i, 4));
-    two.step(1, ids(20, 4));  // the last holder evicts them
+    CHECK_EQ(tier->stats().read_bytes, 4 * nbytes);  // out of the files: the other held them
+
+    for (int32_t i = 0; i < 40; i += 4) {
+        one.step(1, ids(i, 4));
+        one.step(0, ids(0, 4));
+    }
+    second.reset();  // holds nothing any more
+    for (int32_t i = 0; i < 8; i += 4) one.step(1, ids(i, 4));
     tier->reset_stats();
     one.step(0, ids(0, 4));
     CHECK_EQ(tier->stats().read_bytes, int64_t{0});
     CHECK_EQ(one.wrong + two.wrong, int64_t{0});
 }
 
+// RAM of twelve slots, of which a step of the first device on experts 20 to 23 of layer 1 fills
+// some with 12 to 15, which it drives out.
+struct Demoting {
+    Demoting(const CacheWorld& world, const Devices& devices, std::shared_ptr<Device> first_device)
+        : tier(make_tier(world, devices, 12, true)),
+          first(make_cache(world, first_device, tier, 4)),
+          second(make_cache(world, devices[1], tier, 8)),
+          one{world, *first},
+          two{world, *second} {
+        for (int32_t i = 0; i < 40; i += 4) one.step(0, ids(i, 4));
+        for (int32_t i = 0; i < 16; i += 4) one.step(1, ids(i, 4));
+        tier->reset_stats();
+    }
+    std::shared_ptr<HostTier> tier;
+    std::shared_ptr<ExpertCache> first, second;
+    Stepper one, two;
+};
+
 // The link to RAM is slow: the other device's copy starts when the bytes have come.
 void test_a_demotion_is_waited_for(const CacheWorld& world, const Devices& devices) {
     reset();
-    auto tier = make_tier(world, devices, 12, true);
-    auto first = make_cache(world, devices[0], tier, 4);
-    auto second = make_cache(world, devices[1], tier, 8);
-    Stepper one{world, *first}, two{world, *second};
-    // RAM has room for all that leave: every one of them is demoted.
-    for (int32_t i = 0; i < 40; i += 4) one.step(0, ids(i, 4));
-    for (int32_t i = 0; i < 16; i += 4) one.step(1, ids(i, 4));
-    tier->reset_stats();
+    Demoting tiers(world, devices, devices[0]);
     fake_cuda_set_link(FAKE_CUDA_TO_HOST, 1.25e6, 0);  // 9 ms each
-    one.step(1, ids(20, 4));                           // drives out 12 to 15
-    two.step(1, ids(12, 4));
-    const HostTierStats stats = tier->stats();
-    CHECK(stats.demoted > 0);
-    CHECK(stats.hits > 0);
-    CHECK_EQ(one.wrong + two.wrong, int64_t{0});
+    tiers.one.step(1, ids(20, 4));
+    tiers.two.step(1, ids(12, 4));
+    CHECK(tiers.tier->stats().demoted > 0);
+    CHECK(tiers.tier->stats().hits > 0);
+    CHECK_EQ(tiers.one.wrong + tiers.two.wrong, int64_t{0});
 }
 
-// One device breaks with copies under way. The other goes on, also with the slots of RAM that the
-// broken one had pinned, once its cache has closed.
-void test_a_broken_device_breaks_no_other(const CacheWorld& world, const Devices& devices) {
-    for (const bool exclusive : {false, true}) {
-        reset();
-        auto tier = make_tier(world, devices, 6, exclusive);
-        auto first = make_cache(world, devices[0], tier, 5);
-        auto second = make_cache(world, devices[1], tier, 3);
-        Stepper one{world, *first}, two{world, *second};
-        one.step(0, ids(0, 5));
-        two.step(1, ids(0, 3));
-        fake_cuda_set_link(FAKE_CUDA_TO_DEVICE, 5e5, 0);
-        fake_cuda_set_link(FAKE_CUDA_TO_HOST, 5e5, 0);  // 20 ms each
-        {
-            StepLease lease = second->begin_step({.layer = LayerId{1}, .experts = ids(10, 3)});
-            std::vector<ReadyExpert> ready;
-            while (ready.size() < 3 && lease.wait_ready(ready)) {
+// The other device asks after RAM has made room, and before the copy has been enqueued.
+void test_a_demotion_that_begins_is_waited_for(const CacheWorld& world, const Devices& devices) {
+    struct Watch final : DeviceWatcher {
+        void call_begins() override {
+            if (tiers == nullptr || std::this_thread::get_id() != thread || over ||
+                tiers->tier->stats().demoted == 0) {
+                return;
             }
-            fake_cuda_break_device(1, kLaunchFailed);
+            over = true;
+            std::jthread([this] {
+                lease.emplace(tiers->second->begin_step({.layer = LayerId{1}, .experts = experts}));
+            });
         }
-        fake_cuda_set_link(FAKE_CUDA_TO_DEVICE, 0, 0);
-        fake_cuda_set_link(FAKE_CUDA_TO_HOST, 0, 0);
-        CHECK(mentions(error_of([&] { two.step(0, ids(20, 2)); }), "719"));
-        second.reset();
-        for (int32_t layer = 0; layer < kDeviceLayers; ++layer) one.step(layer, ids(0, 40));
-        CHECK_EQ(one.wrong, int64_t{0});
+        void call_ends() override {}
+        const Experts experts = ids(12, 4);
+        const std::thread::id thread = std::this_thread::get_id();
+        Demoting* tiers = nullptr;
+        bool over = false;
+        std::optional<StepLease> lease;
+    } watch;
+    reset();
+    Demoting tiers(world, devices, std::make_shared<WatchedDevice>(devices[0], watch));
+    fake_cuda_set_link(FAKE_CUDA_TO_HOST, 1.25e6, 0);
+    watch.tiers = &tiers;
+    tiers.one.step(1, ids(20, 4));
+    CHECK(watch.over);
+    if (!watch.over) return;
+    std::vector<ReadyExpert> ready;
+    while (watch.lease->wait_ready(ready)) {
     }
-    std::this_thread::sleep_for(100ms);  // until the fake device has done its copies
+    for (const ReadyExpert& one : ready) {
+        tiers.two.wait_for(one.slot);
+        const ExpertIndex expert = watch.experts[static_cast<size_t>(one.position)];
+        CHECK(world.holds(*tiers.second, one.slot, 1, expert));
+    }
+    watch.lease.reset();
+    watch.tiers = nullptr;
+    CHECK_EQ(tiers.one.wrong, int64_t{0});
+}
+
+// One device breaks with copies under way in both directions. The other goes on, also with the
+// slots of RAM that the broken one had pinned, once its cache has closed. What had not come to RAM
+// is read from the files.
+void test_a_broken_device_breaks_no_other(const CacheWorld& world, const Devices& devices) {
+    reset();
+    Demoting tiers(world, devices, devices[0]);
+    fake_cuda_set_link(FAKE_CUDA_TO_DEVICE, 5e5, 0);
+    fake_cuda_set_link(FAKE_CUDA_TO_HOST, 5e4, 0);  // 200 ms each
+    {
+        StepLease lease = tiers.first->begin_step({.layer = LayerId{1}, .experts = ids(20, 4)});
+        std::vector<ReadyExpert> ready;
+        while (ready.size() < 4 && lease.wait_ready(ready)) {
+        }
+        fake_cuda_break_device(0, kLaunchFailed);
+    }
+    CHECK(tiers.tier->stats().demoted > 0);
+    fake_cuda_set_link(FAKE_CUDA_TO_DEVICE, 0, 0);
+    fake_cuda_set_link(FAKE_CUDA_TO_HOST, 0, 0);
+    CHECK(mentions(error_of([&] { tiers.one.step(0, ids(36, 4)); }), "719"));
+    tiers.two.step(0, ids(0, 2));
+    tiers.first.reset();
+    tiers.two.step(1, ids(12, 4));
+    for (int32_t layer = 0; layer < kDeviceLayers; ++layer) tiers.two.step(layer, ids(0, 40));
+    CHECK_EQ(tiers.two.wrong, int64_t{0});
+    tiers.second.reset();
+    std::this_thread::sleep_for(1s);  // until the fake device has ended its copies
     reset();
 }
 
@@ -297,6 +361,7 @@ int main(int argc, char** argv) {
     test_any_order_of_destruction(world, devices, seed);
     test_the_last_holder_demotes(world, devices);
     test_a_demotion_is_waited_for(world, devices);
+    test_a_demotion_that_begins_is_waited_for(world, devices);
     test_a_broken_device_breaks_no_other(world, devices);
     const CacheWorld small(kDeviceLayers, kDeviceExperts, seed, CacheWorld::kSmall);
     test_bytes_under_delays(small, devices, seed, steps);

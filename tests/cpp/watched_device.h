@@ -66,9 +66,9 @@ public:
         const Watched here(watcher_);
         device_->synchronize(event);
     }
-    void leave_captures_alone() noexcept override {
+    void set_relaxed_capture_mode() noexcept override {
         const Watched here(watcher_);
-        device_->leave_captures_alone();
+        device_->set_relaxed_capture_mode();
     }
     void copy_in(std::byte* device, const std::byte* host, size_t nbytes,
                  moeinf::Stream stream) override {

@@ -67,6 +67,10 @@ void break_context(int device, Result result, const char* why) {
     }
 }
 
+bool is_broken(int device) {
+    return broken[device].load(std::memory_order_relaxed) != kSuccess;
+}
+
 void mend_contexts() {
     for (std::atomic<Result>& one : broken) one.store(kSuccess, std::memory_order_relaxed);
 }
@@ -110,6 +114,7 @@ FAKE_EXPORT void fake_cuda_set_device_memory(int device, uint64_t total_bytes) {
 
 FAKE_EXPORT void fake_cuda_break_device(int device, int result) {
     fake::break_context(device, result, "broken by a test");
+    fake::wait_for_copies();
 }
 
 FAKE_EXPORT void fake_cuda_set_granularity(uint64_t bytes) {

@@ -101,6 +101,7 @@ Settings& settings();
 // The device's context is broken from here on, as after a fault on a real device; says why on
 // stderr.
 void break_context(int device, Result result, const char* why);
+bool is_broken(int device);
 void mend_contexts();
 
 // memory.cpp. Copies while no piece can be unmapped or unregistered; false where the device or
@@ -110,6 +111,7 @@ struct Part {
 };
 bool copyable(const Part& part, int direction, int device);
 bool copy_bytes(const std::vector<Part>& parts, int direction, int device);
+void wait_for_copies();  // that move bytes now
 
 // link.cpp. One copy engine each way of each device; moves the parts as one and returns when they
 // are over. `ready` is when the copy could start, on the stream's clock; the result is when it

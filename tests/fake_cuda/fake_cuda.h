@@ -45,7 +45,8 @@ void fake_cuda_set_max_delay(uint64_t ns);
 // The nth next call (1: the next one) of a function, by exported name ("cuMemcpyHtoDAsync_v2"),
 // does nothing and returns `result`. Returns 0, or -1 for an unknown name.
 int fake_cuda_fail(const char* function, uint64_t nth, int result);
-// Every later call that needs the context of this device returns `result`, until reset.
+// Every later call that needs the context of this device returns `result`, until reset. Its copies
+// move nothing any more.
 void fake_cuda_break_device(int device, int result);
 // The event recorded next never completes, nor does anything behind it in its stream, until reset.
 void fake_cuda_hang_next_event(void);

@@ -176,6 +176,11 @@ void release_hung_events() {
     hang().changed.notify_all();
 }
 
+// What lives in a broken context ends with it, whatever the call returns.
+static bool ends_broken() {
+    return current_device() >= 0 && is_broken(current_device());
+}
+
 static Result enqueue_copy(const Part& part, int direction, Handle handle) {
     Stream& stream = stream_of(handle);
     if (stream.device != current_device()) return kInvalidHandle;
@@ -201,12 +206,13 @@ FAKE_CALL(cuStreamCreateWithPriority, kContext, (Handle * stream, unsigned flags
 }
 
 FAKE_CALL(cuStreamDestroy_v2, kContext, (Handle stream)) {
-    FAKE_ENTER(cuStreamDestroy_v2);
+    const Result entered = call_cuStreamDestroy_v2.enter();
+    if (entered != kSuccess && !ends_broken()) return entered;
     if (stream == nullptr) return kInvalidHandle;
     stream_of(stream).close();  // its thread ends when its work is done
     delete static_cast<StreamHandle*>(stream);
     --live_streams;
-    return kSuccess;
+    return entered;
 }
 
 FAKE_CALL(cuStreamQuery, kContext, (Handle stream)) {
@@ -240,11 +246,12 @@ FAKE_CALL(cuEventCreate, kContext, (Handle * event, unsigned flags)) {
 }
 
 FAKE_CALL(cuEventDestroy_v2, kContext, (Handle event)) {
-    FAKE_ENTER(cuEventDestroy_v2);
+    const Result entered = call_cuEventDestroy_v2.enter();
+    if (entered != kSuccess && !ends_broken()) return entered;
     if (event == nullptr) return kInvalidHandle;
     delete static_cast<Event*>(event);
     --live_events;
-    return kSuccess;
+    return entered;
 }
 
 FAKE_CALL(cuEventRecord, kContext, (Handle event, Handle stream)) {

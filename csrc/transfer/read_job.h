@@ -18,38 +18,38 @@ namespace moeinf {
 
 enum class Priority : uint8_t { kDemand = 0, kPrefetch = 1 };
 
-enum class TransferState : uint8_t { kQueued, kRunning, kDone, kFailed, kCancelled };
+enum class ReadState : uint8_t { kQueued, kRunning, kDone, kFailed, kCancelled };
 
-class Transfer {
+class ReadJob {
 public:
     [[nodiscard]] ExpertId expert() const noexcept { return expert_; }
-    [[nodiscard]] TransferState state() const noexcept {
+    [[nodiscard]] ReadState state() const noexcept {
         return state_.load(std::memory_order_acquire);
     }
     [[nodiscard]] const std::string& error() const noexcept { return error_; }  // once kFailed
 
 private:
-    friend struct TransferAccess;
+    friend struct ReadJobAccess;
     ExpertId expert_ = ExpertId::kNone;
-    std::atomic<TransferState> state_{TransferState::kQueued};
+    std::atomic<ReadState> state_{ReadState::kQueued};
     std::string error_;
 };
 
 // Only code that moves transfers uses this.
-struct TransferAccess {
-    static void begin(Transfer& transfer, ExpertId expert) { transfer.expert_ = expert; }
-    static void set_state(Transfer& transfer, TransferState state) {
+struct ReadJobAccess {
+    static void begin(ReadJob& transfer, ExpertId expert) { transfer.expert_ = expert; }
+    static void set_state(ReadJob& transfer, ReadState state) {
         transfer.state_.store(state, std::memory_order_release);
     }
-    static void set_error(Transfer& transfer, std::string error) {
+    static void set_error(ReadJob& transfer, std::string error) {
         transfer.error_ = std::move(error);
     }
 };
 
-using TransferPtr = std::shared_ptr<Transfer>;
+using ReadJobPtr = std::shared_ptr<ReadJob>;
 
 // Called exactly once per transfer, while no lock is held that its owner may need. It may call the
 // object that moves the transfer, but must not throw or destroy that object.
-using TransferCallback = std::function<void(const TransferPtr&)>;
+using ReadCallback = std::function<void(const ReadJobPtr&)>;
 
 }  // namespace moeinf
