@@ -3,9 +3,10 @@
     python benchmarks/cache_overhead.py --json benchmarks/results/cache_overhead.json
 
 A hit is acquire and release of 8 resident experts, in a cache of 1,800 slots over 15 layers of 128
-small experts. It is measured in C++ (begin_step, wait_ready, release each), through the compiled
-module, and through `moeinf.ExpertCache`. A miss is the planning of a step of 8 absent experts with
-1,800 residents of 48 layers of 128, for each policy: scores, 8 victims, updates. No bytes move.
+small experts. It is measured in C++ (begin_step, wait_ready, release for each), through the
+compiled module, and through `moeinf.ExpertCache`. A miss is the planning of a step of 8 absent
+experts with 1,800 residents of 48 layers of 128, for each policy: scores, 8 victims, updates. No
+bytes move.
 Recording is the time that `ExpertCache.record` adds to a step of one token, with its share of the
 work per forward pass. With the router's probabilities it includes the hook and their softmax.
 

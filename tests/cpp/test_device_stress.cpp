@@ -10,9 +10,8 @@
 // - CopyJob::wait_for_source in copy_demands (a copy in waits for the copy out),
 // - the wait for idle slots in Tier::close_frames,
 // - read() in DeviceLink::demote (a fill waits for the copy out of its row),
-// - `resizing` and is_free() in Tier::evict_for (slots are not exchanged then, nor a leased one),
-// - Tier::compact, and Tier::give_staging_slots_that_stay with what it does to the slots of closed
-//   frames.
+// - `resizing` in Tier (slots are not exchanged then),
+// - give_staging_slots_that_stay() in Tier::close_frames, and what it does to closed slots.
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
