@@ -1,6 +1,7 @@
 // Requests that run side by side do not look like one: a policy knows the same after the passes of
 // several callers, whether their layers came in turn or pass after pass.
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 #include <random>
 #include <string>
@@ -93,10 +94,21 @@ std::vector<ExpertId> order_after(const std::string& name, const Callers& caller
     return order;
 }
 
+// Experts that stand more than one place apart in the two orders.
+int moved(const std::vector<ExpertId>& order, const std::vector<ExpertId>& other) {
+    int count = 0;
+    for (size_t i = 0; i < order.size(); ++i) {
+        const auto found = std::find(other.begin(), other.end(), order[i]) - other.begin();
+        count += std::abs(static_cast<int64_t>(i) - found) > 1;
+    }
+    return count;
+}
+
 void test_learned(const Callers& callers) {
     const std::vector<ExpertId> by_pass = order_after("learned", callers, false);
     CHECK_EQ(by_pass.size(), size_t(kShape.total()));
-    CHECK(order_after("learned", callers, true) == by_pass);
+    // Sums of floats in another order: neighbours with almost equal scores may change places.
+    CHECK(moved(order_after("learned", callers, true), by_pass) <= 4);
     // The comparison can fail: it does if all steps seem to come from one caller.
     Callers as_one = callers;
     for (auto& caller : as_one) {
@@ -108,7 +120,7 @@ void test_learned(const Callers& callers) {
             }
         }
     }
-    CHECK(order_after("learned", as_one, true) != order_after("learned", as_one, false));
+    CHECK(moved(order_after("learned", as_one, true), order_after("learned", as_one, false)) > 20);
 }
 
 std::vector<std::vector<float>> entries(const EamCollection& collection) {
