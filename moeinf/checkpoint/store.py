@@ -24,7 +24,6 @@ from moeinf.checkpoint.index import Index, build_index, check_alike, format_of
 from moeinf.checkpoint.layout import Layout, Segment
 from moeinf.errors import CheckpointError
 from moeinf.kernels.forms import ExpertForm
-from moeinf.kernels.gates import check_form
 
 FLOATS = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 
@@ -70,6 +69,8 @@ class ExpertStore:
             CheckpointError: experts that are not alike, or that the form does not describe; the
                 message names file, tensor, expected and found.
         """
+        from moeinf.kernels.gates import check_form  # imports Triton, 0.3 s: only with a store
+
         check_form(form)
         self.checkpoint = checkpoint
         self.form = form
