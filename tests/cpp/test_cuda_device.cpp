@@ -193,8 +193,8 @@ void pinned_memory_is_locked_in_whole_units() {
             world.device->copy_in(device->data() + i * unit, host->data() + i * unit, unit,
                                   world.stream);
         }
+        world.finish(world.stream);  // the next commit may take memory away
     }
-    world.finish(world.stream);
     host->commit(0);
     CHECK_EQ(fake_cuda_registered_bytes(), 0u);
     check_fails(ErrorCode::kInvalid, "multiple of 4096",
