@@ -116,11 +116,12 @@ def test_asking_changes_nothing_whoever_asks_and_whenever(qwen3_folder: Path, se
         model = moeinf.load(qwen3_folder, slots=5, policy="eam")
         cache = model.moeinf.cache
         done = threading.Event()
-        answers: list[EAMC] = []
+        most = 0
 
         def ask() -> None:
-            while not done.is_set():
-                answers.append(cache.eamc())
+            nonlocal most
+            while not done.wait(1e-4):  # without a pause it would hardly ever leave the interpreter
+                most = max(most, len(cache.eamc().decode))
 
         asker = threading.Thread(target=ask)
         if asks:
@@ -131,7 +132,7 @@ def test_asking_changes_nothing_whoever_asks_and_whenever(qwen3_folder: Path, se
             done.set()
         if asks:
             asker.join()
-            assert all(len(one.decode) <= 4 for one in answers)
+            assert 0 < most <= 4
         return model.moeinf.stats()["hits"], entries_of(cache.eamc())
 
     assert run(asks=True) == run(asks=False)
