@@ -9,31 +9,24 @@ from typing import Annotated, Any
 
 import typer
 
-from moeinf.cli import quiet_interrupts
-from moeinf.cli.output import check_writable, human_bytes, print_facts, print_json
+from moeinf.cli import options, quiet_interrupts
+from moeinf.cli.output import human_bytes, print_facts, print_json, utf8
+from moeinf.output_files import check_writable
 from moeinf.pocket import POCKET
 
 DEMO_PROMPT = "import os\nimport sys\n\n\ndef main"
 
 
 def command(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help="A checkpoint folder; the built-in model without it.", show_default=False
-        ),
-    ] = POCKET,
+    checkpoint: options.Checkpoint = POCKET,
     prompt: Annotated[
         str,
         typer.Option(
             help="The text to continue; a few lines of Python without it.", show_default=False
         ),
     ] = DEMO_PROMPT,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
-    memory: Annotated[
-        str,
-        typer.Option(help="What experts may take: 2GiB, a share of all experts, or auto."),
-    ] = "25%",
+    max_new_tokens: options.MaxNewTokens = 64,
+    memory: options.Memory = "25%",
     policy: Annotated[str, typer.Option(help="Who leaves when a slot is needed.")] = "learned",
     prefetch: Annotated[
         str,
@@ -48,14 +41,12 @@ def command(
         str | None,
         typer.Option(help="What experts may take of the RAM below a GPU; all of them without it."),
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling, when the temperature is above 0.")] = 0,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
     record: Annotated[
         Path | None, typer.Option(help="Save the routing as a trace for moeinf simulate.")
     ] = None,
-    router: Annotated[
-        bool, typer.Option("--router", help="Record the router's probabilities of all experts too.")
-    ] = False,
+    router: options.Router = False,
     eamc: Annotated[
         Path | None,
         typer.Option(
@@ -63,13 +54,14 @@ def command(
             "at the end."
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    json: options.Json = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare with every expert resident, to the bit.")
     ] = False,
 ) -> None:
     """Writes text with most experts on disk, and reports hits, reads and time."""
-    check_writable(record)
+    for output in filter(None, (record, eamc)):
+        check_writable(output)
     with quiet_interrupts():
         from moeinf.integrations.transformers.generation import Request, generate
 
@@ -77,7 +69,7 @@ def command(
         raise ValueError("--router says what --record keeps: give --record FILE")
     request = Request(
         path=checkpoint,
-        prompt=prompt,
+        prompt=utf8("--prompt", prompt),
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

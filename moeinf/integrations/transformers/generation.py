@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
 from moeinf.checkpoint.folder import Checkpoint
+from moeinf.errors import CheckpointError
 from moeinf.integrations.transformers.load import load
 from moeinf.pocket import model_name
 from moeinf.traces.eam import EAMC
@@ -77,7 +78,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         CheckpointError, CapacityError, ReadError: see `moeinf.load`.
     """
     checkpoint = Checkpoint.open(request.path)
-    tokenizer = AutoTokenizer.from_pretrained(request.path)
+    tokenizer = read_tokenizer(request.path)
     prompt = tokenizer(request.prompt, return_tensors="pt")
     count = prompt["input_ids"].shape[1]
     if count == 0:
@@ -147,6 +148,14 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             prefetch=_prefetch_metrics(stats),
         ),
     )
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder. Raises CheckpointError if the folder has none."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise CheckpointError(f"{path}: expected a tokenizer such as tokenizer.json, found none")
+    return tokenizer
 
 
 def continue_prompt(
