@@ -74,15 +74,14 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _shards(folder: Path) -> Iterator[tuple[Path, set[str]]]:
     """Each shard with the names the index puts in it (none are known without an index)."""
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        single = folder / "model.safetensors"
-        if not single.exists():
-            raise CheckpointError(
-                f"{folder}: found neither model.safetensors nor model.safetensors.index.json"
-            )
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if single.exists():  # before an index, as transformers does
         yield single, set()
         return
+    if not index.exists():
+        raise CheckpointError(
+            f"{folder}: found neither model.safetensors nor model.safetensors.index.json"
+        )
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: 'weight_map' is missing or empty")
