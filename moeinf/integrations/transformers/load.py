@@ -45,6 +45,7 @@ GATE = "gate"
 def load(
     path: str | os.PathLike[str] | Checkpoint,
     *,
+    revision: str | None = None,
     device: str | torch.device = "auto",
     device_map: DeviceMap | str | None = None,
     memory: str | int | None = None,
@@ -57,7 +58,9 @@ def load(
     """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
 
     Args:
-        path: a Hugging Face checkpoint folder (safetensors), or one already opened.
+        path: a checkpoint folder (safetensors), a name on the Hugging Face Hub such as
+            Qwen/Qwen3-30B-A3B, or a checkpoint already opened.
+        revision: branch, tag or commit on the Hub; without it, the main branch.
         device: where the model computes and the slots lie: "cpu", "cuda", "cuda:N", or "auto", a
             GPU where torch and the core can both use one. `stats()["device"]` says which it was.
         device_map: instead of `device`, module paths and their devices, as accelerate writes them,
@@ -86,7 +89,7 @@ def load(
     known = [*_core.prefetch_names(), GATE]
     if prefetch not in known:
         raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
-    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, revision)
     base, config = model_class(read_config(checkpoint), checkpoint)
     plan = make_plan(base, config, checkpoint)
     # Before the model, so that a budget that cannot work says so before anything large is read.
