@@ -18,5 +18,5 @@ PYBIND11_MODULE(_core, module) {
     moeinf::bind_probe(module);
     moeinf::bind_fused_experts(module);
     module.def("available_memory", &moeinf::available_memory,
-               "Bytes that could still be taken: RAM and free swap, or less in a control group.");
+               "Bytes of RAM that this process could still take, or fewer in a control group.");
 }

@@ -15,7 +15,7 @@ import typer
 
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.cli import options, quiet_interrupts
-from moeinf.cli.output import human_bytes, print_facts
+from moeinf.cli.output import human_bytes, print_facts, utf8
 from moeinf.pocket import POCKET, model_name
 
 HELP = "/reset forgets the conversation, /stats shows what was read, /exit or Ctrl-D ends"
@@ -42,9 +42,9 @@ def command(
     """Answers messages, each a line of standard input; keeps what was said in the KV cache."""
     with quiet_interrupts():
         import torch
-        from transformers import AutoTokenizer
 
         from moeinf.integrations.transformers.conversation import Conversation
+        from moeinf.integrations.transformers.generation import read_tokenizer
         from moeinf.integrations.transformers.load import load
     opened = Checkpoint.open(checkpoint, revision)
     model: Any = load(
@@ -55,7 +55,7 @@ def command(
         policy=policy,
         prefetch=prefetch,
     )
-    chat = Conversation(model, AutoTokenizer.from_pretrained(opened.path), system)
+    chat = Conversation(model, read_tokenizer(opened.path), system and utf8("--system", system))
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if not chat.has_template:
         _note("The tokenizer has no chat template: the model continues the text of all messages.")

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from moeinf import _core
 from moeinf.checkpoint.store import ExpertStore
+from moeinf.cli import options
 from moeinf.cli.output import human_bytes, print_facts, print_json
 from moeinf.pocket import POCKET
 
 
 def command(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help="A checkpoint folder; the built-in model without it.", show_default=False
-        ),
-    ] = POCKET,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    checkpoint: options.Checkpoint = POCKET,
+    json: options.Json = False,
 ) -> None:
     """Shows the experts of a checkpoint, their sizes and layout."""
     facts = describe(ExpertStore.open(checkpoint))
@@ -57,7 +50,7 @@ def describe(store: ExpertStore) -> dict[str, Any]:
         entry.nbytes for name, entry in store.checkpoint.tensors.items() if name not in expert_names
     )
     available = _core.available_memory()
-    working_set = store.num_layers * store.top_k
+    working_set = store.num_layers * (store.top_k or store.num_experts)
     return {
         "path": str(store.checkpoint.path),
         "model_type": store.checkpoint.config.get("model_type", "unknown"),
