@@ -7,12 +7,12 @@ from typing import Any
 import torch
 
 from moeinf import _core
-from moeinf.cache.budget import GPU_RESERVE, RAM_RESERVE, less_reserve, parse_bytes
+from moeinf.cache.budget import GPU_RESERVE, RAM_RESERVE, less_reserve, parse_bytes, slots_for
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import open_device
 from moeinf.cache.group import CacheGroup
 from moeinf.checkpoint.store import ExpertStore
-from moeinf.errors import UnsupportedError
+from moeinf.errors import CapacityError, UnsupportedError
 from moeinf.integrations.transformers.device_map import Placement
 
 
@@ -46,6 +46,28 @@ def make_caches(
             share = {key: value for key, value in share.items() if key not in ("eamc", "priors")}
         caches.append(ExpertCache(store, device=device, **share))
     return caches
+
+
+def slots_that_fit(
+    stores: list[ExpertStore], device: str | torch.device, dense_bytes: int
+) -> list[int]:
+    """The slots of each store's cache with memory="auto"; none where one would not fit."""
+    slots = []
+    shares = _share_out(stores, device, dense_bytes, {"memory": "auto"})
+    for store, share in zip(stores, shares, strict=True):
+        total = store.num_layers * store.num_experts
+        try:
+            slots.append(
+                slots_for(
+                    memory=share["memory"],
+                    slots=None,
+                    slot_bytes=store.slot_bytes,
+                    total_experts=total,
+                )
+            )
+        except CapacityError:
+            slots.append(0)
+    return slots
 
 
 def _share_out(
