@@ -224,3 +224,29 @@ def test_without_a_temperature_the_checkpoint_says_how_tokens_are_chosen(tmp_pat
         assert conversation.ends == {1, 2}
         answers.add(conversation.answer("hello", max_new_tokens=9).text)
     assert len(answers) > 1
+
+
+@pytest.mark.skipif(
+    not hasattr(PreTrainedTokenizerFast, "get_response_parser"), reason="this transformers cannot"
+)
+def test_what_was_thought_is_told_apart_where_the_tokenizer_knows_how(
+    folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = chat(folder, model)
+    conversation.tokenizer.response_template = {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<a>",
+        "fields": {
+            "reasoning_content": {"open": "[", "close": "]"},
+            "content": {"close": "</s>"},
+        },
+    }
+    tokens = conversation.tokenizer("[hm]yes</s>")["input_ids"]
+    monkeypatch.setattr(conversation, "_run", lambda *_: tokens)
+    assert conversation.answer("well?", max_new_tokens=20).text == "[hm]yes"
+    reply = {"role": "assistant", "reasoning_content": "hm", "content": "yes"}
+    assert conversation.messages == [{"role": "user", "content": "well?"}, reply]
+    cut = conversation.tokenizer("[hm, I")["input_ids"]
+    monkeypatch.setattr(conversation, "_run", lambda *_: cut)
+    conversation.answer("and?", max_new_tokens=20)
+    assert conversation.messages[-1]["reasoning_content"] == "hm, I"

@@ -61,7 +61,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forgets all messages but the system's."""
-        self.messages: list[dict[str, str]] = list(self.system)
+        self.messages: list[dict[str, Any]] = list(self.system)
         self.said: list[int] = []  # the tokens of all messages and answers
         self.ran: list[int] = []  # the tokens whose keys and values are in `past`
         self.past: Any = None
@@ -104,10 +104,7 @@ class Conversation:
         hits, misses = (after[name] - before[name] for name in ("hits", "misses"))
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
         if tokens:
-            self.messages += [
-                {"role": "user", "content": message},
-                {"role": "assistant", "content": text},
-            ]
+            self.messages += [{"role": "user", "content": message}, self._reply(prompt, tokens)]
         interrupted = self._interrupt.asked and (not tokens or tokens[-1] not in self.ends)
         ended = "end" if tokens and tokens[-1] in self.ends else "length"
         times = clock.times or [start]
@@ -131,6 +128,15 @@ class Conversation:
             return said + list(self.tokenizer(text, add_special_tokens=not said)["input_ids"])
         messages = [*self.messages, {"role": "user", "content": message}]
         return list(as_chat(self.tokenizer, messages)["input_ids"])
+
+    def _reply(self, prompt: list[int], tokens: list[int]) -> dict[str, Any]:
+        """The answer as a message: what was thought apart from what was said, where the tokenizer
+        knows how to tell them apart."""
+        if getattr(self.tokenizer, "response_template", None):
+            parsed = self.tokenizer.parse_response(tokens, prefix=prompt)
+            return {"role": "assistant", "content": "", **parsed}
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return {"role": "assistant", "content": text}
 
     def _keep(self, prompt: list[int], *, broken: bool = False) -> int:
         """Forgets keys and values from where the prompt is new; the count of those that stay.

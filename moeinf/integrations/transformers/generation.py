@@ -166,7 +166,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def as_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> BatchEncoding:
+def as_chat(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> BatchEncoding:
     """The tokens of messages in the tokenizer's chat template, up to where the answer begins.
 
     Raises:
