@@ -174,6 +174,22 @@ def test_an_interrupt_ends_the_reading_of_a_prompt_within_a_layer(
         assert after.run_tokens < len(prompt) - 10
 
 
+def test_a_pass_that_failed_leaves_nothing_behind(folder: Path, model: Any) -> None:
+    conversation = chat(folder, model)
+    conversation.answer("hello", max_new_tokens=9, temperature=0.0)
+
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is gone")
+
+    hook = model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        conversation.answer("who?", max_new_tokens=9, temperature=0.0)
+    hook.remove()
+    prompt = conversation._prompt("who?")
+    answer = conversation.answer("who?", max_new_tokens=9, temperature=0.0)
+    assert answer.tokens == from_the_start(model, prompt, 9)
+
+
 def test_windows_that_have_passed_run_again(tmp_path: Path) -> None:
     """Keys and values outside the window are gone: they cannot be cut, only made again."""
     folder = write_checkpoint(tmp_path, "mixtral", sliding_window=12)

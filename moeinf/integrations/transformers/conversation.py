@@ -95,10 +95,11 @@ class Conversation:
         clock = Clock(self.tokenizer, stream)
         before = self.model.moeinf.stats()
         start = time.perf_counter()
+        past, self.past, self.ran = self.past, None, []  # what a pass leaves that fails is unknown
         try:
-            tokens = self._run(prompt, clock, min(room, max_new_tokens), temperature)
+            tokens = self._run(prompt, past, clock, min(room, max_new_tokens), temperature)
         except Interrupted:
-            tokens = []
+            tokens, self.past, self.ran = [], past, prompt[:kept]
             self._keep(prompt[: kept + 1], broken=True)
         after = self.model.moeinf.stats()
         hits, misses = (after[name] - before[name] for name in ("hits", "misses"))
@@ -151,7 +152,12 @@ class Conversation:
         return same
 
     def _run(
-        self, prompt: list[int], clock: Clock, max_new_tokens: int, temperature: float | None
+        self,
+        prompt: list[int],
+        past: Any,
+        clock: Clock,
+        max_new_tokens: int,
+        temperature: float | None,
     ) -> list[int]:
         ids = torch.tensor([prompt])
         with self._interrupt.between_layers(self.model, clock):
@@ -164,7 +170,7 @@ class Conversation:
                 stopping_criteria=[self._interrupt],
                 eos_token_id=sorted(self.ends) or None,
                 return_dict_in_generate=True,
-                **({} if self.past is None else {PAST: self.past}),
+                **({} if past is None else {PAST: past}),
             )
         self.said = output.sequences[0].tolist()
         self.ran = self.said[:-1]  # nothing was asked after the last one
