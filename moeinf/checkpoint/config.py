@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from moeinf.errors import CheckpointError
+from moeinf.checkpoint.formats import FORMATS
+from moeinf.errors import CheckpointError, UnsupportedError
 
 Config = dict[str, Any]
 
@@ -57,6 +58,18 @@ def positive_number(config: Config, key: str, default: float, file: Path) -> flo
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise CheckpointError(f"{file}: {key} is {value!r}, expected a number > 0")
     return float(value)
+
+
+def check_unquantized(config: Config, file: Path) -> None:
+    """Raises UnsupportedError if the configuration says that weights are quantized."""
+    for part in (config, config.get("text_config")):
+        found = part.get("quantization_config") if isinstance(part, dict) else None
+        if found is not None:
+            method = found.get("quant_method") if isinstance(found, dict) else found
+            raise UnsupportedError(
+                f"{file}: quantization_config says that weights are stored as {method!r}; "
+                f"supported are {', '.join(FORMATS)}"
+            )
 
 
 def _count(config: Config, keys: tuple[str, ...], file: Path) -> int:
