@@ -25,22 +25,17 @@ def command(
             help="The text to continue; a few lines of Python without it.", show_default=False
         ),
     ] = DEMO_PROMPT,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="The prompt as it is, without the tokenizer's chat template."),
+    ] = False,
+    revision: options.Revision = None,
     max_new_tokens: options.MaxNewTokens = 64,
     memory: options.Memory = "25%",
-    policy: Annotated[str, typer.Option(help="Who leaves when a slot is needed.")] = "learned",
-    prefetch: Annotated[
-        str,
-        typer.Option(
-            help="What guesses the experts to come: off, previous, transition, eam or gate."
-        ),
-    ] = "off",
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or cuda:N: where the slots lie.")
-    ] = "auto",
-    host_memory: Annotated[
-        str | None,
-        typer.Option(help="What experts may take of the RAM below a GPU; all of them without it."),
-    ] = None,
+    policy: options.Policy = "learned",
+    prefetch: options.Prefetch = "off",
+    device: options.Device = "auto",
+    host_memory: options.HostMemory = None,
     temperature: options.Temperature = 0.0,
     seed: options.Seed = 0,
     record: Annotated[
@@ -69,7 +64,9 @@ def command(
         raise ValueError("--router says what --record keeps: give --record FILE")
     request = Request(
         path=checkpoint,
+        revision=revision,
         prompt=utf8("--prompt", prompt),
+        raw=raw,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

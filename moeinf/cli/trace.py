@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
+from moeinf.checkpoint.folder import Checkpoint
 from moeinf.cli import options, quiet_interrupts
 from moeinf.cli.output import console, print_facts, print_json
 from moeinf.output_files import check_writable
@@ -16,6 +17,7 @@ from moeinf.pocket import POCKET, model_name
 
 def command(
     checkpoint: options.Checkpoint = POCKET,
+    revision: options.Revision = None,
     prompts: Annotated[
         Path | None,
         typer.Option(help="A text file, one prompt a line.", exists=True, dir_okay=False),
@@ -38,8 +40,9 @@ def command(
 
         from moeinf.integrations.transformers.generation import continue_prompt, read_tokenizer
         from moeinf.integrations.transformers.load import load
-    tokenizer = read_tokenizer(checkpoint)
-    model: Any = load(checkpoint, memory=memory)
+    opened = Checkpoint.open(checkpoint, revision)
+    tokenizer = read_tokenizer(opened.path)
+    model: Any = load(opened, memory=memory)
     torch.manual_seed(seed)
     with (
         Progress(console=console(stderr=True)) as progress,
