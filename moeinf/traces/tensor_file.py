@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ def read(path: Path, file_format: str, required: set[str], optional: set[str]) -
         TraceError: it is none, or has other tensors.
         OSError: it is not there, or may not be read.
     """
-    if path.is_dir():
-        raise TraceError(f"{path}: expected a file, found a folder")
+    if not stat.S_ISREG(path.stat().st_mode):
+        found = "a folder" if path.is_dir() else "a device or pipe"
+        raise TraceError(f"{path}: expected a file, found {found}")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
