@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from moeinf.checkpoint import hub
+from moeinf.checkpoint.config import check_counts
 from moeinf.checkpoint.headers import TensorEntry, check_is_file, read_header
 from moeinf.errors import CheckpointError, ReadError
 
@@ -66,6 +67,7 @@ class Checkpoint:
                         f"{shard}: tensor {name!r} is also in {tensors[name].path.name}"
                     )
                 tensors[name] = entry
+        check_counts(config, tensors.values(), folder / "config.json")
         return cls(folder, config, tensors)
 
     @property

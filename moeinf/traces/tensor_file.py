@@ -50,5 +50,5 @@ def read(path: Path, file_format: str, required: set[str], optional: set[str]) -
             if missing := sorted(required - names):
                 raise TraceError(f"{path}: tensor '{missing[0]}': expected, but not found")
             return metadata, {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, TypeError) as error:  # TypeError: a dtype that NumPy lacks
+    except (SafetensorError, TypeError, AttributeError) as error:  # or a dtype that NumPy lacks
         raise TraceError(f"{path}: not a readable safetensors file: {error}") from None
