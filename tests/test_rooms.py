@@ -72,6 +72,7 @@ LIBRARIES = {
     "huggingface_hub": {"moeinf/checkpoint"},
     "transformers": {"moeinf/integrations", "moeinf/cli"},
     "accelerate": {"moeinf/integrations"},
+    "jinja2": {"moeinf/integrations"},
     "matplotlib": {"moeinf/report"},
     "typer": {"moeinf/cli"},
     "rich": {"moeinf/cli"},
