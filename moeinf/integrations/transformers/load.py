@@ -38,6 +38,7 @@ from moeinf.integrations.transformers.lookahead import GateLookahead
 from moeinf.integrations.transformers.models import DTYPES, model_class, read_config
 from moeinf.integrations.transformers.plan import Plan, make_plan, missing_tensors
 from moeinf.integrations.transformers.routers import listen
+from moeinf.integrations.transformers.whole import make_whole_experts, whole_model
 
 IMPLEMENTATION = "moeinf"
 GATE = "gate"
@@ -117,6 +118,9 @@ def load(
         **options,
     )
     model: Any = _load_dense(base, config, plan, computes_in)
+    # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
+    model.config._experts_implementation = IMPLEMENTATION
+    model.__class__ = whole_model(base)
     if placed is not None and placed.only is None:
         placed.dispatch(model, caches[0].device)
     else:
@@ -143,6 +147,7 @@ class ServedExperts:
         for one in caches:
             for layer, path in enumerate(one.store.modules):
                 module: Any = model.get_submodule(path)
+                make_whole_experts(module, one.store.form)
                 module.moeinf_layer = layer
                 module.moeinf_cache = one if isinstance(one, ExpertCache) else one.of(layer)
                 module.config._experts_implementation = IMPLEMENTATION
@@ -240,7 +245,6 @@ def _load_dense(base: type[PreTrainedModel], config: Any, plan: Plan, dtype: tor
         )
     if found["missing_keys"]:
         raise missing_tensors(checkpoint, found["missing_keys"])
-    model.__class__ = base
     return model
 
 
