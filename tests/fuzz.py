@@ -184,8 +184,10 @@ def fuzz_config(file: Path, draw: random.Random) -> str:
     except (CheckpointError, UnsupportedError) as error:
         assert str(file.parent) in str(error) or "safetensors" in str(error)
         return "refused"
-    assert (found.num_layers, found.num_experts) == (good.num_layers, good.num_experts)
-    one, other = found.read(1, 2), good.read(1, 2)
+    assert found.num_experts == good.num_experts
+    assert found.num_layers <= good.num_layers  # the configuration may say fewer
+    last = found.num_layers - 1
+    one, other = found.read(last, 2), good.read(last, 2)
     assert all(one[name].equal(other[name]) for name in other)
     return "read"
 
