@@ -13,35 +13,29 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    GenerationConfig,
+    PreTrainedModel,
+)
 
 from moeinf import _core
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
 from moeinf.cache.group import CacheGroup
-from moeinf.cache.passes import ForwardPass
 from moeinf.checkpoint.families import parse
 from moeinf.checkpoint.folder import Checkpoint, read_tensor
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
-from moeinf.experts.op import fused_experts
-from moeinf.integrations.transformers.device_map import DeviceMap, Placement
+from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
 from moeinf.integrations.transformers.form import check_form
 from moeinf.integrations.transformers.lookahead import GateLookahead
+from moeinf.integrations.transformers.passes import PassReader, generating
 from moeinf.integrations.transformers.routers import listen
+from moeinf.integrations.transformers.served import IMPLEMENTATION, serve
 
-try:
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoConfig,
-        GenerationConfig,
-        PreTrainedModel,
-    )
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-except ImportError as error:
-    raise ImportError("moeinf.load needs transformers >= 5: pip install 'moeinf[hf]'") from error
-
-IMPLEMENTATION = "moeinf"
 GATE = "gate"
 
 
@@ -131,7 +125,7 @@ def load(
     )
     # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
     model.config._experts_implementation = IMPLEMENTATION
-    model.__class__ = base
+    model.__class__ = generating(base)
     if isinstance(cache, CacheGroup) and placed is not None:
         placed.dispatch(model, cache.device)
     else:
@@ -157,14 +151,14 @@ class ServedExperts:
         modules = _match_layers(_experts_modules(model), cache.store)
         for layer, (name, module) in enumerate(modules):
             check_form(name, module, cache.store)
-            module.moeinf_layer = layer
-            module.moeinf_cache = cache if isinstance(cache, ExpertCache) else cache.of(layer)
+            serve(module, cache if isinstance(cache, ExpertCache) else cache.of(layer), layer)
         blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in modules]
         cache.routers = partial(listen, blocks)
         self.lookahead = None
         if gate_lookahead and isinstance(cache, ExpertCache):
             self.lookahead = GateLookahead(blocks, cache)
-        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        decoder = stack_of([name for name, _ in modules]).rpartition(".")[0]
+        self.passes = PassReader(model.get_submodule(decoder), cache)
 
     def stats(self) -> dict[str, Any]:
         """See `ExpertCache.stats`."""
@@ -177,23 +171,6 @@ class ServedExperts:
         """See `ExpertCache.reset_stats`."""
         self.cache.reset_stats()
 
-    def _before_forward(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Tells the cache whether this pass reads a prompt, and whether it begins a request."""
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
-        past = kwargs.get("past_key_values")
-        begins = past is None or past.get_seq_length() == 0
-        self.cache.begin_pass(
-            ForwardPass(
-                prefill=begins or (tokens is not None and tokens.shape[1] > 1),
-                new_sequence=begins,
-                batch=1 if tokens is None else tokens.shape[0],
-            )
-        )
-
 
 class _OnDemand:
     """A tensor that is read when indexed: what the library's loader does with each in turn."""
@@ -203,25 +180,6 @@ class _OnDemand:
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         return read_tensor(self.entry)
-
-
-def _experts_forward(
-    self: Any,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    """hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k] -> [T, H]."""
-    cache = getattr(self, "moeinf_cache", None)
-    if cache is None:
-        raise UnsupportedError(
-            f"{type(self).__name__}: experts_implementation={IMPLEMENTATION!r} serves models "
-            "that moeinf.load loaded"
-        )
-    return fused_experts(hidden_states, top_k_index, top_k_weights, cache, self.moeinf_layer)
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
 
 
 def _config(checkpoint: Checkpoint) -> Any:
