@@ -161,7 +161,7 @@ class ServedExperts:
         if gate_lookahead and isinstance(cache, ExpertCache):
             self.lookahead = GateLookahead(blocks, cache)
         decoder = stack_of([name for name, _ in modules]).rpartition(".")[0]
-        self.passes = PassReader(model.get_submodule(decoder), cache)
+        self.passes = PassReader(model.get_submodule(decoder), [cache])
 
     def stats(self) -> dict[str, Any]:
         """See `ExpertCache.stats`."""

@@ -42,10 +42,10 @@ CACHE_NAMES = ("cache", "past_key_values")  # transformers before 5.24 has the s
 
 
 class PassReader:
-    """Tells a cache of each pass of one model, from hooks on its decoder."""
+    """Tells the caches of a model of each of its passes, from hooks on its decoder."""
 
-    def __init__(self, decoder: torch.nn.Module, cache: ExpertCache | CacheGroup):
-        self._cache = cache
+    def __init__(self, decoder: torch.nn.Module, caches: Sequence[ExpertCache | CacheGroup]):
+        self._caches = caches
         self._names = list(inspect.signature(decoder.forward).parameters)
         self._by_cache: weakref.WeakKeyDictionary[Any, _Stream] = weakref.WeakKeyDictionary()
         self._callers: weakref.WeakValueDictionary[int, _Stream] = weakref.WeakValueDictionary()
@@ -71,6 +71,10 @@ class PassReader:
             return criteria
         return _WatchedCriteria(criteria, self._mine.generation)
 
+    @property
+    def _is_observed(self) -> bool:
+        return any(cache.is_observed for cache in self._caches)
+
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
@@ -88,7 +92,8 @@ class PassReader:
             one = self._packed(given, past, bounds, tokens.shape[1])
         else:
             one = self._rows(tokens, past, given.get("attention_mask"))
-        self._cache.begin_pass(one, said=False)
+        for cache in self._caches:
+            cache.begin_pass(one, said=False)
 
     def _after(self, _: Any, __: Any, output: Any) -> None:
         """A cache that the model itself has made belongs to the sequences of this pass."""
@@ -134,7 +139,7 @@ class PassReader:
             names=stream.sequences,
             begin=begin,
             earlier=earlier,
-            mask=mask if self._cache.is_observed else None,
+            mask=mask if self._is_observed else None,
             generation=generation,
             is_main=generation is not None and generation.caller == stream.caller,
             ended=None if generation is None else generation.ended,
@@ -172,7 +177,7 @@ class PassReader:
         """Where sequences begin and end in a packed row; None where each row is one sequence."""
         bounds = given.get("cu_seq_lens_q")
         positions = given.get("position_ids")
-        if bounds is not None or not self._cache.is_observed or positions is None:
+        if bounds is not None or not self._is_observed or positions is None:
             return bounds
         if past is not None or given.get("attention_mask") is not None:
             return None
@@ -197,7 +202,7 @@ class PassReader:
         if stream is None:
             stream = self._new_stream(past)
         prefill = tokens > len(bounds) - 1
-        if not self._cache.is_observed:
+        if not self._is_observed:
             return ForwardPass(prefill=prefill, new_sequence=begins, caller=stream.caller)
         if given.get("block_table") is not None:
             raise UnsupportedError(
