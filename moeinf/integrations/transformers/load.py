@@ -35,6 +35,7 @@ from moeinf.integrations.transformers.lookahead import GateLookahead
 from moeinf.integrations.transformers.passes import PassReader, generating
 from moeinf.integrations.transformers.routers import listen
 from moeinf.integrations.transformers.served import IMPLEMENTATION, serve
+from moeinf.integrations.transformers.whole import make_whole_experts, whole_model
 
 GATE = "gate"
 
@@ -128,7 +129,7 @@ def load(
     )
     # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
     model.config._experts_implementation = IMPLEMENTATION
-    model.__class__ = generating(base)
+    model.__class__ = generating(whole_model(base))
     if isinstance(cache, CacheGroup) and placed is not None:
         placed.dispatch(model, cache.device)
     else:
@@ -154,6 +155,7 @@ class ServedExperts:
         modules = _match_layers(_experts_modules(model), cache.store)
         for layer, (name, module) in enumerate(modules):
             check_form(name, module, cache.store)
+            make_whole_experts(module, cache.store.form)
             serve(module, cache if isinstance(cache, ExpertCache) else cache.of(layer), layer)
         blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in modules]
         cache.routers = partial(listen, blocks)

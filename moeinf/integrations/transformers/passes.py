@@ -33,6 +33,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel, StoppingCriter
 
 from moeinf.cache.passes import Array, ForwardPass, Text
 from moeinf.errors import UnsupportedError
+from moeinf.integrations.transformers.whole import class_of
 
 if TYPE_CHECKING:
     from moeinf.cache.cache import ExpertCache
@@ -391,4 +392,4 @@ def generating(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The class of served models of the class `base`."""
     if not issubclass(base, GenerationMixin):
         return base
-    return type(base.__name__, (_Generates, base), {"__module__": base.__module__})
+    return class_of(_Generates, base)

@@ -13,6 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moeinf.cache.cache import ExpertCache
 from moeinf.errors import UnsupportedError
 from moeinf.experts.op import fused_experts
+from moeinf.integrations.transformers.whole import class_of
 
 IMPLEMENTATION = "moeinf"
 
@@ -21,27 +22,28 @@ def serve(module: Any, cache: ExpertCache, layer: int) -> None:
     """From now on the module computes out of the cache, as MoE layer `layer`."""
     module.moeinf_cache = cache
     module.moeinf_layer = layer
-    kind = type(module)
-    own = {"forward": _forward, "__module__": kind.__module__}
-    module.__class__ = type(kind.__name__, (kind,), own)
+    module.__class__ = class_of(_Served, type(module))
 
 
-def _forward(
-    self: Any,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    """hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k] -> [T, H]."""
-    asked = self.config._experts_implementation
-    if asked != IMPLEMENTATION:
-        raise UnsupportedError(
-            f"{type(self).__name__}: the experts of this model are served by moeinf and not in "
-            f"memory: expected experts_implementation={IMPLEMENTATION!r}, found {asked!r}"
+class _Served:
+    """A base of the classes of served modules."""
+
+    def forward(
+        self: Any,
+        hidden_states: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k] -> [T, H]."""
+        asked = self.config._experts_implementation
+        if asked != IMPLEMENTATION:
+            raise UnsupportedError(
+                f"{type(self).__name__}: the experts of this model are served by moeinf and not in "
+                f"memory: expected experts_implementation={IMPLEMENTATION!r}, found {asked!r}"
+            )
+        return fused_experts(
+            hidden_states, top_k_index, top_k_weights, self.moeinf_cache, self.moeinf_layer
         )
-    return fused_experts(
-        hidden_states, top_k_index, top_k_weights, self.moeinf_cache, self.moeinf_layer
-    )
 
 
 def _refuse(self: Any, *_: Any, **__: Any) -> torch.Tensor:
