@@ -31,7 +31,7 @@ from moeinf.pocket import POCKET
 from moeinf.traces.eam import EAMC
 from moeinf.traces.trace import Trace
 
-SECONDS = 5.0  # what one case may take on a busy machine
+SECONDS = 5.0  # of processor time that one case may take
 MEMORY = 8 << 30  # bytes of addresses that all of them may take
 SCALARS: tuple[Any, ...] = (
     None, True, 0, 1, -1, 2, 3, 7, 8, 255, 2**31, 2**63, 2**64 - 1, 2**64, 10**400, 0.5, -0.0,
@@ -208,14 +208,14 @@ def run(kind: str, count: int, seed: int) -> Counter[str]:
             shutil.copytree(POCKET, folder, dirs_exist_ok=True)
         file = folder / ("config.json" if kind == "configs" else "model.safetensors")
         for number in range(seed, seed + count):
-            start = time.perf_counter()
+            start = time.process_time()
             try:
                 seen[FUZZERS[kind](file, random.Random(number))] += 1
             except Exception as error:
                 raise AssertionError(
                     f"--{kind} 1 --seed {number}: {type(error).__name__}: {error}"
                 ) from error
-            took = time.perf_counter() - start
+            took = time.process_time() - start
             assert took < SECONDS, f"--{kind} 1 --seed {number}: took {took:.1f} s"
     return seen
 
