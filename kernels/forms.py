@@ -83,12 +83,21 @@ class ExpertMatrices:
 
     @cached_property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """The values of gate, up and down, then their scales, then their biases; None if absent."""
+        """The values of gate, up and down, then scales, multipliers and biases; None if absent.
+
+        Floats of eight bits are bytes here: not every GPU knows them.
+        """
         every = (self.gate, self.up, self.down)
-        return tuple(
+        found = (
             None if matrix is None else getattr(matrix, part)
-            for part in ("values", "scales", "bias")
+            for part in ("values", "scales", "multiplier", "bias")
             for matrix in every
+        )
+        return tuple(
+            tensor.view(torch.uint8)
+            if tensor is not None and tensor.dtype == torch.float8_e4m3fn
+            else tensor
+            for tensor in found
         )
 
     @classmethod
