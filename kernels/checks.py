@@ -107,11 +107,14 @@ def check_matrix(
     check_dtype("hidden", hidden, row.tokens)
     stored = (slots, rows, cols // row.pack)
     check_tensor(name, matrix.values, stored, (row.values,), hidden.device)
+    for kind, tensor in (("scales", matrix.scales), ("multiplier", matrix.multiplier)):
+        if tensor is not None and not row.scaled:
+            found = tuple(tensor.shape)
+            raise ValueError(f"{name} {kind}: expected None for {matrix.format}, found {found}")
     if (matrix.scales is None) != (matrix.block is None):
+        wanted = "None" if matrix.block is None else f"some for blocks {matrix.block}"
         found = "None" if matrix.scales is None else tuple(matrix.scales.shape)
-        raise ValueError(f"{name} scales: expected some for blocks {matrix.block}, found {found}")
-    if not row.scaled and (matrix.scales is not None or matrix.multiplier is not None):
-        raise ValueError(f"{name} scales: expected None for {matrix.format}, found some")
+        raise ValueError(f"{name} scales: expected {wanted}, found {found}")
     if matrix.scales is not None and matrix.block is not None:
         check_block(name, matrix.block)
         high, wide = matrix.block[0], matrix.block[1] or cols
@@ -141,9 +144,11 @@ def check_block(name: str, block: tuple[int, int]) -> None:
 
 def check_alike(gate: Matrix, up: Matrix) -> None:
     """The kernels walk both matrices with the strides of one."""
-    one, other = (gate.format, gate.block), (up.format, up.block)
-    if one != other:
-        raise ValueError(f"up: expected the format of gate, {one}, found {other}")
+    if (gate.format, gate.block) != (up.format, up.block):
+        blocks = "" if gate.block == up.block else f" in blocks {gate.block}, found {up.block}"
+        raise ValueError(
+            f"up: expected the format of gate, {gate.format}, found {up.format}{blocks}"
+        )
     for name, one, other in (
         ("up", gate.values, up.values),
         ("up scales", gate.scales, up.scales),

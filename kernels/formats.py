@@ -104,8 +104,9 @@ def load_values(
     row = values_ptr + slot * stride_s + n.to(tl.int64) * stride_n
     # The parentheses are for Triton 3.2.
     if FORMAT == "e2m1" or FORMAT == "int4":
-        half = columns_of(k0 // 2, n, COUNT // 2, K_FIRST)
-        byte = tl.load(row + half * stride_k, mask=in_n & (half * 2 < K), other=0).to(tl.int32)
+        # Shifts, because the compiler does not see the alignment of a quotient.
+        half = columns_of(k0 >> 1, n, COUNT // 2, K_FIRST)
+        byte = tl.load(row + half * stride_k, mask=in_n & (half < (K >> 1)), other=0).to(tl.int32)
         low, high = nibble_value(byte & 15, FORMAT), nibble_value(byte >> 4, FORMAT)
         if K_FIRST:
             tile = tl.trans(tl.interleave(tl.trans(low), tl.trans(high)))

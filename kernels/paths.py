@@ -87,11 +87,11 @@ def config_of(kernel: str, a: Arguments, rows_per_tile: int = 0) -> Mapping[str,
     )
     first = kernel.startswith("gate_up")
     matrix, summed = (a.matrices.gate, "BLOCK_H") if first else (a.matrices.down, "BLOCK_I")
-    separate = matrix.block is not None and matrix.block[1] > 0 and not kernel.endswith("vector")
-    if not separate or folds(matrix.format, matrix.scales, a.dtype):
+    cols = matrix.block[1] if matrix.block else 0
+    if cols == 0 or kernel.endswith("vector") or folds(matrix.format, matrix.scales, a.dtype):
         return config
     # Scales that multiply the sums of a tile are the same for all of its columns.
-    return {**config, summed: min(config[summed], matrix.block[1])}
+    return {**config, summed: min(config[summed], cols)}
 
 
 def matrix_values(matrix: Matrix) -> dict[str, Any]:
@@ -169,7 +169,8 @@ def shared_launches(a: Arguments, per_route: bool, out_stride: int) -> tuple[Lau
     return (
         Launch(
             gate_up_shared, (R, triton.cdiv(a.I, first["BLOCK_I"])), **gate_up_values(a), **common,
-            **product_values(a.matrices.gate, a), K_PAD=triton.next_power_of_2(a.k), R_PAD=triton.next_power_of_2(R), **first,
+            **product_values(a.matrices.gate, a), K_PAD=triton.next_power_of_2(a.k),
+            R_PAD=triton.next_power_of_2(R), **first,
         ),
         Launch(
             down_shared, (triton.cdiv(a.H, second["BLOCK_H"]),), unread,

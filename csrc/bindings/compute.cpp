@@ -67,8 +67,8 @@ void bind_types(py::module_& module) {
         .def(py::init([](const std::string& format, int64_t rows, int64_t cols, Rows values,
                          std::optional<Scales> scales, std::optional<Rows> bias, DType bias_dtype,
                          std::optional<uint64_t> multiplier) {
-                 return Matrix{find_format(format), rows, cols,       values,
-                               scales,              bias, bias_dtype, multiplier};
+                 return Matrix{find_format(format), rows,      cols, values, scales, bias,
+                               bias_dtype,          multiplier};
              }),
              py::kw_only(), py::arg("format"), py::arg("rows"), py::arg("cols"), py::arg("values"),
              py::arg("scales") = py::none(), py::arg("bias") = py::none(),

@@ -154,7 +154,8 @@ inline void scaled_tile(const DotJob& job, const ScaledPanel<P>& panel, const vo
             for (int64_t k = begin; k < end; k += P::kLineCols) {
 #pragma GCC unroll 8
                 for (int n = 0; n < kOutputs; ++n) {
-                    __builtin_prefetch(panel.w + n * job.w_stride + k / P::kPack + panel.ahead, 0, 2);
+                    __builtin_prefetch(panel.w + n * job.w_stride + k / P::kPack + panel.ahead, 0,
+                                       2);
                 }
             }
         }

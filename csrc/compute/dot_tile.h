@@ -1,5 +1,5 @@
-// The matrix product of weights without scales, written once over a `Product` type and compiled for each
-// instruction set (included only by kernels_*.cpp; unnamed for the reason float_math.h gives).
+// The matrix product of weights without scales, written once over a `Product` type and compiled for
+// each instruction set (included only by kernels_*.cpp; unnamed for the reason float_math.h gives).
 //
 // The depth is contiguous in both operands, so no packing is needed. A tile of kRows activations by
 // kOutputs weight rows keeps one vector of partial sums for each pair, walks the depth once, and
@@ -99,7 +99,8 @@ inline void panel_tiles(const DotJob& job, const typename P::Weights::Stored* w,
     const int64_t share = job.depth / P::kStep * kAhead * kLine;
     int64_t r = 0;
     const auto tile = [&]<int kRows>() {
-        dot_tile<P, kRows, kOutputs, kAhead>(job, job.x + r, w, stride, y + r * job.y_stride, ahead);
+        dot_tile<P, kRows, kOutputs, kAhead>(job, job.x + r, w, stride, y + r * job.y_stride,
+                                             ahead);
         r += kRows;
         ahead += share;
     };
@@ -130,7 +131,8 @@ inline void stream_rows(const DotJob& job, const typename P::Weights::Stored* w,
     const int64_t row = job.depth / P::kStep * step_bytes<P>();
     if (job.w_stride >= 2 * row) distance = (distance / (row + 1) + 1) * job.w_stride;
     for (int64_t n = 0; n < job.outputs; ++n, w += stride) {
-        panel_tiles<P, 1, 1>(job, w, stride, job.y + n, reinterpret_cast<const char*>(w) + distance);
+        panel_tiles<P, 1, 1>(job, w, stride, job.y + n,
+                             reinterpret_cast<const char*>(w) + distance);
     }
 }
 
@@ -176,9 +178,7 @@ struct FloatProduct {
     static Acc zero() { return F::splat(0.0f); }
     static XVec load_x(const float* p) { return F::load(p); }
     static XVec load_x_first(const float* p, int64_t n) { return F::load_first(p, n); }
-    static WVec load_w(const typename Decoder::Stored* row, int64_t k) {
-        return F::load(row + k);
-    }
+    static WVec load_w(const typename Decoder::Stored* row, int64_t k) { return F::load(row + k); }
     static WVec load_w_first(const typename Decoder::Stored* row, int64_t k, int64_t n) {
         return F::load_first(row + k, n);
     }

@@ -142,8 +142,7 @@ ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const F
             }
         });
     }
-    down_x_.rows =
-        down_x_.product->arrange == nullptr ? inner_ : scratch_.data() + down_x_.offset;
+    down_x_.rows = down_x_.product->arrange == nullptr ? inner_ : scratch_.data() + down_x_.offset;
 }
 
 // Adds what the arranged rows need to the size of the scratch memory.

@@ -33,9 +33,10 @@ void check_scales(const Scales& scales, int64_t cols, const std::string& name) {
     const int64_t block = scales.block_cols;
     if (scales.block_rows < 1 || block < 0 ||
         (block != 0 && (block < 8 || (128 % block != 0 && block % 128 != 0)))) {
-        invalid(name + ": expected blocks of 1 row or more, and of all columns, of 8, 16, 32, 64 "
-                "or of a multiple of 128, got " + number(scales.block_rows) + " x " +
-                number(block));
+        invalid(name +
+                ": expected blocks of 1 row or more, and of all columns, of 8, 16, 32, 64 "
+                "or of a multiple of 128, got " +
+                number(scales.block_rows) + " x " + number(block));
     }
     if (scales.count(cols) > kMaxScales) {
         invalid(name + ": expected at most " + number(kMaxScales) + " in a row, got " +

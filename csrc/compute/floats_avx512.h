@@ -48,9 +48,7 @@ struct Floats512 {
     }
     static Vec load(const E8M0* p) { return powers(bytes(p)); }
     static Vec load(const E4M3* p) { return eights(bytes(p)); }
-    static Vec load(const int8_t* p) {
-        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes(p)));
-    }
+    static Vec load(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes(p))); }
     static __m128i bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
     // The first n < 16 elements, the rest zero. A masked load reads no byte behind them.
     static Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }

@@ -95,16 +95,16 @@ struct E4M3Product : ScaledBf16Product {
     template <size_t kPart>
     static WVec decode(Packed packed) {
         constexpr int16_t kNormal = 120 << 7;
-        const __m512i subnormal = _mm512_broadcast_i32x4(_mm_setr_epi16(
-            0, 0x3b00 - 0x10, 0x3b80 - 0x20, 0x3bc0 - 0x30, 0x3c00 - 0x40, 0x3c20 - 0x50,
-            0x3c40 - 0x60, 0x3c60 - 0x70));
+        const __m512i subnormal = _mm512_broadcast_i32x4(
+            _mm_setr_epi16(0, 0x3b00 - 0x10, 0x3b80 - 0x20, 0x3bc0 - 0x30, 0x3c00 - 0x40,
+                           0x3c20 - 0x50, 0x3c40 - 0x60, 0x3c60 - 0x70));
         const __m512i top = kPart == 0 ? _mm512_slli_epi16(packed, 8) : packed;
         const __m512i byte = kPart == 0 ? packed : _mm512_srli_epi16(packed, 8);
         const __m512i moved =
             _mm512_and_si512(_mm512_srai_epi16(top, 4), _mm512_set1_epi16(-0x7810));
         const __mmask32 small = _mm512_testn_epi16_mask(moved, _mm512_set1_epi16(0x0780));
-        const __m512i add = _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(kNormal), small, byte,
-                                                          subnormal);
+        const __m512i add =
+            _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(kNormal), small, byte, subnormal);
         return reinterpret_cast<__m512bh>(_mm512_add_epi16(moved, add));
     }
 };

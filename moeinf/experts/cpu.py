@@ -14,7 +14,6 @@ from moeinf.experts.checks import DTYPES, check_tensors
 from moeinf.experts.marks import Marks, profiling
 from moeinf.kernels.forms import ExpertForm
 
-
 SCALES = {name: getattr(_core.ScaleType, name) for name in SCALE_TYPES}
 
 
