@@ -44,7 +44,7 @@ class ExpertStore:
     Attributes:
         modules: path of the experts' module of each MoE layer; layers are counted from 0 here.
         num_experts: experts in each of them.
-        top_k: experts a token is routed to.
+        top_k: experts a token is routed to; None where the caller does not know.
         form: what an expert computes.
         layout: the segments of an expert, such as `gate_up` [2I, H] and `down` [H, I], and its
             matrices.
@@ -56,7 +56,7 @@ class ExpertStore:
         index: Index,
         *,
         form: ExpertForm,
-        top_k: int,
+        top_k: int | None,
         interleaved: bool = False,
     ):
         """A store of experts that the caller found: see `moeinf.checkpoint.index`.
@@ -78,7 +78,7 @@ class ExpertStore:
         self.modules = list(index)
         self._matrices = check_alike(index, form, checkpoint.path)
         self.num_experts = len(index[self.modules[0]])
-        if not 0 < top_k <= self.num_experts:
+        if top_k is not None and not 0 < top_k <= self.num_experts:
             raise CheckpointError(
                 f"{checkpoint.config_file}: routes to {top_k} experts per token, there are "
                 f"{self.num_experts}"
@@ -88,14 +88,16 @@ class ExpertStore:
         self._places = _places(self.layout, self._matrices)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str] | Checkpoint) -> ExpertStore:
-        """Opens a Hugging Face checkpoint folder (safetensors, one file or many).
+    def open(
+        cls, path: str | os.PathLike[str] | Checkpoint, revision: str | None = None
+    ) -> ExpertStore:
+        """Opens a Hugging Face checkpoint (safetensors, one file or many): see `Checkpoint.open`.
 
         Raises:
             CheckpointError: the folder is incomplete or damaged, or holds no experts named in a
                 known way; the message names file, tensor, expected and found.
         """
-        checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+        checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, revision)
         config, file = checkpoint.text_config(), checkpoint.config_file
         found = find_experts(checkpoint.tensors.values(), configuration.num_layers(config, file))
         if not found:
@@ -145,6 +147,13 @@ class ExpertStore:
     def nbytes(self) -> int:
         """Bytes of all experts as they lie in the files."""
         return self.layout.nbytes * self.num_layers * self.num_experts
+
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases of all experts."""
+        matrices = [m for m in (self.layout.gate, self.layout.up, self.layout.down) if m]
+        expert = sum(m.rows * (m.cols + (m.bias is not None)) for m in matrices)
+        return expert * self.num_layers * self.num_experts
 
     def tensor_names(self) -> set[str]:
         """The checkpoint's names of every tensor that belongs to an expert."""
