@@ -109,12 +109,13 @@ def check_matrix(
     check_tensor(name, matrix.values, stored, (row.values,), hidden.device)
     for kind, tensor in (("scales", matrix.scales), ("multiplier", matrix.multiplier)):
         if tensor is not None and not row.scaled:
-            found = tuple(tensor.shape)
-            raise ValueError(f"{name} {kind}: expected None for {matrix.format}, found {found}")
+            raise ValueError(
+                f"{name} {kind}: expected None for {matrix.format}, found {tuple(tensor.shape)}"
+            )
     if (matrix.scales is None) != (matrix.block is None):
         wanted = "None" if matrix.block is None else f"some for blocks {matrix.block}"
-        found = "None" if matrix.scales is None else tuple(matrix.scales.shape)
-        raise ValueError(f"{name} scales: expected {wanted}, found {found}")
+        given = "None" if matrix.scales is None else tuple(matrix.scales.shape)
+        raise ValueError(f"{name} scales: expected {wanted}, found {given}")
     if matrix.scales is not None and matrix.block is not None:
         check_block(name, matrix.block)
         high, wide = matrix.block[0], matrix.block[1] or cols
