@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import moeinf
+from moeinf.errors import CheckpointError
 from moeinf.integrations.transformers.conversation import Conversation
+from moeinf.integrations.transformers.generation import read_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -266,3 +268,13 @@ def test_what_was_thought_is_told_apart_where_the_tokenizer_knows_how(
     monkeypatch.setattr(conversation, "_run", lambda *_: cut)
     conversation.answer("and?", max_new_tokens=20)
     assert conversation.messages[-1]["reasoning_content"] == "hm, I"
+
+
+def test_a_tokenizer_that_is_code_is_refused(tmp_path: Path) -> None:
+    mapped = {"AutoTokenizer": ["code.Tokenizer", None]}
+    config = {"tokenizer_class": "Tokenizer", "auto_map": mapped}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    (tmp_path / "code.py").write_text("raise SystemExit('this code must not run')")
+    with pytest.raises(CheckpointError, match="code that comes with the checkpoint, which is not"):
+        read_tokenizer(tmp_path)

@@ -92,7 +92,12 @@ def write_unknown(folder: Path) -> Path:
     write_checkpoint(folder)
     config = json.loads((folder / "config.json").read_text())
     del config["architectures"]
-    (folder / "config.json").write_text(json.dumps(config | {"model_type": "tomorrow_moe"}))
+    (folder / "config.json").write_text(
+        json.dumps(
+            config | {"model_type": "tomorrow_moe", "auto_map": {"AutoConfig": "code.Config"}}
+        )
+    )
+    (folder / "code.py").write_text("raise SystemExit('this code must not run')")
     return folder
 
 
@@ -100,7 +105,7 @@ def write_unknown(folder: Path) -> Path:
     "write, family, reason",
     [
         (write_dense, "llama", "LlamaForCausalLM has no experts"),
-        (write_unknown, "tomorrow_moe", "transformers does not know model_type 'tomorrow_moe'"),
+        (write_unknown, "tomorrow_moe", r" does not know model_type 'tomorrow_moe'; code that "),
     ],
 )
 def test_a_checkpoint_that_is_not_served_is_described_with_the_reason(

@@ -7,8 +7,8 @@
 
 namespace moeinf {
 
-// Bytes that the kernel calls available. Less if a control group (a container) of version 1 or 2, or
-// one above it, has a lower limit. Swap does not count. UINT64_MAX if the system does not say.
+// Bytes that the kernel calls available. Less if a control group (a container) of version 1 or 2,
+// or one above it, has a lower limit. Swap does not count. UINT64_MAX if the system does not say.
 // `proc` and `cgroups` are the folders to ask.
 [[nodiscard]] uint64_t system_memory(const std::string& proc, const std::string& cgroups);
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from moeinf import _core
-from moeinf.cache.devices import pick_device
+from moeinf.cache.budget import bytes_loaded_as, free_bytes
+from moeinf.cache.devices import open_device, pick_device
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.cli import options, quiet_interrupts
@@ -36,6 +36,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     with quiet_interrupts():
         from moeinf.integrations.transformers.caches import slots_that_fit
+        from moeinf.integrations.transformers.load import computing_dtype
         from moeinf.integrations.transformers.models import model_class, read_config
         from moeinf.integrations.transformers.plan import make_plan
     stored: Counter[str] = Counter()
@@ -56,6 +57,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     total = sum(store.num_layers * store.num_experts for store in stores)
     experts = sum(store.nbytes for store in stores)
     dense = sum(entry.nbytes for entry in plan.dense.values())
+    loaded = bytes_loaded_as(computing_dtype("auto", config, stores[0]), plan.dense.values())
     kinds = [_of_store(store) for store in stores]
     working_set = sum(kind["working_set"] for kind in kinds)
     return {
@@ -71,8 +73,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "working_set": working_set,
         "working_set_share": working_set / total,
         "device": str(device),
-        "available_bytes": _core.available_memory(),
-        "fits_share": sum(slots_that_fit(stores, device, dense)) / total,
+        "available_bytes": free_bytes(open_device(device)),
+        "fits_share": sum(slots_that_fit(stores, device, loaded)) / total,
     }
 
 

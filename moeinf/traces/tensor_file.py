@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,9 @@ def read(path: Path, file_format: str, required: set[str], optional: set[str]) -
         TraceError: it is none, or has other tensors.
         OSError: it is not there, or may not be read.
     """
-    if path.is_dir():
-        raise TraceError(f"{path}: expected a file, found a folder")
+    if not stat.S_ISREG(path.stat().st_mode):
+        found = "a folder" if path.is_dir() else "a device or pipe"
+        raise TraceError(f"{path}: expected a file, found {found}")
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
@@ -48,5 +50,5 @@ def read(path: Path, file_format: str, required: set[str], optional: set[str]) -
             if missing := sorted(required - names):
                 raise TraceError(f"{path}: tensor '{missing[0]}': expected, but not found")
             return metadata, {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, TypeError) as error:  # TypeError: a dtype that NumPy lacks
+    except (SafetensorError, TypeError, AttributeError) as error:  # or a dtype that NumPy lacks
         raise TraceError(f"{path}: not a readable safetensors file: {error}") from None

@@ -159,11 +159,23 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder. Raises CheckpointError if the folder has none."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the folder has none, or one that needs code of its own.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise CheckpointError(
+            f"{path}: its tokenizer is code that comes with the checkpoint, which is not run"
+        ) from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise CheckpointError(f"{path}: expected a tokenizer such as tokenizer.json, found none")
-    return tokenizer
+    known: PreTrainedTokenizerBase = tokenizer
+    return known
 
 
 def as_chat(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> BatchEncoding:
