@@ -85,7 +85,7 @@ def _share_out(
     memory, slots, host_memory = (options.get(key) for key in ("memory", "slots", "host_memory"))
     if memory == "auto" or (memory is None and slots is None and opened is not None):
         reserve = RAM_RESERVE if opened is None else GPU_RESERVE
-        memory = less_reserve(free_bytes(opened), reserve, dense_bytes)
+        memory = max(1, less_reserve(free_bytes(opened), reserve, dense_bytes))
     every = sum(store.nbytes for store in stores)
     shares = []
     for store in stores:

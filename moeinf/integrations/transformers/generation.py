@@ -167,11 +167,10 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except ValueError as error:
-        if "trust_remote_code" not in str(error):
-            raise
-        raise CheckpointError(
-            f"{path}: its tokenizer is code that comes with the checkpoint, which is not run"
-        ) from error
+        why = str(error).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            why = "it needs code that comes with the checkpoint, which is not run"
+        raise CheckpointError(f"{path}: no tokenizer can be made: {why}") from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise CheckpointError(f"{path}: expected a tokenizer such as tokenizer.json, found none")
     known: PreTrainedTokenizerBase = tokenizer

@@ -49,7 +49,8 @@ def read_config(checkpoint: Checkpoint) -> Any:
     if kind not in CONFIG_MAPPING:
         code = "; code that comes with a checkpoint is not run" if "auto_map" in config else ""
         raise CheckpointError(
-            f"{file}: transformers {transformers.__version__} does not know model_type {kind!r}{code}"
+            f"{file}: transformers refuses model_type {kind!r}: {transformers.__version__} does "
+            f"not know it{code}"
         )
     try:
         return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
