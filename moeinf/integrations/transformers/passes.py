@@ -33,7 +33,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel, StoppingCriter
 
 from moeinf.cache.passes import Array, ForwardPass, Text
 from moeinf.errors import UnsupportedError
-from moeinf.integrations.transformers.whole import class_of
+from moeinf.integrations.transformers.whole import NotCopied, class_of
 
 if TYPE_CHECKING:
     from moeinf.cache.cache import ExpertCache
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 CACHE_NAMES = ("cache", "past_key_values")  # transformers before 5.24 has the second
 
 
-class PassReader:
+class PassReader(NotCopied):
     """Tells the caches of a model of each of its passes, from hooks on its decoder."""
 
     def __init__(self, decoder: torch.nn.Module, caches: Sequence[ExpertCache | CacheGroup]):
