@@ -13,7 +13,15 @@ import torch
 
 from moeinf import _core
 from moeinf.cache import gather_tuning
-from moeinf.cache.budget import GPU_RESERVE, RAM_RESERVE, host_slots_for, less_reserve, slots_for
+from moeinf.cache.budget import (
+    GPU_RESERVE,
+    RAM_RESERVE,
+    check_fits,
+    free_bytes,
+    host_slots_for,
+    less_reserve,
+    slots_for,
+)
 from moeinf.cache.devices import open_device, torch_device
 from moeinf.cache.host_tier import HostTier, warn_of_refused_slots
 from moeinf.cache.lease import Lease
@@ -71,7 +79,7 @@ class ExpertCache:
             to trust them.
         threads, chunk_bytes: of the file reader; 0 takes the measured defaults.
         direct: read past the page cache where the file system allows it.
-        dense_bytes: of a memory's free bytes, what "auto" leaves for weights loaded later.
+        dense_bytes: of a memory's free bytes, what slots must leave for weights loaded later.
         layers: how many MoE layers the cache will serve, for shares and "auto"; without it, all.
         name: what compiled graphs know the cache by. A number is added where it was used before in
             this process, so that a graph never reaches the cache of another model.
@@ -106,6 +114,10 @@ class ExpertCache:
         layers: int | None = None,
         name: str = "experts",
     ):
+        if not isinstance(policy, str):
+            raise ValueError(
+                f"policy={policy!r}: expected one of {', '.join(_core.policy_names())}"
+            )
         opened = open_device(device)
         for_gpu = (host_memory, exclusive or None, tier, gather_below)
         if opened is None and any(option is not None for option in for_gpu):
@@ -123,17 +135,16 @@ class ExpertCache:
         total = (layers or store.num_layers) * store.num_experts
         if opened is not None and memory is None and slots is None:
             memory = "auto"
-        in_ram = dense_bytes if self.device.type == "cpu" else 0
-        ram = less_reserve(_core.available_memory(), RAM_RESERVE, in_ram)
+        ram = free_bytes(None)
+        free = ram if opened is None else free_bytes(opened)
         room = slots_for(
             memory=memory,
             slots=slots,
             slot_bytes=store.slot_bytes,
             total_experts=total,
-            free=ram
-            if opened is None
-            else less_reserve(opened.free_bytes, GPU_RESERVE, dense_bytes),
+            free=less_reserve(free, RAM_RESERVE if opened is None else GPU_RESERVE, dense_bytes),
         )
+        check_fits(room, store.slot_bytes, dense_bytes, free)
         make_core = partial(
             _core.ExpertCache,
             store.catalog,
@@ -161,7 +172,7 @@ class ExpertCache:
                     slots=room,
                     slot_bytes=store.slot_bytes,
                     total_experts=store.num_layers * store.num_experts,
-                    available=ram,
+                    available=less_reserve(ram, RAM_RESERVE, dense_bytes),  # they come through RAM
                     exclusive=exclusive,
                 ),
                 exclusive=exclusive,
@@ -172,6 +183,7 @@ class ExpertCache:
             )
             if tier is None:
                 warn_of_refused_slots(self.core.host_stats())
+        store.check_unchanged()
         self._opened = opened
         self.observers: list[Observer] = []
         self.passes = Passes(self.observers)

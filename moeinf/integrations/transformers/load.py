@@ -15,6 +15,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from moeinf import _core
+from moeinf.cache.budget import bytes_loaded_as
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
 from moeinf.cache.group import CacheGroup
@@ -26,7 +27,7 @@ from moeinf.integrations.transformers.caches import make_caches
 from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
 from moeinf.integrations.transformers.experts import experts_modules, leave_out_experts
 from moeinf.integrations.transformers.lookahead import GateLookahead
-from moeinf.integrations.transformers.models import model_class, read_config
+from moeinf.integrations.transformers.models import DTYPES, model_class, read_config
 from moeinf.integrations.transformers.passes import PassReader, generating
 from moeinf.integrations.transformers.plan import Plan, make_plan, missing_tensors
 from moeinf.integrations.transformers.routers import listen
@@ -101,14 +102,15 @@ def load(
         placed = Placement(device_map, plan.skeleton, [*experts_modules(plan.skeleton)])
         if placed.only is None and prefetch == GATE:
             raise UnsupportedError("prefetch='gate' runs a router early: give one device")
+    computes_in = _dtype(dtype, config, plan.stores[0])
     caches = make_caches(
         plan.stores,
         device=pick_device(device) if placed is None else placed.only,
         placed=placed,
-        dense_bytes=sum(entry.nbytes for entry in plan.dense.values()),
+        dense_bytes=bytes_loaded_as(computes_in, plan.dense.values()),
         **options,
     )
-    model: Any = _load_dense(base, config, plan, _dtype(dtype, config, plan.stores[0]))
+    model: Any = _load_dense(base, config, plan, computes_in)
     # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
     model.config._experts_implementation = IMPLEMENTATION
     model.__class__ = generating(whole_model(base))
@@ -213,14 +215,13 @@ def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype == "auto":
-        declared = getattr(config, "dtype", None) or getattr(
-            config.get_text_config(), "dtype", None
+        dtype = (
+            getattr(config, "dtype", None)
+            or getattr(config.get_text_config(), "dtype", None)
+            or store.layout["down"].dtype
         )
-        return declared or store.layout["down"].dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype={dtype!r}: expected auto, bfloat16, float16 or float32")
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype={dtype!r}: expected auto or one of {', '.join(DTYPES)}")
     return found
