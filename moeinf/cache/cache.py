@@ -341,13 +341,17 @@ class ExpertCache:
         return self.core.resident(layer)
 
     def resize(self, slots: int) -> None:
-        """Grows or shrinks the cache in place; shrinking waits for leases on the slots that go."""
+        """Grows or shrinks the cache in place; shrinking waits for leases on the slots that go.
+
+        Views from before stay valid. While one lives, memory of slots that go is not given back.
+        """
         self.core.resize(slots)
 
     def pool(self) -> torch.Tensor:
         """The pool as uint8 [slots + 2, slot_bytes], zero-copy. A lease says which slot has what.
 
-        Two slots are staging slots. Experts and staging slots may change places.
+        Two slots are staging slots. Experts and staging slots may change places. Rows of slots that
+        a `resize` has taken away keep their last bytes; there may be more rows while they are kept.
         """
         return torch.from_dlpack(self.core)
 

@@ -88,8 +88,8 @@ def fused_experts(
         [T, H] in the dtype of `hidden`.
 
     Raises:
-        ValueError: shapes, dtypes, ids or a weight (NaN, infinite) that make no sense. On a GPU
-            weights are not checked, because that would wait for the device.
+        ValueError: shapes, dtypes, devices or ids that make no sense. NaN is none of them: the
+            tokens that it belongs to, and no other, become NaN.
         ReadError: an expert could not be read; the cache stays usable.
     """
     if forward_pass is not None:
