@@ -437,7 +437,7 @@ def activations() -> list[str]:
     """The activations of the gate functions."""
 
 def available_memory() -> int:
-    """Bytes that could still be taken: RAM and free swap, or less in a control group."""
+    """Bytes of RAM that this process could still take, or fewer in a control group."""
 
 def check_trace(
     experts: typing.Annotated[numpy.typing.ArrayLike, numpy.int16],
@@ -486,6 +486,9 @@ def policy_parameters(policy: str) -> dict:
 
 def prefetch_names() -> list[str]:
     """What `prefetch` may be."""
+
+def promised_memory() -> int:
+    """Bytes of RAM that caches of this process have and that nothing has touched so far."""
 
 def read_bandwidth(path: str, seconds: float = 1.0) -> dict:
     """Sequential read rates of a file, or of a folder's largest file: path, direct,
