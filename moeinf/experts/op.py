@@ -117,6 +117,12 @@ def _fused_experts_fake(
     cache: str,
     layer: int,
 ) -> torch.Tensor:
+    devices = {tensor.device for tensor in (hidden, topk_ids, topk_weights)}
+    if len(devices) > 1:  # torch takes this way if one tensor alone is on the meta device
+        raise ValueError(
+            "hidden, topk_ids and topk_weights: expected one device, found "
+            + ", ".join(sorted(str(device) for device in devices))
+        )
     return hidden.new_empty(hidden.shape)  # contiguous, as backends make it
 
 
