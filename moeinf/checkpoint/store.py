@@ -160,9 +160,10 @@ class ExpertStore:
 
     @property
     def fingerprint(self) -> str:
-        """The same in every process for the same experts, and for no others.
+        """The same in every process for the same experts.
 
-        Hashes what is where, and some bytes of as many as SAMPLES experts. Raises ReadError.
+        Experts of the same sizes differ in it where some of their bytes do: it hashes what is
+        where, and 64 bytes of as many as SAMPLES experts. Raises ReadError.
         """
         digest = hashlib.sha256(
             repr((self.modules, self.num_experts, self.form, self.layout.segments)).encode()
