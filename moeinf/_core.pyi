@@ -23,6 +23,19 @@ class Rows:
 
     def __init__(self, offset: int, stride: int) -> None: ...
 
+class ScaleType:
+    __members__: typing.ClassVar[dict[str, ScaleType]]
+    bf16: typing.ClassVar[ScaleType]
+    e4m3: typing.ClassVar[ScaleType]
+    e8m0: typing.ClassVar[ScaleType]
+    f16: typing.ClassVar[ScaleType]
+    f32: typing.ClassVar[ScaleType]
+
+class Scales:
+    """A number for each block of rows and columns (0: all)."""
+
+    def __init__(self, rows: Rows, type: ScaleType, block_rows: int, block_cols: int) -> None: ...
+
 class Matrix:
     def __init__(
         self,
@@ -31,9 +44,10 @@ class Matrix:
         rows: int,
         cols: int,
         values: Rows,
-        scales: Rows | None = None,
+        scales: Scales | None = None,
         bias: Rows | None = None,
         bias_dtype: DType = DType.f32,
+        multiplier: int | None = None,
     ) -> None: ...
 
 class Gate:
