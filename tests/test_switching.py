@@ -125,7 +125,7 @@ def test_experts_that_are_looked_up_by_token_are_predicted_exactly(
 
     predicted: dict[int, Any] = {}
     lookahead = GateLookahead(blocks_of(model), Listener())  # type: ignore[arg-type]
-    assert [router.needs_ids for router in lookahead.routers] == [True, True, False]
+    assert lookahead.needs_ids == [True, True, False]
     with torch.no_grad():
         for token in (3, 50, 96):
             model(torch.tensor([[token]]))
