@@ -14,6 +14,7 @@ from moeinf.experts.checks import DTYPES, check_tensors
 from moeinf.experts.marks import Marks, profiling
 from moeinf.kernels.forms import ExpertForm
 
+HOST = torch.device("cpu")
 SCALES = {name: getattr(_core.ScaleType, name) for name in SCALE_TYPES}
 
 
@@ -77,7 +78,7 @@ class CpuExperts:
         layer: int,
     ) -> torch.Tensor:
         """See `moeinf.fused_experts`."""
-        check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=torch.device("cpu"))
+        check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=HOST)
         passes = self.passes
         if passes.observers:
             passes.observe(layer, topk_ids, topk_weights)
@@ -85,6 +86,7 @@ class CpuExperts:
         topk_ids = topk_ids.contiguous()
         topk_weights = topk_weights.contiguous()
         out = torch.empty_like(hidden)
+        dtype = DTYPES[hidden.dtype]
         marks = Marks() if profiling() else None
         if marks is not None:
             marks.begin("moeinf::acquire_and_compute")
@@ -95,7 +97,7 @@ class CpuExperts:
                 self.expert,
                 _core.FfnInput(
                     hidden=hidden.data_ptr(),
-                    hidden_dtype=DTYPES[hidden.dtype],
+                    hidden_dtype=dtype,
                     topk_ids=topk_ids.data_ptr(),
                     ids_are_int64=topk_ids.dtype == torch.int64,
                     topk_weights=topk_weights.data_ptr(),
@@ -106,7 +108,7 @@ class CpuExperts:
                 ),
                 layer=layer,
                 out=out.data_ptr(),
-                out_dtype=DTYPES[hidden.dtype],
+                out_dtype=dtype,
                 prefill=passes.current.prefill,
                 new_sequence=passes.takes_first_step(),
                 caller=passes.caller,
