@@ -96,7 +96,7 @@ def fused_experts(
     if forward_pass is not None:
         cache.begin_pass(forward_pass)
     takes_gradients = hidden.requires_grad or topk_weights.requires_grad
-    differentiated = takes_gradients and torch.is_grad_enabled() or forward_ad._current_level >= 0
+    differentiated = (takes_gradients and torch.is_grad_enabled()) or forward_ad._current_level >= 0
     if differentiated or torch.compiler.is_compiling():
         return _operator(hidden, topk_ids, topk_weights, cache.name, layer)
     with torch._C._AutoDispatchBelowAutograd():
