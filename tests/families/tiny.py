@@ -99,6 +99,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dots3_note_vision_encoder": {"mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "nemotron_h": {"use_mamba_kernels": False},
+    "bailing_hybrid": {"layer_group_size": 4},
+    "kimi_linear": {"layer_types": ["linear_attention"] * 3 + ["full_attention"],
+                    "linear_head_dim": 8, "linear_num_heads": 4},
+    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                       "partial_rotary_factor": 1.0, "mrope_section": [2, 1, 1]}},
+    "glm5_next_text": {"qk_rope_head_dim": 0, "head_dim": 0},
+    "mistral4": {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "head_dim": 8},
+    "inkling2_loop_vision": {"text_hidden_size": 32},
+    "qwen4_exp_text": {},
+    "pixtral": {},
     "granitemoehybrid": {"layer_types": ["linear_attention"] * 3 + ["full_attention"]},
 }  # fmt: skip
 

@@ -77,6 +77,10 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
     for name in shapes:
         if name in sources:
             traced |= trace(name, sources[name], shapes, skeleton.config)
+    for one, other in skeleton.all_tied_weights_keys.items():
+        for name, twin in ((one, other), (other, one)):
+            if name in shapes and name not in traced and twin in traced:
+                traced[name] = traced[twin]
     missing = [name for name in shapes if name not in traced]
     if missing:
         raise missing_tensors(checkpoint, missing)
