@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from moeinf.cache.cache import ExpertCache, RouterSource
+from moeinf.cache.cache import ExpertCache
 from moeinf.cache.host_tier import HostTier
 from moeinf.cache.lease import Lease
-from moeinf.cache.passes import ForwardPass, Observer
-from moeinf.cache.recorder import Recorder
+from moeinf.cache.passes import ForwardPass
+from moeinf.cache.recorder import Recorder, RouterSource
 from moeinf.cache.statistics import prediction_summary, with_totals
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
@@ -92,7 +92,6 @@ class CacheGroup:
         }
         self.routers: RouterSource | None = None
         self._first = next(iter(self.caches.values()))
-        self._stop_listening: Any = None
 
     def of(self, layer: int) -> ExpertCache:
         """The cache that serves MoE layer `layer`. Raises ValueError for a layer out of range."""
@@ -131,33 +130,24 @@ class CacheGroup:
         """See `ExpertCache.resident`."""
         return self.of(layer).resident(layer)
 
-    def begin_pass(self, one: ForwardPass) -> None:
+    def begin_pass(self, one: ForwardPass, *, said: bool = True) -> None:
         """See `ExpertCache.begin_pass`."""
         for cache in self.caches.values():
-            cache.begin_pass(one)
+            cache.begin_pass(one, said=said)
 
     def record(self, *, router: bool = False) -> Recorder:
         """See `ExpertCache.record`."""
-        self.stop_recording()
-        recorder = Recorder(
-            self.store.num_layers,
-            self.store.num_experts,
-            router=router,
-            on_exit=self.stop_recording,
-        )
-        if router and self.routers is not None:
-            self._stop_listening = self.routers(recorder.add_router)
-        for cache in self.caches.values():
-            cache.observe(recorder if cache is self._first else _RoutingOnly(recorder))
-        return recorder
+        recorder = Recorder(self.store.num_layers, self.store.num_experts, router=router)
+        return recorder.start([cache.observers for cache in self.caches.values()], self.routers)
 
     def stop_recording(self) -> None:
-        """Ends `record`; what was recorded stays with the recorder."""
-        for cache in self.caches.values():
-            cache.stop_observing((Recorder, _RoutingOnly))
-        if self._stop_listening is not None:
-            self._stop_listening()
-            self._stop_listening = None
+        """See `ExpertCache.stop_recording`."""
+        self._first.stop_recording()
+
+    @property
+    def is_observed(self) -> bool:
+        """See `ExpertCache.is_observed`."""
+        return self._first.is_observed
 
     def stats(self) -> dict[str, Any]:
         """See `ExpertCache.stats`. `layers` are each of its own cache, `host` is of the one tier,
@@ -191,13 +181,3 @@ class CacheGroup:
         """See `ExpertCache.reset_stats`."""
         for cache in self.caches.values():
             cache.reset_stats()
-
-
-class _RoutingOnly:
-    """Shows a recorder the routing of one more cache; it hears of passes from the first."""
-
-    def __init__(self, recorder: Observer):
-        self.add = recorder.add
-
-    def begin_pass(self, one: ForwardPass, caller: int) -> None:
-        """Already told."""
