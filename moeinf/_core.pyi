@@ -112,9 +112,14 @@ class Catalog:
         slot_bytes: int,
         files: collections.abc.Sequence[tuple[str, int]],
         extents: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
+        transposes: collections.abc.Sequence[
+            typing.Annotated[collections.abc.Sequence[int], "FixedSize(4)"]
+        ] = [],
     ) -> None:
         """files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as (file,
-        file offset, bytes, slot offset), experts by layer * num_experts + expert."""
+        file offset, bytes, slot offset), experts by layer * num_experts + expert.
+        transposes: (slot offset, rows, columns, bytes of an element), as they are read; in
+        the slot they lie as columns x rows."""
 
     def extents(self, expert: int) -> numpy.typing.NDArray[numpy.uint64]:
         """uint64 [extents, 4] of one flat expert id, as given to the constructor."""

@@ -41,9 +41,11 @@ def parameters_of(module: Any) -> dict[str, tuple[int, ...]]:
 
 def leave_out_experts(model: torch.nn.Module) -> None:
     """Removes the parameters that are served: nothing is allocated, drawn or read for them."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     for path, module in experts_modules(model).items():
         for name in parameters_of(module):
             module.register_parameter(name, None)
+            ties.pop(f"{path}.{name}", None)
         module._is_hf_initialized = True
         block: Any = model.get_submodule(path.rpartition(".")[0])
         if not block._parameters and not block._buffers:

@@ -8,6 +8,7 @@ parameters left out, the library loads everything else, and the registered exper
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -121,7 +122,7 @@ def load(
     if (checkpoint.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     model.config.name_or_path = str(checkpoint.path)
-    model.moeinf = ServedExperts(model, caches, gate_lookahead=prefetch == GATE)
+    model.moeinf = ServedExperts(model, caches, plan.tied, gate_lookahead=prefetch == GATE)
     return model
 
 
@@ -132,17 +133,22 @@ class ServedExperts:
         self,
         model: PreTrainedModel,
         caches: list[ExpertCache | CacheGroup],
+        tied: Mapping[str, str],
         *,
         gate_lookahead: bool = False,
     ):
         self.caches = caches
         self.cache = cache = caches[0]
-        for one in caches:
-            for layer, path in enumerate(one.store.modules):
-                module: Any = model.get_submodule(path)
-                make_whole_experts(module, one.store.form)
-                serve(module, one if isinstance(one, ExpertCache) else one.of(layer), layer)
-                module.config._experts_implementation = IMPLEMENTATION
+        served = {
+            path: (one, layer) for one in caches for layer, path in enumerate(one.store.modules)
+        }
+        for path in [*served, *tied]:
+            one, layer = served[tied.get(path, path)]
+            module: Any = model.get_submodule(path)
+            block = model.get_submodule(path.rpartition(".")[0])
+            make_whole_experts(module, one.store.form)
+            serve(module, one if isinstance(one, ExpertCache) else one.of(layer), layer, block)
+            module.config._experts_implementation = IMPLEMENTATION
         blocks = [model.get_submodule(path.rpartition(".")[0]) for path in cache.store.modules]
         cache.routers = partial(listen, blocks)
         self.lookahead = None
