@@ -291,9 +291,15 @@ def test_an_odd_number_of_rows(tmp_path: Path) -> None:
 
 
 def test_fused_tensors_of_another_number_of_experts(tmp_path: Path) -> None:
-    tensors = fused("model.layers.0.mlp.experts", ("gate_up_proj", "down_proj"))
+    tensors = {
+        name: tensor
+        for layer in range(2)
+        for name, tensor in fused(
+            f"model.layers.{layer}.mlp.experts", ("gate_up_proj", "down_proj")
+        ).items()
+    }
     with pytest.raises(CheckpointError, match=r"\[3, .*config\.json says there are 4 experts"):
-        ExpertStore.open(write(tmp_path, tensors, layers=1, num_experts=4))
+        ExpertStore.open(write(tmp_path, tensors, layers=2, num_experts=4))
 
 
 @pytest.mark.parametrize("wide", [HIDDEN, INTER])
