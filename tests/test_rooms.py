@@ -69,6 +69,7 @@ ROOMS |= {room: set(known.split()) for room, known in PYTHON.items()}
 LIBRARIES = {
     "triton": {"kernels", "kernels/gates"},
     "safetensors": {"moeinf/traces"},
+    "huggingface_hub": {"moeinf/checkpoint"},
     "transformers": {"moeinf/integrations", "moeinf/cli"},
     "accelerate": {"moeinf/integrations"},
     "matplotlib": {"moeinf/report"},

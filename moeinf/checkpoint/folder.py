@@ -10,8 +10,11 @@ from typing import Any
 
 import torch
 
+from moeinf.checkpoint import hub
 from moeinf.checkpoint.headers import TensorEntry, read_header
 from moeinf.errors import CheckpointError, ReadError
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Checkpoint:
@@ -23,15 +26,30 @@ class Checkpoint:
         self.tensors = tensors
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Checkpoint:
+    def open(cls, path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
         """Reads `config.json` and the headers of every safetensors shard.
+
+        Args:
+            path: a folder, or a name on the Hub where there is no such folder.
+            revision: branch, tag or commit on the Hub; without it, the main branch.
 
         Raises:
             CheckpointError: a file is missing, damaged, or disagrees with another.
+            ValueError: a revision of a folder.
         """
         folder = Path(path)
         if not folder.is_dir():
-            raise CheckpointError(f"{folder}: expected a checkpoint folder, found none")
+            folder = hub.fetch(os.fspath(path), revision)
+            missing = [name for name in names_by_shard(folder) if not (folder / name).exists()]
+            if missing:
+                hub.fetch(os.fspath(path), folder.name, missing)
+        elif revision is not None:
+            raise ValueError(f"{folder} is a folder: revision={revision!r} is for names on the Hub")
+        return cls.of_folder(folder)
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Checkpoint:
+        """The same for a folder that is there."""
         config = _read_json(folder / "config.json")
         tensors: dict[str, TensorEntry] = {}
         for shard, expected in _shards(folder):
@@ -72,17 +90,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _shards(folder: Path) -> Iterator[tuple[Path, set[str]]]:
-    """Each shard with the names the index puts in it (none are known without an index)."""
-    index = folder / "model.safetensors.index.json"
+def names_by_shard(folder: Path) -> dict[str, set[str]]:
+    """The files of weights, with the names the index puts in each; none are known without it."""
+    index = folder / INDEX
     if not index.exists():
-        single = folder / "model.safetensors"
-        if not single.exists():
-            raise CheckpointError(
-                f"{folder}: found neither model.safetensors nor model.safetensors.index.json"
-            )
-        yield single, set()
-        return
+        return {SINGLE: set()}
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: 'weight_map' is missing or empty")
@@ -92,10 +104,16 @@ def _shards(folder: Path) -> Iterator[tuple[Path, set[str]]]:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{index}: tensor {name!r} lies in {shard!r}, not a file name")
         by_shard.setdefault(shard, set()).add(name)
-    for shard, names in sorted(by_shard.items()):
+    return by_shard
+
+
+def _shards(folder: Path) -> Iterator[tuple[Path, set[str]]]:
+    for shard, names in sorted(names_by_shard(folder).items()):
         if not (folder / shard).exists():
             raise CheckpointError(
-                f"{folder / shard}: missing, though {index.name} puts {len(names)} tensors in it"
+                f"{folder / shard}: missing, though {INDEX} puts {len(names)} tensors in it"
+                if names
+                else f"{folder}: found neither {SINGLE} nor {INDEX}"
             )
         yield folder / shard, names
 

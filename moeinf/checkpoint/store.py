@@ -88,14 +88,16 @@ class ExpertStore:
         self._places = _places(self.layout, self._matrices)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str] | Checkpoint) -> ExpertStore:
-        """Opens a Hugging Face checkpoint folder (safetensors, one file or many).
+    def open(
+        cls, path: str | os.PathLike[str] | Checkpoint, revision: str | None = None
+    ) -> ExpertStore:
+        """Opens a Hugging Face checkpoint (safetensors, one file or many): see `Checkpoint.open`.
 
         Raises:
             CheckpointError: the folder is incomplete or damaged, or holds no experts named in a
                 known way; the message names file, tensor, expected and found.
         """
-        checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+        checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, revision)
         config, file = checkpoint.text_config(), checkpoint.config_file
         found = find_experts(checkpoint.tensors.values(), configuration.num_layers(config, file))
         if not found:

@@ -13,9 +13,11 @@ import weakref
 from typing import Protocol
 
 import torch
+from torch.autograd import forward_ad
 
 from moeinf.cache.cache import ExpertCache, named
 from moeinf.cache.passes import ForwardPass
+from moeinf.experts import backward
 from moeinf.experts.cpu import CpuExperts
 from moeinf.experts.cuda import CudaExperts
 
@@ -92,7 +94,10 @@ def fused_experts(
     """
     if forward_pass is not None:
         cache.begin_pass(forward_pass)
-    return torch.ops.moeinf.fused_experts(hidden, topk_ids, topk_weights, cache.name, layer)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return torch.ops.moeinf.fused_experts(hidden, topk_ids, topk_weights, cache.name, layer)
+    with torch._C._AutoDispatchBelowAutograd():
+        return torch.ops.moeinf.fused_experts(hidden, topk_ids, topk_weights, cache.name, layer)
 
 
 def _fused_experts(
@@ -118,3 +123,4 @@ def _fused_experts_fake(
 _library.impl("fused_experts", _fused_experts, "CPU")
 _library.impl("fused_experts", _fused_experts, "CUDA")
 torch.library.register_fake("moeinf::fused_experts", _fused_experts_fake, lib=_library)
+backward.register(_library)

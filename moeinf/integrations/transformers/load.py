@@ -48,6 +48,7 @@ GATE = "gate"
 def load(
     path: str | os.PathLike[str] | Checkpoint,
     *,
+    revision: str | None = None,
     device: str | torch.device = "auto",
     device_map: DeviceMap | str | None = None,
     memory: str | int | None = None,
@@ -60,7 +61,9 @@ def load(
     """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
 
     Args:
-        path: a Hugging Face checkpoint folder (safetensors), or one already opened.
+        path: a checkpoint folder (safetensors), a name on the Hugging Face Hub such as
+            Qwen/Qwen3-30B-A3B, or a checkpoint already opened.
+        revision: branch, tag or commit on the Hub; without it, the main branch.
         device: where the model computes and the slots lie: "cpu", "cuda", "cuda:N", or "auto", a
             GPU where torch and the core can both use one. `stats()["device"]` says which it was.
         device_map: instead of `device`, module paths and their devices, as accelerate writes them,
@@ -89,7 +92,7 @@ def load(
     known = [*_core.prefetch_names(), GATE]
     if prefetch not in known:
         raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
-    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path)
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, revision)
     store = ExpertStore.open(checkpoint)
     config = _config(checkpoint)
     dense = {name: entry for name, entry in checkpoint.tensors.items() if parse(name) is None}
