@@ -77,9 +77,9 @@ class CudaExperts:
                     tokens,
                     top_k,
                     stream.map_address,
-                    prefill=passes.current.prefill,
-                    new_sequence=passes.takes_first_step(),
-                    caller=passes.caller,
+                    passes.current.prefill,
+                    passes.takes_first_step(),
+                    passes.caller,
                 )
                 # Most steps are one wave. It is prepared while the ids travel to the host.
                 whole = None if converted else self._prepared(rows, ids, weights, stream.expert_map)
