@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shlex
 import sys
@@ -30,22 +31,25 @@ def commands() -> list[list[str]]:
 
 
 def with_built_in_model(text: str) -> str:
-    return re.sub(r"path/to/[\w.-]+", str(POCKET), text)
+    return re.sub(r"path/to/[\w.-]+|^Qwen/[\w.-]+", str(POCKET), text)
 
 
-@pytest.mark.timeout(900)  # six programs, on a machine that may be busy
+@pytest.mark.timeout(900)  # seven programs, on a machine that may be busy
 def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     asked = commands()
     assert {command[1] for command in asked} == {
-        "run", "info", "doctor", "trace", "simulate", "report",
+        "run", "chat", "info", "doctor", "trace", "simulate", "report",
     }  # fmt: skip
     for command in asked:
         words = [with_built_in_model(word) for word in command[1:]]
         if command[1] == "run":  # the built-in model is smaller than the README's budget
             words[words.index("--memory") + 1] = "25%"
             words[words.index("--max-new-tokens") + 1] = "5"
+        if command[1] == "chat":
+            words += ["--max-new-tokens", "5"]
         monkeypatch.setattr(sys, "argv", ["moeinf", *words])
+        monkeypatch.setattr(sys, "stdin", io.StringIO("import os\n"))
         with pytest.raises(SystemExit) as ended:
             moeinf.cli.main()
         assert not ended.value.code, words

@@ -69,9 +69,11 @@ ROOMS |= {room: set(known.split()) for room, known in PYTHON.items()}
 LIBRARIES = {
     "triton": {"kernels", "kernels/gates"},
     "safetensors": {"moeinf/traces"},
-    "huggingface_hub": {"moeinf/checkpoint"},
+    "huggingface_hub": {"moeinf/checkpoint", "moeinf/integrations"},
     "transformers": {"moeinf/integrations", "moeinf/cli"},
     "accelerate": {"moeinf/integrations"},
+    "peft": {"moeinf/integrations"},
+    "jinja2": {"moeinf/integrations"},
     "matplotlib": {"moeinf/report"},
     "typer": {"moeinf/cli"},
     "rich": {"moeinf/cli"},

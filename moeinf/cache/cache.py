@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -23,6 +23,7 @@ from moeinf.cache.recorder import Recorder
 from moeinf.cache.statistics import prediction_summary, with_totals
 from moeinf.cache.streams import StepStreams, distinct
 from moeinf.checkpoint.store import ExpertStore
+from moeinf.errors import UnsupportedError
 from moeinf.traces.eam import EAMC
 from moeinf.traces.priors import PriorsHook
 
@@ -188,6 +189,11 @@ class ExpertCache:
             shape = (store.num_layers, store.num_experts)
             self._observers.append(LivePriors(priors, self.core, shape))
         self.name = self._take_name(name)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise UnsupportedError(
+            "an ExpertCache cannot be copied or pickled: make another one on its store"
+        )
 
     def _take_name(self, wanted: str) -> str:
         with _naming:

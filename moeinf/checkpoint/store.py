@@ -148,6 +148,13 @@ class ExpertStore:
         """Bytes of all experts as they lie in the files."""
         return self.layout.nbytes * self.num_layers * self.num_experts
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights and biases of all experts."""
+        matrices = [m for m in (self.layout.gate, self.layout.up, self.layout.down) if m]
+        expert = sum(m.rows * (m.cols + (m.bias is not None)) for m in matrices)
+        return expert * self.num_layers * self.num_experts
+
     def tensor_names(self) -> set[str]:
         """The checkpoint's names of every tensor that belongs to an expert."""
         return {

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 COMMANDS = {
     "run": "moeinf.cli.run",
+    "chat": "moeinf.cli.chat",
     "info": "moeinf.cli.info",
     "trace": "moeinf.cli.trace",
     "simulate": "moeinf.cli.simulate",

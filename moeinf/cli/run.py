@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moeinf.cli import quiet_interrupts
+from moeinf.cli import options, quiet_interrupts
 from moeinf.cli.output import check_writable, human_bytes, print_facts, print_json
 from moeinf.pocket import POCKET
 
@@ -17,18 +17,18 @@ DEMO_PROMPT = "import os\nimport sys\n\n\ndef main"
 
 
 def command(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help="A checkpoint folder; the built-in model without it.", show_default=False
-        ),
-    ] = POCKET,
+    checkpoint: options.Checkpoint = POCKET,
     prompt: Annotated[
         str,
         typer.Option(
             help="The text to continue; a few lines of Python without it.", show_default=False
         ),
     ] = DEMO_PROMPT,
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", help="The prompt as it is, without the tokenizer's chat template."),
+    ] = False,
+    revision: options.Revision = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
     memory: Annotated[
         str,
@@ -77,7 +77,9 @@ def command(
         raise ValueError("--router says what --record keeps: give --record FILE")
     request = Request(
         path=checkpoint,
+        revision=revision,
         prompt=prompt,
+        raw=raw,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,

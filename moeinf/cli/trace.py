@@ -9,18 +9,15 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from moeinf.cli import quiet_interrupts
+from moeinf.checkpoint.folder import Checkpoint
+from moeinf.cli import options, quiet_interrupts
 from moeinf.cli.output import check_writable, print_facts, print_json
 from moeinf.pocket import POCKET, model_name
 
 
 def command(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help="A checkpoint folder; the built-in model without it.", show_default=False
-        ),
-    ] = POCKET,
+    checkpoint: options.Checkpoint = POCKET,
+    revision: options.Revision = None,
     prompts: Annotated[
         Path | None, typer.Option(help="A text file, one prompt a line.", exists=True)
     ] = None,
@@ -48,8 +45,9 @@ def command(
 
         from moeinf.integrations.transformers.generation import continue_prompt
         from moeinf.integrations.transformers.load import load
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    model: Any = load(checkpoint, memory=memory)
+    opened = Checkpoint.open(checkpoint, revision)
+    tokenizer = AutoTokenizer.from_pretrained(opened.path)
+    model: Any = load(opened, memory=memory)
     torch.manual_seed(seed)
     with (
         Progress(console=Console(stderr=True)) as progress,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
 from moeinf.checkpoint.folder import Checkpoint
@@ -22,9 +23,11 @@ from moeinf.traces.eam import EAMC
 class Request:
     """What to generate, and how; everything but the memory budget."""
 
-    path: Path
+    path: Path  # or a name on the Hub
     prompt: str
     max_new_tokens: int
+    revision: str | None = None  # on the Hub
+    raw: bool = False  # the prompt as it is, also where the tokenizer has a chat template
     temperature: float = 0.0
     seed: int = 0
     device: str = "auto"
@@ -76,11 +79,16 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             does not fit the model or that nothing would use.
         CheckpointError, CapacityError, ReadError: see `moeinf.load`.
     """
-    checkpoint = Checkpoint.open(request.path)
-    tokenizer = AutoTokenizer.from_pretrained(request.path)
-    prompt = tokenizer(request.prompt, return_tensors="pt")
+    checkpoint = Checkpoint.open(request.path, request.revision)
+    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.path)
+    chat = bool(tokenizer.chat_template) and not request.raw
+    if chat:
+        messages = [{"role": "user", "content": request.prompt}]
+        prompt = as_chat(tokenizer, messages, return_tensors="pt")
+    else:
+        prompt = tokenizer(request.prompt, return_tensors="pt")
     count = prompt["input_ids"].shape[1]
-    if count == 0:
+    if count == 0 or not request.prompt:
         raise ValueError("the prompt is empty; give --prompt some text")
     limit = checkpoint.text_config().get("max_position_embeddings")
     if limit is not None and count + request.max_new_tokens > limit:
@@ -100,11 +108,11 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     if request.eamc:
         model.moeinf.cache.eamc()  # where there is none, that is better said before the run
     torch.manual_seed(request.seed)
-    clock = _Clock(tokenizer, stream)
+    clock = Clock(tokenizer, stream)
     cache = model.moeinf.cache
     recorder = cache.record(router=request.router) if request.record else None
     if stream is not None:
-        stream.write(request.prompt)
+        stream.write(request.prompt + ("\n\n" if chat else ""))
     start = time.perf_counter()
     output = continue_prompt(
         model,
@@ -149,18 +157,40 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     )
 
 
+def as_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> BatchEncoding:
+    """The tokens of messages in the tokenizer's chat template, up to where the answer begins.
+
+    Raises:
+        ValueError: the template refuses them, such as a role that it does not know.
+    """
+    try:
+        encoded: BatchEncoding = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_dict=True, **options
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    return encoded
+
+
 def continue_prompt(
-    model: Any, prompt: BatchEncoding, *, max_new_tokens: int, temperature: float, **options: Any
+    model: Any,
+    prompt: BatchEncoding,
+    *,
+    max_new_tokens: int,
+    temperature: float | None,
+    **options: Any,
 ) -> Any:
-    """What `model.generate` returns for a prompt; temperature 0 takes the likeliest token."""
+    """What `model.generate` returns for a prompt; temperature 0 takes the likeliest token.
+
+    Without a temperature, the checkpoint's generation_config.json says how tokens are chosen.
+    """
+    if temperature is not None:
+        options["do_sample"] = temperature > 0
+        options |= {"temperature": temperature or None, "top_p": None, "top_k": None}
     with torch.inference_mode():
         return model.generate(
             **prompt.to(model.moeinf.cache.device),
             max_new_tokens=max_new_tokens,
-            do_sample=temperature > 0,
-            temperature=temperature or None,
-            top_p=None,
-            top_k=None,
             **options,
         )
 
@@ -172,7 +202,7 @@ def _prefetch_metrics(stats: dict[str, Any]) -> dict[str, Any] | None:
     return {**stats["prefetch"], **{name: stats[name] for name in moved}}
 
 
-class _Clock(TextStreamer):
+class Clock(TextStreamer):
     """Streams text and notes when each token came."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, stream: TextIO | None):

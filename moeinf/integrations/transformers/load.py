@@ -29,6 +29,7 @@ from moeinf.integrations.transformers.device_map import DeviceMap, Placement
 from moeinf.integrations.transformers.form import check_form
 from moeinf.integrations.transformers.lookahead import GateLookahead
 from moeinf.integrations.transformers.routers import listen
+from moeinf.integrations.transformers.whole import make_whole_experts, whole_model
 
 try:
     from transformers import (
@@ -134,7 +135,7 @@ def load(
     )
     # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
     model.config._experts_implementation = IMPLEMENTATION
-    model.__class__ = base
+    model.__class__ = whole_model(base)
     if isinstance(cache, CacheGroup) and placed is not None:
         placed.dispatch(model, cache.device)
     else:
@@ -160,6 +161,7 @@ class ServedExperts:
         modules = _match_layers(_experts_modules(model), cache.store)
         for layer, (name, module) in enumerate(modules):
             check_form(name, module, cache.store)
+            make_whole_experts(module, cache.store.form)
             module.moeinf_layer = layer
             module.moeinf_cache = cache if isinstance(cache, ExpertCache) else cache.of(layer)
         blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in modules]
