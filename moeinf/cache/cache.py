@@ -19,18 +19,13 @@ from moeinf.cache.host_tier import HostTier, warn_of_refused_slots
 from moeinf.cache.lease import Lease
 from moeinf.cache.live_priors import LivePriors
 from moeinf.cache.passes import ForwardPass, Observer, Passes
-from moeinf.cache.recorder import Recorder
+from moeinf.cache.recorder import Recordable
 from moeinf.cache.statistics import prediction_summary, with_totals
 from moeinf.cache.streams import StepStreams, distinct
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
 from moeinf.traces.eam import EAMC
 from moeinf.traces.priors import PriorsHook
-
-# Calls the function given with (layer, probabilities [T, num_experts]) before that layer's experts
-# are asked for; returns what ends it.
-RouterSource = Callable[[Callable[[int, torch.Tensor], None]], Callable[[], None]]
-
 
 _named: weakref.WeakValueDictionary[str, ExpertCache] = weakref.WeakValueDictionary()
 _used_names: set[str] = set()
@@ -45,7 +40,7 @@ def named(name: str) -> ExpertCache:
     return cache
 
 
-class ExpertCache:
+class ExpertCache(Recordable):
     """A pool of slots in fast memory, filled from an `ExpertStore`. Thread-safe.
 
     Args:
@@ -182,9 +177,6 @@ class ExpertCache:
         self.passes = Passes(self._observers)
         self.kernels: str | None = None
         """Which kernels compute out of the slots; said by the backend that does."""
-        self.routers: RouterSource | None = None
-        """Set by an integration that can listen to the routers of the model it serves."""
-        self._stop_listening: Callable[[], None] | None = None
         if priors is not None:
             shape = (store.num_layers, store.num_experts)
             self._observers.append(LivePriors(priors, self.core, shape))
@@ -262,39 +254,10 @@ class ExpertCache:
         """
         self.passes.begin(one)
 
-    def record(self, *, router: bool = False) -> Recorder:
-        """Keeps the routing of every step from now on; `trace()` of what it returns gives it back.
-
-        Only what goes through `fused_experts` is seen. Use it as a context manager, or end it with
-        `stop_recording`. With `router` the router's probabilities of all experts are kept too:
-        those of a model that `moeinf.load` loaded are taken from it (UnsupportedError where it is
-        not known how); any other runtime hands them to `Recorder.add_router`.
-        """
-        self.stop_recording()
-        recorder = Recorder(
-            self.store.num_layers,
-            self.store.num_experts,
-            router=router,
-            on_exit=self.stop_recording,
-        )
-        if router and self.routers is not None:
-            self._stop_listening = self.routers(recorder.add_router)
-        self.observe(recorder)
-        return recorder
-
-    def stop_recording(self) -> None:
-        """Ends `record`; what was recorded stays with the recorder."""
-        self.stop_observing((Recorder,))
-        if self._stop_listening is not None:
-            self._stop_listening()
-            self._stop_listening = None
-
     def observe(self, observer: Observer) -> None:
-        """Shows it every pass and the routing of every step from now on."""
         self._observers.append(observer)
 
     def stop_observing(self, kinds: tuple[type, ...]) -> None:
-        """Ends `observe` for the observers of these types."""
         self._observers[:] = [one for one in self._observers if not isinstance(one, kinds)]
 
     def eamc(self) -> EAMC:

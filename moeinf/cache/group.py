@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from moeinf.cache.cache import ExpertCache, RouterSource
+from moeinf.cache.cache import ExpertCache
 from moeinf.cache.host_tier import HostTier
 from moeinf.cache.lease import Lease
 from moeinf.cache.passes import ForwardPass, Observer
-from moeinf.cache.recorder import Recorder
+from moeinf.cache.recorder import Recordable
 from moeinf.cache.statistics import prediction_summary, with_totals
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
@@ -20,7 +20,7 @@ from moeinf.errors import UnsupportedError
 LINK_COUNTERS = ("demoted_bytes", "copied_bytes", "copies", "gathers")
 
 
-class CacheGroup:
+class CacheGroup(Recordable):
     """One `ExpertCache` for each GPU, on one `HostTier`. `of(layer)` is the cache of a layer.
 
     Args:
@@ -90,9 +90,7 @@ class CacheGroup:
             )
             for device in dict.fromkeys(devices)
         }
-        self.routers: RouterSource | None = None
         self._first = next(iter(self.caches.values()))
-        self._stop_listening: Any = None
 
     def of(self, layer: int) -> ExpertCache:
         """The cache that serves MoE layer `layer`. Raises ValueError for a layer out of range."""
@@ -136,28 +134,13 @@ class CacheGroup:
         for cache in self.caches.values():
             cache.begin_pass(one)
 
-    def record(self, *, router: bool = False) -> Recorder:
-        """See `ExpertCache.record`."""
-        self.stop_recording()
-        recorder = Recorder(
-            self.store.num_layers,
-            self.store.num_experts,
-            router=router,
-            on_exit=self.stop_recording,
-        )
-        if router and self.routers is not None:
-            self._stop_listening = self.routers(recorder.add_router)
+    def observe(self, observer: Observer) -> None:
         for cache in self.caches.values():
-            cache.observe(recorder if cache is self._first else _RoutingOnly(recorder))
-        return recorder
+            cache.observe(observer if cache is self._first else _RoutingOnly(observer))
 
-    def stop_recording(self) -> None:
-        """Ends `record`; what was recorded stays with the recorder."""
+    def stop_observing(self, kinds: tuple[type, ...]) -> None:
         for cache in self.caches.values():
-            cache.stop_observing((Recorder, _RoutingOnly))
-        if self._stop_listening is not None:
-            self._stop_listening()
-            self._stop_listening = None
+            cache.stop_observing((*kinds, _RoutingOnly))
 
     def stats(self) -> dict[str, Any]:
         """See `ExpertCache.stats`. `layers` are each of its own cache, `host` is of the one tier,

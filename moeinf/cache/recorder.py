@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from types import TracebackType
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 
 from moeinf.cache.observers import Array, PassObserver, RoutedPass
+from moeinf.cache.passes import Observer
+from moeinf.checkpoint.store import ExpertStore
 from moeinf.traces.trace import DECODE, PREFILL, Trace
 
 
-class Recorder(PassObserver):
+class Recorder(PassObserver, AbstractContextManager["Recorder"]):
     """Keeps the router's choices for every token; made by `ExpertCache.record`.
 
     A context manager: recording ends with it. Costs one small copy per layer and pass, a few us;
@@ -122,17 +125,54 @@ class Recorder(PassObserver):
             )
         return np.concatenate(self._routers)
 
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._on_exit is not None:
             self._on_exit()
+
+
+# Calls the function given with (layer, probabilities [T, num_experts]) before that layer's experts
+# are asked for; returns what ends it.
+RouterSource = Callable[[Callable[[int, torch.Tensor], None]], Callable[[], None]]
+
+
+class Recordable(ABC):
+    """What can be recorded: one cache, or several that serve one model."""
+
+    store: ExpertStore
+    routers: RouterSource | None = None
+    """Set by an integration that can listen to the routers of the model that is served."""
+    _stop_listening: Callable[[], None] | None = None
+
+    @abstractmethod
+    def observe(self, observer: Observer) -> None:
+        """Shows it every pass and the routing of every step from now on."""
+
+    @abstractmethod
+    def stop_observing(self, kinds: tuple[type, ...]) -> None:
+        """Ends `observe` for the observers of these types."""
+
+    def record(self, *, router: bool = False) -> Recorder:
+        """Keeps the routing of every step from now on; `trace()` of what it returns gives it back.
+
+        Only what goes through `fused_experts` is seen. Use it as a context manager, or end it with
+        `stop_recording`. With `router` the router's probabilities of all experts are kept too:
+        those of a model that `moeinf.load` loaded are taken from it (UnsupportedError where it is
+        not known how); any other runtime hands them to `Recorder.add_router`.
+        """
+        self.stop_recording()
+        shape = (self.store.num_layers, self.store.num_experts)
+        recorder = Recorder(*shape, router=router, on_exit=self.stop_recording)
+        if router and self.routers is not None:
+            self._stop_listening = self.routers(recorder.add_router)
+        self.observe(recorder)
+        return recorder
+
+    def stop_recording(self) -> None:
+        """Ends `record`; what was recorded stays with the recorder."""
+        self.stop_observing((Recorder,))
+        if self._stop_listening is not None:
+            self._stop_listening()
+            self._stop_listening = None
 
 
 class _RouterRows:
