@@ -64,7 +64,8 @@ def write_checkpoint(
 ) -> Path:
     """A random checkpoint of `family`; `original_names=False` keeps the experts fused."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(family, **{**COMMON, **(FAMILIES | OWN_GATES)[family], **changes})
+    own = (FAMILIES | OWN_GATES).get(family, {})
+    config = AutoConfig.for_model(family, **{**COMMON, **own, **changes})
     config.dtype = dtype
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for parameter in model.parameters():

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import moeinf
 from moeinf.cache.statistics import prediction_summary
-from moeinf.integrations.transformers.load import _experts_modules
+from moeinf.integrations.transformers.experts import experts_modules
 from moeinf.integrations.transformers.lookahead import GateLookahead
 
 KINDS = ["previous", "transition", "eam", "gate"]
@@ -78,7 +78,7 @@ def test_the_gate_sees_ahead(family: str, on_gpu: bool, tmp_path: Path, seed: in
     """Recall well above chance, for every family, and the very ids that the model's gates take."""
     write_checkpoint(tmp_path, family, seed=seed, num_hidden_layers=6)
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in _experts_modules(model)]
+    blocks = [model.get_submodule(name.rpartition(".")[0]) for name in experts_modules(model)]
     listener = Listener(on_gpu=on_gpu)
     GateLookahead(blocks, listener)  # type: ignore[arg-type]
     right = wrong = 0

@@ -14,7 +14,7 @@ from test_cli import moeinf as command
 
 import moeinf
 from moeinf.errors import UnsupportedError
-from moeinf.integrations.transformers.load import _experts_modules
+from moeinf.integrations.transformers.experts import experts_modules
 from moeinf.integrations.transformers.routers import listen
 from moeinf.traces.trace import Trace
 
@@ -25,7 +25,7 @@ def prompt(seed: int, *shape: int) -> torch.Tensor:
 
 
 def blocks_of(model: Any) -> list[Any]:
-    return [model.get_submodule(name.rpartition(".")[0]) for name, _ in _experts_modules(model)]
+    return [model.get_submodule(name.rpartition(".")[0]) for name in experts_modules(model)]
 
 
 def expected_router(model: Any, seen: list[list[torch.Tensor]], family: str) -> np.ndarray:

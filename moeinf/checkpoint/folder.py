@@ -91,9 +91,12 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def names_by_shard(folder: Path) -> dict[str, set[str]]:
-    """The files of weights, with the names the index puts in each; none are known without it."""
+    """The files of weights, with the names the index puts in each; none are known without it.
+
+    A single file goes before an index, as in transformers.
+    """
     index = folder / INDEX
-    if not index.exists():
+    if (folder / SINGLE).exists() or not index.exists():
         return {SINGLE: set()}
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -44,7 +44,7 @@ class ExpertStore:
     Attributes:
         modules: path of the experts' module of each MoE layer; layers are counted from 0 here.
         num_experts: experts in each of them.
-        top_k: experts a token is routed to.
+        top_k: experts a token is routed to; None where the caller does not know.
         form: what an expert computes.
         layout: the segments of an expert, such as `gate_up` [2I, H] and `down` [H, I], and its
             matrices.
@@ -56,7 +56,7 @@ class ExpertStore:
         index: Index,
         *,
         form: ExpertForm,
-        top_k: int,
+        top_k: int | None,
         interleaved: bool = False,
     ):
         """A store of experts that the caller found: see `moeinf.checkpoint.index`.
@@ -78,7 +78,7 @@ class ExpertStore:
         self.modules = list(index)
         self._matrices = check_alike(index, form, checkpoint.path)
         self.num_experts = len(index[self.modules[0]])
-        if not 0 < top_k <= self.num_experts:
+        if top_k is not None and not 0 < top_k <= self.num_experts:
             raise CheckpointError(
                 f"{checkpoint.config_file}: routes to {top_k} experts per token, there are "
                 f"{self.num_experts}"

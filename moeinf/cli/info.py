@@ -57,7 +57,7 @@ def describe(store: ExpertStore) -> dict[str, Any]:
         entry.nbytes for name, entry in store.checkpoint.tensors.items() if name not in expert_names
     )
     available = _core.available_memory()
-    working_set = store.num_layers * store.top_k
+    working_set = store.num_layers * (store.top_k or store.num_experts)
     return {
         "path": str(store.checkpoint.path),
         "model_type": store.checkpoint.config.get("model_type", "unknown"),

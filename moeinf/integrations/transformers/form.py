@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from moeinf.checkpoint.store import ExpertStore
-from moeinf.errors import CheckpointError, UnsupportedError
+from moeinf.errors import UnsupportedError
 from moeinf.kernels.forms import ExpertForm, Gate
 from moeinf.kernels.gates import ACTIVATIONS, GATES, reference
 
@@ -21,46 +20,27 @@ TOLERANCE = 1e-5
 PROBES = 512
 
 
-def form_of(module: Any) -> ExpertForm:
-    """The form of this module's experts.
+def form_of(module: Any, known: list[ExpertForm] | None = None) -> ExpertForm:
+    """The form of this module's experts. `known` forms, of other layers, are tried first.
 
     Raises:
         UnsupportedError: no row of the table of gates gives what the module gives.
     """
     has_gate, has_bias = _flags(module)
     probe = _Probe(module)
+    for form in known or ():
+        if (form.has_gate, form.has_bias) == (has_gate, has_bias) and probe.answers_as(form.gate):
+            return form
     for gate in _candidates(has_gate, probe.constants):
         if probe.answers_as(gate):
-            return ExpertForm(gate, has_gate, has_bias)
+            form = ExpertForm(gate, has_gate, has_bias)
+            if known is not None:
+                known.append(form)
+            return form
     raise UnsupportedError(
         f"{type(module).__name__}: its gate function is none of {', '.join(GATES)}; to serve it, "
         "add a row to GATES in kernels/gates.py and in csrc/compute/gates.h"
     )
-
-
-def check_form(name: str, module: Any, store: ExpertStore) -> None:
-    """The module called `name` computes what the store says, over tensors of the store's sizes.
-
-    Several forms may give the same numbers, so the store's own form is compared with the module.
-    `module.moeinf_expected` has the shapes of the module's parameters.
-
-    Raises:
-        UnsupportedError: the module does something that is not part of a form.
-        CheckpointError: it computes something else, or wants other shapes.
-    """
-    form = store.form
-    if _flags(module) != (form.has_gate, form.has_bias) or not _Probe(module).answers_as(form.gate):
-        raise CheckpointError(
-            f"{store.checkpoint.path}: {name} ({type(module).__name__}) computes "
-            f"{form_of(module)}, the files were taken for {form}; add a row to FAMILIES in "
-            "moeinf/checkpoint/families.py"
-        )
-    wanted = _expected_shapes(module, store)
-    if module.moeinf_expected != wanted:
-        raise CheckpointError(
-            f"{store.checkpoint.path}: {name} expects {module.moeinf_expected}, the files hold "
-            f"{wanted}"
-        )
 
 
 def _flags(module: Any) -> tuple[bool, bool]:
@@ -70,23 +50,6 @@ def _flags(module: Any) -> tuple[bool, bool]:
             f"{type(module).__name__}: has_post_expert_norm is True, expected False"
         )
     return getattr(module, "has_gate", True), getattr(module, "has_bias", False)
-
-
-def _expected_shapes(module: Any, store: ExpertStore) -> dict[str, tuple[int, ...]]:
-    """What a module with the sizes of the store would have for parameters."""
-    form, layout = store.form, store.layout
-    first, rows = ("gate_up_proj", 2) if form.has_gate else ("up_proj", 1)
-    sizes = {
-        first: (rows * layout.intermediate, layout.hidden),
-        "down_proj": (layout.hidden, layout.intermediate),
-    }
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, (outputs, inputs) in sizes.items():
-        matrix = (inputs, outputs) if module.is_transposed else (outputs, inputs)
-        shapes[name] = (store.num_experts, *matrix)
-        if form.has_bias:
-            shapes[f"{name}_bias"] = (store.num_experts, outputs)
-    return shapes
 
 
 class _Probe:

@@ -7,7 +7,6 @@ parameters left out, the library loads everything else, and the registered exper
 
 from __future__ import annotations
 
-import copy
 import os
 from functools import partial
 from typing import Any
@@ -19,28 +18,26 @@ from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
 from moeinf.cache.group import CacheGroup
 from moeinf.cache.passes import ForwardPass
-from moeinf.checkpoint.families import parse
 from moeinf.checkpoint.folder import Checkpoint, read_tensor
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.experts.op import fused_experts
-from moeinf.integrations.transformers.device_map import DeviceMap, Placement
-from moeinf.integrations.transformers.form import check_form
-from moeinf.integrations.transformers.lookahead import GateLookahead
-from moeinf.integrations.transformers.routers import listen
-from moeinf.integrations.transformers.whole import make_whole_experts, whole_model
 
 try:
-    from transformers import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        AutoConfig,
-        GenerationConfig,
-        PreTrainedModel,
-    )
+    from transformers import GenerationConfig, PreTrainedModel
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 except ImportError as error:
     raise ImportError("moeinf.load needs transformers >= 5: pip install 'moeinf[hf]'") from error
+
+from moeinf.integrations.transformers.caches import make_caches
+from moeinf.integrations.transformers.device_map import DeviceMap, Placement
+from moeinf.integrations.transformers.experts import experts_modules, leave_out_experts
+from moeinf.integrations.transformers.lookahead import GateLookahead
+from moeinf.integrations.transformers.models import model_class, read_config
+from moeinf.integrations.transformers.plan import Plan, make_plan, missing_tensors
+from moeinf.integrations.transformers.routers import listen
+from moeinf.integrations.transformers.whole import make_whole_experts, whole_model
 
 IMPLEMENTATION = "moeinf"
 GATE = "gate"
@@ -94,11 +91,9 @@ def load(
     if prefetch not in known:
         raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, revision)
-    store = ExpertStore.open(checkpoint)
-    config = _config(checkpoint)
-    dense = {name: entry for name, entry in checkpoint.tensors.items() if parse(name) is None}
+    base, config = model_class(read_config(checkpoint), checkpoint)
+    plan = make_plan(base, config, checkpoint)
     # Before the model, so that a budget that cannot work says so before anything large is read.
-    base = _model_class(config, checkpoint)
     options = {
         "memory": memory,
         "slots": slots,
@@ -110,40 +105,28 @@ def load(
     if device_map is not None:
         if device != "auto":
             raise ValueError("give device or device_map, not both")
-        skeleton = _skeleton(base, config)
-        layers = _match_layers(_experts_modules(skeleton), store)
-        placed = Placement(device_map, skeleton, [path for path, _ in layers])
-    cache: ExpertCache | CacheGroup
-    only = pick_device(device) if placed is None else placed.only
-    if only is not None:
-        cache = ExpertCache(
-            store,
-            device=only,
-            dense_bytes=sum(entry.nbytes for entry in dense.values()),
-            **options,
-        )
-    elif placed is not None and prefetch != GATE:
-        cache = CacheGroup(store, placed.experts, dense_bytes=placed.dense_bytes, **options)
-    else:
-        raise UnsupportedError("prefetch='gate' runs a router early: give one device")
-    model: Any = _without_experts(base).from_pretrained(
-        None,
-        config=config,
-        state_dict={name: _OnDemand(entry) for name, entry in dense.items()},
-        dtype=_dtype(dtype, config, store),
-        experts_implementation="eager",
+        placed = Placement(device_map, plan.skeleton, [*experts_modules(plan.skeleton)])
+        if placed.only is None and prefetch == GATE:
+            raise UnsupportedError("prefetch='gate' runs a router early: give one device")
+    caches = make_caches(
+        plan.stores,
+        device=pick_device(device) if placed is None else placed.only,
+        placed=placed,
+        dense_bytes=sum(entry.nbytes for entry in plan.dense.values()),
+        **options,
     )
+    model: Any = _load_dense(base, config, plan, _dtype(dtype, config, plan.stores[0]))
     # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
     model.config._experts_implementation = IMPLEMENTATION
     model.__class__ = whole_model(base)
-    if isinstance(cache, CacheGroup) and placed is not None:
-        placed.dispatch(model, cache.device)
+    if placed is not None and placed.only is None:
+        placed.dispatch(model, caches[0].device)
     else:
-        model.to(cache.device)
+        model.to(caches[0].device)
     if (checkpoint.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     model.config.name_or_path = str(checkpoint.path)
-    model.moeinf = ServedExperts(model, cache, gate_lookahead=prefetch == GATE)
+    model.moeinf = ServedExperts(model, caches, gate_lookahead=prefetch == GATE)
     return model
 
 
@@ -153,18 +136,20 @@ class ServedExperts:
     def __init__(
         self,
         model: PreTrainedModel,
-        cache: ExpertCache | CacheGroup,
+        caches: list[ExpertCache | CacheGroup],
         *,
         gate_lookahead: bool = False,
     ):
-        self.cache = cache
-        modules = _match_layers(_experts_modules(model), cache.store)
-        for layer, (name, module) in enumerate(modules):
-            check_form(name, module, cache.store)
-            make_whole_experts(module, cache.store.form)
-            module.moeinf_layer = layer
-            module.moeinf_cache = cache if isinstance(cache, ExpertCache) else cache.of(layer)
-        blocks = [model.get_submodule(name.rpartition(".")[0]) for name, _ in modules]
+        self.caches = caches
+        self.cache = cache = caches[0]
+        for one in caches:
+            for layer, path in enumerate(one.store.modules):
+                module: Any = model.get_submodule(path)
+                make_whole_experts(module, one.store.form)
+                module.moeinf_layer = layer
+                module.moeinf_cache = one if isinstance(one, ExpertCache) else one.of(layer)
+                module.config._experts_implementation = IMPLEMENTATION
+        blocks = [model.get_submodule(path.rpartition(".")[0]) for path in cache.store.modules]
         cache.routers = partial(listen, blocks)
         self.lookahead = None
         if gate_lookahead and isinstance(cache, ExpertCache):
@@ -172,15 +157,16 @@ class ServedExperts:
         model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
 
     def stats(self) -> dict[str, Any]:
-        """See `ExpertCache.stats`."""
-        stats = self.cache.stats()
+        """See `ExpertCache.stats`. Where there is more than one cache, `others` is of the rest."""
+        stats, *others = [cache.stats() for cache in self.caches]
         if self.lookahead is not None:
             stats["prefetch"]["predictor"] = GATE
-        return stats
+        return {**stats, "others": others} if others else stats
 
     def reset_stats(self) -> None:
         """See `ExpertCache.reset_stats`."""
-        self.cache.reset_stats()
+        for cache in self.caches:
+            cache.reset_stats()
 
     def _before_forward(
         self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -191,13 +177,14 @@ class ServedExperts:
             tokens = kwargs.get("inputs_embeds")
         past = kwargs.get("past_key_values")
         begins = past is None or past.get_seq_length() == 0
-        self.cache.begin_pass(
-            ForwardPass(
-                prefill=begins or (tokens is not None and tokens.shape[1] > 1),
-                new_sequence=begins,
-                batch=1 if tokens is None else tokens.shape[0],
+        for cache in self.caches:
+            cache.begin_pass(
+                ForwardPass(
+                    prefill=begins or (tokens is not None and tokens.shape[1] > 1),
+                    new_sequence=begins,
+                    batch=1 if tokens is None else tokens.shape[0],
+                )
             )
-        )
 
 
 class _OnDemand:
@@ -229,32 +216,34 @@ def _experts_forward(
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
 
 
-def _config(checkpoint: Checkpoint) -> Any:
+def _load_dense(base: type[PreTrainedModel], config: Any, plan: Plan, dtype: torch.dtype) -> Any:
+    """The model with everything but its experts, loaded by transformers.
+
+    Raises:
+        CheckpointError: a tensor that is missing or of another shape than the model's.
+    """
+    checkpoint = plan.stores[0].checkpoint
+    state = {name: _OnDemand(entry) for name, entry in plan.dense.items()}
     try:
-        return AutoConfig.from_pretrained(checkpoint.path)
-    except (ValueError, KeyError) as error:
-        kind = checkpoint.config.get("model_type")
+        loaded: Any = _without_experts(base).from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype,
+            experts_implementation="eager",  # 5.0 checks it against a list of its own
+            ignore_mismatched_sizes=True,  # reported below
+            output_loading_info=True,
+        )
+    except RuntimeError as error:  # an operation on tensors failed
+        raise CheckpointError(f"{checkpoint.path}: transformers cannot load it: {error}") from error
+    model, found = loaded
+    for name, shape, expected in sorted(found["mismatched_keys"]):
         raise CheckpointError(
-            f"{checkpoint.path / 'config.json'}: transformers does not know model_type {kind!r}: "
-            f"{error}"
-        ) from error
-
-
-def _model_class(config: Any, checkpoint: Checkpoint) -> type[PreTrainedModel]:
-    try:
-        known: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-        return known
-    except KeyError:
-        raise CheckpointError(
-            f"{checkpoint.path / 'config.json'}: model_type {config.model_type!r} is not a causal "
-            "language model of this transformers version"
-        ) from None
-
-
-def _skeleton(base: type[PreTrainedModel], config: Any) -> PreTrainedModel:
-    """The model without weights."""
-    with torch.device("meta"):
-        return _without_experts(base)(copy.deepcopy(config))
+            f"{checkpoint.path}: {name}: expected {list(expected)}, found {list(shape)}"
+        )
+    if found["missing_keys"]:
+        raise missing_tensors(checkpoint, found["missing_keys"])
+    return model
 
 
 def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
@@ -262,40 +251,9 @@ def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
-        for _, module in _experts_modules(self):
-            # Kept to check the checkpoint's shapes against.
-            module.moeinf_expected = {
-                name: tuple(parameter.shape) for name, parameter in module.named_parameters()
-            }
-            for name in module.moeinf_expected:
-                module.register_parameter(name, None)
-            module._is_hf_initialized = True
+        leave_out_experts(self)
 
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
-
-
-def _experts_modules(model: torch.nn.Module) -> list[tuple[str, Any]]:
-    """The modules that hold all experts of one layer, in the order of layers."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if hasattr(module, "_apply_gate") and hasattr(module, "is_transposed")
-    ]
-
-
-def _match_layers(modules: list[tuple[str, Any]], store: ExpertStore) -> list[tuple[str, Any]]:
-    """Pairs the model's experts modules with the store's MoE layers, by layer number."""
-    found = [
-        int(next(part for part in reversed(name.split(".")) if part.isdigit()))
-        for name, _ in modules
-    ]
-    if found != store.layer_ids:
-        odd = sorted(set(found) ^ set(store.layer_ids))
-        raise CheckpointError(
-            f"{store.checkpoint.path}: the model has experts in {len(found)} layers, the files in "
-            f"{store.num_layers}; they differ at layer {odd[0] if odd else '?'}"
-        )
-    return modules
 
 
 def _dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -> torch.dtype:

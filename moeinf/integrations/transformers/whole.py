@@ -220,7 +220,7 @@ def _class_of(first: type, base: type) -> type:
 
 
 def _stores(model: Any) -> list[ExpertStore]:
-    return [model.moeinf.cache.store]
+    return [cache.store for cache in model.moeinf.caches]
 
 
 def _delete_adapter(model: torch.nn.Module, name: str) -> None:

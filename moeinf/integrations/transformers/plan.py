@@ -1,0 +1,166 @@
+"""What a model needs from a checkpoint: its experts as stores, and its other tensors.
+
+Made from the headers and from the model on the meta device, before any tensor is read.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from moeinf.checkpoint.config import TOP_K_KEYS
+from moeinf.checkpoint.folder import Checkpoint
+from moeinf.checkpoint.headers import TensorEntry
+from moeinf.checkpoint.index import Expert
+from moeinf.checkpoint.store import ExpertStore
+from moeinf.errors import CheckpointError, UnsupportedError
+from moeinf.integrations.transformers.experts import (
+    experts_modules,
+    find_experts,
+    leave_out_experts,
+    parameters_of,
+)
+from moeinf.integrations.transformers.form import form_of
+from moeinf.integrations.transformers.weights import Sources, Traced, find_sources, trace
+from moeinf.kernels.forms import ExpertForm
+
+# Ends of names of tensors that other tensors cannot be read without.
+SCALES = re.compile(r"(scale|scales|scale_inv|scale_2|absmax|zero_point|zeros|g_idx)$")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to load.
+
+    Attributes:
+        skeleton: the model on the meta device, without the parameters of experts.
+        stores: the experts. Those of one store are alike: as many in each layer, of one form, one
+            format and one size. `ExpertStore.modules` says which layers of the model they are of.
+            The store with the most bytes comes first.
+        dense: every other tensor that the model uses, by its name in the files.
+    """
+
+    skeleton: PreTrainedModel
+    stores: list[ExpertStore]
+    dense: dict[str, TensorEntry]
+
+
+def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) -> Plan:
+    """The plan for a model of the class `base`.
+
+    Raises:
+        CheckpointError: tensors that are missing, of a wrong shape, or useless without others.
+        UnsupportedError: a model without experts, or with experts that cannot be served.
+    """
+    with torch.device("meta"):
+        skeleton = base(copy.deepcopy(config))
+    modules = experts_modules(skeleton)
+    if not modules:
+        raise UnsupportedError(
+            f"{checkpoint.config_file}: {base.__name__} has no experts modules; moeinf serves "
+            "models whose experts use transformers' experts interface"
+        )
+    sources, unknown = find_sources(skeleton, checkpoint.tensors.values())
+    shapes = {
+        f"{path}.{name}": shape
+        for path, module in modules.items()
+        for name, shape in parameters_of(module).items()
+    }
+    traced: dict[str, Traced] = {}
+    for name in shapes:
+        if name in sources:
+            traced |= trace(name, sources[name], shapes, skeleton.config)
+    missing = [name for name in shapes if name not in traced]
+    if missing:
+        raise missing_tensors(checkpoint, missing)
+    served = {entry.name for name in shapes if name in sources for entry in sources[name].all()}
+    dense = {
+        entry.name: entry
+        for one in sources.values()
+        for entry in one.all()
+        if entry.name not in served
+    }
+    _check_unknown(skeleton, checkpoint, unknown, sources)
+    stores = _stores(checkpoint, modules, traced, skeleton.config)
+    leave_out_experts(skeleton)
+    return Plan(skeleton, stores, dense)
+
+
+def missing_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointError:
+    """The error for parameters of the model that no file has."""
+    first, *more = sorted(names)
+    return CheckpointError(
+        f"{checkpoint.path}: no tensor for {first}{f' and {len(more)} more' if more else ''}, "
+        "which the model needs"
+    )
+
+
+def _stores(
+    checkpoint: Checkpoint, modules: Mapping[str, Any], traced: Mapping[str, Traced], config: Any
+) -> list[ExpertStore]:
+    """One store for the layers whose experts are alike."""
+    groups: dict[Any, dict[str, Sequence[Expert]]] = {}
+    forms: list[ExpertForm] = []
+    for path, module in modules.items():
+        form = form_of(module, forms)
+        mine = {name: traced[f"{path}.{name}"] for name in parameters_of(module)}
+        experts, interleaved = find_experts(path, module, form, mine)
+        alike = (
+            len(experts),
+            form,
+            interleaved,
+            tuple((key, piece.shape, piece.entry.dtype) for key, piece in experts[0].items()),
+        )
+        groups.setdefault(alike, {})[path] = experts
+    stores = [
+        ExpertStore(checkpoint, index, form=form, top_k=_top_k(config), interleaved=interleaved)
+        for (_, form, interleaved, _), index in groups.items()
+    ]
+    return sorted(stores, key=lambda store: -store.nbytes)
+
+
+def _top_k(config: Any) -> int | None:
+    """Experts that a token is routed to, where the configuration says so."""
+    text = config.get_text_config()
+    for key in TOP_K_KEYS:
+        value = getattr(text, key, None)
+        if isinstance(value, list) and value:
+            value = max(value)
+        if isinstance(value, int):
+            return value
+    return None
+
+
+def _check_unknown(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    unknown: Mapping[str, TensorEntry],
+    sources: Mapping[str, Sources],
+) -> None:
+    """Names the tensors that the model has no use for, unless transformers declares them so."""
+    ignored = [*(model._keys_to_ignore_on_load_unexpected or ())]
+    ignored += [r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"]
+    pattern = re.compile("|".join(f"({one})" for one in ignored))
+    left = [entry for name, entry in unknown.items() if not pattern.search(name)]
+    owners = {entry.name.rpartition(".")[0] for one in sources.values() for entry in one.all()}
+    for entry in left:
+        owner, _, last = entry.name.rpartition(".")
+        if SCALES.search(last) and owner in owners:
+            raise CheckpointError(
+                f"{entry.path}: {entry}: the weights beside it are of a format that is not "
+                "supported: expected no scales"
+            )
+    if left:
+        names = ", ".join(entry.name for entry in left[:5])
+        more = f" and {len(left) - 5} more" if len(left) > 5 else ""
+        warnings.warn(
+            f"{checkpoint.path}: {type(model).__name__} has no use for {names}{more}; not loaded",
+            stacklevel=4,
+        )
