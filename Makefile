@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
+TRANSFORMERS_TESTS := $(addprefix tests/test_,passes.py switching.py transformers.py \
+	router_recording.py)
 CPP := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp'
 
-.PHONY: demo test lint stubs fmt sanitize bench clean
+.PHONY: demo test test-transformers lint stubs fmt sanitize bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/moeinf run --memory 25% --max-new-tokens 120 --temperature 0.7 --verify
@@ -13,6 +15,17 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/run.sh
 	$(BIN)/python -m pytest
+
+# What depends on transformers, with the oldest that is served, the pinned one and the newest.
+test-transformers: $(VENV)/.test
+	set -e; for version in 5.0.0 $$(sed -n 's/^transformers==//p' constraints.txt) newest; do \
+		there=$(CURDIR)/build/transformers-$$version; rm -rf $$there; \
+		$(BIN)/python -m pip install --quiet --target $$there \
+			"transformers$$(test $$version = newest || echo ==$$version)"; \
+		export PYTHONPATH=$$there; \
+		$(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'; \
+		$(BIN)/python -m pytest -q $(TRANSFORMERS_TESTS); \
+	done
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -46,6 +46,32 @@ ADDRESSES = {"ids", "map"}
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """Weights with scales: constants of the kernels, and what their pointers point to."""
+
+    format: str
+    values: str
+    scale_type: str
+    scales: str
+    block: tuple[int, int]
+    multiplier: bool = False
+
+    def fold(self, dtype: str) -> bool:
+        return dtype == "bfloat16" and self.scale_type in ("e8m0", "e4m3")
+
+
+SCALED = {
+    "fp8 blocks": Scaled("e4m3", "u8", "float", "fp32", (128, 128)),
+    "fp8 channels": Scaled("e4m3", "u8", "float", "bf16", (1, 0)),
+    "mxfp8": Scaled("e4m3", "u8", "e8m0", "u8", (1, 32)),
+    "mxfp4": Scaled("e2m1", "u8", "e8m0", "u8", (1, 32)),
+    "nvfp4": Scaled("e2m1", "u8", "e4m3", "u8", (1, 16), multiplier=True),
+    "int4": Scaled("int4", "u8", "float", "bf16", (1, 32)),
+    "int8": Scaled("int8", "i8", "float", "fp32", (1, 0)),
+}
+
+
+@dataclass(frozen=True)
 class Case:
     """One specialisation: a kernel, a dtype of weights, a configuration and a form.
 
@@ -82,6 +108,7 @@ def upcast(dtype: str, arch: int) -> bool:
 def constants(case: Case, arch: int) -> dict[str, Any]:
     names = KERNELS[case.kernel].arg_names
     form = {"map": False, "bias": False, "has_gate": True, "interleaved": False} | dict(case.form)
+    scaled = SCALED.get(form.pop("weights", ""))
     values: dict[str, Any] = {
         "FORMAT": FORMATS[case.dtype], "FUNCTION": "glu", "ACTIVATION": "silu",
         "TOKENS": 16, "K_PAD": 8, "R_PAD": 128, "UPCAST": upcast(case.dtype, arch),
@@ -91,9 +118,24 @@ def constants(case: Case, arch: int) -> dict[str, Any]:
     up = form["interleaved"] and case.kernel.startswith("gate_up") and case.order == "columns"
     values |= {"stride_wk": 1} if case.order == "rows" else {"stride_wn": 2 if up else 1}
     # What is absent is None, which is a constant.
-    absent = ["gate_scales_ptr", "up_scales_ptr", "down_scales_ptr", *STRIDES_OF_SCALES]
+    absent = []
+    if scaled is None:
+        values |= {"SCALE_TYPE": None, "SCALE_N": 1, "SCALE_K": 0, "FOLD": False}
+        absent += ["gate_scales_ptr", "up_scales_ptr", "down_scales_ptr", *STRIDES_OF_SCALES]
+    else:
+        fold = scaled.fold(case.dtype)
+        values |= {
+            "FORMAT": scaled.format, "SCALE_TYPE": scaled.scale_type, "SCALE_N": scaled.block[0],
+            "SCALE_K": scaled.block[1], "FOLD": fold, "stride_ck": 1,
+            "UPCAST": upcast(case.dtype, arch) or case.dtype == "float16",
+        }  # fmt: skip
+        summed = "BLOCK_H" if case.kernel.startswith("gate_up") else "BLOCK_I"
+        if scaled.block[1] and not fold and not case.kernel.endswith("vector"):
+            values[summed] = min(values[summed], scaled.block[1])
+    if scaled is None or not scaled.multiplier:
+        absent += ["gate_multiplier_ptr", "up_multiplier_ptr", "down_multiplier_ptr", "stride_ms"]
     absent += [] if form["map"] else ["map_ptr"]
-    absent += [] if form["has_gate"] else ["up_ptr", "up_bias_ptr"]
+    absent += [] if form["has_gate"] else ["up_ptr", "up_scales_ptr", "up_bias_ptr"]
     if form["bias"]:
         values["stride_bn"] = 2 if form["interleaved"] and case.kernel.startswith("gate_up") else 1
     else:
@@ -102,7 +144,7 @@ def constants(case: Case, arch: int) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name in names}
 
 
-def argument_type(kernel: str, name: str, dtype: str) -> str:
+def argument_type(kernel: str, name: str, dtype: str, scaled: Scaled | None = None) -> str:
     if not name.endswith("_ptr"):
         return "fp32" if name in ("alpha", "limit") else "i32"
     stem = name.removesuffix("_ptr")
@@ -111,6 +153,12 @@ def argument_type(kernel: str, name: str, dtype: str) -> str:
     if stem in INTEGERS:
         return "*i32"
     decode = not kernel.endswith("grouped")
+    if stem.endswith("multiplier"):
+        return "*fp32"
+    if scaled is not None and stem in ("gate", "up", "down"):
+        return "*" + scaled.values
+    if scaled is not None and stem.endswith("_scales"):
+        return "*" + scaled.scales
     if stem == "weights" or (stem == "routes" and decode):
         return "*fp32"
     return "*" + SHORT[dtype]
@@ -119,8 +167,9 @@ def argument_type(kernel: str, name: str, dtype: str) -> str:
 def compile_case(case: Case, arch: int) -> Machine:
     kernel = KERNELS[case.kernel]
     fixed = constants(case, arch)
+    scaled = SCALED.get(dict(case.form).get("weights", ""))
     signature = {
-        name: "constexpr" if name in fixed else argument_type(case.kernel, name, case.dtype)
+        name: "constexpr" if name in fixed else argument_type(case.kernel, name, case.dtype, scaled)
         for name in kernel.arg_names
     }
     # What a launch would find: aligned pointers, and sizes and strides that 16 divides.
@@ -263,6 +312,7 @@ def with_form(cases: list[Case], **form: Any) -> list[Case]:
         names = set(KERNELS[kernel].arg_names)
         gated = {"has_gate", "interleaved"} if "up_ptr" in names else set()
         biased = {"bias"} if {"gate_bias_ptr", "down_bias_ptr"} & names else set()
+        biased |= {"weights"} if "FORMAT" in names else set()
         return names | gated | biased | ({"map"} if "map_ptr" in names else set())
 
     return [
@@ -282,6 +332,7 @@ def form_cases(arch: int) -> list[Case]:
     ]  # fmt: skip
     forms += [{"ACTIVATION": name} for name in ACTIVATIONS if name != "silu"]
     forms += [{"FUNCTION": name} for name, row in GATES.items() if row.has_up and name != "glu"]
+    forms += [{"weights": name} for name in SCALED]
     return [case for form in forms for case in with_form(cases, **form)]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from .formats import FORMATS
+from .formats import FORMATS, SCALE_TYPES
 from .forms import ExpertForm, ExpertMatrices, Matrix
 from .gates import check_form
 from .route_sum import sum_routes
@@ -68,7 +68,8 @@ def check_arguments(
             raise ValueError(
                 f"{name}: expected {ndim} dimensions, found shape {tuple(tensor.shape)}"
             )
-    (T, H), k, (S, _, I) = hidden.shape, ids.shape[1], down.values.shape  # noqa: E741
+    (T, H), k, (S, _, stored) = hidden.shape, ids.shape[1], down.values.shape
+    I = stored * FORMATS[down.format].pack if down.format in FORMATS else stored  # noqa: E741
     if T == 0:
         raise ValueError("hidden: expected at least 1 token, found 0")
     if not 1 <= k <= MAX_TOP_K:
@@ -102,12 +103,28 @@ def check_matrix(
             f"{name}: expected a weight format of {', '.join(FORMATS)}, found {matrix.format!r}"
         )
     row = FORMATS[matrix.format]
+    slots, rows, cols = shape
     check_dtype("hidden", hidden, row.tokens)
-    check_tensor(name, matrix.values, shape, (row.values,), hidden.device)
-    if (matrix.scales is not None) != row.has_scales:
-        found = "None" if matrix.scales is None else tuple(matrix.scales.shape)
-        wanted = "scales" if row.has_scales else "None"
-        raise ValueError(f"{name} scales: expected {wanted} for {matrix.format}, found {found}")
+    stored = (slots, rows, cols // row.pack)
+    check_tensor(name, matrix.values, stored, (row.values,), hidden.device)
+    for kind, tensor in (("scales", matrix.scales), ("multiplier", matrix.multiplier)):
+        if tensor is not None and not row.scaled:
+            raise ValueError(
+                f"{name} {kind}: expected None for {matrix.format}, found {tuple(tensor.shape)}"
+            )
+    if (matrix.scales is None) != (matrix.block is None):
+        wanted = "None" if matrix.block is None else f"some for blocks {matrix.block}"
+        given = "None" if matrix.scales is None else tuple(matrix.scales.shape)
+        raise ValueError(f"{name} scales: expected {wanted}, found {given}")
+    if matrix.scales is not None and matrix.block is not None:
+        check_block(name, matrix.block)
+        high, wide = matrix.block[0], matrix.block[1] or cols
+        grid = (slots, -(-rows // high), -(-cols // wide))
+        check_tensor(f"{name} scales", matrix.scales, grid, tuple(SCALE_TYPES), hidden.device)
+    if matrix.multiplier is not None:
+        check_tensor(
+            f"{name} multiplier", matrix.multiplier, (slots,), (torch.float32,), hidden.device
+        )
     if (matrix.bias is not None) != has_bias:
         found = "None" if matrix.bias is None else "a bias"
         raise ValueError(f"{name} bias: expected has_bias={has_bias} to agree, found {found}")
@@ -116,15 +133,31 @@ def check_matrix(
         check_tensor(f"{name} bias", matrix.bias, shape[:2], dtypes, hidden.device)
 
 
+def check_block(name: str, block: tuple[int, int]) -> None:
+    """A tile of columns must be whole blocks, or lie in one."""
+    rows, cols = block
+    if rows < 1 or (cols != 0 and (cols < 16 or cols & (cols - 1))):
+        raise ValueError(
+            f"{name} scales: expected blocks of 1 row or more and of a power of two of at least 16 "
+            f"columns, or of all (0), found {block}"
+        )
+
+
 def check_alike(gate: Matrix, up: Matrix) -> None:
     """The kernels walk both matrices with the strides of one."""
-    if gate.format != up.format:
-        raise ValueError(f"up: expected the format of gate, {gate.format}, found {up.format}")
+    if (gate.format, gate.block) != (up.format, up.block):
+        blocks = "" if gate.block == up.block else f" in blocks {gate.block}, found {up.block}"
+        raise ValueError(
+            f"up: expected the format of gate, {gate.format}, found {up.format}{blocks}"
+        )
     for name, one, other in (
         ("up", gate.values, up.values),
         ("up scales", gate.scales, up.scales),
+        ("up multiplier", gate.multiplier, up.multiplier),
         ("up bias", gate.bias, up.bias),
     ):
+        if (one is None) != (other is None):
+            raise ValueError(f"{name}: expected gate and up to have one, or neither")
         if one is None or other is None:
             continue
         check_dtype(name, other, (one.dtype,))

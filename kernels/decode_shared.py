@@ -10,10 +10,9 @@ one slot are a group; the first of them, in the order of routes, leads it. Never
 import triton
 import triton.language as tl
 
-from .formats import load_tile
+from .formats import add_product, multiplied
 from .gates import apply_gate
 from .lookup import slot_of
-from .product import multiply
 
 
 @triton.jit
@@ -41,10 +40,12 @@ def write_groups(groups_ptr, ids_ptr, map_ptr, R, top_k, R_PAD: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def gate_up_shared(
     hidden_ptr, ids_ptr, map_ptr, gate_ptr, up_ptr, gate_scales_ptr, up_scales_ptr,
-    gate_bias_ptr, up_bias_ptr, act_ptr, groups_ptr, rows_ptr,
+    gate_multiplier_ptr, up_multiplier_ptr, gate_bias_ptr, up_bias_ptr, act_ptr, groups_ptr,
+    rows_ptr,
     T, top_k, H, I, stride_ht, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-    stride_bs, stride_bn, alpha, limit,
-    FORMAT: tl.constexpr, FUNCTION: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
+    stride_ms, stride_bs, stride_bn, alpha, limit,
+    FORMAT: tl.constexpr, SCALE_TYPE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    FOLD: tl.constexpr, FUNCTION: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
     TOKENS: tl.constexpr, K_PAD: tl.constexpr, R_PAD: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -56,6 +57,7 @@ def gate_up_shared(
     | ids, map | [T*k], [E] | int32/64 | contiguous | slot ids, or expert ids and their slots |
     | gate, up | [S, I, H] | by FORMAT | (stride_ws, stride_wn, stride_wk) | up may be None |
     | gate_scales, up_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | gate_multiplier, up_multiplier | [S] | float32 | stride_ms | or None |
     | gate_bias, up_bias | [S, I] | X/float32 | (stride_bs, stride_bn) | or None |
     | act | [T*k, I] | X | contiguous | written at the first route of each token of a group |
     | groups | [1 + 2*T*k] | int32 | contiguous | written: see write_groups |
@@ -91,21 +93,20 @@ def gate_up_shared(
             h = h0 + tl.arange(0, BLOCK_H)
             x_mask = (h < H)[:, None] & here[None, :]
             x = tl.load(hidden_ptr + t[None, :] * stride_ht + h[:, None], mask=x_mask, other=0.0)
-            w = load_tile(
-                gate_ptr, gate_scales_ptr, slot, i[:, None], h[None, :],
-                in_i[:, None], (h < H)[None, :],
+            gate = add_product(
+                gate, x, gate_ptr, gate_scales_ptr, slot, i[:, None], in_i[:, None], h0, H,
                 stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-                x.dtype, FORMAT,
+                FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_H, False,
             )  # fmt: skip
-            gate = multiply(w, x, gate, UPCAST)
             if up_ptr is not None:
-                w = load_tile(
-                    up_ptr, up_scales_ptr, slot, i[:, None], h[None, :],
-                    in_i[:, None], (h < H)[None, :],
+                up = add_product(
+                    up, x, up_ptr, up_scales_ptr, slot, i[:, None], in_i[:, None], h0, H,
                     stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-                    x.dtype, FORMAT,
+                    FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_H, False,
                 )  # fmt: skip
-                up = multiply(w, x, up, UPCAST)
+        gate = multiplied(gate, gate_multiplier_ptr, slot, True, stride_ms)
+        if up_ptr is not None:
+            up = multiplied(up, up_multiplier_ptr, slot, True, stride_ms)
         if gate_bias_ptr is not None:
             offset = slot * stride_bs + i * stride_bn
             gate += tl.load(gate_bias_ptr + offset, mask=in_i, other=0.0).to(tl.float32)[:, None]
@@ -118,11 +119,12 @@ def gate_up_shared(
 
 @triton.jit(do_not_specialize=["T", "per_route"])
 def down_shared(
-    act_ptr, ids_ptr, map_ptr, weights_ptr, down_ptr, down_scales_ptr, down_bias_ptr,
-    groups_ptr, rows_ptr, routes_ptr, out_ptr,
+    act_ptr, ids_ptr, map_ptr, weights_ptr, down_ptr, down_scales_ptr, down_multiplier_ptr,
+    down_bias_ptr, groups_ptr, rows_ptr, routes_ptr, out_ptr,
     T, top_k, H, I, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-    stride_bs, stride_bn, stride_ot, per_route,
-    FORMAT: tl.constexpr, UPCAST: tl.constexpr, TOKENS: tl.constexpr,
+    stride_ms, stride_bs, stride_bn, stride_ot, per_route,
+    FORMAT: tl.constexpr, SCALE_TYPE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    FOLD: tl.constexpr, UPCAST: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
     """out[t, h] = sum over j, in order, of weight[t, j] * (down[slot(t, j)] @ act[t, j])[h].
@@ -134,6 +136,7 @@ def down_shared(
     | weights | [T*k] | any float | contiguous | routing weights |
     | down | [S, H, I] | by FORMAT | (stride_ws, stride_wn, stride_wk) | |
     | down_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | down_multiplier | [S] | float32 | stride_ms | or None |
     | down_bias | [S, H] | X/float32 | (stride_bs, stride_bn) | or None |
     | routes | [T*k, H] | float32 | contiguous | one expert's output for one token; the whole
       result when per_route, room to work in otherwise |
@@ -163,17 +166,16 @@ def down_shared(
         i = block * BLOCK_I + tl.arange(0, BLOCK_I)
         a_mask = (i < I)[:, None] & here[None, :]
         a = tl.load(act_ptr + row.to(tl.int64)[None, :] * I + i[:, None], mask=a_mask, other=0.0)
-        w = load_tile(
-            down_ptr, down_scales_ptr, slot, h[:, None], i[None, :],
-            (h < H)[:, None], (i < I)[None, :],
+        acc = add_product(
+            acc, a, down_ptr, down_scales_ptr, slot, h[:, None], (h < H)[:, None],
+            block * BLOCK_I, I,
             stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-            a.dtype, FORMAT,
+            FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_I, False,
         )  # fmt: skip
-        acc = multiply(w, a, acc, UPCAST)
         # Until a group's last block nothing is written; after it the sum starts anew.
         last = block == blocks - 1
         written = h < tl.where(last, H, 0)
-        y = acc
+        y = multiplied(acc, down_multiplier_ptr, slot, last, stride_ms)
         if down_bias_ptr is not None:
             bias = down_bias_ptr + slot * stride_bs + h * stride_bn
             y += tl.load(bias, mask=written, other=0.0).to(tl.float32)[:, None]

@@ -9,7 +9,7 @@ tokens of dtypes that a GPU's tensor cores lack. Never sorts, never pads rows, n
 import triton
 import triton.language as tl
 
-from .formats import load_tile
+from .formats import load_tile, multiplied
 from .gates import apply_gate
 from .lookup import slot_of
 
@@ -17,10 +17,11 @@ from .lookup import slot_of
 @triton.jit
 def gate_up_vector(
     hidden_ptr, ids_ptr, map_ptr, gate_ptr, up_ptr, gate_scales_ptr, up_scales_ptr,
-    gate_bias_ptr, up_bias_ptr, act_ptr,
+    gate_multiplier_ptr, up_multiplier_ptr, gate_bias_ptr, up_bias_ptr, act_ptr,
     top_k, H, I, stride_ht, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-    stride_bs, stride_bn, alpha, limit,
-    FORMAT: tl.constexpr, FUNCTION: tl.constexpr, ACTIVATION: tl.constexpr, ROWWISE: tl.constexpr,
+    stride_ms, stride_bs, stride_bn, alpha, limit,
+    FORMAT: tl.constexpr, SCALE_TYPE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    FUNCTION: tl.constexpr, ACTIVATION: tl.constexpr, ROWWISE: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """act[r, i] = apply_gate(gate[slot(r)] @ hidden[t], up[slot(r)] @ hidden[t]), r = t * k + j.
@@ -31,6 +32,7 @@ def gate_up_vector(
     | ids, map | [T*k], [E] | int32/64 | contiguous | slot ids, or expert ids and their slots |
     | gate, up | [S, I, H] | by FORMAT | (stride_ws, stride_wn, stride_wk) | up may be None |
     | gate_scales, up_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | gate_multiplier, up_multiplier | [S] | float32 | stride_ms | or None |
     | gate_bias, up_bias | [S, I] | X/float32 | (stride_bs, stride_bn) | or None |
     | act | [T*k, I] | X | contiguous | written for present routes only |
 
@@ -60,22 +62,22 @@ def gate_up_vector(
             else:
                 x = tl.load(token + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
             w = load_tile(
-                gate_ptr, gate_scales_ptr, slot, i[:, None], h[None, :],
-                in_i[:, None], (h < H)[None, :],
+                gate_ptr, gate_scales_ptr, slot, i[:, None], in_i[:, None], h0, H,
                 stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-                tl.float32, FORMAT,
+                tl.float32, FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, BLOCK_H,
             )  # fmt: skip
             gate = tl.fma(w, x, gate)
             if up_ptr is not None:
                 w = load_tile(
-                    up_ptr, up_scales_ptr, slot, i[:, None], h[None, :],
-                    in_i[:, None], (h < H)[None, :],
+                    up_ptr, up_scales_ptr, slot, i[:, None], in_i[:, None], h0, H,
                     stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-                    tl.float32, FORMAT,
+                    tl.float32, FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, BLOCK_H,
                 )  # fmt: skip
                 up = tl.fma(w, x, up)
-        gate_sum = tl.sum(gate, axis=1)
+        gate_sum = multiplied(tl.sum(gate, axis=1), gate_multiplier_ptr, slot, True, stride_ms)
         up_sum = tl.sum(up, axis=1)
+        if up_ptr is not None:
+            up_sum = multiplied(up_sum, up_multiplier_ptr, slot, True, stride_ms)
         if gate_bias_ptr is not None:
             offset = slot * stride_bs + i * stride_bn
             gate_sum += tl.load(gate_bias_ptr + offset, mask=in_i, other=0.0).to(tl.float32)
@@ -96,11 +98,11 @@ def add_route(out, y, ids_ptr, map_ptr, weights_ptr, r, valid):
 
 @triton.jit(do_not_specialize=["per_route"])
 def down_vector(
-    act_ptr, ids_ptr, map_ptr, weights_ptr, down_ptr, down_scales_ptr, down_bias_ptr,
-    routes_ptr, out_ptr,
+    act_ptr, ids_ptr, map_ptr, weights_ptr, down_ptr, down_scales_ptr, down_multiplier_ptr,
+    down_bias_ptr, routes_ptr, out_ptr,
     top_k, H, I, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-    stride_bs, stride_bn, stride_ot, per_route,
-    FORMAT: tl.constexpr,
+    stride_ms, stride_bs, stride_bn, stride_ot, per_route,
+    FORMAT: tl.constexpr, SCALE_TYPE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     ROUTES: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """out[t, h] = sum over j, in order, of weight[t, j] * (down[slot(t, j)] @ act[t, j])[h].
@@ -112,6 +114,7 @@ def down_vector(
     | weights | [T*k] | any float | contiguous | routing weights |
     | down | [S, H, I] | by FORMAT | (stride_ws, stride_wn, stride_wk) | |
     | down_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | down_multiplier | [S] | float32 | stride_ms | or None |
     | down_bias | [S, H] | X/float32 | (stride_bs, stride_bn) | or None |
     | routes | [T*k, H] | float32 | contiguous | written instead of out when per_route |
     | out | [T, H] | X | (stride_ot, 1) | written when not per_route |
@@ -140,14 +143,16 @@ def down_vector(
             a_row = act_ptr + r.to(tl.int64)[None, :, None] * I
             a = tl.load(a_row + i[None, None, :], mask=in_act, other=0.0).to(tl.float32)
             w = load_tile(
-                down_ptr, down_scales_ptr, slot[None, :, None], h[:, None, None], i[None, None, :],
-                (h < H)[:, None, None], in_act,
+                down_ptr, down_scales_ptr, slot[None, :, None], h[:, None, None],
+                (h < H)[:, None, None] & present[None, :, None], i0, I,
                 stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-                tl.float32, FORMAT,
+                tl.float32, FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, BLOCK_I,
             )  # fmt: skip
             acc = tl.fma(w, a, acc)
-        y = tl.sum(acc, axis=2)
         in_y = (h < H)[:, None] & present[None, :]
+        y = multiplied(
+            tl.sum(acc, axis=2), down_multiplier_ptr, slot[None, :], present[None, :], stride_ms
+        )
         if down_bias_ptr is not None:
             bias = down_bias_ptr + slot[None, :] * stride_bs + h[:, None] * stride_bn
             y += tl.load(bias, mask=in_y, other=0.0).to(tl.float32)

@@ -58,15 +58,19 @@ class Matrix:
 
     values  [S, N, K] for formats with one element per value; any strides. Packed formats: the
             bytes of a row in the last dimension.
-    scales  [S, ...] as the format wants them, or None
+    scales  [S, rows of blocks, blocks in a row], or None. Bytes are exponents of powers of two
     bias    [S, N], any strides, or None
     format  name of the weight format: a row of moeinf/checkpoint/formats.py and of `formats.py`
+    block   rows and columns that share a scale; 0 columns are all columns
+    multiplier  [S] float32, any stride: one more scale for all of a slot's matrix, or None
     """
 
     values: torch.Tensor
     scales: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     format: str = "bf16"
+    block: tuple[int, int] | None = None
+    multiplier: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,12 +83,21 @@ class ExpertMatrices:
 
     @cached_property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """The values of gate, up and down, then their scales, then their biases; None if absent."""
+        """The values of gate, up and down, then scales, multipliers and biases; None if absent.
+
+        Floats of eight bits are bytes here: not every GPU knows them.
+        """
         every = (self.gate, self.up, self.down)
-        return tuple(
+        found = (
             None if matrix is None else getattr(matrix, part)
-            for part in ("values", "scales", "bias")
+            for part in ("values", "scales", "multiplier", "bias")
             for matrix in every
+        )
+        return tuple(
+            tensor.view(torch.uint8)
+            if tensor is not None and tensor.dtype == torch.float8_e4m3fn
+            else tensor
+            for tensor in found
         )
 
     @classmethod

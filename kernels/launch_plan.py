@@ -26,7 +26,7 @@ from .forms import ExpertMatrices
 # parameter of a kernel has the name of its tensor and "_ptr".
 MATRICES = (
     "gate", "up", "down", "gate_scales", "up_scales", "down_scales",
-    "gate_bias", "up_bias", "down_bias",
+    "gate_multiplier", "up_multiplier", "down_multiplier", "gate_bias", "up_bias", "down_bias",
 )  # fmt: skip
 NAMES = (
     "hidden", "ids", "weights", "map", "out", "routes", "act", "groups", "rows", *MATRICES,
@@ -170,8 +170,9 @@ class MatricesSignature:
         kept = matrices.__dict__.get("_signature")
         if kept is None or kept[1] != addresses:
             parts, _ = signature(tensors)
-            formats = (matrices.gate.format, matrices.up and matrices.up.format)
-            key = (parts, formats, matrices.down.format)
+            every = (matrices.gate, matrices.up, matrices.down)
+            kinds = (m and (m.format, m.block, m.scales is None or m.scales.dtype) for m in every)
+            key = (parts, *kinds)
             kept = (cls.known.setdefault(key, cls()), addresses)
             matrices.__dict__["_signature"] = kept
         return kept

@@ -17,6 +17,7 @@ from . import launch_plan, tuning
 from .checks import INTERPRETED, Arguments
 from .decode_shared import down_shared, gate_up_shared
 from .decode_vector import down_vector, gate_up_vector
+from .formats import SCALE_TYPES, folds
 from .forms import Matrix
 from .launch_plan import FUSE, MATRICES, Launch, LaunchPlan, Scratch, on_device
 from .prefill import down_grouped, gate_up_grouped
@@ -34,9 +35,14 @@ def has_tensor_cores_for(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def must_upcast(dtype: torch.dtype, device: torch.device) -> bool:
-    # Interpreters before Triton 3.7 multiply the bit patterns of bfloat16.
-    return not has_tensor_cores_for(dtype, device) or (INTERPRETED and dtype == torch.bfloat16)
+def must_upcast(matrix: Matrix, dtype: torch.dtype, device: torch.device) -> bool:
+    # Interpreters before Triton 3.7 multiply the bit patterns of bfloat16. The range of float16 is
+    # too small for sums without their scales.
+    return (
+        not has_tensor_cores_for(dtype, device)
+        or (INTERPRETED and dtype == torch.bfloat16)
+        or (matrix.scales is not None and dtype == torch.float16)
+    )
 
 
 def pick_path(a: Arguments) -> str:
@@ -76,13 +82,20 @@ def tuning_key(kernel: str, a: Arguments, rows_per_tile: int = 0) -> dict[str, A
 
 
 def config_of(kernel: str, a: Arguments, rows_per_tile: int = 0) -> Mapping[str, Any]:
-    return tuning.config(
+    config = tuning.config(
         kernel, tuning.device_names(a.device), **tuning_key(kernel, a, rows_per_tile)
     )
+    first = kernel.startswith("gate_up")
+    matrix, summed = (a.matrices.gate, "BLOCK_H") if first else (a.matrices.down, "BLOCK_I")
+    cols = matrix.block[1] if matrix.block else 0
+    if cols == 0 or kernel.endswith("vector") or folds(matrix.format, matrix.scales, a.dtype):
+        return config
+    # Scales that multiply the sums of a tile are the same for all of its columns.
+    return {**config, summed: min(config[summed], cols)}
 
 
 def matrix_values(matrix: Matrix) -> dict[str, Any]:
-    """Its format, and the strides of its values, scales and bias: None for those it has not."""
+    """Its format and scales, and the strides of each tensor: None for those it has not."""
 
     def strides(tensor: torch.Tensor | None, *names: str) -> dict[str, int | None]:
         if tensor is None:
@@ -92,8 +105,20 @@ def matrix_values(matrix: Matrix) -> dict[str, Any]:
     return {
         **strides(matrix.values, "stride_ws", "stride_wn", "stride_wk"),
         **strides(matrix.scales, "stride_cs", "stride_cn", "stride_ck"),
+        **strides(matrix.multiplier, "stride_ms"),
         **strides(matrix.bias, "stride_bs", "stride_bn"),
         "FORMAT": matrix.format,
+        "SCALE_TYPE": None if matrix.scales is None else SCALE_TYPES[matrix.scales.dtype],
+        "SCALE_N": matrix.block[0] if matrix.block else 1,
+        "SCALE_K": matrix.block[1] if matrix.block else 0,
+    }
+
+
+def product_values(matrix: Matrix, a: Arguments) -> dict[str, Any]:
+    """How a kernel for the tensor cores multiplies this matrix."""
+    return {
+        "FOLD": folds(matrix.format, matrix.scales, a.dtype),
+        "UPCAST": must_upcast(matrix, a.dtype, a.device),
     }
 
 
@@ -139,17 +164,18 @@ def shared_launches(a: Arguments, per_route: bool, out_stride: int) -> tuple[Lau
     common: dict[str, Any] = {
         "T": a.T,
         "TOKENS": DECODE_TOKENS,
-        "UPCAST": must_upcast(a.dtype, a.device),
     }
     unread = {"weights": "routes", "out": "hidden"} if per_route else {}
     return (
         Launch(
             gate_up_shared, (R, triton.cdiv(a.I, first["BLOCK_I"])), **gate_up_values(a), **common,
-            K_PAD=triton.next_power_of_2(a.k), R_PAD=triton.next_power_of_2(R), **first,
+            **product_values(a.matrices.gate, a), K_PAD=triton.next_power_of_2(a.k),
+            R_PAD=triton.next_power_of_2(R), **first,
         ),
         Launch(
             down_shared, (triton.cdiv(a.H, second["BLOCK_H"]),), unread,
-            **down_values(a, per_route, out_stride), **common, **second,
+            **down_values(a, per_route, out_stride), **common,
+            **product_values(a.matrices.down, a), **second,
         ),
     )  # fmt: skip
 
@@ -204,15 +230,16 @@ def run_grouped(
     down = {name: pointers.pop(name) for name in tuple(pointers) if name.startswith("down")}
     common = {
         "order_ptr": tiles.order, "slot_ptr": tiles.slot, "first_ptr": tiles.first,
-        "end_ptr": tiles.end, "tiles": count, "UPCAST": must_upcast(a.dtype, a.device), **FUSE,
+        "end_ptr": tiles.end, "tiles": count, **FUSE,
     }  # fmt: skip
     with on_device(a.device):
         gate_up_grouped[(count * triton.cdiv(a.I, first["BLOCK_I"]),)](
-            hidden_ptr=a.hidden, act_ptr=act, **pointers, **gate_up_values(a), **common, **first,
+            hidden_ptr=a.hidden, act_ptr=act, **pointers, **gate_up_values(a), **common,
+            **product_values(a.matrices.gate, a), **first,
         )  # fmt: skip
         down_grouped[(count * triton.cdiv(a.H, second["BLOCK_H"]),)](
             act_ptr=act, routes_ptr=every, **down, H=a.H, I=a.I, **matrix_values(a.matrices.down),
-            **common, **second,
+            **product_values(a.matrices.down, a), **common, **second,
         )  # fmt: skip
     if weights is None:
         return every

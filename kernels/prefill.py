@@ -10,9 +10,8 @@ them in the order of the router.
 import triton
 import triton.language as tl
 
-from .formats import load_tile
+from .formats import add_product, multiplied
 from .gates import apply_gate
-from .product import multiply
 
 
 @triton.jit
@@ -28,11 +27,12 @@ def place(tiles, columns, GROUP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tiles"])
 def gate_up_grouped(
-    hidden_ptr, gate_ptr, up_ptr, gate_scales_ptr, up_scales_ptr, gate_bias_ptr, up_bias_ptr,
-    act_ptr, order_ptr, slot_ptr, first_ptr, end_ptr,
+    hidden_ptr, gate_ptr, up_ptr, gate_scales_ptr, up_scales_ptr, gate_multiplier_ptr,
+    up_multiplier_ptr, gate_bias_ptr, up_bias_ptr, act_ptr, order_ptr, slot_ptr, first_ptr, end_ptr,
     tiles, top_k, H, I, stride_ht, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-    stride_bs, stride_bn, alpha, limit,
-    FORMAT: tl.constexpr, FUNCTION: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
+    stride_ms, stride_bs, stride_bn, alpha, limit,
+    FORMAT: tl.constexpr, SCALE_TYPE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    FOLD: tl.constexpr, FUNCTION: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """act[m, i] = apply_gate(gate[slot(m)] @ hidden[t(m)], up[slot(m)] @ hidden[t(m)]), m sorted.
@@ -42,6 +42,7 @@ def gate_up_grouped(
     | hidden | [T, H] | X | (stride_ht, 1) | tokens |
     | gate, up | [S, I, H] | by FORMAT | (stride_ws, stride_wn, stride_wk) | up may be None |
     | gate_scales, up_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | gate_multiplier, up_multiplier | [S] | float32 | stride_ms | or None |
     | gate_bias, up_bias | [S, I] | X/float32 | (stride_bs, stride_bn) | or None |
     | act | [R, I] | X | contiguous | rows in sorted order |
     | order, slot, first, end | [R], 3 x [tiles] | int32 | contiguous | see Tiles |
@@ -67,21 +68,20 @@ def gate_up_grouped(
             h = h0 + tl.arange(0, BLOCK_H)
             x_mask = in_tile[:, None] & (h < H)[None, :]
             x = tl.load(x_row + h[None, :], mask=x_mask, other=0.0)
-            w = load_tile(
-                gate_ptr, gate_scales_ptr, slot, i[None, :], h[:, None],
-                in_i[None, :], (h < H)[:, None],
+            gate = add_product(
+                gate, x, gate_ptr, gate_scales_ptr, slot, i[None, :], in_i[None, :], h0, H,
                 stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-                x.dtype, FORMAT,
+                FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_H, True,
             )  # fmt: skip
-            gate = multiply(x, w, gate, UPCAST)
             if up_ptr is not None:
-                w = load_tile(
-                    up_ptr, up_scales_ptr, slot, i[None, :], h[:, None],
-                    in_i[None, :], (h < H)[:, None],
+                up = add_product(
+                    up, x, up_ptr, up_scales_ptr, slot, i[None, :], in_i[None, :], h0, H,
                     stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-                    x.dtype, FORMAT,
+                    FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_H, True,
                 )  # fmt: skip
-                up = multiply(x, w, up, UPCAST)
+        gate = multiplied(gate, gate_multiplier_ptr, slot, True, stride_ms)
+        if up_ptr is not None:
+            up = multiplied(up, up_multiplier_ptr, slot, True, stride_ms)
         if gate_bias_ptr is not None:
             offset = slot * stride_bs + i * stride_bn
             gate += tl.load(gate_bias_ptr + offset, mask=in_i, other=0.0).to(tl.float32)[None, :]
@@ -95,11 +95,12 @@ def gate_up_grouped(
 
 @triton.jit(do_not_specialize=["tiles"])
 def down_grouped(
-    act_ptr, down_ptr, down_scales_ptr, down_bias_ptr, routes_ptr,
+    act_ptr, down_ptr, down_scales_ptr, down_multiplier_ptr, down_bias_ptr, routes_ptr,
     order_ptr, slot_ptr, first_ptr, end_ptr,
     tiles, H, I, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-    stride_bs, stride_bn,
-    FORMAT: tl.constexpr, UPCAST: tl.constexpr,
+    stride_ms, stride_bs, stride_bn,
+    FORMAT: tl.constexpr, SCALE_TYPE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    FOLD: tl.constexpr, UPCAST: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_I: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """routes[r(m), h] = (down[slot(m)] @ act[m])[h] for sorted rows m; r(m) is order[m].
@@ -109,6 +110,7 @@ def down_grouped(
     | act | [R, I] | X | contiguous | from gate_up_grouped |
     | down | [S, H, I] | by FORMAT | (stride_ws, stride_wn, stride_wk) | |
     | down_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | down_multiplier | [S] | float32 | stride_ms | or None |
     | down_bias | [S, H] | X/float32 | (stride_bs, stride_bn) | or None |
     | routes | [R, H] | X | contiguous | rows in the order of the router |
     | order, slot, first, end | [R], 3 x [tiles] | int32 | contiguous | see Tiles |
@@ -132,13 +134,12 @@ def down_grouped(
             i = i0 + tl.arange(0, BLOCK_I)
             a_mask = in_tile[:, None] & (i < I)[None, :]
             a = tl.load(a_row + i[None, :], mask=a_mask, other=0.0)
-            w = load_tile(
-                down_ptr, down_scales_ptr, slot, h[None, :], i[:, None],
-                (h < H)[None, :], (i < I)[:, None],
+            acc = add_product(
+                acc, a, down_ptr, down_scales_ptr, slot, h[None, :], (h < H)[None, :], i0, I,
                 stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-                a.dtype, FORMAT,
+                FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_I, True,
             )  # fmt: skip
-            acc = multiply(a, w, acc, UPCAST)
+        acc = multiplied(acc, down_multiplier_ptr, slot, True, stride_ms)
         if down_bias_ptr is not None:
             bias = down_bias_ptr + slot * stride_bs + h * stride_bn
             acc += tl.load(bias, mask=h < H, other=0.0).to(tl.float32)[None, :]

@@ -23,6 +23,19 @@ class Rows:
 
     def __init__(self, offset: int, stride: int) -> None: ...
 
+class ScaleType:
+    __members__: typing.ClassVar[dict[str, ScaleType]]
+    bf16: typing.ClassVar[ScaleType]
+    e4m3: typing.ClassVar[ScaleType]
+    e8m0: typing.ClassVar[ScaleType]
+    f16: typing.ClassVar[ScaleType]
+    f32: typing.ClassVar[ScaleType]
+
+class Scales:
+    """A number for each block of rows and columns (0: all)."""
+
+    def __init__(self, rows: Rows, type: ScaleType, block_rows: int, block_cols: int) -> None: ...
+
 class Matrix:
     def __init__(
         self,
@@ -31,9 +44,10 @@ class Matrix:
         rows: int,
         cols: int,
         values: Rows,
-        scales: Rows | None = None,
+        scales: Scales | None = None,
         bias: Rows | None = None,
         bias_dtype: DType = DType.f32,
+        multiplier: int | None = None,
     ) -> None: ...
 
 class Gate:
@@ -420,7 +434,7 @@ def activations() -> list[str]:
     """The activations of the gate functions."""
 
 def available_memory() -> int:
-    """Bytes that could still be taken: RAM and free swap, or less in a control group."""
+    """Bytes of RAM that this process could still take, or fewer in a control group."""
 
 def check_trace(
     experts: typing.Annotated[numpy.typing.ArrayLike, numpy.int16],
@@ -469,6 +483,9 @@ def policy_parameters(policy: str) -> dict:
 
 def prefetch_names() -> list[str]:
     """What `prefetch` may be."""
+
+def promised_memory() -> int:
+    """Bytes of RAM that caches of this process have and that nothing has touched so far."""
 
 def read_bandwidth(path: str, seconds: float = 1.0) -> dict:
     """Sequential read rates of a file, or of a folder's largest file: path, direct,

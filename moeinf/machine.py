@@ -41,7 +41,9 @@ def describe(folder: Path) -> dict[str, Any]:
 def missing(facts: dict[str, Any]) -> list[str]:
     """One sentence for each part whose absence makes this machine slower or less able."""
     notes = []
-    if not facts["disk"]["direct"]:
+    if "failed" in facts["disk"]:
+        notes.append(f"the disk was not measured: {facts['disk']['failed']}")
+    elif not facts["disk"]["direct"]:
         notes.append(
             f"{facts['disk']['folder']}: the file system refuses O_DIRECT, so reads go through "
             "the page cache and are copied once more"
@@ -72,16 +74,20 @@ def _cpu_name() -> str:
 
 
 def _disk(folder: Path) -> dict[str, Any]:
-    """The rate of large sequential reads of a sample file in that folder."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".moeinf-doctor-") as file:
-        block = os.urandom(2**20)
-        for _ in range(DISK_SAMPLE_BYTES // len(block)):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        measured = _core.read_bandwidth(file.name, 1.0)
+    """The rate of large sequential reads of a sample file in that folder, or why there is none."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".moeinf-doctor-") as file:
+            block = os.urandom(2**20)
+            for _ in range(DISK_SAMPLE_BYTES // len(block)):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            measured = _core.read_bandwidth(file.name, 1.0)
+    except OSError as error:
+        reason = f"a sample file of {DISK_SAMPLE_BYTES:,} bytes: {error.strerror or error}"
+        return {"folder": str(folder), "failed": reason}
     return {"folder": str(folder), **measured}
 
 

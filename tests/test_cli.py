@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,9 +18,15 @@ from moeinf.pocket import POCKET
 from moeinf.traces.trace import Trace
 
 
-def moeinf(*arguments: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def moeinf(
+    *arguments: str | bytes, expect: int = 0, **options: Any
+) -> subprocess.CompletedProcess[str]:
     result = subprocess.run(
-        [sys.executable, "-m", "moeinf.cli", *arguments], capture_output=True, text=True
+        [sys.executable, "-m", "moeinf.cli", *arguments],
+        capture_output=True,
+        text=True,
+        errors="backslashreplace",
+        **options,
     )
     assert result.returncode == expect, result.stderr + result.stdout
     return result
@@ -80,6 +87,16 @@ def test_run_with_another_checkpoint_and_budget_in_bytes(tmp_path: Path) -> None
         (["run", "no/such/folder"], "expected a checkpoint folder"),
         (["run", "--record", "no/such/x"], "no/such/x: cannot be written, for no/such is not"),
         (["trace", "-o", "no/such/x"], "no/such/x: cannot be written, for no/such is not"),
+        (["run", "--eamc", "no/such/x"], "no/such/x: cannot be written, for no/such is not"),
+        (["run", "--record", "tests"], "tests: cannot be written: expected a file, found a folder"),
+        (["trace", "-o", ""], "cannot be written: expected a file, found a folder"),
+        (["report", "x", "-o", "tests"], "tests: cannot be written: expected a file"),
+        (["report", "x", "--png", "README.md"], "--png README.md: expected a folder, found a file"),
+        (["simulate", "x", "--plot", "tests"], "tests: cannot be written: expected a file"),
+        (["simulate", "tests"], "tests: expected a file, found a folder"),
+        (["simulate", "x", "--eamc", "tests"], "tests: expected a file, found a folder"),
+        (["simulate", "no\nsuch[/b]"], "no\nsuch[/b]: No such file or directory"),
+        (["run", "--prompt", b"\xff"], "--prompt: expected text in UTF-8"),
         (["info", "no/such/folder"], "expected a checkpoint folder"),
     ],
 )
@@ -87,6 +104,91 @@ def test_errors_are_one_line_and_no_traceback(arguments: list[str], message: str
     result = moeinf(*arguments, expect=1)
     assert message in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--seed", "9" * 20], ["--seed", "-1"], ["--temperature", "nan"], ["--temperature", "-1"]],
+)
+def test_numbers_out_of_range_are_refused_before_anything_is_read(arguments: list[str]) -> None:
+    assert "Invalid value for" in moeinf("run", *arguments, expect=2).stderr
+
+
+def test_prompts_are_utf8(tmp_path: Path) -> None:
+    (tmp_path / "p").write_bytes(b"ok\n\xff\n")
+    error = moeinf("trace", "--prompts", str(tmp_path / "p"), expect=1).stderr
+    assert f"moeinf: {tmp_path / 'p'}: expected text in UTF-8" in error
+
+
+def test_run_says_that_a_folder_has_no_tokenizer(tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(POCKET / name, tmp_path)
+    for command in (["run"], ["trace", "-o", str(tmp_path / "t")]):
+        result = moeinf(*command[:1], str(tmp_path), *command[1:], expect=1)
+        assert f"moeinf: {tmp_path}: expected a tokenizer" in result.stderr
+
+
+def test_output_has_every_letter_of_every_path_in_every_terminal(tmp_path: Path) -> None:
+    """Names that rich takes for markup or that are not UTF-8, no width, and ASCII alone."""
+    folder = os.fsencode(tmp_path) + b"/a[/b]\xff\xc3\xa9"
+    shutil.copytree(os.fsencode(POCKET), folder)
+    env = {**os.environ, "COLUMNS": "0", "PYTHONIOENCODING": "ascii"}
+    shown = moeinf("info", folder, env=env).stdout
+    assert "experts per layer" in shown and "[/b]" in shown
+    assert json.loads(moeinf("info", folder, "--json", env=env).stdout)["num_layers"] > 0
+
+
+def test_a_reader_that_stops_early_is_no_error_message() -> None:
+    child = subprocess.Popen(
+        [sys.executable, "-m", "moeinf.cli", "info", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert child.stdout is not None and child.stderr is not None
+    child.stdout.close()
+    assert child.stderr.read() == b""
+    assert child.wait() == 1
+
+
+def test_a_device_that_is_full_is_one_line(tmp_path: Path) -> None:
+    trace = tmp_path / "whole.safetensors"
+    Trace.from_arrays([[[0, 1]], [[1, 2]]], num_experts=4).save(trace)
+    with pytest.raises(OSError, match=r"^/dev/full: cannot be written: No space left"):
+        Trace.load(trace).save("/dev/full")
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "moeinf.cli", "info", "--json"],
+            stdout=full,
+            stderr=-1,
+            text=True,
+        )
+    assert result.returncode == 1 and result.stderr.endswith("No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["simulate"], ["report", "-o", "r.html", "--png", "p"]],
+    ids=["simulate", "report"],
+)
+def test_every_command_speaks_json(tmp_path: Path, arguments: list[str]) -> None:
+    """run, info, trace and doctor: see the other tests."""
+    Trace.from_arrays([[[0, 1]], [[1, 2]]], num_experts=4).save(tmp_path / "t[/b]")
+    tree = os.environ.get("PYTHONPATH", str(Path.cwd()))
+    result = moeinf(
+        *arguments, "t[/b]", "--json", cwd=tmp_path, env={**os.environ, "PYTHONPATH": tree}
+    )
+    found = json.loads(result.stdout)
+    if arguments[0] == "report":
+        assert (tmp_path / found["file"]).is_file()
+        assert found["pictures"] and all((tmp_path / one).is_file() for one in found["pictures"])
+    else:
+        assert {one["slots"] for one in found}
+
+
+def test_doctor_measures_the_rest_where_nothing_can_be_written() -> None:
+    facts = json.loads(moeinf("doctor", "/proc", "--json").stdout)
+    assert "failed" in facts["disk"] and facts["memory_read_bandwidth"] > 1e8
+    assert any("the disk was not measured" in note for note in facts["missing"])
 
 
 def test_info_describes_the_experts() -> None:

@@ -8,25 +8,13 @@ import random
 import pytest
 import torch
 
-from moeinf.checkpoint.formats import FORMATS, PLAIN_FORMATS, WeightFormat
+from moeinf.checkpoint.formats import FORMATS, PLAIN_FORMATS
 from moeinf.checkpoint.layout import Layout
 from moeinf.kernels.forms import ExpertForm, Gate, Matrix
 
-# Formats that no checkpoint of ours has, for what the plain ones cannot show.
-BLOCKS = WeightFormat(
-    "fp8_blocks", torch.float8_e4m3fn, block=(16, 32), scales=torch.float32,
-    suffixes={".weight": "values", ".weight_scale_inv": "scales"},
-)  # fmt: skip
-
-
-def nibbles(values: torch.Tensor) -> torch.Tensor:
-    return torch.stack([values & 15, values >> 4], -1).flatten(-2).double()
-
-
-GROUPS = WeightFormat(
-    "nibbles", torch.uint8, pack=2, block=(1, 8), scales=torch.bfloat16, decode=nibbles
-)
-EVERY = [*FORMATS.values(), BLOCKS, GROUPS]
+BLOCKS = FORMATS["e4m3"].with_scales("f32", (16, 32))
+GROUPS = FORMATS["int4"].with_scales("bf16", (1, 8), multiplier=True)
+EVERY = {**FORMATS, "blocks": BLOCKS, "groups": GROUPS}
 
 
 @pytest.fixture
@@ -56,7 +44,7 @@ def test_interleaved_rows_are_two_row_lengths_apart():
     assert (layout.down.values.offset, layout.down.values.stride) == (3840, 48)
 
 
-@pytest.mark.parametrize("row", EVERY, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
 @pytest.mark.parametrize("has_gate", [True, False])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -104,12 +92,14 @@ def test_matrices_are_views_of_the_bytes_of_their_segments(
 
 
 def tensors(named: dict[str, Matrix]) -> list[torch.Tensor]:
-    found = [t for m in named.values() for t in (m.values, m.scales, m.bias)]
+    found = [t for m in named.values() for t in (m.values, m.scales, m.multiplier, m.bias)]
     return [t for t in found if t is not None]
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """uint8 view with the same strides, for tensors whose last dimension is contiguous."""
+    if tensor.dim() == 1:  # multipliers lie a slot apart
+        tensor = tensor.unsqueeze(-1)
     if tensor.dim() == 2:  # biases: elements may lie apart
         tensor = tensor.unsqueeze(-1)
     return tensor.view(torch.uint8)
@@ -122,31 +112,18 @@ def test_gate_and_up_have_a_grid_of_scales_each_where_rows_do_not_fill_a_block()
     assert (scales.offset - layout["gate_up.scales"].offset, scales.count) == (3 * 2 * 4, 3)
 
 
-@pytest.mark.parametrize("row", EVERY, ids=lambda row: row.name)
-@pytest.mark.parametrize(("rows", "cols"), [(1, 2), (16, 32), (33, 70), (40, 64)])
-def test_dequantise_is_decoded_values_times_the_scale_of_their_block(seed, row, rows, cols):
-    rng = torch.Generator().manual_seed(seed)
-    parts = {}
-    for piece, (dtype, shape) in row.segments(rows, cols).items():
-        if dtype == torch.uint8:
-            parts[piece] = torch.randint(0, 256, shape, generator=rng).to(dtype)
-        else:
-            parts[piece] = torch.randn(shape, generator=rng).to(dtype)
-    found = row.dequantise(parts)
-    assert found.dtype == torch.float64 and found.shape == (rows, cols)
-    for n, k in itertools.product(range(rows), range(cols)):
-        if row.pack == 2:
-            byte = int(parts["values"][n, k // 2])
-            expected = float(byte >> 4 if k % 2 else byte & 15)
-        else:
-            expected = float(parts["values"][n, k])
-        if row.block is not None:
-            expected *= float(parts["scales"][n // row.block[0], k // row.block[1]])
-        assert float(found[n, k]) == expected
+def test_gate_and_up_have_a_multiplier_each():
+    layout = Layout.of(ExpertForm(), GROUPS, hidden=64, intermediate=40)
+    pool = torch.zeros(2, layout.slot_bytes, dtype=torch.uint8)
+    matrices = layout.matrices(pool)
+    matrices.gate.multiplier[1], matrices.up.multiplier[1] = 2.0, 3.0
+    segment = layout["gate_up.multiplier"]
+    raw = pool[1, segment.offset : segment.offset + 8].view(torch.float32)
+    assert raw.tolist() == [2.0, 3.0] and matrices.gate.multiplier.tolist() == [0.0, 2.0]
 
 
 def test_columns_that_do_not_fill_a_stored_value_are_refused():
-    with pytest.raises(ValueError, match="nibbles: expected a multiple of 2 columns, got 7"):
+    with pytest.raises(ValueError, match="int4: expected a multiple of 2 columns, got 7"):
         GROUPS.segments(3, 7)
 
 

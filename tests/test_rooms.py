@@ -48,17 +48,19 @@ PYTHON = {
     "moeinf/pocket": "",
     "moeinf/checkpoint": "moeinf/_core moeinf/errors kernels/forms kernels/gates",
     "moeinf/share": "",
-    "moeinf/traces": "moeinf/_core moeinf/errors moeinf/share",
-    "moeinf/cache": "moeinf/_core moeinf/errors moeinf/share moeinf/checkpoint moeinf/traces",
+    "moeinf/output_files": "",
+    "moeinf/traces": "moeinf/_core moeinf/errors moeinf/share moeinf/output_files",
+    "moeinf/cache": "moeinf/_core moeinf/errors moeinf/share moeinf/checkpoint moeinf/traces "
+    "moeinf/output_files",
     "moeinf/experts": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/cache kernels "
     "kernels/forms kernels/gates",
     "moeinf/integrations": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces "
     "moeinf/cache moeinf/experts moeinf/pocket kernels/forms kernels/gates",
-    "moeinf/report": "moeinf/errors moeinf/traces",
+    "moeinf/report": "moeinf/errors moeinf/traces moeinf/output_files",
     "moeinf/memory_read": "moeinf/_core",
     "moeinf/machine": "moeinf/_core moeinf/errors moeinf/memory_read",
     "moeinf/cli": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
-    "moeinf/integrations moeinf/report moeinf/pocket moeinf/machine",
+    "moeinf/integrations moeinf/report moeinf/pocket moeinf/machine moeinf/output_files",
     # moeinf/__init__.py alone: the public names, each imported when it is first used.
     "moeinf": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
     "moeinf/experts moeinf/integrations kernels",

@@ -136,6 +136,7 @@ def test_a_shard_without_a_tensor_of_the_index(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", 7])
 def test_an_index_that_points_outside_the_folder(folder: Path, name: Any) -> None:
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"lm_head.weight": name}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="not a file name"):
@@ -330,7 +331,7 @@ def test_a_file_cut_after_opening(folder: Path) -> None:
     store = ExpertStore.open(folder)
     path = folder / "model.safetensors"
     path.write_bytes(path.read_bytes()[:9000])
-    with pytest.raises(ReadError, match=r"ends after \d+ of \d+ bytes"):
+    with pytest.raises(ReadError, match=r"model.safetensors: was written to after the checkpoint"):
         store.read(2, 5)
 
 

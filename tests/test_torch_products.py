@@ -8,8 +8,9 @@ import random
 
 import pytest
 import torch
+from scaled_weights import EVERY, random_experts
 
-from moeinf.checkpoint.formats import FORMATS
+from moeinf.checkpoint.formats import PLAIN_FORMATS
 from moeinf.checkpoint.layout import Layout
 from moeinf.experts import torch_products
 from moeinf.kernels.forms import ExpertForm, Gate
@@ -25,7 +26,7 @@ def gate_value(function: str, g: float, u: float) -> float:
     return (u + 1) * g / (1 + math.exp(-1.7 * g))
 
 
-@pytest.mark.parametrize("format_", FORMATS.values(), ids=lambda row: row.name)
+@pytest.mark.parametrize("format_", PLAIN_FORMATS.values(), ids=lambda row: row.name)
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("function", ["swiglu_oai", "plain"])
@@ -67,3 +68,18 @@ def test_routes_are_down_of_the_gate_of_gate_and_up(format_, has_bias, interleav
         ]
         expected = [apply("down", slot, h, inner) for h in range(H)]
         assert torch.allclose(routes[t, j].double(), torch.tensor(expected).double(), atol=2e-5)
+
+
+@pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
+def test_weights_with_scales(row):
+    seed = random.SystemRandom().randrange(2**31)
+    print(f"seed {seed}")
+    experts = random_experts(row, 70, 34, 3, seed)
+    x = torch.randn(5, 70, generator=torch.Generator().manual_seed(seed))
+    ids, weights = torch.tensor([[0, 2], [2, 1], [1, 0], [2, 0], [1, 1]]), torch.ones(5, 2)
+    routes = torch_products.expert_routes(
+        x, ids, experts.layout.matrices(experts.pool), experts.form, expert_map=torch.arange(3)
+    )
+    found = torch_products.combine(routes, ids, weights, dtype=torch.float32)
+    expected, size = experts.expected(x, ids, weights)
+    assert float((found.double() - expected).abs().max() / size.max()) < 1e-5

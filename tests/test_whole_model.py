@@ -131,7 +131,7 @@ def test_a_save_holds_little_and_an_interrupted_one_changes_nothing(
     before = {path: path.read_bytes() for path in (tmp_path / "b").iterdir()}
     with (source / "model.safetensors").open("r+b") as file:
         file.truncate(20000)
-    with pytest.raises(ReadError, match=r"model\.safetensors: .*ends after"):
+    with pytest.raises(ReadError, match=r"model\.safetensors: was written to"):
         served.save_pretrained(tmp_path / "b", max_shard_size="30KB")
     assert {path: path.read_bytes() for path in (tmp_path / "b").iterdir()} == before
 

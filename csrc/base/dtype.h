@@ -18,6 +18,15 @@ struct F16 {
     uint16_t bits;
 };
 
+// Numbers of eight bits: weights and scales only.
+struct E4M3 {  // sign, 4 bits of exponent, 3 of mantissa; no infinity
+    uint8_t bits;
+};
+
+struct E8M0 {  // 2^(bits - 127)
+    uint8_t bits;
+};
+
 [[nodiscard]] constexpr size_t dtype_bytes(DType dtype) {
     switch (dtype) {
         case DType::kBF16:

@@ -54,14 +54,25 @@ void bind_types(py::module_& module) {
 
     py::class_<Rows>(module, "Rows", "Bytes from the slot's start to row 0, and from row to row.")
         .def(py::init<uint64_t, int64_t>(), py::arg("offset"), py::arg("stride"));
+    py::enum_<ScaleType>(module, "ScaleType")
+        .value("f32", ScaleType::kF32)
+        .value("bf16", ScaleType::kBF16)
+        .value("f16", ScaleType::kF16)
+        .value("e8m0", ScaleType::kE8M0)
+        .value("e4m3", ScaleType::kE4M3);
+    py::class_<Scales>(module, "Scales", "A number for each block of rows and columns (0: all).")
+        .def(py::init<Rows, ScaleType, int64_t, int64_t>(), py::arg("rows"), py::arg("type"),
+             py::arg("block_rows"), py::arg("block_cols"));
     py::class_<Matrix>(module, "Matrix")
         .def(py::init([](const std::string& format, int64_t rows, int64_t cols, Rows values,
-                         std::optional<Rows> scales, std::optional<Rows> bias, DType bias_dtype) {
-                 return Matrix{find_format(format), rows, cols, values, scales, bias, bias_dtype};
+                         std::optional<Scales> scales, std::optional<Rows> bias, DType bias_dtype,
+                         std::optional<uint64_t> multiplier) {
+                 return Matrix{find_format(format), rows,      cols, values, scales, bias,
+                               bias_dtype,          multiplier};
              }),
              py::kw_only(), py::arg("format"), py::arg("rows"), py::arg("cols"), py::arg("values"),
              py::arg("scales") = py::none(), py::arg("bias") = py::none(),
-             py::arg("bias_dtype") = DType::kF32);
+             py::arg("bias_dtype") = DType::kF32, py::arg("multiplier") = py::none());
     py::class_<Gate>(module, "Gate")
         .def(py::init(&find_gate), py::arg("function"), py::arg("activation"), py::kw_only(),
              py::arg("alpha") = Gate().alpha, py::arg("limit") = Gate().limit);

@@ -17,6 +17,9 @@ PYBIND11_MODULE(_core, module) {
     moeinf::bind_step_stream(module);
     moeinf::bind_probe(module);
     moeinf::bind_fused_experts(module);
+    module.def(
+        "promised_memory", &moeinf::promised_memory,
+        "Bytes of RAM that caches of this process have and that nothing has touched so far.");
     module.def("available_memory", &moeinf::available_memory,
-               "Bytes that could still be taken: RAM and free swap, or less in a control group.");
+               "Bytes of RAM that this process could still take, or fewer in a control group.");
 }

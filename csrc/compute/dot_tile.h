@@ -1,5 +1,5 @@
-// The matrix product of the expert FFN, written once over a `Product` type and compiled for each
-// instruction set (included only by kernels_*.cpp; unnamed for the reason float_math.h gives).
+// The matrix product of weights without scales, written once over a `Product` type and compiled for
+// each instruction set (included only by kernels_*.cpp; unnamed for the reason float_math.h gives).
 //
 // The depth is contiguous in both operands, so no packing is needed. A tile of kRows activations by
 // kOutputs weight rows keeps one vector of partial sums for each pair, walks the depth once, and
@@ -10,8 +10,7 @@
 // Product: Weights, the decoder (formats/plain.h); X, the activations' type; Acc, XVec, WVec
 // registers; kStep elements of depth at a time; kRows, kOutputs; load_x(p), load_w(row, k);
 // load_x_first, load_w_first (n < kStep elements, rest zero); madd(acc, x, w); zero();
-// sum4(a, b, c, d, out): the four sums of lanes; and where weights have scales,
-// add_scaled(acc, scale, partial).
+// sum4(a, b, c, d, out): the four sums of lanes.
 #pragma once
 
 #include "compute/kernels.h"
@@ -21,16 +20,15 @@ namespace {
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// Adds the products of elements `begin` to `end` of the depth. Inlined, so the sums stay in
-// registers. Each step also prefetches kAhead cache lines at `ahead`, which moves along with the
-// depth.
+// Adds the products of the whole depth. Inlined, so the sums stay in registers. Each step also
+// prefetches kAhead cache lines at `ahead`, which moves along with the depth.
 template <class P, int kRows, int kOutputs, int kAhead>
 [[gnu::always_inline]] inline void walk(const typename P::X* const (&rows)[kRows],
                                         const typename P::Weights::Stored* w, int64_t stride,
-                                        int64_t begin, int64_t end, const char*& ahead,
+                                        int64_t depth, const char* ahead,
                                         typename P::Acc (&acc)[kRows][kOutputs]) {
-    int64_t k = begin;
-    for (; k + P::kStep <= end; k += P::kStep) {
+    int64_t k = 0;
+    for (; k + P::kStep <= depth; k += P::kStep) {
 #pragma GCC unroll 8
         for (int i = 0; i < kAhead; ++i) __builtin_prefetch(ahead + i * kLine, 0, 2);
         ahead += kAhead * kLine;
@@ -44,8 +42,8 @@ template <class P, int kRows, int kOutputs, int kAhead>
             for (int r = 0; r < kRows; ++r) acc[r][n] = P::madd(acc[r][n], xs[r], weight);
         }
     }
-    if (k < end) {
-        const int64_t rest = end - k;
+    if (k < depth) {
+        const int64_t rest = depth - k;
         typename P::XVec xs[kRows];
 #pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) xs[r] = P::load_x_first(rows[r] + k, rest);
@@ -58,61 +56,22 @@ template <class P, int kRows, int kOutputs, int kAhead>
     }
 }
 
-template <class P, int kRows, int kOutputs>
-[[gnu::always_inline]] inline void set_zero(typename P::Acc (&acc)[kRows][kOutputs]) {
+// kRows rows of activations from x, by kOutputs rows of weights from w. Prefetches the memory at
+// `ahead` on the way.
+template <class P, int kRows, int kOutputs, int kAhead = 0>
+inline void dot_tile(const DotJob& job, const void* const* x, const typename P::Weights::Stored* w,
+                     int64_t stride, float* y, const char* ahead = nullptr) {
+    typename P::Acc acc[kRows][kOutputs];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
         for (int n = 0; n < kOutputs; ++n) acc[r][n] = P::zero();
     }
-}
-
-// Weights with scales: the products of one block of the depth are summed first and then multiplied
-// by their scale, in the order of blocks. So the sum of a pair has one fixed order here too.
-template <class P, int kRows, int kOutputs, int kAhead>
-inline void walk_blocks(const typename P::X* const (&rows)[kRows],
-                        const typename P::Weights::Stored* w, int64_t stride, const DotJob& job,
-                        int64_t output, const char* ahead,
-                        typename P::Acc (&acc)[kRows][kOutputs]) {
-    using W = typename P::Weights;
-    using Scale = typename W::Scale;
-    static_assert(W::kBlockCols % P::kStep == 0);
-    const Scale* scales[kOutputs];
-    for (int n = 0; n < kOutputs; ++n) {
-        const int64_t row = (job.first + output + n) / W::kBlockRows;
-        scales[n] = reinterpret_cast<const Scale*>(job.scales + row * job.scale_stride);
-    }
-    for (int64_t begin = 0; begin < job.depth; begin += W::kBlockCols) {
-        const int64_t rest = job.depth - begin;
-        const int64_t end = begin + (rest < W::kBlockCols ? rest : W::kBlockCols);
-        typename P::Acc partial[kRows][kOutputs];
-        set_zero<P>(partial);
-        walk<P, kRows, kOutputs, kAhead>(rows, w, stride, begin, end, ahead, partial);
-        for (int n = 0; n < kOutputs; ++n) {
-            const float scale = W::scale(scales[n][begin / W::kBlockCols]);
-            for (int r = 0; r < kRows; ++r) {
-                acc[r][n] = P::add_scaled(acc[r][n], scale, partial[r][n]);
-            }
-        }
-    }
-}
-
-// kRows rows of activations from x, by kOutputs rows of weights from w, which is output number
-// `output` of the job. Prefetches the memory at `ahead` on the way.
-template <class P, int kRows, int kOutputs, int kAhead = 0>
-inline void dot_tile(const DotJob& job, const void* const* x, const typename P::Weights::Stored* w,
-                     int64_t stride, int64_t output, float* y, const char* ahead = nullptr) {
-    typename P::Acc acc[kRows][kOutputs];
-    set_zero<P>(acc);
     const typename P::X* rows[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) rows[r] = static_cast<const typename P::X*>(x[r]);
 
-    if constexpr (P::Weights::kBlockCols == 0) {
-        walk<P, kRows, kOutputs, kAhead>(rows, w, stride, 0, job.depth, ahead, acc);
-    } else {
-        walk_blocks<P, kRows, kOutputs, kAhead>(rows, w, stride, job, output, ahead, acc);
-    }
+    walk<P, kRows, kOutputs, kAhead>(rows, w, stride, job.depth, ahead, acc);
 
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -136,13 +95,12 @@ inline void dot_tile(const DotJob& job, const void* const* x, const typename P::
 // only its first tile reads from memory.
 template <class P, int kOutputs, int kAhead>
 inline void panel_tiles(const DotJob& job, const typename P::Weights::Stored* w, int64_t stride,
-                        int64_t output, const char* ahead) {
+                        float* y, const char* ahead) {
     const int64_t share = job.depth / P::kStep * kAhead * kLine;
-    float* y = job.y + output;
     int64_t r = 0;
     const auto tile = [&]<int kRows>() {
-        dot_tile<P, kRows, kOutputs, kAhead>(job, job.x + r, w, stride, output,
-                                             y + r * job.y_stride, ahead);
+        dot_tile<P, kRows, kOutputs, kAhead>(job, job.x + r, w, stride, y + r * job.y_stride,
+                                             ahead);
         r += kRows;
         ahead += share;
     };
@@ -173,7 +131,8 @@ inline void stream_rows(const DotJob& job, const typename P::Weights::Stored* w,
     const int64_t row = job.depth / P::kStep * step_bytes<P>();
     if (job.w_stride >= 2 * row) distance = (distance / (row + 1) + 1) * job.w_stride;
     for (int64_t n = 0; n < job.outputs; ++n, w += stride) {
-        panel_tiles<P, 1, 1>(job, w, stride, n, reinterpret_cast<const char*>(w) + distance);
+        panel_tiles<P, 1, 1>(job, w, stride, job.y + n,
+                             reinterpret_cast<const char*>(w) + distance);
     }
 }
 
@@ -190,22 +149,21 @@ inline void dot_block(const DotJob& job) {
     for (; n + kOutputs <= job.outputs; n += kOutputs, w += kOutputs * stride) {
         const auto* ahead = reinterpret_cast<const char*>(w + kOutputs * stride);
         if (tiles == 1 || !job.from_memory) {
-            panel_tiles<P, kOutputs, 0>(job, w, stride, n, ahead);
+            panel_tiles<P, kOutputs, 0>(job, w, stride, job.y + n, ahead);
         } else if (tiles >= kLines) {
-            panel_tiles<P, kOutputs, 1>(job, w, stride, n, ahead);
+            panel_tiles<P, kOutputs, 1>(job, w, stride, job.y + n, ahead);
         } else if (tiles * 2 >= kLines) {
-            panel_tiles<P, kOutputs, 2>(job, w, stride, n, ahead);
+            panel_tiles<P, kOutputs, 2>(job, w, stride, job.y + n, ahead);
         } else {
-            panel_tiles<P, kOutputs, 3>(job, w, stride, n, ahead);
+            panel_tiles<P, kOutputs, 3>(job, w, stride, job.y + n, ahead);
         }
     }
     for (; n < job.outputs; ++n, w += stride) {
-        panel_tiles<P, 1, 0>(job, w, stride, n, nullptr);
+        panel_tiles<P, 1, 0>(job, w, stride, job.y + n, nullptr);
     }
 }
 
-// A product in 32-bit floats, of weights in any format. Weights with scales need two sets of sums,
-// so their tiles have half the width.
+// A product in 32-bit floats, of weights in any format without scales.
 template <class F, class Decoder>
 struct FloatProduct {
     using Weights = Decoder;
@@ -215,22 +173,16 @@ struct FloatProduct {
     using WVec = typename F::Vec;
     static constexpr int64_t kStep = F::kLanes;
     static constexpr int kRows = F::kTileRows;
-    static constexpr int kOutputs =
-        Decoder::kBlockCols == 0 ? F::kTileOutputs : F::kTileOutputs / 2;
+    static constexpr int kOutputs = F::kTileOutputs;
 
     static Acc zero() { return F::splat(0.0f); }
     static XVec load_x(const float* p) { return F::load(p); }
     static XVec load_x_first(const float* p, int64_t n) { return F::load_first(p, n); }
-    static WVec load_w(const typename Decoder::Stored* row, int64_t k) {
-        return Decoder::template load<F>(row, k);
-    }
+    static WVec load_w(const typename Decoder::Stored* row, int64_t k) { return F::load(row + k); }
     static WVec load_w_first(const typename Decoder::Stored* row, int64_t k, int64_t n) {
-        return Decoder::template load_first<F>(row, k, n);
+        return F::load_first(row + k, n);
     }
     static Acc madd(Acc acc, XVec x, WVec w) { return F::fma(x, w, acc); }
-    static Acc add_scaled(Acc acc, float scale, Acc partial) {
-        return F::fma(F::splat(scale), partial, acc);
-    }
     static void sum4(Acc a, Acc b, Acc c, Acc d, float* out) { F::sum4(a, b, c, d, out); }
 };
 

@@ -31,6 +31,8 @@ constexpr int64_t kAnyValues = int64_t{1} << 40;
 constexpr int64_t kSharesPerThread = 4;
 constexpr int64_t kMaxTopK = 64;
 constexpr size_t kAlign = 64;
+// Bytes of activations that one task arranges. A call for a single token stays on its thread.
+constexpr int64_t kArrangeBytes = int64_t{64} << 10;
 // Values of a bias that are widened at a time.
 constexpr int64_t kBiasValues = 256;
 
@@ -59,10 +61,15 @@ std::string place(int64_t route, int64_t top_k) {
     return "token " + std::to_string(route / top_k) + ", position " + std::to_string(route % top_k);
 }
 
+const Product& product_of(const KernelSet& kernels, const Matrix& matrix, DType dtype) {
+    const FormatKernels& format = kernels.formats[static_cast<size_t>(matrix.format)];
+    return dtype == DType::kBF16 ? format.bf16 : format.f32;
+}
+
 // Whether this matrix multiplies the tokens' bf16 without widening them.
 bool as_it_is(const KernelSet& kernels, const FfnInput& input, const Matrix& matrix) {
     return input.hidden_dtype == DType::kBF16 &&
-           kernels.formats[static_cast<size_t>(matrix.format)].dot_bf16 != nullptr;
+           product_of(kernels, matrix, DType::kBF16).dot != nullptr;
 }
 
 int64_t row_bytes(const Matrix& matrix) {
@@ -99,7 +106,18 @@ ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const F
         routes * static_cast<size_t>(expert_.intermediate()) * dtype_bytes(inner_dtype_), kAlign);
     const size_t x_bytes =
         widened ? static_cast<size_t>(input_.tokens) * hidden * sizeof(float) : 0;
-    scratch_ = engine_.take_scratch(y_bytes + inner_bytes + x_bytes);
+    size_t size = y_bytes + inner_bytes + round_up(x_bytes, kAlign);
+    gate_x_ = reserve(expert_.gate, x_dtype_, input_.tokens, size);
+    if (expert_.up) {
+        const size_t before = size;
+        up_x_ = reserve(*expert_.up, x_dtype_, input_.tokens, size);
+        if (up_x_.product->arrange == gate_x_.product->arrange) {
+            up_x_.offset = gate_x_.offset;
+            size = before;
+        }
+    }
+    down_x_ = reserve(expert_.down, inner_dtype_, static_cast<int64_t>(routes), size);
+    scratch_ = engine_.take_scratch(size);
     y_ = reinterpret_cast<float*>(scratch_.data());
     inner_ = scratch_.data() + y_bytes;
     x_ = static_cast<const std::byte*>(input_.hidden);
@@ -108,6 +126,58 @@ ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const F
         kernels_.widen(input_.hidden, input_.hidden_dtype, input_.tokens * expert_.hidden(),
                        reinterpret_cast<float*>(x));
         x_ = x;
+    }
+    const size_t row = hidden * dtype_bytes(x_dtype_);
+    for (Activations* x : {&gate_x_, &up_x_}) {
+        if (x->product == nullptr) continue;
+        const auto arrange = x->product->arrange;
+        x->rows = arrange == nullptr ? x_ : scratch_.data() + x->offset;
+        if (arrange == nullptr || (x == &up_x_ && up_x_.offset == gate_x_.offset)) continue;
+        const int64_t step = std::max<int64_t>(1, kArrangeBytes / static_cast<int64_t>(row));
+        engine_.pool().run((input_.tokens + step - 1) / step, [&](int64_t task) noexcept {
+            const int64_t end = std::min(input_.tokens, (task + 1) * step);
+            for (int64_t t = task * step; t < end; ++t) {
+                arrange(x_ + static_cast<size_t>(t) * row, expert_.hidden(),
+                        scratch_.data() + x->offset + static_cast<size_t>(t) * x->row_bytes);
+            }
+        });
+    }
+    down_x_.rows = down_x_.product->arrange == nullptr ? inner_ : scratch_.data() + down_x_.offset;
+}
+
+// Adds what the arranged rows need to the size of the scratch memory.
+ExpertFfnCall::Activations ExpertFfnCall::reserve(const Matrix& matrix, DType dtype, int64_t rows,
+                                                  size_t& size) const {
+    Activations x{.product = &product_of(kernels_, matrix, dtype), .offset = size};
+    const auto cols = static_cast<size_t>(matrix.cols);
+    x.row_bytes = round_up(cols, static_cast<size_t>(x.product->step)) * dtype_bytes(dtype);
+    if (x.product->arrange != nullptr) {
+        size += round_up(static_cast<size_t>(rows) * x.row_bytes, kAlign);
+    }
+    return x;
+}
+
+// The gate function's values of these experts, for the product with down.
+void ExpertFfnCall::arrange_inner(std::span<const SlotOfExpert> ready) {
+    if (down_x_.product->arrange == nullptr) return;
+    const size_t row = static_cast<size_t>(expert_.intermediate()) * dtype_bytes(inner_dtype_);
+    size_t bytes = 0;
+    for (const SlotOfExpert& expert : ready) {
+        bytes += row * static_cast<size_t>(routing_.counts()[static_cast<size_t>(expert.position)]);
+    }
+    const auto arrange = [&](int64_t index) noexcept {
+        const auto p = static_cast<size_t>(ready[static_cast<size_t>(index)].position);
+        for (int64_t at = begin_[p]; at < begin_[p + 1]; ++at) {
+            down_x_.product->arrange(
+                inner_ + static_cast<size_t>(at) * row, expert_.intermediate(),
+                scratch_.data() + down_x_.offset + static_cast<size_t>(at) * down_x_.row_bytes);
+        }
+    };
+    const auto experts = static_cast<int64_t>(ready.size());
+    if (bytes > kArrangeBytes) {
+        engine_.pool().run(experts, arrange);
+    } else {
+        for (int64_t i = 0; i < experts; ++i) arrange(i);
     }
 }
 
@@ -166,6 +236,7 @@ void ExpertFfnCall::compute(std::span<const SlotOfExpert> ready) {
                [this](const SlotOfExpert& expert, int64_t first, int64_t rows) noexcept {
                    gate_up(expert, first, rows);
                });
+    arrange_inner(ready);
     run_blocks(ready, expert_.hidden(), row_bytes(expert_.down), kAnyValues,
                [this](const SlotOfExpert& expert, int64_t first, int64_t rows) noexcept {
                    down(expert, first, rows);
@@ -204,17 +275,19 @@ void ExpertFfnCall::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows
 }
 
 // One product of the rows of `matrix` from row `first`, and its bias.
-void ExpertFfnCall::dot(const Matrix& matrix, DType activations, DotJob& job, const std::byte* slot,
-                        int64_t first) const noexcept {
-    const FormatKernels& format = kernels_.formats[static_cast<size_t>(matrix.format)];
+void ExpertFfnCall::dot(const Matrix& matrix, const Activations& x, DotJob& job,
+                        const std::byte* slot, int64_t first) const noexcept {
     job.w = slot + matrix.values.offset + static_cast<size_t>(first * matrix.values.stride);
     job.w_stride = matrix.values.stride;
     job.first = first;
     if (matrix.scales) {
-        job.scales = slot + matrix.scales->offset;
-        job.scale_stride = matrix.scales->stride;
+        job.how = &*matrix.scales;
+        job.scales = slot + matrix.scales->rows.offset;
     }
-    (activations == DType::kBF16 ? format.dot_bf16 : format.dot)(job);
+    if (matrix.multiplier) {
+        std::memcpy(&job.multiplier, slot + *matrix.multiplier, sizeof job.multiplier);
+    }
+    x.product->dot(job);
     if (matrix.bias) add_bias(matrix, job, slot);
 }
 
@@ -242,28 +315,27 @@ void ExpertFfnCall::add_bias(const Matrix& matrix, const DotJob& job,
 void ExpertFfnCall::gate_up(const SlotOfExpert& expert, int64_t first,
                             int64_t count) const noexcept {
     const auto p = static_cast<size_t>(expert.position);
-    const auto x_row = static_cast<size_t>(expert_.hidden()) * dtype_bytes(x_dtype_);
     const bool to_bf16 = inner_dtype_ == DType::kBF16;
     float gate[kGateValues];
     float up[kGateValues];
-    const void* x[kRowsPerWalk];
     for (int64_t row = begin_[p]; row < begin_[p + 1]; row += kRowsPerWalk) {
         const int64_t rows = std::min<int64_t>(kRowsPerWalk, begin_[p + 1] - row);
-        for (int64_t r = 0; r < rows; ++r) {
-            x[r] = x_ + static_cast<size_t>(row_token_[static_cast<size_t>(row + r)]) * x_row;
-        }
-        DotJob job{.x = x,
-                   .rows = rows,
-                   .outputs = count,
-                   .depth = expert_.hidden(),
-                   .y = gate,
-                   .y_stride = count,
-                   .from_memory = row == begin_[p]};
-        dot(expert_.gate, x_dtype_, job, expert.slot, first);
-        if (expert_.up) {
-            job.y = up;
-            dot(*expert_.up, x_dtype_, job, expert.slot, first);
-        }
+        const auto product = [&](const Matrix& matrix, const Activations& x, float* y) {
+            const void* pointers[kRowsPerWalk];
+            for (int64_t r = 0; r < rows; ++r) {
+                pointers[r] = x.row(row_token_[static_cast<size_t>(row + r)]);
+            }
+            DotJob job{.x = pointers,
+                       .rows = rows,
+                       .outputs = count,
+                       .depth = expert_.hidden(),
+                       .y = y,
+                       .y_stride = count,
+                       .from_memory = row == begin_[p]};
+            dot(matrix, x, job, expert.slot, first);
+        };
+        product(expert_.gate, gate_x_, gate);
+        if (expert_.up) product(*expert_.up, up_x_, up);
         for (int64_t r = 0; r < rows; ++r) {
             const int64_t at = (row + r) * expert_.intermediate() + first;
             (to_bf16 ? gate_kernels_.to_bf16 : gate_kernels_.to_f32)(
@@ -276,11 +348,10 @@ void ExpertFfnCall::gate_up(const SlotOfExpert& expert, int64_t first,
 // `count` columns of y, from row `first` of down.
 void ExpertFfnCall::down(const SlotOfExpert& expert, int64_t first, int64_t count) const noexcept {
     const auto p = static_cast<size_t>(expert.position);
-    const auto inner_row = static_cast<size_t>(expert_.intermediate()) * dtype_bytes(inner_dtype_);
     const void* x[kRowsPerWalk];
     for (int64_t row = begin_[p]; row < begin_[p + 1]; row += kRowsPerWalk) {
         const int64_t rows = std::min<int64_t>(kRowsPerWalk, begin_[p + 1] - row);
-        for (int64_t r = 0; r < rows; ++r) x[r] = inner_ + static_cast<size_t>(row + r) * inner_row;
+        for (int64_t r = 0; r < rows; ++r) x[r] = down_x_.row(row + r);
         DotJob job{.x = x,
                    .rows = rows,
                    .outputs = count,
@@ -288,7 +359,7 @@ void ExpertFfnCall::down(const SlotOfExpert& expert, int64_t first, int64_t coun
                    .y = y_ + row * expert_.hidden() + first,
                    .y_stride = expert_.hidden(),
                    .from_memory = row == begin_[p]};
-        dot(expert_.down, inner_dtype_, job, expert.slot, first);
+        dot(expert_.down, down_x_, job, expert.slot, first);
     }
 }
 

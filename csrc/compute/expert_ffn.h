@@ -90,7 +90,21 @@ private:
     template <class Id>
     void sort_routes(const Id* ids);
     void read_topk_weights();
-    void dot(const Matrix& matrix, DType activations, DotJob& job, const std::byte* slot,
+    // The activations of one matrix, in the order that its product wants.
+    struct Activations {
+        const Product* product = nullptr;
+        size_t offset = 0;  // of row 0 in the scratch memory, where the product arranges them
+        size_t row_bytes = 0;
+        const std::byte* rows = nullptr;
+
+        [[nodiscard]] const std::byte* row(int64_t index) const noexcept {
+            return rows + static_cast<size_t>(index) * row_bytes;
+        }
+    };
+    [[nodiscard]] Activations reserve(const Matrix& matrix, DType dtype, int64_t rows,
+                                      size_t& size) const;
+    void arrange_inner(std::span<const SlotOfExpert> ready);
+    void dot(const Matrix& matrix, const Activations& x, DotJob& job, const std::byte* slot,
              int64_t first) const noexcept;
     void add_bias(const Matrix& matrix, const DotJob& job, const std::byte* slot) const noexcept;
     template <class Block>
@@ -120,6 +134,8 @@ private:
     float* y_ = nullptr;            // [routes, hidden]: each expert's result
     std::byte* inner_ = nullptr;    // [routes, intermediate] in inner_dtype_
     const std::byte* x_ = nullptr;  // [tokens, hidden] in x_dtype_; the input itself if it fits
+    Activations gate_x_, up_x_;     // [tokens, hidden]
+    Activations down_x_;            // [routes, intermediate]
 };
 
 }  // namespace moeinf

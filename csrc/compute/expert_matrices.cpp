@@ -28,6 +28,24 @@ void check_rows(const Rows& rows, int64_t row_bytes, int64_t unit, const std::st
     }
 }
 
+// A product takes whole groups or whole parts of a group at a time.
+void check_scales(const Scales& scales, int64_t cols, const std::string& name) {
+    const int64_t block = scales.block_cols;
+    if (scales.block_rows < 1 || block < 0 ||
+        (block != 0 && (block < 8 || (128 % block != 0 && block % 128 != 0)))) {
+        invalid(name +
+                ": expected blocks of 1 row or more, and of all columns, of 8, 16, 32, 64 "
+                "or of a multiple of 128, got " +
+                number(scales.block_rows) + " x " + number(block));
+    }
+    if (scales.count(cols) > kMaxScales) {
+        invalid(name + ": expected at most " + number(kMaxScales) + " in a row, got " +
+                number(scales.count(cols)));
+    }
+    const int64_t unit = scale_bytes(scales.type);
+    check_rows(scales.rows, scales.count(cols) * unit, unit, name);
+}
+
 void check_matrix(const Matrix& matrix, int64_t rows, int64_t cols, const std::string& name) {
     const FormatFacts& format = facts(matrix.format);
     if (matrix.rows != rows || matrix.cols != cols) {
@@ -39,13 +57,13 @@ void check_matrix(const Matrix& matrix, int64_t rows, int64_t cols, const std::s
                 number(format.pack) + " columns, got " + number(cols));
     }
     check_rows(matrix.values, format.row_bytes(cols), format.stored_bytes, name);
-    if (matrix.scales.has_value() != (format.block_cols != 0)) {
-        invalid(name + ": " + std::string(format.name) + " has " +
-                (matrix.scales ? "no scales, got some" : "scales, got none"));
+    if (!format.scaled && (matrix.scales || matrix.multiplier)) {
+        invalid(name + ": " + std::string(format.name) + " has no scales, got some");
     }
-    if (matrix.scales) {
-        check_rows(*matrix.scales, format.scale_row_bytes(cols), format.scale_bytes,
-                   name + " scales");
+    if (matrix.scales) check_scales(*matrix.scales, cols, name + " scales");
+    if (matrix.multiplier && *matrix.multiplier % sizeof(float) != 0) {
+        invalid(name + " multiplier: its offset must be a multiple of 4 bytes, got " +
+                std::to_string(*matrix.multiplier));
     }
     if (matrix.bias) {
         const auto unit = static_cast<int64_t>(dtype_bytes(matrix.bias_dtype));

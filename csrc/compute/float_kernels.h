@@ -7,6 +7,7 @@
 #include <array>
 #include <utility>
 
+#include "compute/dot_scaled.h"
 #include "compute/dot_tile.h"
 #include "compute/formats/decoders.h"
 #include "compute/gates.h"
@@ -36,7 +37,7 @@ void gate_kernel(const GateJob& job) {
 struct NoBf16 {
     static constexpr bool kGates = false;
     template <class Decoder>
-    static constexpr void (*kDot)(const DotJob&) = nullptr;
+    static constexpr Product kProduct = {};
 };
 
 template <class F, class Bf16 = NoBf16>
@@ -44,7 +45,16 @@ struct FloatKernels {
     template <class... Rows>
     static constexpr std::array<FormatKernels, sizeof...(Rows)> all_formats(
         std::tuple<Rows...>* /*table*/) {
-        return {FormatKernels{dot_block<FloatProduct<F, Rows>>, Bf16::template kDot<Rows>}...};
+        return {FormatKernels{float_product<Rows>(), Bf16::template kProduct<Rows>}...};
+    }
+
+    template <class Decoder>
+    static constexpr Product float_product() {
+        if constexpr (Decoder::kScaled) {
+            return scaled_product<ScaledFloatProduct<F, Decoder>>();
+        } else {
+            return {dot_block<FloatProduct<F, Decoder>>};
+        }
     }
 
     // No kernel where the function has an activation of its own and another one is given.

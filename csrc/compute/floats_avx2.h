@@ -35,9 +35,54 @@ struct Floats256 {
     static Vec load(const float* p) { return _mm256_loadu_ps(p); }
     static Vec load(const BF16* p) { return widen(halves(p)); }
     static Vec load(const F16* p) { return _mm256_cvtph_ps(halves(p)); }
+    static __m128i bytes(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+    // 2^(b - 127) has exponent b, except for b = 0.
+    static Vec load(const E8M0* p) {
+        const __m256i b = _mm256_cvtepu8_epi32(bytes(p));
+        const __m256i zero = _mm256_cmpeq_epi32(b, _mm256_setzero_si256());
+        const __m256i tiny = _mm256_and_si256(zero, _mm256_set1_epi32(0x00400000));
+        return _mm256_castsi256_ps(_mm256_or_si256(_mm256_slli_epi32(b, 23), tiny));
+    }
+    // Moved by 7 bits, an e4m3 number is a half 2^8 times as small.
+    static Vec load(const E4M3* p) {
+        const __m128i moved = _mm_slli_epi16(_mm_cvtepi8_epi16(bytes(p)), 7);
+        const __m128i half = _mm_and_si128(moved, _mm_set1_epi16(-0x4080));
+        return _mm256_mul_ps(_mm256_cvtph_ps(half), splat(256.0f));
+    }
+    static Vec load(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes(p))); }
     static Vec load_first(const float* p, int64_t n) { return load_copy(p, n); }
+    static Vec load_first(const E8M0* p, int64_t n) { return load_copy(p, n); }
+    static Vec load_first(const E4M3* p, int64_t n) { return load_copy(p, n); }
+    static Vec load_first(const int8_t* p, int64_t n) { return load_copy(p, n); }
     static Vec load_first(const BF16* p, int64_t n) { return load_copy(p, n); }
     static Vec load_first(const F16* p, int64_t n) { return load_copy(p, n); }
+
+    // 32 bytes as 8 words, and the float that a table has for four bits of each word.
+    using Words = __m256i;
+    static Words load_words(const std::byte* p) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    }
+    static Words load_words_first(const std::byte* p, int64_t nbytes) {  // nbytes < 32
+        std::byte buffer[32] = {};
+        for (int64_t i = 0; i < nbytes; ++i) buffer[i] = p[i];
+        return load_words(buffer);
+    }
+    template <int kShift>
+    static Vec look_up(Words words, const float (&table)[16]) {
+        const __m256i at = _mm256_srli_epi32(words, kShift);
+        const Vec low = _mm256_permutevar8x32_ps(load(table), at);
+        const Vec high = _mm256_permutevar8x32_ps(load(table + 8), at);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+    }
+
+    // Lane l gets p[lanes[l]]; reads 8 floats.
+    using Lanes = __m256i;
+    static Lanes lanes(const int32_t* p) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    }
+    static Vec spread(const float* p, Lanes lanes) {
+        return _mm256_permutevar8x32_ps(load(p), lanes);
+    }
 
     // To the nearest bf16, ties to even; a NaN is made quiet and stays one.
     static __m128i narrow(Vec v) {

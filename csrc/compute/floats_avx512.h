@@ -32,6 +32,24 @@ struct Floats512 {
     static Vec load(const F16* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     }
+    static Vec numbers(__m512i bits) { return _mm512_castsi512_ps(bits); }
+    // 2^(b - 127) has exponent b, except for b = 0.
+    static Vec powers(__m128i bytes) {
+        const __m512i b = _mm512_cvtepu8_epi32(bytes);
+        const __m512i tiny = _mm512_set1_epi32(0x00400000);
+        return numbers(
+            _mm512_mask_mov_epi32(_mm512_slli_epi32(b, 23), _mm512_testn_epi32_mask(b, b), tiny));
+    }
+    // Moved by 7 bits, an e4m3 number is a half 2^8 times as small.
+    static Vec eights(__m128i bytes) {
+        const __m256i moved = _mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7);
+        const __m256i half = _mm256_and_si256(moved, _mm256_set1_epi16(-0x4080));
+        return _mm512_mul_ps(_mm512_cvtph_ps(half), splat(256.0f));
+    }
+    static Vec load(const E8M0* p) { return powers(bytes(p)); }
+    static Vec load(const E4M3* p) { return eights(bytes(p)); }
+    static Vec load(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes(p))); }
+    static __m128i bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
     // The first n < 16 elements, the rest zero. A masked load reads no byte behind them.
     static Vec load_first(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
     static Vec load_first(const BF16* p, int64_t n) {
@@ -39,6 +57,33 @@ struct Floats512 {
     }
     static Vec load_first(const F16* p, int64_t n) {
         return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+    }
+
+    static __m128i first_bytes(const void* p, int64_t n) {
+        return _mm_maskz_loadu_epi8(first(n), p);
+    }
+    static Vec load_first(const E8M0* p, int64_t n) { return powers(first_bytes(p, n)); }
+    static Vec load_first(const E4M3* p, int64_t n) { return eights(first_bytes(p, n)); }
+    static Vec load_first(const int8_t* p, int64_t n) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(first_bytes(p, n)));
+    }
+
+    // 64 bytes as 16 words, and the float that a table has for four bits of each word.
+    using Words = __m512i;
+    static Words load_words(const std::byte* p) { return _mm512_loadu_si512(p); }
+    static Words load_words_first(const std::byte* p, int64_t nbytes) {  // nbytes < 64
+        return _mm512_maskz_loadu_epi8((uint64_t{1} << nbytes) - 1, p);
+    }
+    template <int kShift>
+    static Vec look_up(Words words, const float (&table)[16]) {
+        return _mm512_permutexvar_ps(_mm512_srli_epi32(words, kShift), _mm512_loadu_ps(table));
+    }
+
+    // Lane l gets p[lanes[l]]; reads 16 floats.
+    using Lanes = __m512i;
+    static Lanes lanes(const int32_t* p) { return _mm512_loadu_si512(p); }
+    static Vec spread(const float* p, Lanes lanes) {
+        return _mm512_permutexvar_ps(lanes, _mm512_loadu_ps(p));
     }
 
     // To the nearest bf16, ties to even. A NaN keeps its upper bits and becomes quiet, because

@@ -67,9 +67,60 @@ struct Floats128 {
         const Bits special = mask_of((half & 0x7c00u) == 0x7c00u);
         return numbers(choose(special, magnitude | 0x7f800000u, finite) | (half & 0x8000u) << 16);
     }
+    template <class T>
+    static Bits bits8(const T* p) {
+        return Bits{p[0].bits, p[1].bits, p[2].bits, p[3].bits};
+    }
+    // 2^(b - 127) has exponent b, except for b = 0.
+    static Vec load(const E8M0* p) {
+        const Bits b = bits8(p);
+        return numbers(choose(mask_of(b == 0u), Bits{} + 0x00400000u, b << 23));
+    }
+    // Exponent and mantissa at their places, and the exponent corrected by 2^120.
+    static Vec load(const E4M3* p) {
+        const Bits b = bits8(p);
+        const Bits size = bits_of(numbers((b & 0x7fu) << 20) * splat(0x1p120f));
+        return numbers(size | (b & 0x80u) << 24);
+    }
+    static Vec load(const int8_t* p) {
+        return Vec{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]),
+                   static_cast<float>(p[3])};
+    }
     static Vec load_first(const float* p, int64_t n) { return load_copy(p, n); }
+    static Vec load_first(const E8M0* p, int64_t n) { return load_copy(p, n); }
+    static Vec load_first(const E4M3* p, int64_t n) { return load_copy(p, n); }
+    static Vec load_first(const int8_t* p, int64_t n) { return load_copy(p, n); }
     static Vec load_first(const BF16* p, int64_t n) { return load_copy(p, n); }
     static Vec load_first(const F16* p, int64_t n) { return load_copy(p, n); }
+
+    // 16 bytes as 4 words, and the float that a table has for four bits of each word.
+    using Words = Bits;
+    static Words load_words(const std::byte* p) {
+        Words words;
+        __builtin_memcpy(&words, p, sizeof words);
+        return words;
+    }
+    static Words load_words_first(const std::byte* p, int64_t nbytes) {  // nbytes < 16
+        Words words{};
+        __builtin_memcpy(&words, p, static_cast<size_t>(nbytes));
+        return words;
+    }
+    template <int kShift>
+    static Vec look_up(Words words, const float (&table)[16]) {
+        const Words at = words >> kShift & 15u;
+        return Vec{table[at[0]], table[at[1]], table[at[2]], table[at[3]]};
+    }
+
+    // Lane l gets p[lanes[l]].
+    using Lanes = Bits;
+    static Lanes lanes(const int32_t* p) {
+        Lanes lanes;
+        __builtin_memcpy(&lanes, p, sizeof lanes);
+        return lanes;
+    }
+    static Vec spread(const float* p, Lanes lanes) {
+        return Vec{p[lanes[0]], p[lanes[1]], p[lanes[2]], p[lanes[3]]};
+    }
 
     static void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
     // To the nearest, ties to even; a NaN is made quiet and stays one.

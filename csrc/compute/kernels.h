@@ -15,6 +15,8 @@
 
 namespace moeinf {
 
+constexpr int64_t kMaxScales = 2048;  // in a row of scales
+
 // y[r * y_stride + n] = sum over k of x[r][k] * w[n][k], for r < rows and n < outputs. Rows of w
 // hold `depth` elements in one weight format; nothing outside them is read.
 struct DotJob {
@@ -23,8 +25,9 @@ struct DotJob {
     const std::byte* w = nullptr;
     int64_t w_stride = 0;               // bytes
     int64_t first = 0;                  // the row of the matrix that w begins at
-    const std::byte* scales = nullptr;  // of row 0 of the matrix, where the format has scales
-    int64_t scale_stride = 0;           // bytes
+    const Scales* how = nullptr;        // null: no scales
+    const std::byte* scales = nullptr;  // of row 0 of the matrix
+    float multiplier = 1;
     int64_t outputs = 0;
     int64_t depth = 0;
     float* y = nullptr;
@@ -51,14 +54,23 @@ struct CombineJob {
     DType out_dtype;
 };
 
-// The products of one weight format. dot_bf16 multiplies bf16 activations without widening them and
-// without loss. It is null if the set must widen activations first.
-struct FormatKernels {
-    void (*dot)(const DotJob& job);  // f32 activations
-    void (*dot_bf16)(const DotJob& job);
+// The product of one weight format with activations of one type. `arrange` writes `count` elements
+// in the order that the product wants, and zeros up to a multiple of `step`; null where the product
+// takes them as they are.
+struct Product {
+    void (*dot)(const DotJob& job) = nullptr;
+    void (*arrange)(const void* from, int64_t count, void* to) = nullptr;
+    int64_t step = 1;
 };
 
-// One gate function with one activation. to_bf16 is null in sets without dot_bf16.
+// `bf16` multiplies bf16 activations without widening them and without loss. Its functions are null
+// if the set must widen activations first.
+struct FormatKernels {
+    Product f32;
+    Product bf16;
+};
+
+// One gate function with one activation. to_bf16 is null in sets without bf16 products.
 struct GateKernels {
     void (*to_f32)(const GateJob& job);
     void (*to_bf16)(const GateJob& job);

@@ -37,13 +37,91 @@ struct Bf16Product {
     static void sum4(Acc a, Acc b, Acc c, Acc d, float* out) { Floats512::sum4(a, b, c, d, out); }
 };
 
+// What the products of weights with scales share. The weights become bf16 without loss.
+struct ScaledBf16Product {
+    using F = Floats512;
+    using X = BF16;
+    using XVec = __m512bh;
+    using WVec = __m512bh;
+    using Packed = __m512i;  // 32 words of 16 bits
+    static constexpr int kRows = 4;
+    static constexpr int kOutputs = 4;
+
+    static XVec load_x(const BF16* p) { return Bf16Product::load(p); }
+    static WVec load_w(const BF16* p) { return Bf16Product::load(p); }
+    static void store_w(BF16* p, WVec w) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(w)); }
+    static __m512 madd(__m512 acc, XVec x, WVec w) { return _mm512_dpbf16_ps(acc, x, w); }
+};
+
+// Each part takes the same four bits of all words. The table holds every value twice, so that the
+// fifth bit does not matter.
+template <class Decoder>
+struct NibbleProduct : ScaledBf16Product {
+    static constexpr int64_t kPack = 2;
+    static constexpr size_t kParts = 4;
+    static constexpr int64_t kStep = 128;
+    static constexpr int64_t kLineCols = 128;
+
+    static Packed load(const std::byte* row, int64_t k) { return F::load_words(row + k / 2); }
+    static Packed load_first(const std::byte* row, int64_t k, int64_t n) {
+        return F::load_words_first(row + k / 2, n / 2);
+    }
+    static __m512i table() {
+        const __m512i bits = _mm512_castps_si512(_mm512_loadu_ps(Decoder::kTable));
+        const __m256i values = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+        return _mm512_broadcast_i64x4(values);
+    }
+    template <size_t kPart>
+    static WVec decode(Packed packed) {
+        return reinterpret_cast<__m512bh>(
+            _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4 * kPart), table()));
+    }
+};
+
+// The lower bytes of all words, then the upper ones.
+struct E4M3Product : ScaledBf16Product {
+    static constexpr int64_t kPack = 1;
+    static constexpr size_t kParts = 2;
+    static constexpr int64_t kStep = 64;
+    static constexpr int64_t kLineCols = 64;
+
+    static Packed load(const std::byte* row, int64_t k) { return F::load_words(row + k); }
+    static Packed load_first(const std::byte* row, int64_t k, int64_t n) {
+        return F::load_words_first(row + k, n);
+    }
+    // Exponent and mantissa at their places, and 120 added to the exponent. Subnormal numbers
+    // (exponent 0, mantissa m: m * 2^-9) get another number added, because the product takes
+    // subnormal bf16 for zero.
+    template <size_t kPart>
+    static WVec decode(Packed packed) {
+        constexpr int16_t kNormal = 120 << 7;
+        const __m512i subnormal = _mm512_broadcast_i32x4(
+            _mm_setr_epi16(0, 0x3b00 - 0x10, 0x3b80 - 0x20, 0x3bc0 - 0x30, 0x3c00 - 0x40,
+                           0x3c20 - 0x50, 0x3c40 - 0x60, 0x3c60 - 0x70));
+        const __m512i top = kPart == 0 ? _mm512_slli_epi16(packed, 8) : packed;
+        const __m512i byte = kPart == 0 ? packed : _mm512_srli_epi16(packed, 8);
+        const __m512i moved =
+            _mm512_and_si512(_mm512_srai_epi16(top, 4), _mm512_set1_epi16(-0x7810));
+        const __mmask32 small = _mm512_testn_epi16_mask(moved, _mm512_set1_epi16(0x0780));
+        const __m512i add =
+            _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(kNormal), small, byte, subnormal);
+        return reinterpret_cast<__m512bh>(_mm512_add_epi16(moved, add));
+    }
+};
+
 struct Bf16 {
     static constexpr bool kGates = true;
     template <class Decoder>
-    static constexpr void (*kDot)(const DotJob&) = nullptr;
+    static constexpr Product kProduct = {};
 };
 template <>
-constexpr void (*Bf16::kDot<Bf16Weights>)(const DotJob&) = dot_block<Bf16Product>;
+constexpr Product Bf16::kProduct<Bf16Weights> = {dot_block<Bf16Product>};
+template <>
+constexpr Product Bf16::kProduct<E4M3Weights> = scaled_product<E4M3Product>();
+template <>
+constexpr Product Bf16::kProduct<E2M1Weights> = scaled_product<NibbleProduct<E2M1Weights>>();
+template <>
+constexpr Product Bf16::kProduct<Int4Weights> = scaled_product<NibbleProduct<Int4Weights>>();
 
 }  // namespace
 

@@ -13,10 +13,40 @@ namespace moeinf {
 // How weights are stored: a row of the table in compute/formats/decoders.h.
 enum class WeightFormat : int32_t {};
 
+enum class ScaleType : int32_t { kF32, kBF16, kF16, kE8M0, kE4M3 };
+
+[[nodiscard]] constexpr int64_t scale_bytes(ScaleType type) {
+    switch (type) {
+        case ScaleType::kF32:
+            return 4;
+        case ScaleType::kBF16:
+        case ScaleType::kF16:
+            return 2;
+        case ScaleType::kE8M0:
+        case ScaleType::kE4M3:
+            return 1;
+    }
+    __builtin_unreachable();
+}
+
 // Rows at equal distances; a bias has one element in each row.
 struct Rows {
     uint64_t offset = 0;  // of row 0, in bytes from the start of the slot
     int64_t stride = 0;   // bytes from one row to the next
+};
+
+// One number for each block of a matrix, by which its elements are multiplied. Blocks at the edges
+// may be smaller. A row of scales belongs to `block_rows` rows of the matrix.
+struct Scales {
+    Rows rows;
+    ScaleType type = ScaleType::kF32;
+    int64_t block_rows = 1;
+    int64_t block_cols = 0;  // 0: all columns
+
+    // In a row of scales, for a matrix of `cols` columns.
+    [[nodiscard]] constexpr int64_t count(int64_t cols) const {
+        return block_cols == 0 ? 1 : (cols + block_cols - 1) / block_cols;
+    }
 };
 
 struct Matrix {
@@ -24,9 +54,11 @@ struct Matrix {
     int64_t rows = 0;  // outputs
     int64_t cols = 0;  // inputs
     Rows values;
-    std::optional<Rows> scales = std::nullopt;
+    std::optional<Scales> scales = std::nullopt;
     std::optional<Rows> bias = std::nullopt;
     DType bias_dtype = DType::kF32;
+    // Of a 32-bit float that multiplies the whole matrix, in bytes from the start of the slot.
+    std::optional<uint64_t> multiplier = std::nullopt;
 };
 
 }  // namespace moeinf

@@ -2,11 +2,16 @@
 // accessible.
 #include <sys/mman.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <mutex>
 #include <string>
+#include <unordered_set>
+#include <vector>
 
 #include "base/error.h"
 #include "base/sizes.h"
@@ -19,6 +24,19 @@ namespace {
 [[noreturn]] void out_of_memory(const std::string& what, size_t nbytes) {
     throw Error(ErrorCode::kCapacity,
                 "cannot " + what + " " + std::to_string(nbytes) + " bytes: " + strerror(errno));
+}
+
+class HostArena;
+
+// Every arena of this process, for promised_memory().
+struct Arenas {
+    std::mutex mutex;
+    std::unordered_set<const HostArena*> all;
+};
+
+Arenas& arenas() {
+    static Arenas* const kept = new Arenas;  // outlives arenas that end after main()
+    return *kept;
 }
 
 class HostArena final : public Arena {
@@ -39,9 +57,15 @@ public:
             reinterpret_cast<std::byte*>(round_up(reinterpret_cast<uintptr_t>(mapped_), kHugePage));
         // The kernel may have no huge pages. Small pages do the same work.
         (void)madvise(data_, round_up(nbytes, kHugePage), MADV_HUGEPAGE);
+        const std::lock_guard lock(arenas().mutex);
+        arenas().all.insert(this);
     }
 
-    ~HostArena() override { munmap(mapped_, mapped_bytes_); }
+    ~HostArena() override {
+        const std::lock_guard lock(arenas().mutex);
+        arenas().all.erase(this);
+        munmap(mapped_, mapped_bytes_);
+    }
 
     HostArena(const HostArena&) = delete;
     HostArena& operator=(const HostArena&) = delete;
@@ -59,7 +83,24 @@ public:
         committed_ = nbytes;
     }
 
+    // Bytes of committed pages that have no memory so far.
+    uint64_t promised() const {
+        const size_t nbytes = round_up(committed_, kPage);
+        std::vector<unsigned char> present(kPagesAtOnce);
+        uint64_t pages = 0;
+        for (size_t from = 0; from < nbytes; from += kPagesAtOnce * kPage) {
+            const size_t length = std::min(kPagesAtOnce * kPage, nbytes - from);
+            if (mincore(data_ + from, length, present.data()) != 0) return pages * kPage;
+            pages += static_cast<uint64_t>(
+                std::count_if(present.begin(), present.begin() + length / kPage,
+                              [](unsigned char page) { return (page & 1) == 0; }));
+        }
+        return pages * kPage;
+    }
+
 private:
+    static constexpr size_t kPagesAtOnce = size_t{1} << 18;
+
     void grow(size_t from, size_t to) {
         const uint64_t available = available_memory();
         if (to - from > available) {
@@ -82,7 +123,7 @@ private:
     }
 
     size_t reserved_;
-    size_t committed_ = 0;
+    std::atomic<size_t> committed_ = 0;
     size_t mapped_bytes_ = 0;
     void* mapped_ = nullptr;
     std::byte* data_ = nullptr;
@@ -96,6 +137,13 @@ void check_fits(size_t nbytes, size_t reserved) {
                                               " reserved bytes cannot hold " +
                                               std::to_string(nbytes));
     }
+}
+
+uint64_t promised_memory() {
+    const std::lock_guard lock(arenas().mutex);
+    uint64_t nbytes = 0;
+    for (const HostArena* arena : arenas().all) nbytes += arena->promised();
+    return nbytes;
 }
 
 std::unique_ptr<Arena> make_host_arena(size_t reserve_bytes) {

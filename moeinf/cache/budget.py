@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
+
+import torch
 
 from moeinf import _core
+from moeinf.checkpoint.headers import TensorEntry
 from moeinf.errors import CapacityError
 from moeinf.share import share_of
 
@@ -33,6 +37,36 @@ UNDER_WAY = 16
 # in RAM. At most half of the free memory.
 GPU_RESERVE = 2**30
 RAM_RESERVE = 2 * 2**30
+
+
+def free_bytes(device: _core.CudaDevice | None) -> int:
+    """What can be taken of a GPU's memory; of RAM without one. Every judgement of memory asks here.
+
+    Of RAM: what the system and its control groups leave, less what caches have but never used.
+    """
+    free: int = _core.available_memory() if device is None else device.free_bytes
+    return free
+
+
+def bytes_loaded_as(dtype: torch.dtype, tensors: Collection[TensorEntry]) -> int:
+    """Bytes that the tensors take while they are loaded: converted, and the largest one as it is
+    stored too."""
+    bits = 8 * dtype.itemsize
+    loaded = [
+        entry.nbytes * max(1, bits // (entry.bits or 8)) if entry.bits else entry.nbytes
+        for entry in tensors
+    ]
+    return sum(loaded) + max((entry.nbytes for entry in tensors), default=0)
+
+
+def check_fits(slots: int, slot_bytes: int, dense_bytes: int, free: int) -> None:
+    """Raises CapacityError if slots and other weights do not fit into free bytes together."""
+    needed = (slots + _core.ExpertCache.staging_slots) * slot_bytes
+    if needed + dense_bytes > free:
+        raise CapacityError(
+            f"{slots} slots and two staging slots take {needed:,} bytes, other weights "
+            f"{dense_bytes:,}; {free:,} bytes are available: give a smaller memory or slots"
+        )
 
 
 def parse_bytes(text: str | int) -> int:

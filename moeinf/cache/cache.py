@@ -13,13 +13,21 @@ import torch
 
 from moeinf import _core
 from moeinf.cache import gather_tuning
-from moeinf.cache.budget import GPU_RESERVE, RAM_RESERVE, host_slots_for, less_reserve, slots_for
+from moeinf.cache.budget import (
+    GPU_RESERVE,
+    RAM_RESERVE,
+    check_fits,
+    free_bytes,
+    host_slots_for,
+    less_reserve,
+    slots_for,
+)
 from moeinf.cache.devices import open_device, torch_device
 from moeinf.cache.host_tier import HostTier, warn_of_refused_slots
 from moeinf.cache.lease import Lease
 from moeinf.cache.live_priors import LivePriors
 from moeinf.cache.passes import ForwardPass, Observer, Passes
-from moeinf.cache.recorder import Recordable
+from moeinf.cache.recorder import Recorder, RouterSource
 from moeinf.cache.statistics import prediction_summary, with_totals
 from moeinf.cache.streams import StepStreams, distinct
 from moeinf.checkpoint.store import ExpertStore
@@ -40,7 +48,7 @@ def named(name: str) -> ExpertCache:
     return cache
 
 
-class ExpertCache(Recordable):
+class ExpertCache:
     """A pool of slots in fast memory, filled from an `ExpertStore`. Thread-safe.
 
     Args:
@@ -71,7 +79,7 @@ class ExpertCache(Recordable):
             to trust them.
         threads, chunk_bytes: of the file reader; 0 takes the measured defaults.
         direct: read past the page cache where the file system allows it.
-        dense_bytes: of a memory's free bytes, what "auto" leaves for weights loaded later.
+        dense_bytes: of a memory's free bytes, what slots must leave for weights loaded later.
         layers: how many MoE layers the cache will serve, for shares and "auto"; without it, all.
         name: what compiled graphs know the cache by. A number is added where it was used before in
             this process, so that a graph never reaches the cache of another model.
@@ -106,6 +114,10 @@ class ExpertCache(Recordable):
         layers: int | None = None,
         name: str = "experts",
     ):
+        if not isinstance(policy, str):
+            raise ValueError(
+                f"policy={policy!r}: expected one of {', '.join(_core.policy_names())}"
+            )
         opened = open_device(device)
         for_gpu = (host_memory, exclusive or None, tier, gather_below)
         if opened is None and any(option is not None for option in for_gpu):
@@ -123,17 +135,16 @@ class ExpertCache(Recordable):
         total = (layers or store.num_layers) * store.num_experts
         if opened is not None and memory is None and slots is None:
             memory = "auto"
-        in_ram = dense_bytes if self.device.type == "cpu" else 0
-        ram = less_reserve(_core.available_memory(), RAM_RESERVE, in_ram)
+        ram = free_bytes(None)
+        free = ram if opened is None else free_bytes(opened)
         room = slots_for(
             memory=memory,
             slots=slots,
             slot_bytes=store.slot_bytes,
             total_experts=total,
-            free=ram
-            if opened is None
-            else less_reserve(opened.free_bytes, GPU_RESERVE, dense_bytes),
+            free=less_reserve(free, RAM_RESERVE if opened is None else GPU_RESERVE, dense_bytes),
         )
+        check_fits(room, store.slot_bytes, dense_bytes, free)
         make_core = partial(
             _core.ExpertCache,
             store.catalog,
@@ -161,7 +172,7 @@ class ExpertCache(Recordable):
                     slots=room,
                     slot_bytes=store.slot_bytes,
                     total_experts=store.num_layers * store.num_experts,
-                    available=ram,
+                    available=less_reserve(ram, RAM_RESERVE, dense_bytes),  # they come through RAM
                     exclusive=exclusive,
                 ),
                 exclusive=exclusive,
@@ -172,14 +183,17 @@ class ExpertCache(Recordable):
             )
             if tier is None:
                 warn_of_refused_slots(self.core.host_stats())
+        store.check_unchanged()
         self._opened = opened
-        self._observers: list[Observer] = []
-        self.passes = Passes(self._observers)
+        self.observers: list[Observer] = []
+        self.passes = Passes(self.observers)
         self.kernels: str | None = None
         """Which kernels compute out of the slots; said by the backend that does."""
+        self.routers: RouterSource | None = None
+        """Set by an integration that can listen to the routers of the model it serves."""
         if priors is not None:
             shape = (store.num_layers, store.num_experts)
-            self._observers.append(LivePriors(priors, self.core, shape))
+            self.observers.append(LivePriors(priors, self.core, shape))
         self.name = self._take_name(name)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
@@ -247,18 +261,37 @@ class ExpertCache(Recordable):
             torch.cuda.current_stream(self.device).synchronize()
         release()
 
-    def begin_pass(self, one: ForwardPass) -> None:
+    def begin_pass(self, one: ForwardPass, *, said: bool = True) -> None:
         """Says what the calling thread's next steps belong to, for policies and traces. Optional.
 
-        Until the thread begins another pass; harmless when called again with the same object.
+        Until the thread begins another pass; harmless when called again with the same object. A
+        model that `moeinf.load` loaded says it itself (`said=False`), unless its caller has begun a
+        pass that no step has used yet.
         """
-        self.passes.begin(one)
+        self.passes.begin(one, said=said)
 
-    def observe(self, observer: Observer) -> None:
-        self._observers.append(observer)
+    def record(self, *, router: bool = False) -> Recorder:
+        """Keeps the routing of every step from now on; `trace()` of what it returns gives it back.
 
-    def stop_observing(self, kinds: tuple[type, ...]) -> None:
-        self._observers[:] = [one for one in self._observers if not isinstance(one, kinds)]
+        Only what goes through `fused_experts` is seen. Use it as a context manager, or end it with
+        `stop_recording`; several may record at once. With `router` the router's probabilities of
+        all experts are kept too: those of a model that `moeinf.load` loaded are taken from it
+        (UnsupportedError where it is not known how); any other runtime hands them to
+        `Recorder.add_router`.
+        """
+        recorder = Recorder(self.store.num_layers, self.store.num_experts, router=router)
+        return recorder.start([self.observers], self.routers)
+
+    def stop_recording(self) -> None:
+        """Ends every `record`; what was recorded stays with the recorders."""
+        for one in tuple(self.observers):
+            if isinstance(one, Recorder):
+                one.stop()
+
+    @property
+    def is_observed(self) -> bool:
+        """Does anything look at the routing, for a trace or for priors?"""
+        return bool(self.observers)
 
     def eamc(self) -> EAMC:
         """A copy of the collection that "eam" keeps, with the request in progress as it is so far.

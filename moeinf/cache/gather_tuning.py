@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from moeinf import _core
+from moeinf.output_files import replacing
 
 FORMAT = "moeinf-gather-1"
 SIZES = tuple(2**i for i in range(16, 25))  # bytes of an expert: 64 KiB to 16 MiB
@@ -69,9 +69,8 @@ def store(device: _core.CudaDevice, measured: dict[str, Any]) -> Path:
     target = path()
     target.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": FORMAT, "devices": _read(target) | {_key(device): measured}}
-    with tempfile.NamedTemporaryFile("w", dir=target.parent, delete=False) as file:
-        json.dump(content, file, indent=2)
-    Path(file.name).replace(target)
+    with replacing(target) as part:
+        part.write_text(json.dumps(content, indent=2))
     return target
 
 

@@ -10,8 +10,8 @@ import torch
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.host_tier import HostTier
 from moeinf.cache.lease import Lease
-from moeinf.cache.passes import ForwardPass, Observer
-from moeinf.cache.recorder import Recordable
+from moeinf.cache.passes import ForwardPass
+from moeinf.cache.recorder import Recorder, RouterSource
 from moeinf.cache.statistics import prediction_summary, with_totals
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
@@ -20,7 +20,7 @@ from moeinf.errors import UnsupportedError
 LINK_COUNTERS = ("demoted_bytes", "copied_bytes", "copies", "gathers")
 
 
-class CacheGroup(Recordable):
+class CacheGroup:
     """One `ExpertCache` for each GPU, on one `HostTier`. `of(layer)` is the cache of a layer.
 
     Args:
@@ -90,6 +90,7 @@ class CacheGroup(Recordable):
             )
             for device in dict.fromkeys(devices)
         }
+        self.routers: RouterSource | None = None
         self._first = next(iter(self.caches.values()))
 
     def of(self, layer: int) -> ExpertCache:
@@ -129,18 +130,24 @@ class CacheGroup(Recordable):
         """See `ExpertCache.resident`."""
         return self.of(layer).resident(layer)
 
-    def begin_pass(self, one: ForwardPass) -> None:
+    def begin_pass(self, one: ForwardPass, *, said: bool = True) -> None:
         """See `ExpertCache.begin_pass`."""
         for cache in self.caches.values():
-            cache.begin_pass(one)
+            cache.begin_pass(one, said=said)
 
-    def observe(self, observer: Observer) -> None:
-        for cache in self.caches.values():
-            cache.observe(observer if cache is self._first else _RoutingOnly(observer))
+    def record(self, *, router: bool = False) -> Recorder:
+        """See `ExpertCache.record`."""
+        recorder = Recorder(self.store.num_layers, self.store.num_experts, router=router)
+        return recorder.start([cache.observers for cache in self.caches.values()], self.routers)
 
-    def stop_observing(self, kinds: tuple[type, ...]) -> None:
-        for cache in self.caches.values():
-            cache.stop_observing((*kinds, _RoutingOnly))
+    def stop_recording(self) -> None:
+        """See `ExpertCache.stop_recording`."""
+        self._first.stop_recording()
+
+    @property
+    def is_observed(self) -> bool:
+        """See `ExpertCache.is_observed`."""
+        return self._first.is_observed
 
     def stats(self) -> dict[str, Any]:
         """See `ExpertCache.stats`. `layers` are each of its own cache, `host` is of the one tier,
@@ -174,13 +181,3 @@ class CacheGroup(Recordable):
         """See `ExpertCache.reset_stats`."""
         for cache in self.caches.values():
             cache.reset_stats()
-
-
-class _RoutingOnly:
-    """Shows a recorder the routing of one more cache; it hears of passes from the first."""
-
-    def __init__(self, recorder: Observer):
-        self.add = recorder.add
-
-    def begin_pass(self, one: ForwardPass, caller: int) -> None:
-        """Already told."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from moeinf import _core
-from moeinf.cache.budget import RAM_RESERVE, host_slots_for, less_reserve
+from moeinf.cache.budget import RAM_RESERVE, free_bytes, host_slots_for, less_reserve
 from moeinf.cache.devices import open_device
 from moeinf.checkpoint.store import ExpertStore
 
@@ -59,7 +59,7 @@ class HostTier:
                 slots=0,
                 slot_bytes=store.slot_bytes,
                 total_experts=store.num_layers * store.num_experts,
-                available=less_reserve(_core.available_memory(), RAM_RESERVE),
+                available=less_reserve(free_bytes(None), RAM_RESERVE),
                 exclusive=exclusive,
             ),
             policy,
@@ -68,6 +68,7 @@ class HostTier:
             chunk_bytes=chunk_bytes,
             direct=direct,
         )
+        store.check_unchanged()
         warn_of_refused_slots(self.stats())
 
     def stats(self) -> dict[str, Any]:

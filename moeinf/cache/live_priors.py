@@ -19,6 +19,8 @@ class LivePriors(PassObserver):
         self._core = core
 
     def on_pass(self, one: RoutedPass) -> None:
+        if len(one.experts) == 0:
+            return
         priors = self._hook(one.experts, one.info.new_sequence)
         if priors is not None:
             self._core.set_priors(priors)

@@ -1,7 +1,8 @@
 """The forward pass that a step belongs to, and the observers of the passes of a cache.
 
 Information about a pass belongs to the thread that gives it. Threads that share a cache share none
-of it.
+of it. An integration reads it from the inputs of its model; a caller that says it itself comes
+first.
 """
 
 from __future__ import annotations
@@ -9,9 +10,31 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Text:
+    """What the tokens of a pass are. Every array has one element per token.
+
+    sequences: the name of the sequence that the token belongs to.
+    positions: its place there, or -1: no text (padding, a token that was run again). The tokens of
+        a sequence from a position on are replaced when a later pass has that position again.
+    prefill: it belongs to a prompt.
+    """
+
+    sequences: Array
+    positions: Array
+    prefill: Array
+
+    def __getitem__(self, chosen: Array) -> Text:
+        return Text(self.sequences[chosen], self.positions[chosen], self.prefill[chosen])
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +46,8 @@ class ForwardPass:
     batch: sequences of equal length, their tokens one sequence after another; or
     sequences: the sequence of each token. Numbers of the caller's choice: the same number in a
         later pass is the same sequence, until a pass with `new_sequence`.
+    positions: the place of each token in its sequence, see `Text`; without them every token is
+        text, and comes after those of earlier passes.
     caller: who runs it, where one thread runs several requests in turn. Passes of one caller follow
         each other; without it the thread is the caller.
     """
@@ -31,6 +56,7 @@ class ForwardPass:
     new_sequence: bool = False
     batch: int = 1
     sequences: Sequence[int] | None = None
+    positions: Sequence[int] | None = None
     caller: int | None = None
 
     def __post_init__(self) -> None:
@@ -39,16 +65,28 @@ class ForwardPass:
 
     def check_tokens(self, tokens: int) -> None:
         """Raises ValueError where a pass of so many tokens cannot have these sequences."""
-        if self.sequences is not None and len(self.sequences) != tokens:
-            raise ValueError(
-                f"ForwardPass: expected the sequence of each of {tokens} tokens, found "
-                f"{len(self.sequences)}"
-            )
+        for name, given in (("sequence", self.sequences), ("position", self.positions)):
+            if given is not None and len(given) != tokens:
+                raise ValueError(
+                    f"ForwardPass: expected the {name} of each of {tokens} tokens, found "
+                    f"{len(given)}"
+                )
         if self.sequences is None and tokens % self.batch:
             raise ValueError(
                 f"ForwardPass: expected {self.batch} sequences of equal length, found {tokens} "
                 "tokens"
             )
+
+    def text(self, tokens: int, earlier: int) -> Text:
+        """What its tokens are; asked once the pass is over. `earlier` tokens came before them."""
+        if self.sequences is None:
+            sequences = np.repeat(np.arange(self.batch), tokens // self.batch)
+        else:
+            sequences = np.array(self.sequences)
+        positions = earlier + np.arange(tokens)
+        if self.positions is not None:
+            positions = np.array(self.positions)
+        return Text(sequences, positions, np.full(tokens, self.prefill))
 
 
 UNANNOUNCED = ForwardPass()
@@ -77,14 +115,20 @@ class Passes(threading.local):
         self.observers = observers
         self.caller = threading.get_ident()
         self.current = UNANNOUNCED
+        self._said = False  # by the caller itself, and no step has used it yet
         self._in_progress: dict[int, ForwardPass] = {}  # by caller, the latest last
         self._to_begin: set[int] = set()  # callers whose next step opens a new sequence
 
-    def begin(self, one: ForwardPass) -> None:
+    def begin(self, one: ForwardPass, *, said: bool) -> None:
         """The thread's next steps belong to `one`. It begins once, also where the passes of
-        several callers take turns."""
-        if one is self.current:
+        several callers take turns.
+
+        A pass that the caller has `said` and that no step has used is not replaced by one that an
+        integration has read from the inputs of a model.
+        """
+        if one is self.current or (self._said and not said):
             return
+        self._said = said
         self.current = one
         self.caller = threading.get_ident() if one.caller is None else one.caller
         before = self._in_progress.pop(self.caller, None)
@@ -99,6 +143,7 @@ class Passes(threading.local):
 
     def takes_first_step(self) -> bool:
         """Does the step about to begin open a new sequence? True once for each."""
+        self._said = False
         begins = self.caller in self._to_begin
         self._to_begin.discard(self.caller)
         return begins

@@ -3,43 +3,60 @@
 from __future__ import annotations
 
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
 
-from moeinf.cache.observers import Array, PassObserver, RoutedPass
-from moeinf.cache.passes import Observer
-from moeinf.checkpoint.store import ExpertStore
+from moeinf.cache.observers import PassObserver, RoutedPass, new_room
+from moeinf.cache.passes import Array, ForwardPass, Observer, Text
 from moeinf.traces.trace import DECODE, PREFILL, Trace
+
+# Calls the function given with (layer, probabilities [T, num_experts]) before that layer's experts
+# are asked for; returns what ends it.
+RouterSource = Callable[[Callable[[int, torch.Tensor], None]], Callable[[], None]]
 
 
 class Recorder(PassObserver, AbstractContextManager["Recorder"]):
     """Keeps the router's choices for every token; made by `ExpertCache.record`.
 
-    A context manager: recording ends with it. Costs one small copy per layer and pass, a few us;
-    with the probabilities of all experts, one more and their computation.
+    A context manager: recording ends with it, or with `stop`. Costs one small copy per layer and
+    pass, a few us; with the probabilities of all experts, one more and their computation.
     """
 
-    def __init__(
-        self,
-        num_layers: int,
-        num_experts: int,
-        *,
-        router: bool = False,
-        on_exit: Callable[[], None] | None = None,
-    ):
+    def __init__(self, num_layers: int, num_experts: int, *, router: bool = False):
         super().__init__(num_layers, num_experts)
-        self._on_exit = on_exit
+        self._seen_by: list[tuple[list[Observer], Observer]] = []
+        self._stop_listening: Callable[[], None] | None = None
         self._keeps_router = router
         self._given: dict[int, tuple[int, torch.Tensor]] = {}  # by thread: for the layer to come
         self._router_rows: dict[int, _RouterRows] = {}  # by caller
         self._routers: list[Array] = []  # one per part, where recorded
-        self._parts: list[tuple[Array, ...]] = []
+        self._parts: list[tuple[Array, Array]] = []  # experts, weights
+        self._texts: list[Text] = []  # of each part; sequences by their number in the trace
         self._numbers: dict[int, dict[int, int]] = {}  # by caller: its sequences, as recorded
         self._sequences = 0  # numbers given so far
+
+    def start(self, observers: Sequence[list[Observer]], routers: RouterSource | None) -> Recorder:
+        """Records what the caches with these observers do; of passes it hears from the first."""
+        if self._keeps_router and routers is not None:
+            self._stop_listening = routers(self.add_router)
+        self._seen_by = [
+            (of_cache, _RoutingOnly(self) if i else self) for i, of_cache in enumerate(observers)
+        ]
+        for of_cache, observer in self._seen_by:
+            of_cache.append(observer)
+        return self
+
+    def stop(self) -> None:
+        """Ends recording; what was recorded stays."""
+        for of_cache, observer in self._seen_by:
+            of_cache.remove(observer)
+        self._seen_by = []
+        if self._stop_listening is not None:
+            self._stop_listening()
+            self._stop_listening = None
 
     def add_router(self, layer: int, probabilities: torch.Tensor) -> None:
         """What the router of MoE layer `layer` gives each expert, before that layer's
@@ -81,41 +98,43 @@ class Recorder(PassObserver, AbstractContextManager["Recorder"]):
         self.finish_passes()
         if not self._parts:
             raise ValueError("nothing was recorded: no forward pass has gone through the cache")
-        experts, weights, sequence, phase = (
-            np.concatenate(arrays) for arrays in zip(*self._parts, strict=True)
+        top_k = max(experts.shape[2] for experts, _ in self._parts)
+        text = Text(
+            np.concatenate([one.sequences for one in self._texts]),
+            np.concatenate([one.positions for one in self._texts]),
+            np.concatenate([one.prefill for one in self._texts]),
         )
-        order = np.argsort(sequence, kind="stable")  # a batch advances its sequences in turn
+        order = _text_order(text)
+        if len(order) == 0:
+            raise ValueError("nothing was recorded: no token of a forward pass was text")
         return Trace(
-            experts=experts[order],
-            weights=weights[order],
+            experts=np.concatenate([_widened(one, top_k, -1) for one, _ in self._parts])[order],
+            weights=np.concatenate([_widened(one, top_k, 0) for _, one in self._parts])[order],
             router=self._all_router()[order] if self._keeps_router else None,
-            sequence=sequence[order],
-            phase=phase[order],
+            sequence=text.sequences[order],
+            phase=np.where(text.prefill, PREFILL, DECODE).astype(np.uint8)[order],
             num_experts=self._num_experts,
             model=model,
             source=source,
         )
 
     def on_pass(self, one: RoutedPass) -> None:
-        tokens, info = len(one.experts), one.info
         numbers = self._numbers.setdefault(one.caller, {})
-        if info.new_sequence:
+        if one.info.new_sequence:
             numbers.clear()
-        named = range(info.batch) if info.sequences is None else info.sequences
-        for name in named:
+        names = one.text.sequences.tolist()
+        for name in dict.fromkeys(names):
             if name not in numbers:
                 numbers[name] = self._sequences
                 self._sequences += 1
-        sequence = np.array([numbers[name] for name in named], dtype=np.int32)
-        if info.sequences is None:
-            sequence = np.repeat(sequence, tokens // info.batch)
-        phase = np.full(tokens, PREFILL if info.prefill else DECODE, dtype=np.uint8)
-        self._parts.append((one.experts, one.weights, sequence, phase))
+        sequences = np.array([numbers[name] for name in names], dtype=np.int32)
+        self._parts.append((one.experts, one.weights))
+        self._texts.append(Text(sequences, one.text.positions, one.text.prefill))
         if self._keeps_router:
             rows = self._router_rows.get(one.caller)
-            router = None if rows is None else rows.of_pass(tokens)
+            router = None if rows is None else rows.of_pass(len(one.is_text))
             if router is not None:
-                self._routers.append(router)
+                self._routers.append(router[one.is_text])
 
     def _all_router(self) -> Array:
         if len(self._routers) != len(self._parts):
@@ -126,53 +145,35 @@ class Recorder(PassObserver, AbstractContextManager["Recorder"]):
         return np.concatenate(self._routers)
 
     def __exit__(self, *error: object) -> None:
-        if self._on_exit is not None:
-            self._on_exit()
+        self.stop()
 
 
-# Calls the function given with (layer, probabilities [T, num_experts]) before that layer's experts
-# are asked for; returns what ends it.
-RouterSource = Callable[[Callable[[int, torch.Tensor], None]], Callable[[], None]]
+class _RoutingOnly:
+    """Shows a recorder the routing of one more cache."""
+
+    def __init__(self, recorder: Recorder):
+        self.add = recorder.add
+
+    def begin_pass(self, one: ForwardPass, caller: int) -> None:
+        """The recorder has heard of it."""
 
 
-class Recordable(ABC):
-    """What can be recorded: one cache, or several that serve one model."""
+def _widened(rows: Array, top_k: int, value: int) -> Array:
+    """[tokens, layers, k] with more columns, where k was raised while recording."""
+    return np.pad(rows, ((0, 0), (0, 0), (0, top_k - rows.shape[2])), constant_values=value)
 
-    store: ExpertStore
-    routers: RouterSource | None = None
-    """Set by an integration that can listen to the routers of the model that is served."""
-    _stop_listening: Callable[[], None] | None = None
 
-    @abstractmethod
-    def observe(self, observer: Observer) -> None:
-        """Shows it every pass and the routing of every step from now on."""
+def _text_order(text: Text) -> Array:
+    """Which tokens make the trace: sequence after sequence, of each the last at every position.
 
-    @abstractmethod
-    def stop_observing(self, kinds: tuple[type, ...]) -> None:
-        """Ends `observe` for the observers of these types."""
-
-    def record(self, *, router: bool = False) -> Recorder:
-        """Keeps the routing of every step from now on; `trace()` of what it returns gives it back.
-
-        Only what goes through `fused_experts` is seen. Use it as a context manager, or end it with
-        `stop_recording`. With `router` the router's probabilities of all experts are kept too:
-        those of a model that `moeinf.load` loaded are taken from it (UnsupportedError where it is
-        not known how); any other runtime hands them to `Recorder.add_router`.
-        """
-        self.stop_recording()
-        shape = (self.store.num_layers, self.store.num_experts)
-        recorder = Recorder(*shape, router=router, on_exit=self.stop_recording)
-        if router and self.routers is not None:
-            self._stop_listening = self.routers(recorder.add_router)
-        self.observe(recorder)
-        return recorder
-
-    def stop_recording(self) -> None:
-        """Ends `record`; what was recorded stays with the recorder."""
-        self.stop_observing((Recorder,))
-        if self._stop_listening is not None:
-            self._stop_listening()
-            self._stop_listening = None
+    A batch advances its sequences in turn. Where a later pass goes back to an earlier position, as
+    after a wrong guess, the tokens from there on are no text.
+    """
+    order = np.argsort(text.sequences, kind="stable")
+    places = (text.sequences.astype(np.int64)[order] << 40) + text.positions[order]
+    earliest = np.minimum.accumulate(places[::-1])[::-1]  # of this token and all behind it
+    kept: Array = order[np.append(places[:-1] < earliest[1:], True)[: len(order)]]
+    return kept
 
 
 class _RouterRows:
@@ -182,7 +183,7 @@ class _RouterRows:
     """
 
     def __init__(self, num_layers: int):
-        self._rows = torch.empty(num_layers, 0, 0, dtype=torch.float16)
+        self._rows = new_room((num_layers, 0, 0), torch.float16, torch.device("cpu"))
         self._by_layer = list(self._rows)
         self._next = 0  # layers before it have theirs
 
@@ -199,10 +200,10 @@ class _RouterRows:
         row = self._by_layer[layer]
         if row.shape != probabilities.shape or row.device != probabilities.device:
             shape = (len(self._rows), *probabilities.shape)
-            self._rows = torch.empty(shape, dtype=torch.float16, device=probabilities.device)
+            self._rows = new_room(shape, torch.float16, probabilities.device)
             self._by_layer = list(self._rows)
             row = self._by_layer[layer]
-        row.copy_(probabilities)
+        row.copy_(probabilities.detach())
         self._next = layer + 1 if layer in (0, self._next) else 0
 
     def of_pass(self, tokens: int) -> Array | None:

@@ -5,14 +5,18 @@ In each list of keys the first one that is set counts.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from moeinf.errors import CheckpointError
+from moeinf.checkpoint.formats import FORMATS
+from moeinf.checkpoint.headers import TensorEntry
+from moeinf.errors import CheckpointError, UnsupportedError
 
 Config = dict[str, Any]
 
 NUM_LAYERS_KEYS = ("num_hidden_layers", "num_layers")
+STACK_KEYS = (*NUM_LAYERS_KEYS, "n_layers", "encoder_layers", "decoder_layers", "depth")
 NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation")
@@ -57,6 +61,41 @@ def positive_number(config: Config, key: str, default: float, file: Path) -> flo
     if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
         raise CheckpointError(f"{file}: {key} is {value!r}, expected a number > 0")
     return float(value)
+
+
+def check_counts(config: Config, tensors: Collection[TensorEntry], file: Path) -> None:
+    """Raises CheckpointError for more layers or experts than the tensors can be of.
+
+    A model that is made of such a configuration would take all memory.
+    """
+    most_layers = len(tensors)
+    rows = [entry.shape[0] for entry in tensors if entry.shape and entry.nbytes]
+    most_experts = max([most_layers, *rows])
+    for key, value in config.items():
+        if isinstance(value, dict):
+            check_counts(value, tensors, file)
+        most = most_layers if key in STACK_KEYS else most_experts
+        if (
+            key in STACK_KEYS + NUM_EXPERTS_KEYS
+            and isinstance(value, int | float)
+            and not value <= most
+        ):
+            raise CheckpointError(
+                f"{file}: {key} is {value!r}: expected at most {most}, for the files have "
+                f"{len(tensors)} tensors"
+            )
+
+
+def check_unquantized(config: Config, file: Path) -> None:
+    """Raises UnsupportedError if the configuration says that weights are quantized."""
+    for part in (config, config.get("text_config")):
+        found = part.get("quantization_config") if isinstance(part, dict) else None
+        if found is not None:
+            method = found.get("quant_method") if isinstance(found, dict) else found
+            raise UnsupportedError(
+                f"{file}: quantization_config says that weights are stored as {method!r}; "
+                f"supported are {', '.join(FORMATS)}"
+            )
 
 
 def _count(config: Config, keys: tuple[str, ...], file: Path) -> int:

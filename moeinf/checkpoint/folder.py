@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from moeinf.checkpoint import hub
-from moeinf.checkpoint.headers import TensorEntry, read_header
+from moeinf.checkpoint.config import check_counts
+from moeinf.checkpoint.headers import TensorEntry, check_is_file, read_header
 from moeinf.errors import CheckpointError, ReadError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -66,6 +67,7 @@ class Checkpoint:
                         f"{shard}: tensor {name!r} is also in {tensors[name].path.name}"
                     )
                 tensors[name] = entry
+        check_counts(config, tensors.values(), folder / "config.json")
         return cls(folder, config, tensors)
 
     @property
@@ -79,6 +81,7 @@ class Checkpoint:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+    check_is_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -112,7 +115,7 @@ def names_by_shard(folder: Path) -> dict[str, set[str]]:
 
 def _shards(folder: Path) -> Iterator[tuple[Path, set[str]]]:
     for shard, names in sorted(names_by_shard(folder).items()):
-        if not (folder / shard).exists():
+        if not (folder / shard).exists() and not (folder / shard).is_symlink():
             raise CheckpointError(
                 f"{folder / shard}: missing, though {INDEX} puts {len(names)} tensors in it"
                 if names
@@ -138,6 +141,7 @@ def read_bytes(entry: TensorEntry, offset: int, nbytes: int) -> torch.Tensor:
     view = tensor.numpy().data
     try:
         with entry.path.open("rb", buffering=0) as file:
+            entry.file.check(os.fstat(file.fileno()))
             file.seek(offset)
             done = 0
             while done < nbytes:

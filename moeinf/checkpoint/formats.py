@@ -1,64 +1,106 @@
-"""How weights are stored: one row of FORMATS for each weight format.
+"""How weights are stored: one row of FORMATS for each kind of values.
 
 A row says which segments a matrix has and how they become numbers. The checkpoint, the layout and
 the tests read it. The fast decoders stand beside it, under the same name: one header in
 csrc/compute/formats/ for the CPU, one tile loader in kernels/formats.py for the GPU.
+
+A matrix of a row with `scaled` may have scales, one for each block of its elements, and one
+multiplier for all of them. They are no part of the row: see `with_scales`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 # The pieces of a matrix, in the order in which they lie in a slot.
-VALUES, SCALES, BIAS = "values", "scales", "bias"
+VALUES, SCALES, MULTIPLIER, BIAS = "values", "scales", "multiplier", "bias"
 PLAIN_SUFFIXES = {".weight": VALUES, "": VALUES}
 BIAS_SUFFIXES = {".bias": BIAS, "_bias": BIAS}  # of every format: a bias is no part of the weights
+
+# How scales are stored, by the name that the core has for it. e8m0 is a power of two in a byte.
+SCALE_TYPES = {
+    "f32": torch.float32,
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "e8m0": torch.uint8,
+    "e4m3": torch.float8_e4m3fn,
+}
+
+
+def numbers_of(scales: torch.Tensor) -> torch.Tensor:
+    """Stored scales as float64. A byte is the exponent of a power of two; 255 is NaN."""
+    if scales.dtype != torch.uint8:
+        return scales.double()
+    return torch.where(scales == 255, torch.nan, torch.exp2(scales.double() - 127))
 
 
 @dataclass(frozen=True)
 class WeightFormat:
     """One way to store a matrix of `rows` outputs and `cols` inputs, row by row.
 
-    name      the same word on the CPU, on the GPU and here
-    values    dtype of the stored values
-    pack      elements of a row in one stored value
-    block     (rows, cols) that share one scale, or None; blocks at the edges may be smaller
-    scales    dtype of the scales, or None. An element is its decoded value times its scale
-    suffixes  end of a tensor's name in a checkpoint -> the piece it holds
-    decode    stored values [rows, stored] -> float64 [rows, stored * pack]
+    name        the same word on the CPU, on the GPU and here
+    values      dtype of the stored values
+    pack        elements of a row in one stored value
+    scaled      whether a matrix may have scales and a multiplier
+    block       (rows, cols) that share one scale, or None; 0 columns are all columns. Blocks at the
+                edges may be smaller
+    scales      how scales are stored, one of SCALE_TYPES, or None
+    multiplier  whether the whole matrix has one more scale, a float32
+    suffixes    end of a tensor's name in a checkpoint -> the piece it holds
+    decode      stored values [rows, stored] -> float64 [rows, stored * pack]
     """
 
     name: str
     values: torch.dtype
     pack: int = 1
+    scaled: bool = False
     block: tuple[int, int] | None = None
-    scales: torch.dtype | None = None
+    scales: str | None = None
+    multiplier: bool = False
     suffixes: Mapping[str, str] = field(default_factory=lambda: PLAIN_SUFFIXES, hash=False)
     decode: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double
 
-    def segments(self, rows: int, cols: int) -> dict[str, tuple[torch.dtype, tuple[int, int]]]:
+    def with_scales(
+        self, scales: str | None, block: tuple[int, int] | None, *, multiplier: bool = False
+    ) -> WeightFormat:
+        """The same values with scales of one kind."""
+        return replace(self, scales=scales, block=block, multiplier=multiplier)
+
+    def segments(self, rows: int, cols: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Piece -> dtype and shape, in slot order."""
         if cols % self.pack:
             raise ValueError(f"{self.name}: expected a multiple of {self.pack} columns, got {cols}")
-        pieces = {VALUES: (self.values, (rows, cols // self.pack))}
+        pieces: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+            VALUES: (self.values, (rows, cols // self.pack))
+        }
         if self.block is not None and self.scales is not None:
-            grid = (-(-rows // self.block[0]), -(-cols // self.block[1]))
-            pieces[SCALES] = (self.scales, grid)
+            grid = (-(-rows // self.block[0]), -(-cols // (self.block[1] or cols)))
+            pieces[SCALES] = (SCALE_TYPES[self.scales], grid)
+        if self.multiplier:
+            pieces[MULTIPLIER] = (torch.float32, (1,))
         return pieces
 
     def dequantise(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """float64 [rows, cols] of the pieces of one matrix. Slow: the reference of every test."""
         numbers = self.decode(parts[VALUES])
-        if self.block is None:
-            return numbers
         rows, cols = numbers.shape
-        scales = parts[SCALES].double()
-        spread = scales.repeat_interleave(self.block[0], 0).repeat_interleave(self.block[1], 1)
-        return numbers * spread[:rows, :cols]
+        if self.block is not None:
+            high, wide = self.block[0], self.block[1] or cols
+            spread = numbers_of(parts[SCALES]).repeat_interleave(high, 0)
+            numbers = numbers * spread.repeat_interleave(wide, 1)[:rows, :cols]
+        return numbers * parts[MULTIPLIER].double() if self.multiplier else numbers
 
+
+def nibbles(values: torch.Tensor, table: list[float]) -> torch.Tensor:
+    """uint8 [rows, stored] -> float64 [rows, 2 * stored]: the lower half of a byte is the first."""
+    codes = torch.stack([values & 15, values >> 4], -1).flatten(-2)
+    return torch.tensor(table, dtype=torch.float64, device=values.device)[codes.long()]
+
+
+_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 
 FORMATS = {
     row.name: row
@@ -66,8 +108,18 @@ FORMATS = {
         WeightFormat("bf16", torch.bfloat16),
         WeightFormat("f16", torch.float16),
         WeightFormat("f32", torch.float32),
+        WeightFormat("e4m3", torch.float8_e4m3fn, scaled=True),
+        WeightFormat(
+            "e2m1", torch.uint8, pack=2, scaled=True,
+            decode=lambda values: nibbles(values, _E2M1 + [-value for value in _E2M1]),
+        ),
+        WeightFormat("int8", torch.int8, scaled=True),
+        WeightFormat(
+            "int4", torch.uint8, pack=2, scaled=True,
+            decode=lambda values: nibbles(values, [float(code - 8) for code in range(16)]),
+        ),
     )
-}
+}  # fmt: skip
 
 # Formats without scales or packing, by the dtype that a checkpoint's header says.
-PLAIN_FORMATS = {row.values: row for row in FORMATS.values() if row.block is None and row.pack == 1}
+PLAIN_FORMATS = {row.values: row for row in FORMATS.values() if not row.scaled}

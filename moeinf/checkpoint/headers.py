@@ -10,6 +10,7 @@ new dtype of a tensor that nobody reads does not keep a checkpoint from being se
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ from typing import Any, TypeGuard
 
 import torch
 
-from moeinf.errors import CheckpointError
+from moeinf.errors import CheckpointError, ReadError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 MAX_SIZE = 2**64 - 1  # sizes, offsets and counts of bits are 64-bit numbers there
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 FIELDS = ("dtype", "shape", "data_offsets")
 FIELDS_SET = frozenset(FIELDS)
 
@@ -59,6 +61,26 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 
 
 @dataclass(frozen=True, slots=True)
+class FileState:
+    """The state in which a file was when its header was read."""
+
+    path: Path
+    nbytes: int
+    modified_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: Path, status: os.stat_result) -> FileState:
+        return cls(path, status.st_size, status.st_mtime_ns, status.st_ino)
+
+    def check(self, status: os.stat_result) -> None:
+        """Raises ReadError if the file is in another state now."""
+        if FileState.of(self.path, status) != self:
+            found = "replaced" if status.st_ino != self.inode else "written to"
+            raise ReadError(f"{self.path}: was {found} after the checkpoint was opened")
+
+
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """One tensor of one file: `nbytes` bytes from `offset` (counted from the start of the file).
 
@@ -67,11 +89,15 @@ class TensorEntry:
     """
 
     name: str
-    path: Path
+    file: FileState
     dtype: str
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    @property
+    def path(self) -> Path:
+        return self.file.path
 
     @property
     def bits(self) -> int | None:
@@ -93,16 +119,34 @@ class TensorEntry:
         return f"{self.name} ({self.path.name}: {self.dtype} {list(self.shape)})"
 
 
+def check_is_file(path: Path) -> None:
+    """Raises CheckpointError unless it is a regular file: to open a pipe waits for a writer."""
+    if path.is_file():
+        return
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path}: a link to {path.readlink()}, which does not exist")
+    found = "no such file" if not path.exists() else "a folder" if path.is_dir() else "a device"
+    raise CheckpointError(f"{path}: cannot be read: expected a file, found {found}")
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Every tensor of `path` by name.
 
     Raises:
         CheckpointError: the file is missing, short or inconsistent; names file and tensor.
     """
+    check_is_file(path)
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
+            state = FileState.of(path.absolute(), os.fstat(file.fileno()))
+            size = state.nbytes
             prefix = file.read(8)
+            if prefix + file.read(len(LFS_POINTER) - 8) == LFS_POINTER:
+                raise CheckpointError(
+                    f"{path}: expected a safetensors file, found a Git LFS pointer to it: "
+                    "get the file with `git lfs pull`"
+                )
+            file.seek(8)
             if len(prefix) < 8:
                 raise CheckpointError(
                     f"{path}: a safetensors file has at least 8 bytes, found {size}"
@@ -120,7 +164,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     _check_metadata(path, header.pop("__metadata__", None))
     data_start = 8 + length
     entries = {
-        name: _check_entry(path, name, fields, data_start, size - data_start)
+        name: _check_entry(state, name, fields, data_start, size - data_start)
         for name, fields in header.items()
     }
     _check_coverage(path, entries, data_start, size - data_start)
@@ -171,10 +215,10 @@ def _check_metadata(path: Path, metadata: Any) -> None:
 
 
 def _check_entry(
-    path: Path, name: str, fields: Any, data_start: int, data_bytes: int
+    file: FileState, name: str, fields: Any, data_start: int, data_bytes: int
 ) -> TensorEntry:
     def fail(what: str) -> CheckpointError:
-        return CheckpointError(f"{path}: tensor {name!r}: {what}")
+        return CheckpointError(f"{file.path}: tensor {name!r}: {what}")
 
     if not isinstance(fields, dict):
         raise fail(f"its entry is a {type(fields).__name__}, expected an object")
@@ -205,7 +249,7 @@ def _check_entry(
             raise fail(
                 f"{dtype} {shape} takes {product // 8} bytes, its offsets span {end - begin}"
             )
-    return TensorEntry(name, path, dtype, tuple(shape), data_start + begin, end - begin)
+    return TensorEntry(name, file, dtype, tuple(shape), data_start + begin, end - begin)
 
 
 def _is_list_of_sizes(value: Any) -> TypeGuard[list[int]]:

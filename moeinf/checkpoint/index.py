@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeinf.checkpoint.families import Address
-from moeinf.checkpoint.formats import BIAS, FORMATS, SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.formats import BIAS, PLAIN_FORMATS, SCALES, VALUES, WeightFormat
 from moeinf.checkpoint.headers import DTYPE_NAMES, TensorEntry
 from moeinf.errors import CheckpointError
 from moeinf.kernels.forms import ExpertForm
@@ -147,15 +147,12 @@ def format_of(expert: Expert, matrix: str) -> WeightFormat:
         CheckpointError: there is none.
     """
     values, scales = expert[matrix, VALUES], expert.get((matrix, SCALES))
-    for row in FORMATS.values():
-        wanted = None if row.scales is None else DTYPE_NAMES[row.scales]
-        found = None if scales is None else scales.entry.dtype
-        if DTYPE_NAMES[row.values] == values.entry.dtype and wanted == found:
+    for row in PLAIN_FORMATS.values():
+        if DTYPE_NAMES[row.values] == values.entry.dtype and scales is None:
             return row
     with_scales = f" with {scales}" if scales else ""
-    raise CheckpointError(
-        f"{values}{with_scales}: expected one of the weight formats {', '.join(FORMATS)}"
-    )
+    names = ", ".join(row.name for row in PLAIN_FORMATS.values())
+    raise CheckpointError(f"{values}{with_scales}: expected one of the weight formats {names}")
 
 
 def _check_slice(piece: Slice, first: Slice) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moeinf.checkpoint.formats import BIAS, SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.formats import BIAS, MULTIPLIER, SCALES, VALUES, WeightFormat
 from moeinf.kernels.forms import ExpertForm, ExpertMatrices, Matrix
 
 SLOT_ALIGNMENT = 4096  # a page: what direct reads and huge pages want
@@ -70,14 +70,21 @@ class MatrixLayout:
     cols: int
     values: Rows
     scales: Rows | None
+    multiplier: Rows | None
     bias: Rows | None
 
     def view(self, pool: torch.Tensor) -> Matrix:
+        def view(rows: Rows | None) -> torch.Tensor | None:
+            return None if rows is None else rows.view(pool)
+
+        multiplier = view(self.multiplier)
         return Matrix(
             values=self.values.view(pool),
-            scales=None if self.scales is None else self.scales.view(pool),
-            bias=None if self.bias is None else self.bias.view(pool),
+            scales=view(self.scales),
+            bias=view(self.bias),
             format=self.format.name,
+            block=self.format.block,
+            multiplier=None if multiplier is None else multiplier[:, 0],
         )
 
 
@@ -175,7 +182,7 @@ def _place(
         pieces[BIAS] = (bias, (rows,))
     found: dict[str, list[Rows]] = {}
     for piece, (dtype, (count, *width)) in pieces.items():
-        if interleaved and parts > 1 and count != rows:
+        if interleaved and parts > 1 and piece == SCALES and count != rows:
             raise ValueError(
                 f"{name}: rows of gate and up cannot alternate where {format_.block} elements "
                 f"share a scale ({format_.name})"
@@ -197,6 +204,7 @@ def _place(
             cols,
             values=found[VALUES][p],
             scales=found[SCALES][p] if SCALES in found else None,
+            multiplier=found[MULTIPLIER][p] if MULTIPLIER in found else None,
             bias=found[BIAS][p] if BIAS in found else None,
         )
         for p in range(parts)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,10 +18,10 @@ from moeinf.checkpoint import config as configuration
 from moeinf.checkpoint.families import NAMINGS, family_of, find_experts
 from moeinf.checkpoint.folder import Checkpoint, read_bytes
 from moeinf.checkpoint.formats import BIAS, VALUES
-from moeinf.checkpoint.headers import DTYPE_NAMES, TensorEntry
+from moeinf.checkpoint.headers import DTYPE_NAMES, FileState, TensorEntry
 from moeinf.checkpoint.index import Index, build_index, check_alike, format_of
 from moeinf.checkpoint.layout import Layout, Segment
-from moeinf.errors import CheckpointError
+from moeinf.errors import CheckpointError, ReadError
 from moeinf.kernels.forms import ExpertForm
 
 FLOATS = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -205,14 +204,14 @@ class ExpertStore:
     @cached_property
     def catalog(self) -> _core.Catalog:
         """The same ranges in the form the C++ core reads."""
-        paths: dict[Path, int] = {}
+        paths: dict[FileState, int] = {}
         rows = []
         for layer in range(self.num_layers):
             for expert in range(self.num_experts):
                 rows.append(
                     [
                         (
-                            paths.setdefault(extent.entry.path, len(paths)),
+                            paths.setdefault(extent.entry.file, len(paths)),
                             extent.file_offset,
                             extent.nbytes,
                             extent.slot_offset,
@@ -220,7 +219,7 @@ class ExpertStore:
                         for extent in self.extents(layer, expert)
                     ]
                 )
-        files = [(str(path), path.stat().st_size) for path in paths]
+        files = [(str(file.path), file.nbytes) for file in paths]
         return _core.Catalog(
             self.num_layers,
             self.num_experts,
@@ -228,6 +227,26 @@ class ExpertStore:
             files,
             np.array(rows, dtype=np.uint64),
         )
+
+    def check_unchanged(self) -> None:
+        """Raises ReadError if a file of experts is not what it was when the store was opened.
+
+        A cache asks once its own descriptors are open. Later changes are seen through these.
+        """
+        for file in self._files:
+            try:
+                file.check(file.path.stat())
+            except FileNotFoundError as error:
+                raise ReadError(f"{file.path}: is gone") from error
+
+    @cached_property
+    def _files(self) -> set[FileState]:
+        return {
+            piece.entry.file
+            for experts in self._index.values()
+            for expert in experts
+            for piece in expert.values()
+        }
 
     def _lay_out(self, interleaved: bool) -> Layout:
         """The layout that the form wants; the tensors of the first expert fit it."""

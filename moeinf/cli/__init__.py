@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
@@ -22,19 +23,29 @@ COMMANDS = {
 
 def main() -> None:
     """Runs the command line. An error that a user can act on is one line without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal may lack the letters of a text, and a path need not be UTF-8.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        _run()
+        try:
+            _run()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
     except BrokenPipeError:  # the reader of a pipe, like head, has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
         from moeinf.errors import CapacityError, UnsupportedError
 
         if isinstance(error, RuntimeError) and not isinstance(
             error, CapacityError | UnsupportedError
         ):
             raise
-        sys.exit(f"moeinf: {error}")
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            sys.exit(f"moeinf: {os.fsdecode(error.filename)}: {error.strerror}")
+        sys.exit(f"moeinf: {error or 'out of memory'}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -42,9 +42,9 @@ def command(
     """Answers messages, each a line of standard input; keeps what was said in the KV cache."""
     with quiet_interrupts():
         import torch
-        from transformers import AutoTokenizer
 
         from moeinf.integrations.transformers.conversation import Conversation
+        from moeinf.integrations.transformers.generation import read_tokenizer
         from moeinf.integrations.transformers.load import load
     opened = Checkpoint.open(checkpoint, revision)
     model: Any = load(
@@ -55,7 +55,7 @@ def command(
         policy=policy,
         prefetch=prefetch,
     )
-    chat = Conversation(model, AutoTokenizer.from_pretrained(opened.path), system)
+    chat = Conversation(model, read_tokenizer(opened.path), system)
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if not chat.has_template:
         _note("The tokenizer has no chat template: the model continues the text of all messages.")

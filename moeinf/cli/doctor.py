@@ -6,22 +6,25 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from moeinf import _core, machine
 from moeinf.cache import gather_tuning
-from moeinf.cli.output import human_bytes, print_facts, print_json
+from moeinf.cli import options
+from moeinf.cli.output import console, human_bytes, print_facts, print_json
 from moeinf.errors import CapacityError, UnsupportedError
 
 
 def command(
     folder: Annotated[
-        Path, typer.Argument(help="Where checkpoints lie: the disk to measure.", exists=True)
+        Path,
+        typer.Argument(
+            help="Where checkpoints lie: the disk to measure.", exists=True, file_okay=False
+        ),
     ] = Path(),
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
 ) -> None:
     """Measures memory, disk and copies to a GPU; lists instruction sets, drivers and versions."""
-    with Console(stderr=True).status("Measuring memory, disk and copies to the GPU"):
+    with console(stderr=True).status("Measuring memory, disk and copies to the GPU"):
         facts = machine.describe(folder)
         for index, gpu in enumerate(facts["cuda"]["devices"]):
             gpu["copies"] = _copies(index)
@@ -41,7 +44,9 @@ def command(
             + f"; {facts['cpu_kernel_used']} is used",
             "memory": f"{human_bytes(facts['memory_bytes'])}, reads at "
             f"{facts['memory_read_bandwidth'] / 1e9:.1f} GB/s",
-            "disk": f"reads at {disk['bytes_per_second'] / 1e9:.2f} GB/s, O_DIRECT "
+            "disk": f"not measured: {disk['failed']}"
+            if "failed" in disk
+            else f"reads at {disk['bytes_per_second'] / 1e9:.2f} GB/s, O_DIRECT "
             + ("works" if disk["direct"] else "is refused"),
             "io_uring": "available (not used: see benchmarks/notes/transfer.md)"
             if facts["io_uring"]

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from moeinf import _core
+from moeinf.cache.budget import RAM_RESERVE, free_bytes, less_reserve, slots_for
 from moeinf.checkpoint.store import ExpertStore
+from moeinf.cli import options
 from moeinf.cli.output import human_bytes, print_facts, print_json
+from moeinf.errors import CapacityError
 from moeinf.pocket import POCKET
 
 
 def command(
-    checkpoint: Annotated[
-        Path,
-        typer.Argument(
-            help="A checkpoint folder; the built-in model without it.", show_default=False
-        ),
-    ] = POCKET,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    checkpoint: options.Checkpoint = POCKET,
+    json: options.Json = False,
 ) -> None:
     """Shows the experts of a checkpoint, their sizes and layout."""
     facts = describe(ExpertStore.open(checkpoint))
@@ -56,7 +50,7 @@ def describe(store: ExpertStore) -> dict[str, Any]:
     other = sum(
         entry.nbytes for name, entry in store.checkpoint.tensors.items() if name not in expert_names
     )
-    available = _core.available_memory()
+    available = free_bytes(None)
     working_set = store.num_layers * (store.top_k or store.num_experts)
     return {
         "path": str(store.checkpoint.path),
@@ -82,5 +76,19 @@ def describe(store: ExpertStore) -> dict[str, Any]:
         "working_set": working_set,
         "working_set_share": working_set / total,
         "available_bytes": available,
-        "fits_share": min(1.0, max(0.0, (available - other) / (total * store.slot_bytes))),
+        "fits_share": _fitting(store, less_reserve(available, RAM_RESERVE, other)) / total,
     }
+
+
+def _fitting(store: ExpertStore, free: int) -> int:
+    """The slots that a budget of "auto" has on the CPU."""
+    try:
+        return slots_for(
+            memory="auto",
+            slots=None,
+            slot_bytes=store.slot_bytes,
+            total_experts=store.num_layers * store.num_experts,
+            free=free,
+        )
+    except CapacityError:
+        return 0

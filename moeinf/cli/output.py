@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -23,7 +24,7 @@ def print_facts(title: str, facts: Mapping[str, str]) -> None:
     table = Table(title=title, show_header=False, title_justify="left")
     for name, value in facts.items():
         table.add_row(name, value)
-    Console().print(table)
+    console().print(table)
 
 
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -31,7 +32,7 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     table = Table(*columns, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    console().print(table)
 
 
 def human_bytes(count: float) -> str:
@@ -43,7 +44,17 @@ def human_bytes(count: float) -> str:
     return f"{count:.0f} B" if unit == "B" else f"{count:.2f} {unit}"
 
 
-def check_writable(path: Path | None) -> None:
-    """Checks before minutes of work that the folder of a result exists."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ValueError(f"{path}: cannot be written, for {path.parent} is not a folder")
+def console(*, stderr: bool = False) -> Console:
+    """Prints text as it is: a path may hold what rich takes for markup.
+
+    Its width is that of the terminal, also where COLUMNS says 0.
+    """
+    width = None if os.environ.get("COLUMNS") != "0" else shutil.get_terminal_size().columns
+    return Console(stderr=stderr, markup=False, width=width)
+
+
+def utf8(name: str, text: str) -> str:
+    """The text of an option. Raises ValueError if it came in another encoding than UTF-8."""
+    if any("\ud800" <= one <= "\udfff" for one in text):
+        raise ValueError(f"{name}: expected text in UTF-8, found {text!a}")
+    return text

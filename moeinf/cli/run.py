@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from moeinf.cli import options, quiet_interrupts
-from moeinf.cli.output import check_writable, human_bytes, print_facts, print_json
+from moeinf.cli.output import human_bytes, print_facts, print_json, utf8
+from moeinf.output_files import check_writable
 from moeinf.pocket import POCKET
 
 DEMO_PROMPT = "import os\nimport sys\n\n\ndef main"
@@ -29,33 +30,18 @@ def command(
         typer.Option("--raw", help="The prompt as it is, without the tokenizer's chat template."),
     ] = False,
     revision: options.Revision = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
-    memory: Annotated[
-        str,
-        typer.Option(help="What experts may take: 2GiB, a share of all experts, or auto."),
-    ] = "25%",
-    policy: Annotated[str, typer.Option(help="Who leaves when a slot is needed.")] = "learned",
-    prefetch: Annotated[
-        str,
-        typer.Option(
-            help="What guesses the experts to come: off, previous, transition, eam or gate."
-        ),
-    ] = "off",
-    device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or cuda:N: where the slots lie.")
-    ] = "auto",
-    host_memory: Annotated[
-        str | None,
-        typer.Option(help="What experts may take of the RAM below a GPU; all of them without it."),
-    ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of sampling, when the temperature is above 0.")] = 0,
+    max_new_tokens: options.MaxNewTokens = 64,
+    memory: options.Memory = "25%",
+    policy: options.Policy = "learned",
+    prefetch: options.Prefetch = "off",
+    device: options.Device = "auto",
+    host_memory: options.HostMemory = None,
+    temperature: options.Temperature = 0.0,
+    seed: options.Seed = 0,
     record: Annotated[
         Path | None, typer.Option(help="Save the routing as a trace for moeinf simulate.")
     ] = None,
-    router: Annotated[
-        bool, typer.Option("--router", help="Record the router's probabilities of all experts too.")
-    ] = False,
+    router: options.Router = False,
     eamc: Annotated[
         Path | None,
         typer.Option(
@@ -63,13 +49,14 @@ def command(
             "at the end."
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False,
+    json: options.Json = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare with every expert resident, to the bit.")
     ] = False,
 ) -> None:
     """Writes text with most experts on disk, and reports hits, reads and time."""
-    check_writable(record)
+    for output in filter(None, (record, eamc)):
+        check_writable(output)
     with quiet_interrupts():
         from moeinf.integrations.transformers.generation import Request, generate
 
@@ -78,7 +65,7 @@ def command(
     request = Request(
         path=checkpoint,
         revision=revision,
-        prompt=prompt,
+        prompt=utf8("--prompt", prompt),
         raw=raw,
         max_new_tokens=max_new_tokens,
         temperature=temperature,

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
-from moeinf.cli.output import check_writable, print_json, print_table
+from moeinf.cli import options
+from moeinf.cli.output import console, print_json, print_table
+from moeinf.output_files import check_writable, replacing
 from moeinf.traces.eam import EAMC
 from moeinf.traces.simulator import (
     SimulationResult,
@@ -22,7 +24,7 @@ from moeinf.traces.trace import Trace
 
 
 def command(
-    traces: Annotated[list[Path], typer.Argument(help="Trace files.")],
+    traces: options.Traces,
     policy: Annotated[
         str,
         typer.Option(
@@ -36,13 +38,15 @@ def command(
     eamc: Annotated[
         Path | None, typer.Option(help="A saved collection that eam starts from.")
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json: options.Json = False,
     plot: Annotated[
         Path | None, typer.Option(help="Draw hit rate against budget into this PNG.")
     ] = None,
 ) -> None:
     """Replays traces against policies and budgets, counting as the live cache does."""
-    check_writable(plot)
+    pictures = [] if plot is None else _pictures(plot, len(traces))
+    for picture in pictures:
+        check_writable(picture)
     policies = _listed("policy", policy)
     for name in policies:
         check_policy(name)
@@ -56,7 +60,7 @@ def command(
             parse_slots(budget, trace.total_experts)
 
     results: list[list[SimulationResult]] = []
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    with Progress(console=console(stderr=True), transient=True) as bar:
         for trace in loaded:
             of_trace = []
             for name in policies:
@@ -69,14 +73,14 @@ def command(
     else:
         for trace, of_trace in zip(loaded, results, strict=True):
             _print(trace, policies, budgets, of_trace)
-    if plot is not None:
-        _plot(plot, loaded, results)
+    for picture, trace, of_trace in zip(pictures, loaded, results, strict=False):
+        _plot(picture, trace, of_trace)
 
 
 def _simulate(
     bar: Progress, trace: Trace, policy: str, slots: str, collection: EAMC | None
 ) -> SimulationResult:
-    task = bar.add_task(f"{trace.name} {policy} {slots}", total=trace.num_tokens)
+    task = bar.add_task(escape(f"{trace.name} {policy} {slots}"), total=trace.num_tokens)
 
     def advance(done: int, total: int) -> None:
         bar.update(task, completed=done)
@@ -122,14 +126,16 @@ def _print(
     )
 
 
-def _plot(path: Path, traces: list[Trace], results: list[list[SimulationResult]]) -> None:
+def _pictures(path: Path, count: int) -> list[Path]:
+    """One file for each trace: out.png, out-2.png, ..."""
+    return [path, *(path.with_stem(f"{path.stem}-{i}") for i in range(2, count + 1))]
+
+
+def _plot(path: Path, trace: Trace, results: list[SimulationResult]) -> None:
     from moeinf.report.figures import draw_hit_rates
 
-    for number, (trace, of_trace) in enumerate(zip(traces, results, strict=True)):
-        by_policy: dict[str, list[SimulationResult]] = {}
-        for result in of_trace:
-            by_policy.setdefault(result.policy, []).append(result)
-        figure = draw_hit_rates(by_policy, trace.total_experts)
-        # One file per trace: out.png, out-2.png, ...
-        target = path if number == 0 else path.with_stem(f"{path.stem}-{number + 1}")
-        figure.savefig(target, format="png")
+    by_policy: dict[str, list[SimulationResult]] = {}
+    for result in results:
+        by_policy.setdefault(result.policy, []).append(result)
+    with replacing(path) as part:
+        draw_hit_rates(by_policy, trace.total_experts).savefig(part, format="png")

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import Progress
 
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.cli import options, quiet_interrupts
-from moeinf.cli.output import check_writable, print_facts, print_json
+from moeinf.cli.output import console, print_facts, print_json
+from moeinf.output_files import check_writable
 from moeinf.pocket import POCKET, model_name
 
 
@@ -19,38 +19,33 @@ def command(
     checkpoint: options.Checkpoint = POCKET,
     revision: options.Revision = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="A text file, one prompt a line.", exists=True)
+        Path | None,
+        typer.Option(help="A text file, one prompt a line.", exists=True, dir_okay=False),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The trace file.")] = Path(
         "trace.safetensors"
     ),
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens per prompt.")] = 64,
-    memory: Annotated[str, typer.Option(help="What experts may take.")] = "25%",
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
-    router: Annotated[
-        bool, typer.Option("--router", help="Record the router's probabilities of all experts too.")
-    ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    max_new_tokens: options.MaxNewTokens = 64,
+    memory: options.Memory = "25%",
+    temperature: options.Temperature = 1.0,
+    seed: options.Seed = 0,
+    router: options.Router = False,
+    json: options.Json = False,
 ) -> None:
     """Generates from every prompt and saves which experts each token used."""
-    lines = prompts.read_text(encoding="utf-8").splitlines() if prompts else DEMO_PROMPTS
-    lines = [line for line in lines if line.strip()]
-    if not lines:
-        raise ValueError(f"{prompts}: holds no prompt")
+    lines = _read(prompts) if prompts else DEMO_PROMPTS
     check_writable(output)
     with quiet_interrupts():
         import torch
-        from transformers import AutoTokenizer
 
-        from moeinf.integrations.transformers.generation import continue_prompt
+        from moeinf.integrations.transformers.generation import continue_prompt, read_tokenizer
         from moeinf.integrations.transformers.load import load
     opened = Checkpoint.open(checkpoint, revision)
-    tokenizer = AutoTokenizer.from_pretrained(opened.path)
+    tokenizer = read_tokenizer(opened.path)
     model: Any = load(opened, memory=memory)
     torch.manual_seed(seed)
     with (
-        Progress(console=Console(stderr=True)) as progress,
+        Progress(console=console(stderr=True)) as progress,
         model.moeinf.cache.record(router=router) as recorder,
     ):
         for line in progress.track(lines, description="Prompts"):
@@ -67,6 +62,17 @@ def command(
         print_json(facts)
     else:
         print_facts("Trace", {name: str(value) for name, value in facts.items()})
+
+
+def _read(prompts: Path) -> list[str]:
+    try:
+        lines = prompts.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{prompts}: expected text in UTF-8: {error}") from None
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise ValueError(f"{prompts}: holds no prompt")
+    return lines
 
 
 DEMO_PROMPTS = [

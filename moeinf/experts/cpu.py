@@ -9,10 +9,13 @@ from torch import Tensor
 
 from moeinf import _core
 from moeinf.cache.cache import ExpertCache
+from moeinf.checkpoint.formats import SCALE_TYPES, WeightFormat
 from moeinf.checkpoint.layout import Layout, MatrixLayout, Rows
 from moeinf.experts.checks import DTYPES, check_tensors
 from moeinf.experts.marks import Marks
 from moeinf.kernels.forms import ExpertForm
+
+SCALES = {name: getattr(_core.ScaleType, name) for name in SCALE_TYPES}
 
 
 @lru_cache(maxsize=1)
@@ -36,12 +39,17 @@ def _core_matrix(matrix: MatrixLayout) -> _core.Matrix:
     def core_rows(rows: Rows) -> _core.Rows:
         return _core.Rows(rows.offset, rows.stride)
 
+    def core_scales(rows: Rows, row: WeightFormat) -> _core.Scales:
+        assert row.block is not None and row.scales is not None
+        return _core.Scales(core_rows(rows), SCALES[row.scales], *row.block)
+
     return _core.Matrix(
         format=matrix.format.name,
         rows=matrix.rows,
         cols=matrix.cols,
         values=core_rows(matrix.values),
-        scales=None if matrix.scales is None else core_rows(matrix.scales),
+        scales=None if matrix.scales is None else core_scales(matrix.scales, matrix.format),
+        multiplier=None if matrix.multiplier is None else matrix.multiplier.offset,
         bias=None if matrix.bias is None else core_rows(matrix.bias),
         bias_dtype=DTYPES[torch.float32 if matrix.bias is None else matrix.bias.segment.dtype],
     )

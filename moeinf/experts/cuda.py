@@ -41,7 +41,8 @@ class CudaExperts:
         self.is_fake = self.streams.is_fake
         self.device = cache.device
         self.hidden = self.store.layout["down"].shape[0]
-        self.dtype = self.store.layout["down"].dtype
+        down = self.store.layout.down.format
+        self.dtype = None if down.scaled else down.values  # None: tokens of any dtype
         self._triton = _triton_kernels(on_cpu=self.is_fake)
         cache.kernels = "torch" if self._triton is None else "triton"
         self._lock = threading.Lock()  # of the matrices
@@ -53,7 +54,7 @@ class CudaExperts:
         check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=self.device)
         if topk_ids.numel() == 0:
             return hidden.new_zeros(hidden.shape)
-        converted = hidden.dtype != self.dtype
+        converted = self.dtype is not None and hidden.dtype != self.dtype
         rows = (hidden.to(self.dtype) if converted else hidden).contiguous()
         ids, weights = topk_ids.contiguous(), topk_weights.contiguous()
         tokens, top_k = ids.shape

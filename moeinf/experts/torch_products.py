@@ -6,10 +6,12 @@ the order of the router follows. Slow, because it reads the map back to the host
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
-from moeinf.checkpoint.formats import FORMATS, SCALES, VALUES
+from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES
 from moeinf.kernels.forms import ExpertForm, ExpertMatrices, Matrix
 from moeinf.kernels.gates import reference
 
@@ -46,10 +48,14 @@ def product(x: torch.Tensor, matrices: list[Matrix], slot: int) -> torch.Tensor:
     """x W^T + bias in float32, of one slot, for the rows of all matrices as one product."""
     weights, biases = [], []
     for matrix in matrices:
-        parts = {VALUES: matrix.values[slot]}
-        if matrix.scales is not None:
-            parts[SCALES] = matrix.scales[slot]
-        weights.append(FORMATS[matrix.format].dequantise(parts).float())
+        row = replace(
+            FORMATS[matrix.format],
+            block=matrix.block,
+            multiplier=matrix.multiplier is not None,
+        )
+        pieces = {VALUES: matrix.values, SCALES: matrix.scales, MULTIPLIER: matrix.multiplier}
+        parts = {name: piece[slot] for name, piece in pieces.items() if piece is not None}
+        weights.append(row.dequantise(parts).float())
         if matrix.bias is not None:
             biases.append(matrix.bias[slot].float())
     return F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)

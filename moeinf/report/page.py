@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moeinf.output_files import replacing
 from moeinf.report.analysis import Analysis
 from moeinf.report.findings import OPTIMUM, rate_of
 
@@ -46,14 +47,15 @@ def write_report(path: str | Path, analyses: Sequence[Analysis]) -> None:
         items = (f'<li><a href="#trace-{i}">{name}</a></li>' for i, name in enumerate(names, 1))
         contents = f"<ul>{''.join(items)}</ul>\n"
     sections = "".join(_section(i, analysis) for i, analysis in enumerate(analyses, 1))
-    Path(path).write_text(
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Routing of {', '.join(names)}</title>\n<style>{_STYLE}</style>\n</head>\n"
-        f"<body>\n<main>\n<h1>How experts are used, and what a cache of them finds</h1>\n"
-        f"{contents}{sections}</main>\n</body>\n</html>\n",
-        encoding="utf-8",
-    )
+    with replacing(path) as part:
+        part.write_text(
+            '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+            f"<title>Routing of {', '.join(names)}</title>\n<style>{_STYLE}</style>\n</head>\n"
+            f"<body>\n<main>\n<h1>How experts are used, and what a cache of them finds</h1>\n"
+            f"{contents}{sections}</main>\n</body>\n</html>\n",
+            encoding="utf-8",
+        )
 
 
 def write_pngs(folder: str | Path, analyses: Sequence[Analysis]) -> list[Path]:
@@ -68,7 +70,8 @@ def write_pngs(folder: str | Path, analyses: Sequence[Analysis]) -> list[Path]:
         for picture in PICTURES:
             name = re.sub(r"[^a-z]+", "-", picture.title.lower())
             path = folder / f"{number + 1}-{stem}-{name}.png"
-            path.write_bytes(picture.render(analysis, "png"))
+            with replacing(path) as part:
+                part.write_bytes(picture.render(analysis, "png"))
             written.append(path)
     return written
 

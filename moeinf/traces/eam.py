@@ -8,18 +8,16 @@ that finish; `ExpertCache.eamc` gives the grown collection back.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from moeinf import _core
 from moeinf.errors import TraceError
+from moeinf.traces import tensor_file
 from moeinf.traces.trace import DECODE, PREFILL, Trace
 
 FORMAT = "moeinf-eamc-1"
@@ -93,35 +91,19 @@ class EAMC:
                     collection.add(matrix)
 
     def save(self, path: str | Path) -> None:
-        """Writes the collection; an older file at `path` is replaced whole or not at all."""
-        path = Path(path)
-        written = path.with_name(f"{path.name}.{os.getpid()}.part")
-        try:
-            save_file(
-                {"prefill": self.prefill.entries(), "decode": self.decode.entries()},
-                written,
-                metadata={"format": FORMAT, "capacity": str(self.capacity)},
-            )
-            written.replace(path)
-        finally:
-            written.unlink(missing_ok=True)
+        """Writes the collection. An older file at `path` is replaced whole or not at all."""
+        tensor_file.write(
+            path,
+            {"prefill": self.prefill.entries(), "decode": self.decode.entries()},
+            {"format": FORMAT, "capacity": str(self.capacity)},
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> EAMC:
         """Raises TraceError, naming file and tensor, for anything that is not a collection."""
         path = Path(path)
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                names = set(file.keys())
-                if metadata.get("format") != FORMAT or names != {"prefill", "decode"}:
-                    raise TraceError(
-                        f"{path}: expected format {FORMAT!r} with the tensors prefill and decode, "
-                        f"found {metadata.get('format')!r} with {sorted(names)}"
-                    )
-                prefill, decode = file.get_tensor("prefill"), file.get_tensor("decode")
-        except SafetensorError as error:
-            raise TraceError(f"{path}: not a readable safetensors file: {error}") from None
+        metadata, tensors = tensor_file.read(path, FORMAT, {"prefill", "decode"}, set())
+        prefill, decode = tensors["prefill"], tensors["decode"]
         text = metadata.get("capacity", "")
         capacity = int(text) if text.isascii() and text.isdigit() and len(text) < 7 else 0
         for field, matrices in (("prefill", prefill), ("decode", decode)):

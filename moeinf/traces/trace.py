@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from moeinf import _core
 from moeinf.errors import TraceError
+from moeinf.traces import tensor_file
 
 FORMAT = "moeinf-trace-1"
 PREFILL, DECODE = 0, 1
@@ -203,11 +202,12 @@ class Trace:
         return replace(first, sequence=np.concatenate(sequences), name=name, **joined)
 
     def save(self, path: str | Path) -> None:
+        """Writes a trace file. An older file at `path` is replaced whole or not at all."""
         tensors = {field: array for field in _DTYPES if (array := getattr(self, field)) is not None}
-        save_file(
-            tensors,
+        tensor_file.write(
             path,
-            metadata={
+            tensors,
+            {
                 "format": FORMAT,
                 "model": self.model,
                 "num_layers": str(self.num_layers),
@@ -222,24 +222,9 @@ class Trace:
     def load(cls, path: str | Path) -> Trace:
         """Reads a trace file. Raises TraceError, naming file and tensor, for anything unfit."""
         path = Path(path)
-        try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise TraceError(
-                        f"{path}: metadata 'format': expected {FORMAT!r}, "
-                        f"found {metadata.get('format')!r}"
-                    )
-                names = set(file.keys())
-                if unknown := sorted(names - set(_DTYPES)):
-                    raise TraceError(
-                        f"{path}: expected the tensors {', '.join(_DTYPES)}, found also {unknown}"
-                    )
-                if missing := sorted(set(_DTYPES) - set(_OPTIONAL) - names):
-                    raise TraceError(f"{path}: tensor '{missing[0]}': expected, but not found")
-                tensors = {field: file.get_tensor(field) for field in names}
-        except SafetensorError as error:
-            raise TraceError(f"{path}: not a readable safetensors file: {error}") from None
+        metadata, tensors = tensor_file.read(
+            path, FORMAT, set(_DTYPES) - set(_OPTIONAL), set(_OPTIONAL)
+        )
         trace = cls(
             **tensors,
             num_experts=_number(path, metadata, "num_experts"),

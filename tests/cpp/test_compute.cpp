@@ -11,9 +11,7 @@
 #include <vector>
 
 #include "check.h"
-#include "compute/dot_tile.h"
 #include "compute/expert_ffn.h"
-#include "compute/floats_portable.h"
 #include "compute/formats/formats.h"
 #include "probe/memory_read.h"
 
@@ -168,85 +166,75 @@ void results_are_right_and_have_the_same_bits_however_computed(uint32_t seed) {
     }
 }
 
-// Weights of eight bits, and a scale for each block of 3 rows by 8 columns.
-struct ByteBlocks {
-    using Stored = int8_t;
-    using Scale = float;
-    static constexpr int64_t kPack = 1;
-    static constexpr int64_t kBlockRows = 3;
-    static constexpr int64_t kBlockCols = 8;
-    static float scale(Scale scale) { return scale; }
-
-    template <class F>
-    static typename F::Vec load(const int8_t* row, int64_t k) {
-        return load_first<F>(row, k, F::kLanes);
-    }
-    template <class F>
-    static typename F::Vec load_first(const int8_t* row, int64_t k, int64_t n) {
-        float values[F::kLanes] = {};
-        for (int64_t i = 0; i < n; ++i) values[i] = row[k + i];
-        return F::load(values);
-    }
-};
-
-// A part of the rows of a matrix, as threads take them, with rows that lie apart. Many activations
-// get the bits that each gets alone.
+// A part of the rows of a matrix, as threads take them, with rows that lie apart, each in memory
+// without a byte to spare. Many activations get the bits that each gets alone.
 void weights_with_scales_are_summed_block_by_block(uint32_t seed) {
-    using Product = FloatProduct<Floats128, ByteBlocks>;
     std::mt19937 random(seed);
     const auto draw = [&](int64_t from, int64_t to) {
         return std::uniform_int_distribution<int64_t>(from, to)(random);
     };
-    for (int round = 0; round < 50; ++round) {
-        const int64_t rows = draw(1, 9);
+    const size_t format = static_cast<size_t>(find_format("int8"));
+    for (int round = 0; round < 100; ++round) {
+        const int64_t rows = draw(1, 20);
         const int64_t outputs = draw(1, 20);
-        const int64_t depth = draw(1, 50);
+        const int64_t depth = draw(1, 300);
         const int64_t first = draw(0, 10);
         const int64_t stride = depth + draw(0, 3);
-        const int64_t blocks = (depth + 7) / 8;
-        std::vector<int8_t> w(static_cast<size_t>((first + outputs) * stride));
+        Scales how{.block_rows = 3, .block_cols = 32};
+        const int64_t blocks = how.count(depth);
+        how.rows.stride = blocks * 4;
+        std::vector<int8_t> w(static_cast<size_t>((first + outputs - 1) * stride + depth));
         for (int8_t& value : w) value = static_cast<int8_t>(draw(-128, 127));
         std::vector<float> scales(static_cast<size_t>(((first + outputs + 2) / 3) * blocks));
         std::vector<float> x(static_cast<size_t>(rows * depth));
         for (float& value : scales) value = static_cast<float>(draw(1, 1000)) / 512;
         for (float& value : x) value = static_cast<float>(draw(-999, 999)) / 512;
-
-        const auto product = [&](int64_t begin, int64_t count) {
-            std::vector<const void*> pointers;
-            for (int64_t r = begin; r < begin + count; ++r)
-                pointers.push_back(&x[static_cast<size_t>(r * depth)]);
-            std::vector<float> y(static_cast<size_t>(count * outputs), NAN);
-            dot_block<Product>(
-                {.x = pointers.data(),
-                 .rows = count,
-                 .w = reinterpret_cast<const std::byte*>(&w[static_cast<size_t>(first * stride)]),
-                 .w_stride = stride,
-                 .first = first,
-                 .scales = reinterpret_cast<const std::byte*>(scales.data()),
-                 .scale_stride = blocks * 4,
-                 .outputs = outputs,
-                 .depth = depth,
-                 .y = y.data(),
-                 .y_stride = outputs});
-            return y;
-        };
-        const std::vector<float> y = product(0, rows);
-        for (int64_t r = 0; r < rows; ++r) {
-            const std::vector<float> alone = product(r, 1);
-            for (int64_t n = 0; n < outputs; ++n) {
-                double sum = 0;
-                double size = 0;
-                for (int64_t k = 0; k < depth; ++k) {
-                    const double term =
-                        1.0 * x[static_cast<size_t>(r * depth + k)] *
-                        w[static_cast<size_t>((first + n) * stride + k)] *
-                        scales[static_cast<size_t>((first + n) / 3 * blocks + k / 8)];
-                    sum += term;
-                    size += std::abs(term);
+        for (const KernelSet* kernels : kernel_sets()) {
+            if (!kernels->supported()) continue;
+            const Product& format_product = kernels->formats[format].f32;
+            const int64_t padded =
+                (depth + format_product.step - 1) / format_product.step * format_product.step;
+            std::vector<float> arranged(static_cast<size_t>(rows * padded), NAN);
+            for (int64_t r = 0; r < rows; ++r) {
+                format_product.arrange(&x[static_cast<size_t>(r * depth)], depth,
+                                       &arranged[static_cast<size_t>(r * padded)]);
+            }
+            const auto product = [&](int64_t begin, int64_t count) {
+                std::vector<const void*> pointers;
+                for (int64_t r = begin; r < begin + count; ++r)
+                    pointers.push_back(&arranged[static_cast<size_t>(r * padded)]);
+                std::vector<float> y(static_cast<size_t>(count * outputs), NAN);
+                format_product.dot({.x = pointers.data(),
+                                    .rows = count,
+                                    .w = reinterpret_cast<const std::byte*>(&w[0] + first * stride),
+                                    .w_stride = stride,
+                                    .first = first,
+                                    .how = &how,
+                                    .scales = reinterpret_cast<const std::byte*>(scales.data()),
+                                    .outputs = outputs,
+                                    .depth = depth,
+                                    .y = y.data(),
+                                    .y_stride = outputs});
+                return y;
+            };
+            const std::vector<float> y = product(0, rows);
+            for (int64_t r = 0; r < rows; ++r) {
+                const std::vector<float> alone = product(r, 1);
+                for (int64_t n = 0; n < outputs; ++n) {
+                    double sum = 0;
+                    double size = 0;
+                    for (int64_t k = 0; k < depth; ++k) {
+                        const double term =
+                            1.0 * x[static_cast<size_t>(r * depth + k)] *
+                            w[static_cast<size_t>((first + n) * stride + k)] *
+                            scales[static_cast<size_t>((first + n) / 3 * blocks + k / 32)];
+                        sum += term;
+                        size += std::abs(term);
+                    }
+                    const float found = y[static_cast<size_t>(r * outputs + n)];
+                    CHECK(std::abs(found - sum) <= 1e-5 * size);
+                    CHECK_EQ(found, alone[static_cast<size_t>(n)]);
                 }
-                const float found = y[static_cast<size_t>(r * outputs + n)];
-                CHECK(std::abs(found - sum) <= 1e-5 * size);
-                CHECK_EQ(found, alone[static_cast<size_t>(n)]);
             }
         }
     }

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <string>
@@ -15,6 +16,7 @@
 #include "memory/arena.h"
 #include "memory/available.h"
 #include "memory/slot_pool.h"
+#include "scratch.h"
 
 using namespace moeinf;
 
@@ -175,6 +177,85 @@ TEST("pools that do not fit their arena are refused") {
 
 TEST("some memory is available") {
     CHECK(available_memory() > 0);
+    CHECK(available_memory() <= system_memory("/proc", "/sys/fs/cgroup"));
+}
+
+TEST("what an arena has promised is not available, whether it is touched or not") {
+    constexpr size_t kBytes = 256 * kPage;
+    const uint64_t before = promised_memory();
+    const auto arena = make_host_arena(kBytes);
+    CHECK_EQ(promised_memory(), before);
+    arena->commit(kBytes);
+    CHECK_EQ(promised_memory(), before + kBytes);
+    std::memset(arena->data(), 1, kBytes);
+    CHECK_EQ(promised_memory(), before);
+    arena->commit(0);
+    arena->commit(kBytes);
+    CHECK_EQ(promised_memory(), before + kBytes);
+}
+
+// A /proc and a /sys/fs/cgroup of files.
+class FakeSystem {
+public:
+    void write(const std::string& name, const std::string& text) const {
+        const std::filesystem::path path = folder_.path(name);
+        std::filesystem::create_directories(path.parent_path());
+        std::ofstream(path) << text;
+    }
+    [[nodiscard]] uint64_t memory() const {
+        return system_memory(folder_.path("proc"), folder_.path("sys"));
+    }
+
+private:
+    ScratchFolder folder_;
+};
+
+TEST("memory without control groups: what the kernel calls available, and no swap") {
+    const FakeSystem system;
+    CHECK_EQ(system.memory(), UINT64_MAX);
+    system.write("proc/meminfo", "MemTotal: 9000 kB\nMemAvailable: 5000 kB\nSwapFree: 7000 kB\n");
+    CHECK_EQ(system.memory(), 5000u * 1024);
+}
+
+TEST("memory in nested groups of version 2: the lowest of max and high counts, less file pages") {
+    const FakeSystem system;
+    system.write("proc/meminfo", "MemAvailable: 5000 kB\n");
+    system.write("proc/self/cgroup", "0::/outer/inner\n");
+    system.write("sys/outer/inner/memory.max", "max\n");
+    system.write("sys/outer/inner/memory.current", "1000\n");
+    CHECK_EQ(system.memory(), 5000u * 1024);
+    system.write("sys/outer/memory.max", "90000\n");
+    system.write("sys/outer/memory.current", "50000\n");
+    system.write("sys/outer/memory.stat", "anon 4\nactive_file 7000\ninactive_file 3000\n");
+    CHECK_EQ(system.memory(), 90000u - 50000 + 10000);
+    system.write("sys/outer/memory.high", "60000\n");
+    CHECK_EQ(system.memory(), 60000u - 50000 + 10000);
+    system.write("sys/outer/inner/memory.high", "800\n");
+    CHECK_EQ(system.memory(), 0u);
+}
+
+TEST("memory in groups of version 1, also where the container's own group is mounted as root") {
+    const FakeSystem system;
+    system.write("proc/meminfo", "MemAvailable: 5000 kB\n");
+    system.write("proc/self/cgroup", "5:cpu,memory:/docker/abc\n1:name=systemd:/\n0::/\n");
+    system.write("sys/memory/memory.limit_in_bytes", "9223372036854771712\n");
+    system.write("sys/memory/memory.usage_in_bytes", "4000000\n");
+    CHECK_EQ(system.memory(), 5000u * 1024);
+    system.write("sys/memory/memory.limit_in_bytes", "4100000\n");
+    system.write("sys/memory/memory.stat", "inactive_file 9\ntotal_inactive_file 300\n");
+    CHECK_EQ(system.memory(), 100300u);
+    system.write("sys/memory/docker/abc/memory.limit_in_bytes", "500\n");
+    system.write("sys/memory/docker/abc/memory.usage_in_bytes", "100\n");
+    CHECK_EQ(system.memory(), 400u);
+}
+
+TEST("files of control groups that hold no numbers are as if they were not there") {
+    const FakeSystem system;
+    system.write("proc/meminfo", "MemAvailable: 5000 kB\n");
+    system.write("proc/self/cgroup", "nonsense\n::\n0::/a\n");
+    system.write("sys/a/memory.max", "much\n");
+    system.write("sys/a/memory.current", "\n");
+    CHECK_EQ(system.memory(), 5000u * 1024);
 }
 
 }  // namespace

@@ -6,13 +6,18 @@
 #include <tuple>
 
 #include "compute/formats/bf16.h"
+#include "compute/formats/e2m1.h"
+#include "compute/formats/e4m3.h"
 #include "compute/formats/f16.h"
 #include "compute/formats/f32.h"
+#include "compute/formats/int4.h"
+#include "compute/formats/int8.h"
 
 namespace moeinf {
 namespace {
 
-using Decoders = std::tuple<Bf16Weights, F16Weights, F32Weights>;
+using Decoders = std::tuple<Bf16Weights, F16Weights, F32Weights, E4M3Weights, E2M1Weights,
+                            Int8Weights, Int4Weights>;
 
 }  // namespace
 }  // namespace moeinf

@@ -10,13 +10,7 @@ namespace {
 
 template <class Decoder>
 constexpr FormatFacts facts_of() {
-    using Stored = typename Decoder::Stored;
-    if constexpr (Decoder::kBlockCols == 0) {
-        return {Decoder::kName, sizeof(Stored), Decoder::kPack, 0, 0, 0};
-    } else {
-        return {Decoder::kName,      sizeof(Stored),      Decoder::kPack,
-                Decoder::kBlockRows, Decoder::kBlockCols, sizeof(typename Decoder::Scale)};
-    }
+    return {Decoder::kName, sizeof(typename Decoder::Stored), Decoder::kPack, Decoder::kScaled};
 }
 
 template <class... Rows>

@@ -14,15 +14,10 @@ struct FormatFacts {
     std::string_view name;
     int64_t stored_bytes;  // of one stored value
     int64_t pack;          // elements in it
-    int64_t block_rows;    // rows and elements of a row that share a scale; 0: no scales
-    int64_t block_cols;
-    int64_t scale_bytes;
+    bool scaled;           // whether a matrix may have scales
 
-    // Bytes of a row of `cols` elements, and of its scales.
+    // Bytes of a row of `cols` elements.
     [[nodiscard]] int64_t row_bytes(int64_t cols) const { return cols / pack * stored_bytes; }
-    [[nodiscard]] int64_t scale_row_bytes(int64_t cols) const {
-        return block_cols == 0 ? 0 : (cols + block_cols - 1) / block_cols * scale_bytes;
-    }
 };
 
 [[nodiscard]] const FormatFacts& facts(WeightFormat format);

@@ -1,14 +1,13 @@
-// Weights that are numbers of one type, one after another, without scales. A decoder is a struct:
+// Weights that are numbers of one type, one after another, without scales. The decoder of such a
+// format is a struct:
 //
 //   kName             the name of the format, as in moeinf/checkpoint/formats.py
 //   Stored            type of the stored values
 //   kPack             elements of a row in one stored value
-//   kBlockCols        elements of a row that share a scale, a multiple of every kStep; 0: no scales
-//   load<F>(row, k)   elements k to k + F::kLanes of a row, as floats
-//   load_first<F>(row, k, n)   the first n < F::kLanes of them, the rest zero; reads nothing beyond
+//   kScaled           whether they have scales: then dot_scaled.h multiplies them, else dot_tile.h
 //
-// and, where kBlockCols is not 0: kBlockRows, rows that share a scale; Scale, the type of a scale;
-// scale(Scale), the number itself.
+// The decoder of four-bit weights with scales has a table of the 16 values too. Element 2j of a row
+// is the lower half of byte j, element 2j + 1 the upper half.
 #pragma once
 
 #include <cstdint>
@@ -23,16 +22,7 @@ template <class T>
 struct Plain {
     using Stored = T;
     static constexpr int64_t kPack = 1;
-    static constexpr int64_t kBlockCols = 0;
-
-    template <class F>
-    static typename F::Vec load(const T* row, int64_t k) {
-        return F::load(row + k);
-    }
-    template <class F>
-    static typename F::Vec load_first(const T* row, int64_t k, int64_t n) {
-        return F::load_first(row + k, n);
-    }
+    static constexpr bool kScaled = false;
 };
 
 }  // namespace

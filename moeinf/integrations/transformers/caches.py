@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from moeinf import _core
-from moeinf.cache.budget import GPU_RESERVE, RAM_RESERVE, less_reserve, parse_bytes
+from moeinf.cache.budget import GPU_RESERVE, RAM_RESERVE, free_bytes, less_reserve, parse_bytes
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import open_device
 from moeinf.cache.group import CacheGroup
@@ -42,6 +41,7 @@ def make_caches(
     caches: list[ExpertCache | CacheGroup] = []
     shares = _share_out(stores, device, dense_bytes, options)
     for i, (store, share) in enumerate(zip(stores, shares, strict=True)):
+        share["dense_bytes"] = dense_bytes
         if i:  # these have the shape of the first store's experts
             share = {key: value for key, value in share.items() if key not in ("eamc", "priors")}
         caches.append(ExpertCache(store, device=device, **share))
@@ -55,10 +55,8 @@ def _share_out(
     opened = open_device(device)
     memory, slots, host_memory = (options.get(key) for key in ("memory", "slots", "host_memory"))
     if memory == "auto" or (memory is None and slots is None and opened is not None):
-        free, reserve = _core.available_memory(), RAM_RESERVE
-        if opened is not None:
-            free, reserve = opened.free_bytes, GPU_RESERVE
-        memory = less_reserve(free, reserve, dense_bytes)
+        reserve = RAM_RESERVE if opened is None else GPU_RESERVE
+        memory = less_reserve(free_bytes(opened), reserve, dense_bytes)
     every = sum(store.nbytes for store in stores)
     shares = []
     for store in stores:

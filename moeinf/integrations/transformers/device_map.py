@@ -97,7 +97,7 @@ def balanced(
 ) -> dict[str, str]:
     """Layers in order, each GPU with its share; what comes before the layers on the first GPU, the
     rest on the last that has a layer."""
-    stack = _stack(experts)
+    stack = stack_of(experts)
     layers = [name for name, _ in model.get_submodule(stack).named_children()]
     devices = list(free)
     total = sum(free.values())
@@ -124,7 +124,7 @@ def balanced(
     return resolved
 
 
-def _stack(experts: Sequence[str]) -> str:
+def stack_of(experts: Sequence[str]) -> str:
     """The path of the list of layers, as "model.layers" of "model.layers.3.mlp.experts"."""
     parts = experts[0].split(".")
     number = max(i for i, part in enumerate(parts) if part.isdigit())

@@ -14,6 +14,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
 from moeinf.checkpoint.folder import Checkpoint
+from moeinf.errors import CheckpointError
 from moeinf.integrations.transformers.load import load
 from moeinf.pocket import model_name
 from moeinf.traces.eam import EAMC
@@ -80,7 +81,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         CheckpointError, CapacityError, ReadError: see `moeinf.load`.
     """
     checkpoint = Checkpoint.open(request.path, request.revision)
-    tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.path)
+    tokenizer: Any = read_tokenizer(checkpoint.path)
     chat = bool(tokenizer.chat_template) and not request.raw
     if chat:
         messages = [{"role": "user", "content": request.prompt}]
@@ -155,6 +156,14 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             prefetch=_prefetch_metrics(stats),
         ),
     )
+
+
+def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder. Raises CheckpointError if the folder has none."""
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+        raise CheckpointError(f"{path}: expected a tokenizer such as tokenizer.json, found none")
+    return tokenizer
 
 
 def as_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> BatchEncoding:

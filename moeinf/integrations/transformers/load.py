@@ -12,34 +12,28 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers import GenerationConfig, PreTrainedModel
 
 from moeinf import _core
+from moeinf.cache.budget import bytes_loaded_as
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
 from moeinf.cache.group import CacheGroup
-from moeinf.cache.passes import ForwardPass
 from moeinf.checkpoint.folder import Checkpoint, read_tensor
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
-from moeinf.experts.op import fused_experts
-
-try:
-    from transformers import GenerationConfig, PreTrainedModel
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-except ImportError as error:
-    raise ImportError("moeinf.load needs transformers >= 5: pip install 'moeinf[hf]'") from error
-
 from moeinf.integrations.transformers.caches import make_caches
-from moeinf.integrations.transformers.device_map import DeviceMap, Placement
+from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
 from moeinf.integrations.transformers.experts import experts_modules, leave_out_experts
 from moeinf.integrations.transformers.lookahead import GateLookahead
-from moeinf.integrations.transformers.models import model_class, read_config
+from moeinf.integrations.transformers.models import DTYPES, model_class, read_config
+from moeinf.integrations.transformers.passes import PassReader, generating
 from moeinf.integrations.transformers.plan import Plan, make_plan, missing_tensors
 from moeinf.integrations.transformers.routers import listen
+from moeinf.integrations.transformers.served import IMPLEMENTATION, serve
 from moeinf.integrations.transformers.whole import make_whole_experts, whole_model
 
-IMPLEMENTATION = "moeinf"
 GATE = "gate"
 
 
@@ -108,17 +102,18 @@ def load(
         placed = Placement(device_map, plan.skeleton, [*experts_modules(plan.skeleton)])
         if placed.only is None and prefetch == GATE:
             raise UnsupportedError("prefetch='gate' runs a router early: give one device")
+    computes_in = _dtype(dtype, config, plan.stores[0])
     caches = make_caches(
         plan.stores,
         device=pick_device(device) if placed is None else placed.only,
         placed=placed,
-        dense_bytes=sum(entry.nbytes for entry in plan.dense.values()),
+        dense_bytes=bytes_loaded_as(computes_in, plan.dense.values()),
         **options,
     )
-    model: Any = _load_dense(base, config, plan, _dtype(dtype, config, plan.stores[0]))
+    model: Any = _load_dense(base, config, plan, computes_in)
     # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
     model.config._experts_implementation = IMPLEMENTATION
-    model.__class__ = whole_model(base)
+    model.__class__ = generating(whole_model(base))
     if placed is not None and placed.only is None:
         placed.dispatch(model, caches[0].device)
     else:
@@ -146,15 +141,15 @@ class ServedExperts:
             for layer, path in enumerate(one.store.modules):
                 module: Any = model.get_submodule(path)
                 make_whole_experts(module, one.store.form)
-                module.moeinf_layer = layer
-                module.moeinf_cache = one if isinstance(one, ExpertCache) else one.of(layer)
+                serve(module, one if isinstance(one, ExpertCache) else one.of(layer), layer)
                 module.config._experts_implementation = IMPLEMENTATION
         blocks = [model.get_submodule(path.rpartition(".")[0]) for path in cache.store.modules]
         cache.routers = partial(listen, blocks)
         self.lookahead = None
         if gate_lookahead and isinstance(cache, ExpertCache):
             self.lookahead = GateLookahead(blocks, cache)
-        model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        decoder = stack_of(cache.store.modules).rpartition(".")[0]
+        self.passes = PassReader(model.get_submodule(decoder), caches)
 
     def stats(self) -> dict[str, Any]:
         """See `ExpertCache.stats`. Where there is more than one cache, `others` is of the rest."""
@@ -168,24 +163,6 @@ class ServedExperts:
         for cache in self.caches:
             cache.reset_stats()
 
-    def _before_forward(
-        self, model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Tells the cache whether this pass reads a prompt, and whether it begins a request."""
-        tokens = kwargs.get("input_ids", args[0] if args else None)
-        if tokens is None:
-            tokens = kwargs.get("inputs_embeds")
-        past = kwargs.get("past_key_values")
-        begins = past is None or past.get_seq_length() == 0
-        for cache in self.caches:
-            cache.begin_pass(
-                ForwardPass(
-                    prefill=begins or (tokens is not None and tokens.shape[1] > 1),
-                    new_sequence=begins,
-                    batch=1 if tokens is None else tokens.shape[0],
-                )
-            )
-
 
 class _OnDemand:
     """A tensor that is read when indexed: what the library's loader does with each in turn."""
@@ -195,25 +172,6 @@ class _OnDemand:
 
     def __getitem__(self, _: Any) -> torch.Tensor:
         return read_tensor(self.entry)
-
-
-def _experts_forward(
-    self: Any,
-    hidden_states: torch.Tensor,
-    top_k_index: torch.Tensor,
-    top_k_weights: torch.Tensor,
-) -> torch.Tensor:
-    """hidden_states [T, H], top_k_index [T, k], top_k_weights [T, k] -> [T, H]."""
-    cache = getattr(self, "moeinf_cache", None)
-    if cache is None:
-        raise UnsupportedError(
-            f"{type(self).__name__}: experts_implementation={IMPLEMENTATION!r} serves models "
-            "that moeinf.load loaded"
-        )
-    return fused_experts(hidden_states, top_k_index, top_k_weights, cache, self.moeinf_layer)
-
-
-ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
 
 
 def _load_dense(base: type[PreTrainedModel], config: Any, plan: Plan, dtype: torch.dtype) -> Any:
@@ -257,14 +215,13 @@ def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 
 def _dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
     if dtype == "auto":
-        declared = getattr(config, "dtype", None) or getattr(
-            config.get_text_config(), "dtype", None
+        dtype = (
+            getattr(config, "dtype", None)
+            or getattr(config.get_text_config(), "dtype", None)
+            or store.layout["down"].dtype
         )
-        return declared or store.layout["down"].dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype={dtype!r}: expected auto, bfloat16, float16 or float32")
+    found = DTYPES.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise ValueError(f"dtype={dtype!r}: expected auto or one of {', '.join(DTYPES)}")
     return found

@@ -5,6 +5,8 @@ expert's output added, if the model has one. The router's choice goes to the cac
 prefetcher reads experts within its budget, and says when predictions do not pay; then nothing is
 computed here. The model does not change: forward hooks on its modules see their inputs.
 
+A router that looks the experts up by token id (the hash layers of DeepSeek-V4) names them exactly.
+
 The prediction is made when its input is known: before this layer's experts are computed, or after
 them in models that compute the shared expert last. On a GPU the prediction must be enqueued before
 the host waits for this layer's ids, so that it costs no wait of its own. So on a GPU the shared
@@ -13,16 +15,23 @@ expert's output is used only if it was computed before the routed experts.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from moeinf.cache.cache import ExpertCache
-from moeinf.integrations.transformers.blocks import block_form, route
+from moeinf.integrations.transformers.blocks import try_router
 
 MOST_TOKENS = 4
 """Of one forward pass. More of them use so many experts that a prediction says little."""
+
+
+class _OfThread(threading.local):
+    def __init__(self) -> None:
+        self.shared: dict[int, torch.Tensor] = {}  # by layer: outputs of shared experts, on a GPU
+        self.ids: torch.Tensor | None = None  # of the pass, where a router needs them
 
 
 class GateLookahead:
@@ -31,19 +40,21 @@ class GateLookahead:
     def __init__(self, blocks: Sequence[Any], cache: ExpertCache):
         self.cache = cache
         self.blocks = list(blocks)
-        self.forms = [block_form(block) for block in blocks]
-        self._shared: dict[int, torch.Tensor] = {}  # by layer: outputs of shared experts, on a GPU
+        self.routers = [try_router(block).router for block in blocks]
+        self._mine = _OfThread()
         for layer in range(len(self.blocks) - 1):
             self._watch(layer)
 
     def _watch(self, layer: int) -> None:
-        block, form = self.blocks[layer], self.forms[layer]
-        shared = getattr(block, form.shared) if form.shared else None
-        shared_gate = getattr(block, form.shared_gate) if form.shared_gate else None
+        block = self.blocks[layer]
+        shared = _module(block, "shared_expert") or _module(block, "shared_experts")
+        shared_gate = _module(block, "shared_expert_gate")
+        if self.routers[layer + 1].needs_ids:
+            block.register_forward_pre_hook(self._keep_ids, with_kwargs=True)
         if shared is None or self.cache.on_gpu:
             block.experts.register_forward_pre_hook(
                 lambda _, args: self._predict(
-                    layer + 1, args[0], self._shared.get(layer), shared_gate
+                    layer + 1, args[0], self._mine.shared.get(layer), shared_gate
                 )
             )
         else:
@@ -51,11 +62,16 @@ class GateLookahead:
                 lambda _, args, output: self._predict(layer + 1, args[0], output, shared_gate)
             )
         if shared is not None and self.cache.on_gpu:
-            shared.register_forward_hook(lambda _, __, output: self._shared.update({layer: output}))
+            shared.register_forward_hook(
+                lambda _, __, output: self._mine.shared.update({layer: output})
+            )
             block.register_forward_hook(lambda *_: self._forget(layer))
 
+    def _keep_ids(self, _: Any, __: Any, kwargs: dict[str, Any]) -> None:
+        self._mine.ids = kwargs.get("input_ids")
+
     def _forget(self, layer: int) -> None:
-        self._shared.pop(layer, None)
+        self._mine.shared.pop(layer, None)
 
     @torch.no_grad()
     def _predict(
@@ -72,4 +88,9 @@ class GateLookahead:
             # forward() rather than a call: hooks of others are for what the model computes.
             scale = torch.sigmoid(shared_gate.forward(hidden)) if shared_gate else 1.0
             hidden = hidden + scale * shared.reshape(hidden.shape)
-        self.cache.predict(layer, route(self.blocks[layer], self.forms[layer], hidden))
+        self.cache.predict(layer, self.routers[layer].choose(hidden, self._mine.ids))
+
+
+def _module(block: Any, name: str) -> Any:
+    found = getattr(block, name, None)
+    return found if isinstance(found, torch.nn.Module) else None

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from moeinf.checkpoint.config import check_unquantized
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.errors import CheckpointError
+
+# Of activations: what the kernels of experts take.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 # Where a class is looked for if the checkpoint names none that fits its configuration: the first
 # mapping that knows the configuration counts.
@@ -30,13 +36,57 @@ def read_config(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: transformers does not know the model, or refuses a value.
     """
+    config, file = checkpoint.config, checkpoint.config_file
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{file}: model_type is {kind!r}, expected a name")
+    check_unquantized(config, file)
+    for part in (config, checkpoint.text_config()):
+        for key in ("dtype", "torch_dtype"):
+            name = part.get(key)
+            if name is not None and not isinstance(getattr(torch, str(name), None), torch.dtype):
+                raise CheckpointError(f"{file}: {key} is {name!r}, which is no dtype of torch")
     try:
         return AutoConfig.from_pretrained(checkpoint.path)
-    except (ValueError, KeyError) as error:
-        kind = checkpoint.config.get("model_type")
+    except Exception as error:  # each check of a value raises a type of its own
         raise CheckpointError(
-            f"{checkpoint.config_file}: transformers does not know model_type {kind!r}: {error}"
+            f"{file}: transformers refuses model_type {kind!r}: {in_words(error, config)}"
         ) from error
+
+
+def build_skeleton(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) -> Any:
+    """The model on the meta device.
+
+    Raises:
+        CheckpointError: a value of the configuration is one that the class cannot use.
+    """
+    try:
+        with torch.device("meta"):
+            return base(copy.deepcopy(config))
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint.config_file}: no {base.__name__} can be made of it: "
+            f"{in_words(error, checkpoint.config)}"
+        ) from error
+
+
+def in_words(error: Exception, config: Any) -> str:
+    """The message of an error. A KeyError says no more than a value: then also where it stands."""
+    if isinstance(error, KeyError) and error.args:
+        where = _path_of(error.args[0], config)
+        return f"{where} is {error.args[0]!r}, which is not known" if where else str(error)
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _path_of(value: Any, config: Any) -> str:
+    """The keys that lead to a value, as "rope_scaling.type"; empty where it does not occur."""
+    items = config.items() if isinstance(config, dict) else ()
+    for key, found in items:
+        if isinstance(found, str) and found == value:
+            return str(key)
+        if inner := _path_of(value, found):
+            return f"{key}.{inner}"
+    return ""
 
 
 def model_class(config: Any, checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Any]:

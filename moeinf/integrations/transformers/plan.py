@@ -5,14 +5,12 @@ Made from the headers and from the model on the meta device, before any tensor i
 
 from __future__ import annotations
 
-import copy
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 
 from moeinf.checkpoint.config import TOP_K_KEYS
@@ -28,6 +26,7 @@ from moeinf.integrations.transformers.experts import (
     parameters_of,
 )
 from moeinf.integrations.transformers.form import form_of
+from moeinf.integrations.transformers.models import build_skeleton
 from moeinf.integrations.transformers.weights import Sources, Traced, find_sources, trace
 from moeinf.kernels.forms import ExpertForm
 
@@ -59,8 +58,7 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
         CheckpointError: tensors that are missing, of a wrong shape, or useless without others.
         UnsupportedError: a model without experts, or with experts that cannot be served.
     """
-    with torch.device("meta"):
-        skeleton = base(copy.deepcopy(config))
+    skeleton = build_skeleton(base, config, checkpoint)
     modules = experts_modules(skeleton)
     if not modules:
         raise UnsupportedError(

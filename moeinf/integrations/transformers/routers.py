@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from moeinf.errors import UnsupportedError
-from moeinf.integrations.transformers.blocks import block_form
+from moeinf.integrations.transformers.blocks import Trial, try_router
 
 TOLERANCE = 0.02
 """Of the chosen experts' shares: weights may have been rounded to bfloat16."""
@@ -23,14 +23,11 @@ def listen(blocks: Sequence[Any], sink: Callable[[int, torch.Tensor], None]) -> 
     has run. Returns a function that ends it.
 
     Raises:
-        UnsupportedError: a block whose router is not known; while running, a router that makes
-            something else of its logits than softmax or sigmoid.
+        UnsupportedError: a block whose router is not known, or one that makes something else of its
+            logits than softmax or sigmoid.
     """
-    routers = [getattr(block, block_form(block).gate) for block in blocks]
-    hooks = [
-        router.register_forward_hook(_Listener(layer, block, sink))
-        for layer, (block, router) in enumerate(zip(blocks, routers, strict=True))
-    ]
+    listeners = [_Listener(layer, try_router(block), sink) for layer, block in enumerate(blocks)]
+    hooks = [one.router.register_forward_hook(one) for one in listeners]
 
     def stop() -> None:
         for hook in hooks:
@@ -42,22 +39,22 @@ def listen(blocks: Sequence[Any], sink: Callable[[int, torch.Tensor], None]) -> 
 class _Listener:
     """A forward hook on one router."""
 
-    def __init__(self, layer: int, block: Any, sink: Callable[[int, torch.Tensor], None]):
+    def __init__(self, layer: int, trial: Trial, sink: Callable[[int, torch.Tensor], None]):
         self.layer = layer
-        self.block = block
         self.sink = sink
-        self.score: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.router = trial.router.module
+        logits = _logits(trial.output)
+        self.score = _score_of(trial.router.block, self.router, logits)
+        _check(type(self.router).__name__, self.score(logits), trial.ids, trial.weights)
 
-    def __call__(self, router: torch.nn.Module, _: Any, output: Any) -> None:
-        several = not isinstance(output, torch.Tensor)
-        logits = (output[0] if several else output).detach()
-        if logits.ndim != 2:
-            logits = logits.reshape(-1, logits.shape[-1])
-        if self.score is None:
-            self.score = _score_of(self.block, router, logits)
-            if several:
-                _check(type(router).__name__, self.score(logits), *(x.detach() for x in output[1:]))
-        self.sink(self.layer, self.score(logits))
+    def __call__(self, _: torch.nn.Module, __: Any, output: Any) -> None:
+        self.sink(self.layer, self.score(_logits(output)))
+
+
+def _logits(output: Any) -> torch.Tensor:
+    """[T, num_experts], what a router returns first."""
+    logits: torch.Tensor = (output if isinstance(output, torch.Tensor) else output[0]).detach()
+    return logits.reshape(-1, logits.shape[-1])
 
 
 def _score_of(
@@ -84,12 +81,9 @@ def _as_they_are(probabilities: torch.Tensor) -> torch.Tensor:
     return probabilities
 
 
-def _check(router: str, scores: torch.Tensor, *chosen: torch.Tensor) -> None:
+def _check(router: str, scores: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> None:
     """A token's weights, whether scaled or not, share it out as the scores of its experts do."""
-    ids = next(tensor for tensor in chosen if not tensor.is_floating_point())
-    weights = next(tensor for tensor in chosen if tensor.is_floating_point()).float()
-    if weights.shape != ids.shape:  # one column per expert
-        weights = weights.gather(-1, ids)
+    weights = weights.float()
     picked = scores.float().gather(-1, ids)
     found = picked / picked.sum(-1, keepdim=True)
     expected = weights / weights.sum(-1, keepdim=True)

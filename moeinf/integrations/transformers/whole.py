@@ -200,7 +200,7 @@ def refuse(name: str) -> NoReturn:
 
 def whole_model(base: type) -> type:
     """The class of served models of the class `base`."""
-    return _class_of(WholeModel, base)
+    return class_of(WholeModel, base)
 
 
 def make_whole_experts(module: Any, form: ExpertForm) -> None:
@@ -208,13 +208,14 @@ def make_whole_experts(module: Any, form: ExpertForm) -> None:
     names = ("gate_up_proj" if form.has_gate else "up_proj", "down_proj")
     biases = tuple(f"{name}_bias" for name in names) if form.has_bias else ()
     module.moeinf_parameters = names + biases
-    module.__class__ = _class_of(WholeExperts, type(module))
+    module.__class__ = class_of(WholeExperts, type(module))
 
 
 _classes: dict[tuple[type, type], type] = {}
 
 
-def _class_of(first: type, base: type) -> type:
+def class_of(first: type, base: type) -> type:
+    """A class of the name of `base`, of which `first` overrides members; one for each pair."""
     members = {"__module__": base.__module__}
     return _classes.setdefault((first, base), type(base.__name__, (first, base), members))
 

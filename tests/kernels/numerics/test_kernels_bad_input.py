@@ -135,7 +135,7 @@ CASES: list[tuple[str, dict[str, Callable[[], Any]], type[Exception], str]] = [
       "formats": lambda: {"gate": "f16", "up": "f16", "down": "f16"}}, TypeError,
      r"up bias: expected torch.float32, found torch.float16"),
     ("unknown format", {"formats": lambda: {"down": "fp7"}}, ValueError,
-     r"down: expected a weight format of bf16, f16, f32, found 'fp7'"),
+     r"down: expected a weight format of bf16, f16, f32, e4m3, .*found 'fp7'"),
     ("format of another dtype", {"formats": lambda: {"gate": "f16"}}, TypeError,
      r"hidden: expected torch.float16, found torch.float32"),
     ("scales that the format has not", {"down_scales": lambda: zeros(S, 1, 1)}, ValueError,

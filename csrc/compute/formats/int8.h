@@ -1,0 +1,17 @@
+// Integers of eight bits.
+#pragma once
+
+#include "compute/formats/plain.h"
+
+namespace moeinf {
+namespace {
+
+struct Int8Weights {
+    using Stored = int8_t;
+    static constexpr std::string_view kName = "int8";
+    static constexpr int64_t kPack = 1;
+    static constexpr bool kScaled = true;
+};
+
+}  // namespace
+}  // namespace moeinf

@@ -1,0 +1,88 @@
+"""Weights with scales in every kernel: all values, all scales, and the float64 answer."""
+
+from __future__ import annotations
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import small_blocks
+import torch
+from layers import DEVICE, ROW_TOLERANCE, TOLERANCE, error, row_error
+
+sys.path.append(str(Path(__file__).parents[2]))
+from scaled_weights import EVERY, every_code, random_experts
+
+from moeinf.checkpoint.formats import FORMATS, WeightFormat
+from moeinf.checkpoint.layout import Layout
+from moeinf.kernels import ExpertForm, Gate, fused_experts, paths
+
+PATHS = (("vector", 1), ("vector", 3), ("shared", 5), ("grouped", 19))
+
+
+@pytest.mark.parametrize("path,T", PATHS)
+@pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
+def test_matches_the_float64_reference(
+    row: WeightFormat, path: str, T: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_blocks.use(monkeypatch)
+    draw = random.Random(seed)
+    for dtype in (torch.bfloat16, draw.choice((torch.float16, torch.float32))):
+        H, I = 2 * draw.choice((32, 35, 88)), 2 * draw.choice((16, 33, 56))  # noqa: E741
+        experts = random_experts(row, H, I, 3, seed)
+        rng = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(T, H, generator=rng).to(dtype)
+        ids, weights = torch.randint(0, 3, (T, 2), generator=rng), torch.rand(T, 2, generator=rng)
+        found = fused_experts(
+            hidden.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE),
+            experts.layout.matrices(experts.pool.to(DEVICE)), experts.form, path=path,
+        )  # fmt: skip
+        expected, _ = experts.expected(hidden, ids, weights)
+        assert error(found, expected) <= TOLERANCE[dtype], (dtype, H, I)
+        # Random bytes have rarer and larger values than the other tests' random floats.
+        assert row_error(found, expected) <= 1.5 * ROW_TOLERANCE[dtype], (dtype, H, I)
+
+
+@pytest.mark.parametrize("path,T", [("vector", 16), ("shared", 16), ("grouped", 48)])
+@pytest.mark.parametrize("as_on_a_gpu", [False, True])
+@pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
+def test_every_value_and_every_scale_is_exact(
+    row: WeightFormat,
+    path: str,
+    T: int,
+    as_on_a_gpu: bool,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Token k is 1 at k and 0 elsewhere, and passes to down unchanged: its output is column k.
+
+    `as_on_a_gpu`: products of bf16 as on tensor cores, where else the interpreter widens them.
+    """
+    small_blocks.use(monkeypatch)
+    if as_on_a_gpu:
+        monkeypatch.setattr(paths, "must_upcast", lambda *_: False)
+    rows, cols = 80, 96
+    parts = every_code(row, rows, cols, seed)
+    form = ExpertForm(Gate("plain", "relu"), has_gate=False)
+    dtype = torch.bfloat16 if as_on_a_gpu else torch.float32
+    gate = FORMATS["bf16" if as_on_a_gpu else "f32"]
+    layout = Layout.of(form, (gate, row), rows, cols)
+    pool = torch.full((1, layout.slot_bytes), 255, dtype=torch.uint8, device=DEVICE)
+    views = layout.matrices(pool)
+    for piece, tensor in parts.items():
+        getattr(views.down, piece)[0] = tensor if piece != "multiplier" else tensor[0]
+    zeros = torch.zeros(T, 1, dtype=torch.int64, device=DEVICE)
+    for first in range(0, cols, T):
+        count = min(T, rows, cols - first)
+        views.gate.values.zero_()
+        views.gate.values[0, first : first + count, :count] = torch.eye(count)
+        hidden = torch.zeros(T, rows, dtype=dtype, device=DEVICE)
+        hidden[:count, :count] = torch.eye(count)
+        found = fused_experts(
+            hidden, zeros, torch.ones(T, 1, device=DEVICE), views, form, path=path
+        )
+        wanted = row.dequantise(parts)[:, first : first + count].T
+        # The output has the dtype of the tokens; a multiplier meets a number rounded before.
+        near = 2**-8 if as_on_a_gpu else 2**-22 if row.multiplier else 0
+        torch.testing.assert_close(found[:count].double().cpu(), wanted, rtol=near, atol=2**-133)

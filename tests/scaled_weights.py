@@ -1,0 +1,137 @@
+"""Random experts with weights in every format that has scales, and the numbers they stand for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.layout import Layout
+from moeinf.kernels.forms import ExpertForm, Matrix
+
+E4M3, E2M1, INT4, INT8 = (FORMATS[name] for name in ("e4m3", "e2m1", "int4", "int8"))
+EVERY = {
+    "fp8-128x128-f32": E4M3.with_scales("f32", (128, 128)),
+    "fp8-128x128-bf16": E4M3.with_scales("bf16", (128, 128)),
+    "fp8-32x32-f16": E4M3.with_scales("f16", (32, 32)),
+    "fp8-128x128-e8m0": E4M3.with_scales("e8m0", (128, 128)),
+    "fp8-channel": E4M3.with_scales("bf16", (1, 0)),
+    "fp8-tensor": E4M3.with_scales(None, None, multiplier=True),
+    "mxfp8": E4M3.with_scales("e8m0", (1, 32)),
+    "mxfp4": E2M1.with_scales("e8m0", (1, 32)),
+    "nvfp4": E2M1.with_scales("e4m3", (1, 16), multiplier=True),
+    "int4-32": INT4.with_scales("bf16", (1, 32)),
+    "int4-128": INT4.with_scales("f16", (1, 128)),
+    "int4-channel": INT4.with_scales("bf16", (1, 0)),
+    "int8-channel": INT8.with_scales("f32", (1, 0)),
+}
+
+
+@dataclass
+class Experts:
+    """`pool` is uint8 [E, slot_bytes], 255 wherever no weight lies. dense[e] has float64 weights
+    and biases of gate, up and down, None where the form has none."""
+
+    layout: Layout
+    form: ExpertForm
+    pool: torch.Tensor
+    dense: list[list[tuple[torch.Tensor, torch.Tensor | None]]]
+
+    def expected(
+        self, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """float64 [T, H], and the sums of the absolute values of the terms of each element."""
+        from moeinf.kernels.gates import reference
+
+        out = torch.zeros(hidden.shape, dtype=torch.float64)
+        size = torch.zeros_like(out)
+        for t, x in enumerate(hidden.double()):
+            for e, weight in zip(ids[t].tolist(), weights[t].double(), strict=True):
+                *first, (down, down_bias) = self.dense[e]
+                sums = [w @ x + (0 if bias is None else bias) for w, bias in first]
+                inner = reference(self.form.gate, *sums)
+                out[t] += weight * (down @ inner + (0 if down_bias is None else down_bias))
+                size[t] += weight.abs() * (down.abs() @ inner.abs())
+        return out, size
+
+
+def random_bytes(tensor: torch.Tensor, rng: torch.Generator) -> None:
+    """Any bytes but those of the two NaN of e4m3."""
+    raw = torch.randint(0, 256, tensor.shape, generator=rng, dtype=torch.uint8)
+    if tensor.dtype == torch.float8_e4m3fn:
+        raw[(raw & 0x7F) == 0x7F] = 0x36
+    tensor.copy_(raw.view(tensor.dtype))
+
+
+def fill(matrix: Matrix, row: WeightFormat, e: int, rng: torch.Generator) -> torch.Tensor:
+    """Gives slot e random weights, whose products with x of size 1 have size 1."""
+    parts = {VALUES: matrix.values[e]}
+    random_bytes(matrix.values[e], rng)
+    decoded = row.decode(matrix.values[e])
+    size = 1 / math.sqrt(float(decoded.square().mean()) * decoded.shape[1])
+    rest = 1.0
+    if matrix.multiplier is not None:
+        rest = 1.0 if matrix.scales is None else 20.0
+        matrix.multiplier[e] = size / rest * float(torch.rand((), generator=rng) + 0.5)
+        parts[MULTIPLIER] = matrix.multiplier[e]
+    if matrix.scales is not None:
+        scales = parts[SCALES] = matrix.scales[e]
+        if scales.dtype == torch.uint8:
+            around = 127 + round(math.log2(size))
+            scales.copy_(torch.randint(around - 2, around + 2, scales.shape, generator=rng))
+        else:
+            drawn = torch.rand(scales.shape, generator=rng) + 0.5
+            scales.copy_(drawn * (rest if matrix.multiplier is not None else size))
+    return row.dequantise(parts)
+
+
+def random_experts(
+    row: WeightFormat,
+    hidden: int,
+    intermediate: int,
+    experts: int,
+    seed: int,
+    form: ExpertForm | None = None,
+    interleaved: bool = False,
+) -> Experts:
+    form = form or ExpertForm()
+    rng = torch.Generator().manual_seed(seed)
+    layout = Layout.of(form, row, hidden, intermediate, interleaved=interleaved)
+    pool = torch.full((experts, layout.slot_bytes), 255, dtype=torch.uint8)
+    views = layout.matrices(pool)
+    dense = []
+    for e in range(experts):
+        dense.append([])
+        for matrix in (views.gate, views.up, views.down):
+            if matrix is None:
+                continue
+            weights, bias = fill(matrix, row, e, rng), None
+            if matrix.bias is not None:
+                matrix.bias[e] = torch.randn(matrix.bias.shape[1], generator=rng)
+                bias = matrix.bias[e].double()
+            dense[-1].append((weights, bias))
+    return Experts(layout, form, pool, dense)
+
+
+def every_code(row: WeightFormat, rows: int, cols: int, seed: int) -> dict[str, torch.Tensor]:
+    """The pieces of a matrix that has all values, and all scales whose products are ordinary
+    numbers: no NaN, and nothing too large for a float32."""
+    rng = torch.Generator().manual_seed(seed)
+    parts = {}
+    for piece, (dtype, shape) in row.segments(rows, cols).items():
+        count = math.prod(shape)
+        codes = torch.randperm(count, generator=rng) % 256
+        if piece == VALUES:
+            assert count >= 256
+            if dtype == torch.float8_e4m3fn:
+                codes[(codes & 0x7F) == 0x7F] = 0x80
+            parts[piece] = codes.to(torch.uint8).view(dtype).view(shape)
+        elif dtype == torch.uint8:
+            parts[piece] = (codes % 241).to(dtype).view(shape)
+        elif dtype == torch.float8_e4m3fn:
+            parts[piece] = (codes % 126 + 1).to(torch.uint8).view(dtype).view(shape)
+        else:
+            parts[piece] = torch.randn(shape, generator=rng).abs().to(dtype)
+    return parts
