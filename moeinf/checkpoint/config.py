@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from moeinf.checkpoint.formats import FORMATS
+from moeinf.checkpoint.formats import PLAIN_FORMATS
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.errors import CheckpointError, UnsupportedError
 
@@ -94,7 +94,7 @@ def check_unquantized(config: Config, file: Path) -> None:
             method = found.get("quant_method") if isinstance(found, dict) else found
             raise UnsupportedError(
                 f"{file}: quantization_config says that weights are stored as {method!r}; "
-                f"supported are {', '.join(FORMATS)}"
+                f"supported are {', '.join(row.name for row in PLAIN_FORMATS.values())}"
             )
 
 

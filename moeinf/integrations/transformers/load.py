@@ -8,7 +8,7 @@ parameters left out, the library loads everything else, and the registered exper
 from __future__ import annotations
 
 import os
-from functools import partial
+import weakref
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from moeinf.checkpoint.folder import Checkpoint, read_tensor
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
+from moeinf.experts.checks import check_routes
 from moeinf.integrations.transformers.caches import make_caches
 from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
 from moeinf.integrations.transformers.experts import experts_modules, leave_out_experts
@@ -110,6 +111,7 @@ def load(
         dense_bytes=bytes_loaded_as(computes_in, plan.dense.values()),
         **options,
     )
+    check_routes(plan.stores[0].top_k, caches[0].device.type, checkpoint.config_file)
     model: Any = _load_dense(base, config, plan, computes_in)
     # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
     model.config._experts_implementation = IMPLEMENTATION
@@ -144,7 +146,9 @@ class ServedExperts:
                 serve(module, one if isinstance(one, ExpertCache) else one.of(layer), layer)
                 module.config._experts_implementation = IMPLEMENTATION
         blocks = [model.get_submodule(path.rpartition(".")[0]) for path in cache.store.modules]
-        cache.routers = partial(listen, blocks)
+        # Weakly, for the blocks refer to the cache: a model that is no longer used is gone at once.
+        known = [weakref.ref(block) for block in blocks]
+        cache.routers = lambda sink: listen([block for ref in known if (block := ref())], sink)
         self.lookahead = None
         if gate_lookahead and isinstance(cache, ExpertCache):
             self.lookahead = GateLookahead(blocks, cache)
