@@ -216,10 +216,11 @@ def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def _dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -> torch.dtype:
     if dtype == "auto":
+        stored = store.layout.down.format
         dtype = (
             getattr(config, "dtype", None)
             or getattr(config.get_text_config(), "dtype", None)
-            or store.layout["down"].dtype
+            or (torch.bfloat16 if stored.scaled else stored.values)
         )
     found = DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:

@@ -82,7 +82,7 @@ def test_every_value_and_every_scale_is_exact(
         found = fused_experts(
             hidden, zeros, torch.ones(T, 1, device=DEVICE), views, form, path=path
         )
-        wanted = row.dequantise(parts)[:, first : first + count].T
+        wanted = row.dequantise(parts)[:, first : first + count].T.float().double()
         # The output has the dtype of the tokens; a multiplier meets a number rounded before.
         near = 2**-8 if as_on_a_gpu else 2**-22 if row.multiplier else 0
         torch.testing.assert_close(found[:count].double().cpu(), wanted, rtol=near, atol=2**-133)
