@@ -26,6 +26,7 @@ try:
     import triton.language as tl
 
     jit = triton.jit
+    KEEP_NAN: tl.constexpr = tl.constexpr(tl.PropagateNan.ALL)  # of a token: it stays NaN
 except ImportError:
 
     def jit(function):
@@ -155,6 +156,11 @@ def tanh(x):
 
 
 @jit
+def clamp(x, limit):
+    return tl.minimum(tl.maximum(x, -limit, KEEP_NAN), limit, KEEP_NAN)
+
+
+@jit
 def activate(x, ACTIVATION: tl.constexpr):
     """The row of ACTIVATIONS with this name, for float32 of any shape."""
     if ACTIVATION == "silu":
@@ -165,10 +171,10 @@ def activate(x, ACTIVATION: tl.constexpr):
         # 0.5 * (1 + tanh(z)) is sigmoid(2z).
         value = x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif ACTIVATION == "relu":
-        value = tl.maximum(x, 0.0)
+        value = tl.maximum(x, 0.0, KEEP_NAN)
     else:
         tl.static_assert(ACTIVATION == "relu2", "activation: no such row")
-        value = tl.maximum(x, 0.0)
+        value = tl.maximum(x, 0.0, KEEP_NAN)
         value = value * value
     return value
 
@@ -181,14 +187,12 @@ def apply_gate(g, u, alpha, limit, FUNCTION: tl.constexpr, ACTIVATION: tl.conste
     elif FUNCTION == "plain":
         value = activate(g, ACTIVATION)
     elif FUNCTION == "swiglu_oai":
-        g = tl.minimum(g, limit)
-        value = g * sigmoid(g * alpha) * (tl.minimum(tl.maximum(u, -limit), limit) + 1.0)
+        g = tl.minimum(g, limit, KEEP_NAN)
+        value = g * sigmoid(g * alpha) * (clamp(u, limit) + 1.0)
     elif FUNCTION == "clamped_glu":
-        u = tl.minimum(tl.maximum(u, -limit), limit)
-        value = activate(tl.minimum(g, limit), ACTIVATION) * u
+        value = activate(tl.minimum(g, limit, KEEP_NAN), ACTIVATION) * clamp(u, limit)
     elif FUNCTION == "glu_clamped":
-        u = tl.minimum(tl.maximum(u, -limit), limit)
-        value = tl.minimum(activate(g, ACTIVATION), limit) * u
+        value = tl.minimum(activate(g, ACTIVATION), limit, KEEP_NAN) * clamp(u, limit)
     else:
         tl.static_assert(FUNCTION == "softcap_swiglu", "gate function: no such row")
         value = (tanh(g / alpha) * alpha) * sigmoid(g) * (tanh(u / limit) * limit)

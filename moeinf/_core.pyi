@@ -297,7 +297,7 @@ class ExpertCache:
         copy: typing.Any = None,
     ) -> typing_extensions.CapsuleType:
         """uint8 [staging_slots + slots, slot_bytes], not copied; row numbers are those that leases
-        give. Keeps the memory, not the cache, alive."""
+        give. Keeps the memory, not the cache, alive: also of slots that go."""
 
     def __dlpack_device__(self) -> tuple: ...
     def __init__(
@@ -345,6 +345,9 @@ class ExpertCache:
 
     def host_stats(self) -> typing.Any:
         """Counts of the pinned RAM and of the link to the device; None where slots lie in RAM."""
+
+    def leased_rows(self) -> typing_extensions.CapsuleType:
+        """The same for who reads leased slots alone: keeps no memory of slots that go."""
 
     def predict(self, layer: int, experts: typing.Any) -> None:
         """What the next step of that layer is expected to use, best first. Read ahead within the

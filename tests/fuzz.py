@@ -32,6 +32,7 @@ from moeinf.traces.eam import EAMC
 from moeinf.traces.trace import Trace
 
 SECONDS = 5.0  # of processor time that one case may take
+SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None  # ten times as fast as a disk
 MEMORY = 8 << 30  # bytes of addresses that all of them may take
 SCALARS: tuple[Any, ...] = (
     None, True, 0, 1, -1, 2, 3, 7, 8, 255, 2**31, 2**63, 2**64 - 1, 2**64, 10**400, 0.5, -0.0,
@@ -202,7 +203,7 @@ FUZZERS: dict[str, Callable[[Path, random.Random], str]] = {
 def run(kind: str, count: int, seed: int) -> Counter[str]:
     """What came of `count` cases. A case that fails is named by a seed that repeats it alone."""
     seen = Counter[str]()
-    with TemporaryDirectory() as made:
+    with TemporaryDirectory(dir=SCRATCH) as made:
         folder = Path(made)
         if kind == "configs":
             shutil.copytree(POCKET, folder, dirs_exist_ok=True)

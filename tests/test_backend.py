@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -12,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import COMMON
+from checkpoints import COMMON, write_checkpoint
 from fake_cuda_library import fake_cuda_library
 
 import moeinf
@@ -60,7 +63,7 @@ def test_a_name_is_used_once(store: moeinf.ExpertStore) -> None:
     assert third.name == "mine#3"
     with pytest.raises(ValueError, match=r"no cache is named 'mine'.*released"):
         torch.ops.moeinf.fused_experts(hidden, ids, weights, "mine", 0)
-    with pytest.raises(ValueError, match="no cache is named 'other'"):
+    with pytest.raises(ValueError, match="no cache is named 'other': load its model first"):
         torch.ops.moeinf.fused_experts(hidden, ids, weights, "other", 0)
 
 
@@ -320,3 +323,82 @@ def test_the_output_of_strided_tokens_is_as_torch_compile_expects(
     ids, weights = torch.ones(4, 1, dtype=torch.int64), torch.ones(4, 1)
     torch.library.opcheck(torch.ops.moeinf.fused_experts, (hidden, ids, weights, cache.name, 0))
     assert moeinf.fused_experts(hidden, ids, weights, cache, 0).is_contiguous()
+
+
+def test_tensors_on_the_meta_device_do_not_mix_with_others(store: moeinf.ExpertStore) -> None:
+    cache = moeinf.ExpertCache(store, slots=4)
+    step = random_step(1, 3)
+    for odd in range(3):
+        mixed = [one.to("meta") if i == odd else one for i, one in enumerate(step)]
+        with pytest.raises(ValueError, match="expected one device, found cpu, meta"):
+            moeinf.fused_experts(*mixed, cache, 0)
+    assert moeinf.fused_experts(*[one.to("meta") for one in step], cache, 0).is_meta
+
+
+def test_a_model_compiles_whole(qwen3_folder: Path, seed: int) -> None:
+    """With tokens, gradients, and prompts of several lengths by one graph."""
+    model = moeinf.load(qwen3_folder, slots=4)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for length in (7, 9, 12):
+            tokens = prompt(seed, 2, length)
+            torch.testing.assert_close(compiled(tokens).logits, model(tokens).logits)
+    grads = []
+    for one in (model, compiled):
+        model.zero_grad()
+        one(tokens, labels=tokens).loss.backward()
+        grads.append(model.get_parameter("model.layers.0.self_attn.q_proj.weight").grad.clone())
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+
+
+RUN_EXPORTED = """
+import sys, torch, moeinf; moeinf.fused_experts  # registers the operator
+program = torch.export.load(sys.argv[1]).module()
+step = torch.load(sys.argv[2])
+try:
+    program(*step)
+except ValueError as error:
+    assert "load its model first" in str(error), error
+other = moeinf.ExpertCache(moeinf.ExpertStore.open(sys.argv[4]), slots=2)
+try:
+    program(*step)
+    raise SystemExit("another model's experts answered")
+except ValueError as error:
+    assert "load its model first" in str(error), error
+cache = moeinf.ExpertCache(moeinf.ExpertStore.open(sys.argv[3]), slots=2)
+torch.save(program(*step), sys.argv[2])
+"""
+
+
+def test_an_exported_program_finds_its_experts_in_another_process(
+    qwen3_folder: Path, tmp_path: Path, seed: int
+) -> None:
+    """And those of no other model, of the same sizes and names."""
+    write_checkpoint(tmp_path / "other", seed=5)
+
+    class Layer(torch.nn.Module):
+        def forward(self, hidden: Any, ids: Any, weights: Any) -> Any:
+            return hidden + moeinf.fused_experts(2 * hidden, ids, weights, cache, 1)
+
+    first = moeinf.ExpertStore.open(qwen3_folder)
+    assert first.fingerprint == moeinf.ExpertStore.open(qwen3_folder).fingerprint
+    assert first.fingerprint != moeinf.ExpertStore.open(tmp_path / "other").fingerprint
+    cache = moeinf.ExpertCache(first, slots=4, name=first.fingerprint + "-exported")
+    shutil.copytree(qwen3_folder, tmp_path / "copy")
+    step = random_step(seed, 5)
+    tokens = torch.export.Dim("tokens", min=2)
+    shapes = ({0: tokens},) * 3
+    program = torch.export.export(Layer(), step, dynamic_shapes=shapes)
+    graph = program.graph_module.code
+    assert cache.name in graph
+    for node in program.graph.nodes:  # as in a process that made no cache before
+        node.args = tuple(first.fingerprint if a == cache.name else a for a in node.args)
+    torch.export.save(program, tmp_path / "layer.pt2")
+    longer = random_step(seed + 1, 9)
+    torch.save(longer, tmp_path / "step.pt")
+    paths = [tmp_path / "layer.pt2", tmp_path / "step.pt", tmp_path / "copy", tmp_path / "other"]
+    run = subprocess.run(
+        [sys.executable, "-c", RUN_EXPORTED, *map(str, paths)], capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    assert torch.equal(torch.load(tmp_path / "step.pt"), Layer()(*longer))

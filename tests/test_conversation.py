@@ -14,7 +14,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import moeinf
+from moeinf.errors import CheckpointError
 from moeinf.integrations.transformers.conversation import Conversation
+from moeinf.integrations.transformers.generation import read_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}"
@@ -174,6 +176,22 @@ def test_an_interrupt_ends_the_reading_of_a_prompt_within_a_layer(
         assert after.run_tokens < len(prompt) - 10
 
 
+def test_a_pass_that_failed_leaves_nothing_behind(folder: Path, model: Any) -> None:
+    conversation = chat(folder, model)
+    conversation.answer("hello", max_new_tokens=9, temperature=0.0)
+
+    def fail(*_: Any) -> None:
+        raise OSError("the disk is gone")
+
+    hook = model.model.layers[1].register_forward_hook(fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        conversation.answer("who?", max_new_tokens=9, temperature=0.0)
+    hook.remove()
+    prompt = conversation._prompt("who?")
+    answer = conversation.answer("who?", max_new_tokens=9, temperature=0.0)
+    assert answer.tokens == from_the_start(model, prompt, 9)
+
+
 def test_windows_that_have_passed_run_again(tmp_path: Path) -> None:
     """Keys and values outside the window are gone: they cannot be cut, only made again."""
     folder = write_checkpoint(tmp_path, "mixtral", sliding_window=12)
@@ -224,3 +242,39 @@ def test_without_a_temperature_the_checkpoint_says_how_tokens_are_chosen(tmp_pat
         assert conversation.ends == {1, 2}
         answers.add(conversation.answer("hello", max_new_tokens=9).text)
     assert len(answers) > 1
+
+
+@pytest.mark.skipif(
+    not hasattr(PreTrainedTokenizerFast, "get_response_parser"), reason="this transformers cannot"
+)
+def test_what_was_thought_is_told_apart_where_the_tokenizer_knows_how(
+    folder: Path, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = chat(folder, model)
+    conversation.tokenizer.response_template = {
+        "defaults": {"role": "assistant"},
+        "start_anchor": "<a>",
+        "fields": {
+            "reasoning_content": {"open": "[", "close": "]"},
+            "content": {"close": "</s>"},
+        },
+    }
+    tokens = conversation.tokenizer("[hm]yes</s>")["input_ids"]
+    monkeypatch.setattr(conversation, "_run", lambda *_: tokens)
+    assert conversation.answer("well?", max_new_tokens=20).text == "[hm]yes"
+    reply = {"role": "assistant", "reasoning_content": "hm", "content": "yes"}
+    assert conversation.messages == [{"role": "user", "content": "well?"}, reply]
+    cut = conversation.tokenizer("[hm, I")["input_ids"]
+    monkeypatch.setattr(conversation, "_run", lambda *_: cut)
+    conversation.answer("and?", max_new_tokens=20)
+    assert conversation.messages[-1]["reasoning_content"] == "hm, I"
+
+
+def test_a_tokenizer_that_is_code_is_refused(tmp_path: Path) -> None:
+    mapped = {"AutoTokenizer": ["code.Tokenizer", None]}
+    config = {"tokenizer_class": "Tokenizer", "auto_map": mapped}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "tomorrow"}))
+    (tmp_path / "code.py").write_text("raise SystemExit('this code must not run')")
+    with pytest.raises(CheckpointError, match="it needs code that comes with the checkpoint"):
+        read_tokenizer(tmp_path)

@@ -170,6 +170,21 @@ def test_a_recorder_gets_its_ids_from_the_step(qwen3_folder: Path, seed: int) ->
     assert (traces[0].experts == traces[1].experts).all()
 
 
+def test_padding_is_not_recorded_there_either(qwen3_folder: Path, seed: int) -> None:
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :4] = 0
+    model: Any = moeinf.load(qwen3_folder, device="cuda", slots=4)
+    with model.moeinf.cache.record(router=True) as recorder:
+        model.generate(
+            random_prompt(seed, 2, 6), attention_mask=mask, max_new_tokens=3, do_sample=False
+        )
+        model(random_prompt(seed, 1, 2))  # with autograd on
+    trace = recorder.trace()
+    assert trace.sequence.tolist() == [0] * 4 + [1] * 8 + [2] * 2
+    assert trace.phase.tolist() == [0] * 2 + [1] * 2 + [0] * 6 + [1] * 2 + [0] * 2
+    assert trace.router is not None and trace.router.shape == (14, 3, 6)
+
+
 def test_ids_that_no_expert_has_and_tokens_without_any(store: moeinf.ExpertStore) -> None:
     cache = moeinf.ExpertCache(store, device="cuda", slots=2)
     hidden, weights = torch.ones(2, 40), torch.ones(2, 1)

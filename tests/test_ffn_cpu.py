@@ -539,11 +539,13 @@ def test_an_id_out_of_range_is_refused_by_name(engine, bad):
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_router_weight_that_is_not_finite_is_refused_by_name(engine, bad):
+def test_a_router_weight_that_is_not_finite_is_of_its_token_alone(engine, bad):
     case = make_case(3, tokens=3, top_k=3, skip=0)
+    clean = case.run(engine)
     case.scale[2, 1] = bad
-    with pytest.raises(ValueError, match=r"router weight -?(nan|inf) at token 2, position 1"):
-        case.run(engine)
+    found = case.run(engine)
+    assert torch.equal(found[:2], clean[:2])
+    assert not torch.isfinite(found[2]).any()
 
 
 def test_misuse_is_refused(engine):

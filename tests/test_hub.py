@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import torch
 from checkpoints import write_checkpoint
 from hub_server import COMMIT, GATED, NAME, Hub, hub_of
 from huggingface_hub import constants
+from test_conversation import write_tokenizer
 
 import moeinf
+import moeinf.cli
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.errors import CheckpointError
 
@@ -39,12 +43,16 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def hub(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """What huggingface_hub takes for the Hub; its cache is tmp_path/hub and empty."""
     with hub_of(published) as served:
-        monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
-        template = served.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.chdir(tmp_path)
+        be_the_hub(served, tmp_path, monkeypatch)
         yield served
+
+
+def be_the_hub(served: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", served.endpoint)
+    template = served.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
 
 
 def needed(folder: Path) -> set[str]:
@@ -75,6 +83,26 @@ def test_a_model_of_a_name_computes_what_that_of_the_folder_does(hub: Hub, publi
     with torch.no_grad():
         named = moeinf.load(NAME, revision="v1", slots=3)(ids).logits
         assert torch.equal(named, moeinf.load(published, slots=3)(ids).logits)
+
+
+def test_the_commands_take_a_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_checkpoint(tmp_path / "model")
+    write_tokenizer(folder, None)
+    with hub_of(folder) as hub:
+        be_the_hub(hub, tmp_path, monkeypatch)
+        texts, names = [], []
+        for checkpoint in ([NAME, "--revision", "v1"], [str(folder)]):
+            arguments = [*checkpoint, "--prompt", "hi", "--max-new-tokens", "3", "--json"]
+            monkeypatch.setattr(sys, "argv", ["moeinf", "run", *arguments, "--record", "trace"])
+            with pytest.raises(SystemExit) as ended:
+                moeinf.cli.main()
+            assert not ended.value.code
+            texts.append(json.loads(capsys.readouterr().out)["tokens"])
+            names.append(moeinf.Trace.load("trace").model)
+    assert texts[0] == texts[1]
+    assert names == [NAME, "model"]
 
 
 def test_a_folder_of_that_name_wins(hub: Hub, published: Path, tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ TENSORS = {"quant_method": "compressed-tensors"}
 STORED: dict[str, tuple[WeightFormat, dict[str, Any], Callable[[Parts], Parts]]] = {
     "fp8 blocks": (E4M3.with_scales("f32", (32, 32)), FP8,
                    scaled_as(".weight", ".weight_scale_inv")),
-    "fp8 blocks of 128, bf16 scales": (E4M3.with_scales("bf16", (128, 128)), {"quant_method": "fp8"},
-                                       scaled_as(".weight", ".weight_scale_inv")),
+    "fp8 blocks of 128": (E4M3.with_scales("bf16", (128, 128)), {"quant_method": "fp8"},
+                          scaled_as(".weight", ".weight_scale_inv")),
     "fp8 blocks, e8m0 scales": (
         E4M3.with_scales("e8m0", (32, 32)), FP8,
         lambda p: {".weight": p[VALUES], ".scale": p[SCALES].view(torch.float8_e8m0fnu)},
@@ -200,8 +200,14 @@ def test_dense_weights_may_be_packed_too(plain, tmp_path, seed):
 
 def test_gpt_oss(tmp_path, seed):
     """Fused, rows of gate and up in turn, biases; the module's own parameters are transposed."""
-    sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96,
-             "head_dim": 16, "layer_types": ["full_attention"] * 2, "sliding_window": 8}  # fmt: skip
+    sizes = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 96,
+        "head_dim": 16,
+        "layer_types": ["full_attention"] * 2,
+        "sliding_window": 8,
+    }
     plain = write_checkpoint(tmp_path / "plain", "gpt_oss", **{**SIZES, **sizes})
     rng = torch.Generator().manual_seed(seed)
     row = E2M1.with_scales("e8m0", (1, 32))

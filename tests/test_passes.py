@@ -124,6 +124,20 @@ def test_however_a_text_is_generated(
     expect(trace, texts, routing)
 
 
+def test_a_compiled_model(
+    served: Any, routing: Any, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Decode passes run without hooks, as `generate` compiles them on a GPU."""
+    monkeypatch.setattr(type(served), "_valid_auto_compile_criteria", lambda *_: True)
+    compiled = transformers.CompileConfig(backend="eager", mode=None)
+    options = {"cache_implementation": "static", "compile_config": compiled, **GREEDY}
+    prompt = random_ids(seed, 2, 5)
+    with served.moeinf.cache.record() as recorder:
+        output = served.generate(prompt, max_new_tokens=5, **options)
+    expect(recorder.trace(), [(5, text_of(one)) for one in output], routing)
+    torch.compiler.reset()
+
+
 def test_an_assistant_has_a_trace_of_its_own(
     folder: Path, served: Any, routing: Any, tmp_path: Path, seed: int
 ) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import write_checkpoint
 
 import moeinf
 from moeinf.errors import CapacityError, CheckpointError, ReadError, UnsupportedError
+from moeinf.experts.checks import MOST_ROUTES
 
 
 @pytest.fixture
@@ -154,7 +158,7 @@ def test_dense_weights_count_before_they_are_read(
         moeinf.load(folder)
     auto = moeinf.load(folder, memory="auto").moeinf.cache
     assert 1 <= auto.slots < 18
-    assert describe(store)["fits_share"] == pytest.approx(auto.slots / 18, abs=1.5 / 18)
+    assert describe(store.checkpoint)["fits_share"] == auto.slots / 18
     monkeypatch.setattr(_core, "available_memory", lambda: 3 * store.slot_bytes)
     with pytest.raises(CapacityError):
         moeinf.load(folder, slots=1)
@@ -176,3 +180,45 @@ def test_two_caches_do_not_count_on_the_same_memory(folder: Path) -> None:
     assert used >= 18 * cache.store.slot_bytes
     del cache, lease
     assert _core.promised_memory() == before
+
+
+@pytest.mark.parametrize("options", [{}, {"prefetch": "gate"}])
+def test_a_model_gives_its_memory_back_when_it_is_no_longer_used(
+    folder: Path, options: dict[str, Any]
+) -> None:
+    """Without the garbage collector: nothing in it refers to itself."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = moeinf.load(folder, slots=4, **options)
+        ids = torch.tensor([[1, 2, 3]])
+        with model.moeinf.cache.record(router=True):
+            model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=0)
+        cache = weakref.ref(model.moeinf.cache)
+        del model
+        assert cache() is None
+    finally:
+        gc.enable()
+
+
+def test_more_routes_than_the_kernels_take_are_refused_at_load(tmp_path: Path) -> None:
+    most = MOST_ROUTES["cpu"]
+    write_checkpoint(tmp_path, num_experts=70, num_experts_per_tok=most + 1)
+    with pytest.raises(UnsupportedError, match=f"config.json: {most + 1} experts per token"):
+        moeinf.load(tmp_path)
+    store = moeinf.ExpertStore.open(tmp_path)
+    cache = moeinf.ExpertCache(store)
+    hidden = torch.randn(1, store.layout.hidden)
+    for routes in (most, most + 1):
+        ids, weights = torch.arange(routes)[None], torch.full((1, routes), 0.1)
+        if routes > most:
+            with pytest.raises(ValueError, match="top_k may be at most"):
+                moeinf.fused_experts(hidden, ids, weights, cache, 0)
+        else:
+            assert moeinf.fused_experts(hidden, ids, weights, cache, 0).isfinite().all()
+
+
+def test_the_limit_of_routes_on_a_gpu_is_that_of_its_kernels() -> None:
+    from moeinf.kernels.checks import MAX_TOP_K
+
+    assert MOST_ROUTES["cuda"] == MAX_TOP_K

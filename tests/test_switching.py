@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoints import COMMON, FAMILIES, OWN_GATES, write_checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -18,6 +19,7 @@ from moeinf.errors import UnsupportedError
 from moeinf.integrations.transformers.blocks import try_router
 from moeinf.integrations.transformers.lookahead import GateLookahead
 
+OLD = transformers.__version__.startswith("5.0.")
 KNOWN = [family for family in FAMILIES | OWN_GATES if family in CONFIG_MAPPING]
 
 
@@ -42,6 +44,10 @@ def test_a_router_called_alone_chooses_as_in_its_block(
     family: str, tmp_path: Path, seed: int
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(write_checkpoint(tmp_path, family, seed=seed))
+    if family == "deepseek_v2" and OLD:  # its block does not call its router
+        with pytest.raises(UnsupportedError, match="DeepseekV2Moe: its router cannot be called"):
+            try_router(blocks_of(model)[0])
+        return
     hidden, ids = random_hidden(seed), torch.arange(7, 12)[None]
     seen: list[torch.Tensor] = []
     for block in blocks_of(model):
@@ -119,7 +125,7 @@ def test_experts_that_are_looked_up_by_token_are_predicted_exactly(
 
     predicted: dict[int, Any] = {}
     lookahead = GateLookahead(blocks_of(model), Listener())  # type: ignore[arg-type]
-    assert [router.needs_ids for router in lookahead.routers] == [True, True, False]
+    assert lookahead.needs_ids == [True, True, False]
     with torch.no_grad():
         for token in (3, 50, 96):
             model(torch.tensor([[token]]))
@@ -136,7 +142,7 @@ def test_another_implementation_is_refused_and_the_first_comes_back(
     model.set_experts_implementation(name)
     with pytest.raises(UnsupportedError, match=rf"served by moeinf .* found '{name}'"):
         logits_of(model, ids)
-    model.set_experts_implementation("moeinf")
+    model.config._experts_implementation = "moeinf"  # 5.0 takes names from a list of its own
     assert torch.equal(logits_of(model, ids), expected)
 
 
@@ -149,8 +155,12 @@ def test_a_configuration_that_names_the_implementation(
     ids = torch.randint(0, 97, (1, 5), generator=torch.Generator().manual_seed(seed))
     expected = logits_of(moeinf.load(qwen3_folder), ids)
     assert torch.equal(logits_of(moeinf.load(folder), ids), expected)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if OLD:  # does not read it
+        torch.testing.assert_close(logits_of(model, ids), expected, rtol=1e-4, atol=1e-4)
+        return
     with pytest.raises(UnsupportedError, match=r"serves models that moeinf\.load loaded"):
-        logits_of(AutoModelForCausalLM.from_pretrained(folder), ids)
+        logits_of(model, ids)
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])

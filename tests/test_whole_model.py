@@ -184,7 +184,7 @@ def test_copies_are_refused(qwen3_folder: Path, tmp_path: Path) -> None:
     model = moeinf.load(qwen3_folder, slots=2)
     for one, words in (
         (model, "Qwen3MoeForCausalLM: a served model cannot be copied or pickled"),
-        (model.model, "Qwen3MoeExperts: a served model cannot be copied or pickled"),
+        (model.model, ": a served model cannot be copied or pickled"),
         (model.moeinf.cache, "ExpertCache cannot be copied or pickled"),
     ):
         ways: list[Callable[[Any], Any]] = [

@@ -210,8 +210,7 @@ py::capsule export_pool(const ExpertCache& cache, py::handle dl_device, py::hand
     if (elsewhere || (!copy.is_none() && py::cast<bool>(copy))) {
         throw py::buffer_error("the pool is exported in place: no copy and no other device");
     }
-    return to_dlpack(cache.shared_pool(), cache.slots() + ExpertCache::kStagingSlots,
-                     device_of(cache));
+    return to_dlpack(cache.shared_pool(), device_of(cache), true);
 }
 
 void bind_lease(py::module_& module) {
@@ -394,7 +393,13 @@ void bind_cache(py::module_& module) {
             py::kw_only(), py::arg("stream") = py::none(), py::arg("max_version") = py::none(),
             py::arg("dl_device") = py::none(), py::arg("copy") = py::none(),
             "uint8 [staging_slots + slots, slot_bytes], not copied; row numbers are those that "
-            "leases give. Keeps the memory, not the cache, alive.")
+            "leases give. Keeps the memory, not the cache, alive: also of slots that go.")
+        .def(
+            "leased_rows",
+            [](const ExpertCache& cache) {
+                return to_dlpack(cache.shared_pool(), device_of(cache), false);
+            },
+            "The same for who reads leased slots alone: keeps no memory of slots that go.")
         .def("__dlpack_device__",
              [](const ExpertCache& cache) { return dlpack_device(device_of(cache)); });
 }

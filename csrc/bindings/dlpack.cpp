@@ -46,6 +46,11 @@ struct Export {
     std::array<int64_t, 2> shape;
     std::array<int64_t, 2> strides;
     std::shared_ptr<const SlotPool> pool;
+    bool holds = true;
+
+    ~Export() {
+        if (holds) pool->end_view();
+    }
 };
 
 void end_export(DLManagedTensor* managed) {
@@ -60,9 +65,15 @@ void end_unclaimed(PyObject* capsule) {
 
 }  // namespace
 
-pybind11::capsule to_dlpack(std::shared_ptr<const SlotPool> pool, int32_t rows,
-                            const Device* device) {
+pybind11::capsule to_dlpack(std::shared_ptr<const SlotPool> pool, const Device* device,
+                            bool holds) {
+    const int32_t rows = pool->begin_view();
     auto exported = std::make_unique<Export>();
+    exported->pool = pool;
+    if (!holds) {
+        pool->end_view();
+        exported->holds = false;
+    }
     const auto row_bytes = static_cast<int64_t>(pool->slot_bytes());
     exported->shape = {rows, row_bytes};
     exported->strides = {row_bytes, 1};
@@ -75,7 +86,6 @@ pybind11::capsule to_dlpack(std::shared_ptr<const SlotPool> pool, int32_t rows,
                           0},
                          exported.get(),
                          end_export};
-    exported->pool = std::move(pool);
     pybind11::capsule capsule(&exported->managed, kUnclaimed, end_unclaimed);
     (void)exported.release();  // the capsule, or who takes it over, ends it
     return capsule;

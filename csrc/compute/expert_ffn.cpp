@@ -1,7 +1,6 @@
 #include "compute/expert_ffn.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <limits>
 #include <string>
@@ -55,10 +54,6 @@ int32_t check(const FfnInput& input) {
                 " experts are too many for one call");
     }
     return input.num_experts;
-}
-
-std::string place(int64_t route, int64_t top_k) {
-    return "token " + std::to_string(route / top_k) + ", position " + std::to_string(route % top_k);
 }
 
 const Product& product_of(const KernelSet& kernels, const Matrix& matrix, DType dtype) {
@@ -208,12 +203,6 @@ void ExpertFfnCall::read_topk_weights() {
     topk_weights_.resize(row_of_route_.size());
     kernels_.widen(input_.topk_weights, input_.topk_weights_dtype,
                    static_cast<int64_t>(topk_weights_.size()), topk_weights_.data());
-    for (size_t i = 0; i < topk_weights_.size(); ++i) {
-        if (row_of_route_[i] >= 0 && !std::isfinite(topk_weights_[i])) {
-            invalid("router weight " + std::to_string(topk_weights_[i]) + " at " +
-                    place(static_cast<int64_t>(i), input_.top_k) + " is not finite");
-        }
-    }
 }
 
 void ExpertFfnCall::compute(std::span<const SlotOfExpert> ready) {

@@ -62,8 +62,8 @@ struct SlotOfExpert {
 
 class ExpertFfnCall {
 public:
-    // Throws Error(kInvalid) for an id that Routing refuses, and for a NaN or infinite weight of a
-    // routed expert.
+    // Throws Error(kInvalid) for an id that Routing refuses. A NaN in a token, a weight or an
+    // expert reaches the tokens it belongs to and no other.
     ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input);
     ~ExpertFfnCall();
     ExpertFfnCall(const ExpertFfnCall&) = delete;

@@ -38,8 +38,28 @@ void SlotPool::resize(int32_t slots) {
         throw Error(ErrorCode::kCapacity, "a pool of at most " + std::to_string(capacity_) +
                                               " slots cannot have " + std::to_string(slots));
     }
-    arena_->commit(static_cast<uint64_t>(slots) * slot_bytes_);
+    const std::lock_guard lock(mutex_);
+    if (slots > backed_ || views_ == 0) {
+        arena_->commit(static_cast<uint64_t>(slots) * slot_bytes_);
+        backed_ = slots;
+    }
     slots_ = slots;
+}
+
+int32_t SlotPool::begin_view() const {
+    const std::lock_guard lock(mutex_);
+    ++views_;
+    return backed_;
+}
+
+void SlotPool::end_view() const noexcept {
+    const std::lock_guard lock(mutex_);
+    if (--views_ > 0 || backed_ == slots_) return;
+    try {
+        arena_->commit(static_cast<uint64_t>(slots_) * slot_bytes_);
+        backed_ = slots_;
+    } catch (const Error&) {  // the next resize tries again
+    }
 }
 
 }  // namespace moeinf

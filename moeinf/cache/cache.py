@@ -41,10 +41,11 @@ _naming = threading.Lock()
 
 
 def named(name: str) -> ExpertCache:
-    """The cache of that name. Raises ValueError once it has been released: a name is used once."""
+    """The cache of that name. Raises ValueError where there is none: a name is used once."""
     cache = _named.get(name)
     if cache is None:
-        raise ValueError(f"no cache is named {name!r}: it has been released")
+        which = "it has been released" if name in _used_names else "load its model first"
+        raise ValueError(f"no cache is named {name!r}: {which}")
     return cache
 
 
@@ -81,8 +82,9 @@ class ExpertCache:
         direct: read past the page cache where the file system allows it.
         dense_bytes: of a memory's free bytes, what slots must leave for weights loaded later.
         layers: how many MoE layers the cache will serve, for shares and "auto"; without it, all.
-        name: what compiled graphs know the cache by. A number is added where it was used before in
-            this process, so that a graph never reaches the cache of another model.
+        name: what compiled graphs know the cache by; without it, the store's `fingerprint`. A
+            number is added where it was used before in this process, so that a graph, also one of
+            an earlier process, never reaches the cache of another model.
 
     Raises:
         CapacityError: the budget is below one slot, or the memory cannot be had.
@@ -112,7 +114,7 @@ class ExpertCache:
         gather_below: int | None = None,
         dense_bytes: int = 0,
         layers: int | None = None,
-        name: str = "experts",
+        name: str | None = None,
     ):
         if not isinstance(policy, str):
             raise ValueError(
@@ -194,7 +196,7 @@ class ExpertCache:
         if priors is not None:
             shape = (store.num_layers, store.num_experts)
             self.observers.append(LivePriors(priors, self.core, shape))
-        self.name = self._take_name(name)
+        self.name = self._take_name(name or store.fingerprint)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UnsupportedError(
@@ -337,13 +339,17 @@ class ExpertCache:
         return self.core.resident(layer)
 
     def resize(self, slots: int) -> None:
-        """Grows or shrinks the cache in place; shrinking waits for leases on the slots that go."""
+        """Grows or shrinks the cache in place; shrinking waits for leases on the slots that go.
+
+        Views from before stay valid. While one lives, memory of slots that go is not given back.
+        """
         self.core.resize(slots)
 
     def pool(self) -> torch.Tensor:
         """The pool as uint8 [slots + 2, slot_bytes], zero-copy. A lease says which slot has what.
 
-        Two slots are staging slots. Experts and staging slots may change places.
+        Two slots are staging slots. Experts and staging slots may change places. Rows of slots that
+        a `resize` has taken away keep their last bytes; there may be more rows while they are kept.
         """
         return torch.from_dlpack(self.core)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,22 @@ class Checkpoint:
         elif revision is not None:
             raise ValueError(f"{folder} is a folder: revision={revision!r} is for names on the Hub")
         return cls.of_folder(folder)
+
+    @classmethod
+    @contextmanager
+    def peek(
+        cls, path: str | os.PathLike[str], revision: str | None = None
+    ) -> Iterator[Checkpoint]:
+        """The same without fetching weights from the Hub; their tensors cannot be read."""
+        if Path(path).is_dir():
+            yield cls.open(path, revision)
+            return
+        folder = hub.fetch(os.fspath(path), revision)
+        if all((folder / name).exists() for name in names_by_shard(folder)):
+            yield cls.of_folder(folder)
+            return
+        with hub.headers(os.fspath(path), folder) as made:
+            yield cls.of_folder(made)
 
     @classmethod
     def of_folder(cls, folder: Path) -> Checkpoint:

@@ -6,6 +6,7 @@ and copies nothing: the cache reads those ranges straight into slots.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import weakref
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from moeinf.errors import CheckpointError, ReadError
 from moeinf.kernels.forms import ExpertForm
 
 FLOATS = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+
+
+SAMPLES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,7 @@ class ExpertStore:
             )
         naming, entry = found[0][0].naming, found[0][1]
         family = family_of(config, file)
-        packed = isinstance(entry, PackedEntry)  # always by rows
+        packed = any(isinstance(one, PackedEntry) for _, one in found)  # always by rows
         if naming.fused and family.transposed and not packed:
             raise CheckpointError(
                 f"{entry}: {config['model_type']} stores fused tensors transposed, as [experts, "
@@ -165,6 +169,22 @@ class ExpertStore:
         expert = sum(m.rows * (m.cols + (m.bias is not None)) for m in matrices)
         return expert * self.num_layers * self.num_experts
 
+    @property
+    def fingerprint(self) -> str:
+        """The same in every process for the same experts.
+
+        Experts of the same sizes differ in it where some of their bytes do: it hashes what is
+        where, and 64 bytes of as many as SAMPLES experts. Raises ReadError.
+        """
+        digest = hashlib.sha256(
+            repr((self.modules, self.num_experts, self.form, self.layout.segments)).encode()
+        )
+        for layer in range(0, self.num_layers, -(-self.num_layers // SAMPLES)):
+            one = self.extents(layer, layer % self.num_experts)[-1]
+            middle = one.file_offset + one.nbytes // 2
+            digest.update(read_bytes(one.entry, middle, min(64, one.nbytes // 2)).numpy().data)
+        return f"experts-{digest.hexdigest()[:16]}"
+
     def tensor_names(self) -> set[str]:
         """The checkpoint's names of every tensor that belongs to an expert."""
         return {
@@ -201,24 +221,28 @@ class ExpertStore:
         return extents
 
     def _multiplier(self, layer: int, expert: int, matrix: str) -> Slice:
-        place = (layer * self.num_experts + expert) * len(self._matrices)
-        return Slice(self._multipliers, 4 * (place + self._matrices.index(matrix)), (1,))
+        place = 3 * (layer * self.num_experts + expert)
+        place += ("gate", "up", "down").index(matrix.removesuffix("_up"))
+        return Slice(self._multipliers, 4 * place, (2 if matrix == "gate_up" else 1,))
 
     @cached_property
     def _multipliers(self) -> TensorEntry:
-        """The multiplier of every matrix, in a file in memory.
+        """The multipliers of gate, up and down of every expert, in a file in memory.
 
         In the checkpoint each is a tensor of its own, that may divide. Here they are read like all
         other bytes of an expert, and cost no read from the disk.
         """
-        shape = (self.num_layers, self.num_experts, len(self._matrices))
+        shape = (self.num_layers, self.num_experts, 3)
         numbers = torch.ones(shape)
         for layer, module in enumerate(self.modules):
             for expert, parts in enumerate(self._index[module]):
-                for i, matrix in enumerate(self._matrices):
+                for matrix in self._matrices:
                     entry = parts[matrix, VALUES].entry
                     if isinstance(entry, PackedEntry) and entry.format.multiplier:
-                        numbers[layer, expert, i] = read_multiplier(entry)
+                        number = float(read_multiplier(entry))
+                        for place, name in enumerate(("gate", "up", "down")):
+                            if name in matrix.split("_"):
+                                numbers[layer, expert, place] = number
         memory = os.memfd_create("moeinf multipliers", os.MFD_CLOEXEC)
         weakref.finalize(self, os.close, memory)
         os.write(memory, numbers.numpy().tobytes())

@@ -6,7 +6,7 @@ import json as json_format
 import re
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated, Any
@@ -15,7 +15,7 @@ import typer
 
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.cli import options, quiet_interrupts
-from moeinf.cli.output import human_bytes, print_facts
+from moeinf.cli.output import human_bytes, print_facts, utf8
 from moeinf.pocket import POCKET, model_name
 
 HELP = "/reset forgets the conversation, /stats shows what was read, /exit or Ctrl-D ends"
@@ -55,49 +55,62 @@ def command(
         policy=policy,
         prefetch=prefetch,
     )
-    chat = Conversation(model, read_tokenizer(opened.path), system)
+    chat = Conversation(model, read_tokenizer(opened.path), system and utf8("--system", system))
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if not chat.has_template:
         _note("The tokenizer has no chat template: the model continues the text of all messages.")
     if terminal:
         _note(f"{model_name(checkpoint)}: {HELP}; Ctrl-C stops an answer.")
     torch.manual_seed(seed)
-    for message in _messages(terminal):
-        if message == "/exit":
-            return
-        if message == "/reset":
-            chat.reset()
-        elif message == "/stats":
-            _print_stats(chat, json)
-        elif re.fullmatch(r"/\w+", message):
-            _note(f"{message} is not a command: {HELP}.")
-        elif message.strip():
-            try:
-                with _ctrl_c_stops(chat, terminal):
-                    answer = chat.answer(
-                        message,
-                        max_new_tokens=max_new_tokens,
-                        temperature=temperature,
-                        stream=None if json else sys.stdout,
-                    )
-            except ValueError as error:
-                if not terminal:
-                    raise
-                _note(f"{error}.")
-            else:
-                _print_answer(answer, json)
-
-
-def _messages(terminal: bool) -> Iterator[str]:
-    """The lines of standard input; at a terminal with editing and history."""
     if not terminal:
-        yield from (line.rstrip("\n") for line in sys.stdin)
+        for line in sys.stdin:
+            if not _say(chat, line.rstrip("\n"), max_new_tokens, temperature, json):
+                return
         return
+
+    def stop(*_: Any) -> None:
+        chat.interrupt()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second one ends the program
+
+    with _on_ctrl_c(lambda *_: None):
+        for message in _typed():
+            with _on_ctrl_c(stop):
+                try:
+                    if not _say(chat, message, max_new_tokens, temperature, json):
+                        return
+                except ValueError as error:
+                    _note(f"{error}.")
+
+
+def _say(
+    chat: Any, message: str, max_new_tokens: int, temperature: float | None, json: bool
+) -> bool:
+    """Answers a message or does what a command says; false where that is to end."""
+    if message == "/exit":
+        return False
+    if message == "/reset":
+        chat.reset()
+    elif message == "/stats":
+        _print_stats(chat, json)
+    elif re.fullmatch(r"/\w+", message):
+        _note(f"{message} is not a command: {HELP}.")
+    elif message.strip():
+        stream = None if json else sys.stdout
+        answer = chat.answer(
+            message, max_new_tokens=max_new_tokens, temperature=temperature, stream=stream
+        )
+        _print_answer(answer, json)
+    return True
+
+
+def _typed() -> Iterator[str]:
+    """The lines that a person types, with editing and history."""
     import readline  # noqa: F401  # input() uses it
 
     while True:
         try:
-            message = input("> ")
+            with _on_ctrl_c(signal.default_int_handler):
+                message = input("> ")
         except KeyboardInterrupt:
             _note(f"\n{HELP}.")
         except EOFError:
@@ -108,16 +121,8 @@ def _messages(terminal: bool) -> Iterator[str]:
 
 
 @contextmanager
-def _ctrl_c_stops(chat: Any, terminal: bool) -> Iterator[None]:
-    """At a terminal, Ctrl-C ends the answer; a second one, and any in a script, the program."""
-
-    def stop(*_: Any) -> None:
-        chat.interrupt()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    previous = signal.getsignal(signal.SIGINT)
-    if terminal:
-        signal.signal(signal.SIGINT, stop)
+def _on_ctrl_c(action: Callable[..., Any]) -> Iterator[None]:
+    previous = signal.signal(signal.SIGINT, action)
     try:
         yield
     finally:

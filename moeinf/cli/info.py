@@ -1,64 +1,94 @@
-"""`moeinf info`: the experts of a checkpoint, and the share of them that fits into memory."""
+"""`moeinf info`: what a checkpoint is, whether it is served, and how much of it fits here."""
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
-from moeinf.cache.budget import RAM_RESERVE, free_bytes, less_reserve, slots_for
+from moeinf.cache.budget import bytes_loaded_as, free_bytes
+from moeinf.cache.devices import open_device, pick_device
+from moeinf.checkpoint.folder import Checkpoint
 from moeinf.checkpoint.store import ExpertStore
-from moeinf.cli import options
+from moeinf.cli import options, quiet_interrupts
 from moeinf.cli.output import human_bytes, print_facts, print_json
-from moeinf.errors import CapacityError
+from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.pocket import POCKET
 
 
 def command(
     checkpoint: options.Checkpoint = POCKET,
+    revision: options.Revision = None,
     json: options.Json = False,
 ) -> None:
-    """Shows the experts of a checkpoint, their sizes and layout."""
-    facts = describe(ExpertStore.open(checkpoint))
+    """Shows a checkpoint's family, experts and sizes, from its headers alone."""
+    with Checkpoint.peek(checkpoint, revision) as opened:
+        facts = {"path": str(checkpoint), **describe(opened)}
     if json:
         print_json(facts)
-        return
-    segments = ", ".join(
-        f"{segment['name']} {segment['dtype']} {segment['shape']}" for segment in facts["segments"]
-    )
-    print_facts(
-        str(checkpoint),
-        {
-            "architecture": facts["model_type"],
-            "MoE layers": str(facts["num_layers"]),
-            "experts per layer": f"{facts['num_experts']}, {facts['top_k']} per token",
-            "expert": f"{human_bytes(facts['expert_bytes'])}: {segments}; {facts['activation']}",
-            "slot": human_bytes(facts["slot_bytes"]),
-            "all experts": human_bytes(facts["all_experts_bytes"]),
-            "other weights": human_bytes(facts["other_bytes"]),
-            "one token reads": human_bytes(facts["token_bytes"]),
-            "one token's working set": f"{facts['working_set']} experts "
-            f"({facts['working_set_share']:.1%} of all)",
-            "memory available": human_bytes(facts["available_bytes"]),
-            "experts that fit here": f"{facts['fits_share']:.1%}",
-        },
-    )
+    else:
+        print_facts(facts["path"], _in_words(facts))
 
 
-def describe(store: ExpertStore) -> dict[str, Any]:
-    """The facts as plain values; bytes are counted without units."""
-    total = store.num_layers * store.num_experts
-    expert_names = store.tensor_names()
-    other = sum(
-        entry.nbytes for name, entry in store.checkpoint.tensors.items() if name not in expert_names
-    )
-    available = free_bytes(None)
-    working_set = store.num_layers * (store.top_k or store.num_experts)
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The facts as plain values; bytes are counted without units.
+
+    `served` is what `moeinf.load` would find out before it reads a tensor; `reason` is its error.
+    """
+    with quiet_interrupts():
+        from moeinf.integrations.transformers.caches import slots_that_fit
+        from moeinf.integrations.transformers.load import computing_dtype
+        from moeinf.integrations.transformers.models import model_class, read_config
+        from moeinf.integrations.transformers.plan import make_plan
+    stored: Counter[str] = Counter()
+    for entry in checkpoint.tensors.values():
+        stored[entry.dtype] += entry.nbytes
+    facts: dict[str, Any] = {
+        "model_type": checkpoint.config.get("model_type", "unknown"),
+        "tensors": len(checkpoint.tensors),
+        "bytes": sum(stored.values()),
+        "bytes_by_dtype": dict(stored.most_common()),
+    }
+    try:
+        base, config = model_class(read_config(checkpoint), checkpoint)
+        plan = make_plan(base, config, checkpoint)
+    except (CheckpointError, UnsupportedError) as error:
+        return {**facts, "served": False, "reason": str(error)}
+    stores, device = plan.stores, pick_device("auto")
+    total = sum(store.num_layers * store.num_experts for store in stores)
+    experts = sum(store.nbytes for store in stores)
+    dense = sum(entry.nbytes for entry in plan.dense.values())
+    loaded = bytes_loaded_as(computing_dtype("auto", config, stores[0]), plan.dense.values())
+    kinds = [_of_store(store) for store in stores]
+    working_set = sum(kind["working_set"] for kind in kinds)
     return {
-        "path": str(store.checkpoint.path),
-        "model_type": store.checkpoint.config.get("model_type", "unknown"),
+        **facts,
+        "served": True,
+        "class": base.__name__,
+        **kinds[0],
+        **({"other_experts": kinds[1:]} if kinds[1:] else {}),
+        "all_experts_bytes": experts,
+        "other_bytes": dense,
+        "unused_bytes": facts["bytes"] - experts - dense,
+        "token_bytes": sum(kind["working_set"] * kind["expert_bytes"] for kind in kinds),
+        "working_set": working_set,
+        "working_set_share": working_set / total,
+        "device": str(device),
+        "available_bytes": free_bytes(open_device(device)),
+        "fits_share": sum(slots_that_fit(stores, device, loaded)) / total,
+    }
+
+
+def _of_store(store: ExpertStore) -> dict[str, Any]:
+    gate, top_k = store.form.gate, store.top_k or store.num_experts
+    return {
         "num_layers": store.num_layers,
         "num_experts": store.num_experts,
-        "top_k": store.top_k,
-        "activation": store.form.gate.activation,
+        "top_k": top_k,
+        "gate": gate.function,
+        "activation": gate.activation,
+        "has_gate": store.form.has_gate,
+        "has_bias": store.form.has_bias,
+        "format": store.layout.down.format.name,
         "segments": [
             {
                 "name": segment.name,
@@ -70,25 +100,40 @@ def describe(store: ExpertStore) -> dict[str, Any]:
         ],
         "expert_bytes": store.layout.nbytes,
         "slot_bytes": store.slot_bytes,
-        "all_experts_bytes": store.nbytes,
-        "other_bytes": other,
-        "token_bytes": working_set * store.layout.nbytes,
-        "working_set": working_set,
-        "working_set_share": working_set / total,
-        "available_bytes": available,
-        "fits_share": _fitting(store, less_reserve(available, RAM_RESERVE, other)) / total,
+        "working_set": store.num_layers * top_k,
     }
 
 
-def _fitting(store: ExpertStore, free: int) -> int:
-    """The slots that a budget of "auto" has on the CPU."""
-    try:
-        return slots_for(
-            memory="auto",
-            slots=None,
-            slot_bytes=store.slot_bytes,
-            total_experts=store.num_layers * store.num_experts,
-            free=free,
-        )
-    except CapacityError:
-        return 0
+def _in_words(facts: dict[str, Any]) -> dict[str, str]:
+    parts = (f"{human_bytes(size)} {dtype}" for dtype, size in facts["bytes_by_dtype"].items())
+    rows = {
+        "family": facts["model_type"],
+        "weights": f"{human_bytes(facts['bytes'])} in {facts['tensors']} tensors: "
+        + ", ".join(parts),
+    }
+    if not facts["served"]:
+        return {**rows, "served": f"no: {facts['reason']}"}
+    rows["served"] = f"yes, as {facts['class']}"
+    for number, kind in enumerate((facts, *facts.get("other_experts", ())), 1):
+        of = "" if number == 1 else f", kind {number}"
+        parts = (f"{one['name']} {one['dtype']} {one['shape']}" for one in kind["segments"])
+        form = [kind["gate"]] * kind["has_gate"] + [kind["activation"]]
+        rows |= {
+            f"MoE layers{of}": str(kind["num_layers"]),
+            f"experts per layer{of}": f"{kind['num_experts']}, {kind['top_k']} per token",
+            f"expert{of}": f"{human_bytes(kind['expert_bytes'])}: {', '.join(parts)}",
+            f"format{of}": kind["format"],
+            f"form{of}": ", ".join(form + ["biases"] * kind["has_bias"]),
+            f"slot{of}": human_bytes(kind["slot_bytes"]),
+        }
+    return {
+        **rows,
+        "all experts": human_bytes(facts["all_experts_bytes"]),
+        "other weights": human_bytes(facts["other_bytes"]),
+        **({"not used": human_bytes(facts["unused_bytes"])} if facts["unused_bytes"] else {}),
+        "one token reads": human_bytes(facts["token_bytes"]),
+        "one token's working set": f"{facts['working_set']} experts "
+        f"({facts['working_set_share']:.1%} of all)",
+        "memory available": human_bytes(facts["available_bytes"]),
+        "experts that fit here": f"{facts['fits_share']:.1%}, on {facts['device']}",
+    }

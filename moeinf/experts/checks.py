@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from moeinf import _core
+from moeinf.errors import UnsupportedError
 
 # Of tokens, outputs and biases. Weight formats are in moeinf.checkpoint.formats.
 DTYPES = {
@@ -44,4 +45,17 @@ def check_tensors(
         raise ValueError(
             f"topk_ids and topk_weights: expected [{hidden.shape[0]}, k] both, found "
             f"{list(topk_ids.shape)} and {list(topk_weights.shape)}"
+        )
+
+
+MOST_ROUTES = {"cpu": 64, "cuda": 32}
+"""Of a token: what the kernels take."""
+
+
+def check_routes(top_k: int | None, device: str, where: object) -> None:
+    """Raises UnsupportedError for more routes per token than the kernels of the device take."""
+    if top_k is not None and top_k > MOST_ROUTES[device]:
+        raise UnsupportedError(
+            f"{where}: {top_k} experts per token: the {device} kernels take up to "
+            f"{MOST_ROUTES[device]}"
         )

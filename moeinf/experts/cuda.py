@@ -45,7 +45,7 @@ class CudaExperts:
         self._triton = _triton_kernels(on_cpu=self.is_fake)
         cache.kernels = "torch" if self._triton is None else "triton"
         self._lock = threading.Lock()  # of the matrices
-        self._matrices = self.store.layout.matrices(cache.pool())
+        self._matrices = self.store.layout.matrices(torch.from_dlpack(self.core.leased_rows()))
         self._slots = self.core.slots
 
     def run(
@@ -172,7 +172,8 @@ class CudaExperts:
         """
         with self._lock:
             if slots > self._slots:
-                self._matrices = self.store.layout.matrices(torch.from_dlpack(self.core))
+                rows = torch.from_dlpack(self.core.leased_rows())
+                self._matrices = self.store.layout.matrices(rows)
                 self._slots = slots
             return self._matrices
 

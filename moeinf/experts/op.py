@@ -88,8 +88,8 @@ def fused_experts(
         [T, H] in the dtype of `hidden`.
 
     Raises:
-        ValueError: shapes, dtypes, ids or a weight (NaN, infinite) that make no sense. On a GPU
-            weights are not checked, because that would wait for the device.
+        ValueError: shapes, dtypes, devices or ids that make no sense. NaN is none of them: the
+            tokens that it belongs to, and no other, become NaN.
         ReadError: an expert could not be read; the cache stays usable.
     """
     if forward_pass is not None:
@@ -117,6 +117,12 @@ def _fused_experts_fake(
     cache: str,
     layer: int,
 ) -> torch.Tensor:
+    devices = {tensor.device for tensor in (hidden, topk_ids, topk_weights)}
+    if len(devices) > 1:  # torch takes this way if one tensor alone is on the meta device
+        raise ValueError(
+            "hidden, topk_ids and topk_weights: expected one device, found "
+            + ", ".join(sorted(str(device) for device in devices))
+        )
     return hidden.new_empty(hidden.shape)  # contiguous, as backends make it
 
 

@@ -50,5 +50,8 @@ def read(path: Path, file_format: str, required: set[str], optional: set[str]) -
             if missing := sorted(required - names):
                 raise TraceError(f"{path}: tensor '{missing[0]}': expected, but not found")
             return metadata, {name: file.get_tensor(name) for name in names}
-    except (SafetensorError, TypeError, AttributeError) as error:  # or a dtype that NumPy lacks
+    except TraceError:
+        raise
+    except (SafetensorError, TypeError, AttributeError, ValueError) as error:
+        # Also a dtype or a shape that NumPy cannot have.
         raise TraceError(f"{path}: not a readable safetensors file: {error}") from None

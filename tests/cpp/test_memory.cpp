@@ -162,6 +162,27 @@ TEST("slots lie side by side and stay where they are") {
     CHECK_EQ(pool.slots(), 1);
 }
 
+TEST("a pool keeps the memory of slots that go while a view of them lives") {
+    SlotPool pool(make_host_arena(kPage * 4), kPage, 4, 4);
+    std::memset(pool.data(), 7, 4 * kPage);
+    CHECK_EQ(pool.begin_view(), 4);
+    pool.resize(1);
+    CHECK_EQ(pool.slots(), 1);
+    CHECK_EQ(pool.begin_view(), 4);
+    pool.resize(2);
+    pool.end_view();
+    CHECK(pool.slot(SlotId{3})[kPage - 1] == std::byte{7});
+    pool.end_view();
+    CHECK(readable(pool.slot(SlotId{1})));
+    CHECK(!readable(pool.slot(SlotId{2})));
+    CHECK(pool.slot(SlotId{1})[0] == std::byte{7});
+    CHECK_EQ(pool.begin_view(), 2);
+    pool.resize(3);
+    pool.end_view();
+    CHECK(readable(pool.slot(SlotId{2})));
+    CHECK_EQ(pool.slots(), 3);
+}
+
 TEST("pools that do not fit their arena are refused") {
     const auto pool = [](uint64_t slot_bytes, int32_t capacity, int32_t slots) {
         return [=] { SlotPool(make_host_arena(8 * kPage), slot_bytes, capacity, slots); };

@@ -6,12 +6,19 @@ from typing import Any
 
 import torch
 
-from moeinf.cache.budget import GPU_RESERVE, RAM_RESERVE, free_bytes, less_reserve, parse_bytes
+from moeinf.cache.budget import (
+    GPU_RESERVE,
+    RAM_RESERVE,
+    free_bytes,
+    less_reserve,
+    parse_bytes,
+    slots_for,
+)
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import open_device
 from moeinf.cache.group import CacheGroup
 from moeinf.checkpoint.store import ExpertStore
-from moeinf.errors import UnsupportedError
+from moeinf.errors import CapacityError, UnsupportedError
 from moeinf.integrations.transformers.device_map import Placement
 
 
@@ -48,6 +55,28 @@ def make_caches(
     return caches
 
 
+def slots_that_fit(
+    stores: list[ExpertStore], device: str | torch.device, dense_bytes: int
+) -> list[int]:
+    """The slots of each store's cache with memory="auto"; none where one would not fit."""
+    slots = []
+    shares = _share_out(stores, device, dense_bytes, {"memory": "auto"})
+    for store, share in zip(stores, shares, strict=True):
+        total = store.num_layers * store.num_experts
+        try:
+            slots.append(
+                slots_for(
+                    memory=share["memory"],
+                    slots=None,
+                    slot_bytes=store.slot_bytes,
+                    total_experts=total,
+                )
+            )
+        except CapacityError:
+            slots.append(0)
+    return slots
+
+
 def _share_out(
     stores: list[ExpertStore], device: str | torch.device, dense_bytes: int, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -56,7 +85,7 @@ def _share_out(
     memory, slots, host_memory = (options.get(key) for key in ("memory", "slots", "host_memory"))
     if memory == "auto" or (memory is None and slots is None and opened is not None):
         reserve = RAM_RESERVE if opened is None else GPU_RESERVE
-        memory = less_reserve(free_bytes(opened), reserve, dense_bytes)
+        memory = max(1, less_reserve(free_bytes(opened), reserve, dense_bytes))
     every = sum(store.nbytes for store in stores)
     shares = []
     for store in stores:

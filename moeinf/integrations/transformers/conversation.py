@@ -61,7 +61,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forgets all messages but the system's."""
-        self.messages: list[dict[str, str]] = list(self.system)
+        self.messages: list[dict[str, Any]] = list(self.system)
         self.said: list[int] = []  # the tokens of all messages and answers
         self.ran: list[int] = []  # the tokens whose keys and values are in `past`
         self.past: Any = None
@@ -95,19 +95,17 @@ class Conversation:
         clock = Clock(self.tokenizer, stream)
         before = self.model.moeinf.stats()
         start = time.perf_counter()
+        past, self.past, self.ran = self.past, None, []  # what a pass leaves that fails is unknown
         try:
-            tokens = self._run(prompt, clock, min(room, max_new_tokens), temperature)
+            tokens = self._run(prompt, past, clock, min(room, max_new_tokens), temperature)
         except Interrupted:
-            tokens = []
+            tokens, self.past, self.ran = [], past, prompt[:kept]
             self._keep(prompt[: kept + 1], broken=True)
         after = self.model.moeinf.stats()
         hits, misses = (after[name] - before[name] for name in ("hits", "misses"))
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
         if tokens:
-            self.messages += [
-                {"role": "user", "content": message},
-                {"role": "assistant", "content": text},
-            ]
+            self.messages += [{"role": "user", "content": message}, self._reply(prompt, tokens)]
         interrupted = self._interrupt.asked and (not tokens or tokens[-1] not in self.ends)
         ended = "end" if tokens and tokens[-1] in self.ends else "length"
         times = clock.times or [start]
@@ -132,6 +130,15 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": message}]
         return list(as_chat(self.tokenizer, messages)["input_ids"])
 
+    def _reply(self, prompt: list[int], tokens: list[int]) -> dict[str, Any]:
+        """The answer as a message: what was thought apart from what was said, where the tokenizer
+        knows how to tell them apart."""
+        if getattr(self.tokenizer, "response_template", None):
+            parsed = self.tokenizer.parse_response(tokens, prefix=prompt)
+            return {"role": "assistant", "content": "", **parsed}
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return {"role": "assistant", "content": text}
+
     def _keep(self, prompt: list[int], *, broken: bool = False) -> int:
         """Forgets keys and values from where the prompt is new; the count of those that stay.
 
@@ -145,7 +152,12 @@ class Conversation:
         return same
 
     def _run(
-        self, prompt: list[int], clock: Clock, max_new_tokens: int, temperature: float | None
+        self,
+        prompt: list[int],
+        past: Any,
+        clock: Clock,
+        max_new_tokens: int,
+        temperature: float | None,
     ) -> list[int]:
         ids = torch.tensor([prompt])
         with self._interrupt.between_layers(self.model, clock):
@@ -158,7 +170,7 @@ class Conversation:
                 stopping_criteria=[self._interrupt],
                 eos_token_id=sorted(self.ends) or None,
                 return_dict_in_generate=True,
-                **({} if self.past is None else {PAST: self.past}),
+                **({} if past is None else {PAST: past}),
             )
         self.said = output.sequences[0].tolist()
         self.ran = self.said[:-1]  # nothing was asked after the last one

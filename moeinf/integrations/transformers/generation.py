@@ -159,14 +159,25 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder. Raises CheckpointError if the folder has none."""
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+    """The tokenizer of a checkpoint folder.
+
+    Raises:
+        CheckpointError: the folder has none, or one that needs code of its own.
+    """
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except ValueError as error:
+        why = str(error).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            why = "it needs code that comes with the checkpoint, which is not run"
+        raise CheckpointError(f"{path}: no tokenizer can be made: {why}") from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise CheckpointError(f"{path}: expected a tokenizer such as tokenizer.json, found none")
-    return tokenizer
+    known: PreTrainedTokenizerBase = tokenizer
+    return known
 
 
-def as_chat(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> BatchEncoding:
+def as_chat(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> BatchEncoding:
     """The tokens of messages in the tokenizer's chat template, up to where the answer begins.
 
     Raises:

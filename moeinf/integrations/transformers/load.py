@@ -8,7 +8,7 @@ parameters left out, the library loads everything else, and the registered exper
 from __future__ import annotations
 
 import os
-from functools import partial
+import weakref
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from moeinf.checkpoint.folder import Checkpoint, read_tensor
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
+from moeinf.experts.checks import check_routes
 from moeinf.integrations.transformers.caches import make_caches
 from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
 from moeinf.integrations.transformers.experts import experts_modules, leave_out_experts
@@ -102,7 +103,7 @@ def load(
         placed = Placement(device_map, plan.skeleton, [*experts_modules(plan.skeleton)])
         if placed.only is None and prefetch == GATE:
             raise UnsupportedError("prefetch='gate' runs a router early: give one device")
-    computes_in = _dtype(dtype, config, plan.stores[0])
+    computes_in = computing_dtype(dtype, config, plan.stores[0])
     caches = make_caches(
         plan.stores,
         device=pick_device(device) if placed is None else placed.only,
@@ -110,6 +111,7 @@ def load(
         dense_bytes=bytes_loaded_as(computes_in, plan.dense.values()),
         **options,
     )
+    check_routes(plan.stores[0].top_k, caches[0].device.type, checkpoint.config_file)
     model: Any = _load_dense(base, config, plan, computes_in)
     # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
     model.config._experts_implementation = IMPLEMENTATION
@@ -144,7 +146,9 @@ class ServedExperts:
                 serve(module, one if isinstance(one, ExpertCache) else one.of(layer), layer)
                 module.config._experts_implementation = IMPLEMENTATION
         blocks = [model.get_submodule(path.rpartition(".")[0]) for path in cache.store.modules]
-        cache.routers = partial(listen, blocks)
+        # Weakly, for the blocks refer to the cache: a model that is no longer used is gone at once.
+        known = [weakref.ref(block) for block in blocks]
+        cache.routers = lambda sink: listen([block for ref in known if (block := ref())], sink)
         self.lookahead = None
         if gate_lookahead and isinstance(cache, ExpertCache):
             self.lookahead = GateLookahead(blocks, cache)
@@ -214,7 +218,8 @@ def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
 
 
-def _dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -> torch.dtype:
+def computing_dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -> torch.dtype:
+    """Of activations and of all weights but the experts'; "auto" is the checkpoint's own."""
     if dtype == "auto":
         stored = store.layout.down.format
         dtype = (

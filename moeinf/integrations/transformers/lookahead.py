@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from moeinf.cache.cache import ExpertCache
-from moeinf.integrations.transformers.blocks import try_router
+from moeinf.integrations.transformers.blocks import Router, try_router
 
 MOST_TOKENS = 4
 """Of one forward pass. More of them use so many experts that a prediction says little."""
@@ -35,31 +35,36 @@ class _OfThread(threading.local):
 
 
 class GateLookahead:
-    """Hooks on the MoE blocks of a model. `blocks[i]` is MoE layer i."""
+    """Hooks on the MoE blocks of a model. `blocks[i]` is MoE layer i.
+
+    A hook refers to the next block and never to an earlier one, so that a model that is no longer
+    used is gone at once.
+    """
 
     def __init__(self, blocks: Sequence[Any], cache: ExpertCache):
         self.cache = cache
-        self.blocks = list(blocks)
-        self.routers = [try_router(block).router for block in blocks]
         self._mine = _OfThread()
-        for layer in range(len(self.blocks) - 1):
-            self._watch(layer)
+        routers = [try_router(block).router for block in blocks]
+        self.needs_ids = [router.needs_ids for router in routers]
+        for layer, (block, router) in enumerate(zip(blocks[:-1], routers[1:], strict=True)):
+            self._watch(layer, block, router)
 
-    def _watch(self, layer: int) -> None:
-        block = self.blocks[layer]
+    def _watch(self, layer: int, block: Any, router: Router) -> None:
         shared = _module(block, "shared_expert") or _module(block, "shared_experts")
         shared_gate = _module(block, "shared_expert_gate")
-        if self.routers[layer + 1].needs_ids:
+        if router.needs_ids:
             block.register_forward_pre_hook(self._keep_ids, with_kwargs=True)
         if shared is None or self.cache.on_gpu:
             block.experts.register_forward_pre_hook(
                 lambda _, args: self._predict(
-                    layer + 1, args[0], self._mine.shared.get(layer), shared_gate
+                    layer + 1, router, args[0], self._mine.shared.get(layer), shared_gate
                 )
             )
         else:
             shared.register_forward_hook(
-                lambda _, args, output: self._predict(layer + 1, args[0], output, shared_gate)
+                lambda _, args, output: self._predict(
+                    layer + 1, router, args[0], output, shared_gate
+                )
             )
         if shared is not None and self.cache.on_gpu:
             shared.register_forward_hook(
@@ -77,6 +82,7 @@ class GateLookahead:
     def _predict(
         self,
         layer: int,
+        router: Router,
         hidden: torch.Tensor,
         shared: torch.Tensor | None,
         shared_gate: Any = None,
@@ -88,7 +94,7 @@ class GateLookahead:
             # forward() rather than a call: hooks of others are for what the model computes.
             scale = torch.sigmoid(shared_gate.forward(hidden)) if shared_gate else 1.0
             hidden = hidden + scale * shared.reshape(hidden.shape)
-        self.cache.predict(layer, self.routers[layer].choose(hidden, self._mine.ids))
+        self.cache.predict(layer, router.choose(hidden, self._mine.ids))
 
 
 def _module(block: Any, name: str) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
-from transformers.models.auto import modeling_auto
+from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.errors import CheckpointError
@@ -44,8 +44,14 @@ def read_config(checkpoint: Checkpoint) -> Any:
             name = part.get(key)
             if name is not None and not isinstance(getattr(torch, str(name), None), torch.dtype):
                 raise CheckpointError(f"{file}: {key} is {name!r}, which is no dtype of torch")
+    if kind not in CONFIG_MAPPING:
+        code = "; code that comes with a checkpoint is not run" if "auto_map" in config else ""
+        raise CheckpointError(
+            f"{file}: transformers refuses model_type {kind!r}: {transformers.__version__} does "
+            f"not know it{code}"
+        )
     try:
-        loaded = AutoConfig.from_pretrained(checkpoint.path)
+        loaded = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
         # The checkpoint's entries say how they are stored. Transformers would build modules of its
         # own, or refuse what it does not know.
         for part in (loaded, loaded.get_text_config()):

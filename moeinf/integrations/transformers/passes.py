@@ -20,9 +20,9 @@ from __future__ import annotations
 import inspect
 import threading
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import count, pairwise
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,7 @@ from transformers import Cache, GenerationMixin, PreTrainedModel, StoppingCriter
 
 from moeinf.cache.passes import Array, ForwardPass, Text
 from moeinf.errors import UnsupportedError
-from moeinf.integrations.transformers.whole import class_of
+from moeinf.integrations.transformers.whole import NotCopied, class_of
 
 if TYPE_CHECKING:
     from moeinf.cache.cache import ExpertCache
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 CACHE_NAMES = ("cache", "past_key_values")  # transformers before 5.24 has the second
 
 
-class PassReader:
+class PassReader(NotCopied):
     """Tells the caches of a model of each of its passes, from hooks on its decoder."""
 
     def __init__(self, decoder: torch.nn.Module, caches: Sequence[ExpertCache | CacheGroup]):
@@ -70,7 +70,11 @@ class PassReader:
         """The stopping criteria of the `generate` in progress, which learns what they say."""
         if self._mine.generation is None:
             return criteria
-        return _WatchedCriteria(criteria, self._mine.generation)
+        return _WatchedCriteria(criteria, self._mine.generation, self._begin)
+
+    def _begin(self, one: ForwardPass) -> None:
+        for cache in self._caches:
+            cache.begin_pass(one, said=False)
 
     @property
     def _is_observed(self) -> bool:
@@ -93,8 +97,7 @@ class PassReader:
             one = self._packed(given, past, bounds, tokens.shape[1])
         else:
             one = self._rows(tokens, past, given.get("attention_mask"))
-        for cache in self._caches:
-            cache.begin_pass(one, said=False)
+        self._begin(one)
 
     def _after(self, _: Any, __: Any, output: Any) -> None:
         """A cache that the model itself has made belongs to the sequences of this pass."""
@@ -132,7 +135,7 @@ class PassReader:
             if generation.caller is None:
                 generation.caller = stream.caller
             prefill = begins or not generation.has_chosen
-        return _Rows(
+        one = _Rows(
             prefill=prefill,
             new_sequence=begins,
             batch=rows,
@@ -145,6 +148,9 @@ class PassReader:
             is_main=generation is not None and generation.caller == stream.caller,
             ended=None if generation is None else generation.ended,
         )
+        if generation is not None and one.is_main:
+            generation.latest = None if past is None else one
+        return one
 
     def _run_again(self, tokens: torch.Tensor) -> Any:
         """Without a cache: the stream of which this pass runs all tokens again, and more."""
@@ -271,6 +277,7 @@ class _Generation:
         self.columns: int | None = None  # of the text so far
         self.ended: torch.Tensor | None = None  # bool [rows]
         self.caller: int | None = None  # of its first pass
+        self.latest: _Rows | None = None  # pass of that caller, where a cache keeps its tokens
 
 
 class _OfThread(threading.local):
@@ -281,18 +288,40 @@ class _OfThread(threading.local):
 
 
 class _WatchedCriteria(StoppingCriteriaList):
-    def __init__(self, criteria: StoppingCriteriaList, generation: _Generation):
+    """Is asked after every token that is chosen.
+
+    It begins the next pass too, for the hooks of a model that is compiled do not run.
+    """
+
+    def __init__(
+        self,
+        criteria: StoppingCriteriaList,
+        generation: _Generation,
+        begin: Callable[[ForwardPass], None],
+    ):
         super().__init__(criteria)
         self.generation = generation
+        self.begin = begin
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         done = super().__call__(input_ids, scores, **kwargs)
         one = self.generation
         one.has_chosen = True
-        one.columns = input_ids.shape[1]
+        one.columns = columns = input_ids.shape[1]
         if len(done) > 1:
-            one.ended = (
-                done if one.ended is None or len(one.ended) != len(done) else one.ended | done
+            same = one.ended is not None and len(one.ended) == len(done)
+            one.ended = one.ended | done if same else done
+        if one.latest is not None:
+            self.begin(
+                replace(
+                    one.latest,
+                    prefill=False,
+                    new_sequence=False,
+                    begin=columns - 1,
+                    earlier=columns - 1,
+                    mask=None,
+                    ended=one.ended,
+                )
             )
         return done
 

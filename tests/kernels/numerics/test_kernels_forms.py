@@ -64,6 +64,24 @@ def test_gates(
     check(Layer(T, 2, 3, 40, 24, scale=4.0, bias=True, **form), path)
 
 
+@pytest.mark.parametrize("path,T", PATHS[1:])
+@pytest.mark.parametrize("function,activation", GATE_ROWS)
+def test_nan_reaches_the_token_it_belongs_to_and_no_other(
+    path: str, T: int, function: str, activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_blocks.use(monkeypatch)
+    layer = Layer(T, 2, 3, 40, 24, function=function, activation=activation, limit=3.0)
+    clean = compute(layer, path)
+    layer.hidden[1, 39] = torch.nan
+    found = compute(layer, path)
+    layer.hidden[1, 39], layer.weights[1, 0] = 0.0, torch.nan
+    weighted = compute(layer, path)
+    others = [t for t in range(T) if t != 1]
+    for one in (found, weighted):
+        assert one[1].isnan().all()
+        assert torch.equal(one[others], clean[others])
+
+
 WEIGHT_FORMS = [
     {"function": "plain", "activation": "relu2"},
     {"function": "plain", "bias": True, "transposed": True},
