@@ -198,6 +198,14 @@ def test_dense_weights_may_be_packed_too(plain, tmp_path, seed):
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
+def test_a_model_with_packed_experts_is_not_saved(plain, tmp_path):
+    packed, _ = quantised(plain, tmp_path, "mxfp4", 0)
+    model = moeinf.load(packed, device="cpu", slots=4)
+    with pytest.raises(UnsupportedError, match="expected experts without scales; copy the files"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
 def test_gpt_oss(tmp_path, seed):
     """Fused, rows of gate and up in turn, biases; the module's own parameters are transposed."""
     sizes = {
