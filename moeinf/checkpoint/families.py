@@ -154,8 +154,8 @@ def find_experts(
 class Family:
     """`form` reads what an expert computes from config.json; the defaults are transformers'.
 
-    `transposed`: fused tensors are stored as [experts, inputs, outputs].
-    `interleaved`: rows of gate and up alternate in fused tensors.
+    Of fused tensors: `transposed`, they are stored as [experts, inputs, outputs]; `interleaved`,
+    gate and up alternate in them.
     """
 
     form: Callable[[Config, Path], ExpertForm]

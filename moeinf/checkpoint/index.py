@@ -23,12 +23,14 @@ from moeinf.kernels.forms import ExpertForm
 class Slice:
     """A run of one tensor's bytes: a piece of one expert. `offset` counts from the tensor's start.
 
-    `shape` is [rows, columns] of what is stored, or [rows] of a bias.
+    `shape` is [rows, columns] of what is stored, or [rows] of a bias. `transposed`: the bytes lie
+    column by column, and are turned on their way into a slot.
     """
 
     entry: TensorEntry
     offset: int
     shape: tuple[int, ...]
+    transposed: bool = False
 
     @classmethod
     def whole(cls, entry: TensorEntry) -> Slice:
@@ -51,18 +53,25 @@ Index = Mapping[str, Sequence[Expert]]
 """By module path of the experts, in the order of layers: all experts in the router's order."""
 
 
-def split_fused(entry: TensorEntry, num_experts: int) -> list[Slice]:
+def split_fused(entry: TensorEntry, num_experts: int, transposed: bool = False) -> list[Slice]:
     """The slices of a tensor [num_experts, ...], one for each expert."""
     if not entry.shape or entry.shape[0] != num_experts:
         raise CheckpointError(f"{entry}: config.json says there are {num_experts} experts")
     nbytes, rest = divmod(entry.nbytes, num_experts)
     if rest:
         raise CheckpointError(f"{entry}: its {entry.nbytes} bytes cannot be shared by its experts")
-    return [Slice(entry, e * nbytes, entry.shape[1:]) for e in range(num_experts)]
+    shape = entry.shape[1:]
+    if transposed and len(shape) == 2 and not isinstance(entry, PackedEntry):
+        return [Slice(entry, e * nbytes, shape[::-1], True) for e in range(num_experts)]
+    return [Slice(entry, e * nbytes, shape) for e in range(num_experts)]
 
 
-def build_index(found: Iterable[tuple[Address, TensorEntry]], num_experts: int) -> Index:
+def build_index(
+    found: Iterable[tuple[Address, TensorEntry]], num_experts: int, transposed: bool = False
+) -> Index:
     """The index of tensors that were found by their names.
+
+    `transposed`: those of all experts are [experts, inputs, outputs].
 
     Raises:
         CheckpointError: two tensors for one piece, or more experts than configured.
@@ -75,7 +84,7 @@ def build_index(found: Iterable[tuple[Address, TensorEntry]], num_experts: int) 
         module, experts = layers[address.layer]
         key = address.matrix, address.piece
         if address.expert is None:
-            holders, slices = experts, split_fused(entry, num_experts)
+            holders, slices = experts, split_fused(entry, num_experts, transposed)
         elif address.expert < num_experts:
             holders, slices = [experts[address.expert]], [Slice.whole(entry)]
         else:
@@ -183,7 +192,8 @@ def scales_of(values: Slice) -> Slice:
 
 def _check_slice(piece: Slice, first: Slice) -> None:
     """The slice is like that of the first expert, and lies within its tensor."""
-    if piece.shape != first.shape or piece.entry.dtype != first.entry.dtype:
+    alike = piece.shape == first.shape and piece.transposed == first.transposed
+    if not alike or piece.entry.dtype != first.entry.dtype:
         raise CheckpointError(f"{piece} differs from {first}; experts must be alike")
     end = piece.offset + piece.nbytes
     if not 0 <= piece.offset <= end <= piece.entry.nbytes:

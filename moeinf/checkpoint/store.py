@@ -119,17 +119,11 @@ class ExpertStore:
                 f"checkpoint of {len(checkpoint.tensors)} tensors; known names are "
                 + "; ".join(naming.name for naming in NAMINGS)
             )
-        naming, entry = found[0][0].naming, found[0][1]
+        naming = found[0][0].naming
         family = family_of(config, file)
-        packed = any(isinstance(one, PackedEntry) for _, one in found)  # always by rows
-        if naming.fused and family.transposed and not packed:
-            raise CheckpointError(
-                f"{entry}: {config['model_type']} stores fused tensors transposed, as [experts, "
-                "inputs, outputs]; expected [experts, outputs, inputs], which kernels read by rows"
-            )
         store = cls(
             checkpoint,
-            build_index(found, configuration.num_experts(config, file)),
+            build_index(found, configuration.num_experts(config, file), family.transposed),
             form=family.form(config, file),
             top_k=configuration.top_k(config, file),
             interleaved=naming.interleaved or (naming.fused and family.interleaved),
@@ -264,7 +258,26 @@ class ExpertStore:
             slot[0, extent.slot_offset : end] = read_bytes(
                 extent.entry, extent.file_offset, extent.nbytes
             )
+        for offset, rows, cols, element in self._transposes():
+            matrix = slot[0, offset : offset + rows * cols * element].view(rows, cols, element)
+            matrix.view(cols, rows, element)[:] = matrix.transpose(0, 1).clone()
         return {name: view[0] for name, view in self.layout.views(slot).items()}
+
+    def _transposes(self) -> list[tuple[int, int, int, int]]:
+        """Where a slot's bytes are read column by column: offset, rows and columns as they are
+        read, bytes of an element."""
+        first, found = self._index[self.modules[0]][0], []
+        for segment, matrices, piece in self._places:
+            offset = segment.offset
+            for matrix in matrices:
+                part = first.get((matrix, piece))  # none of scales
+                if part is None:
+                    continue
+                if part.transposed:
+                    rows, cols = part.shape
+                    found.append((offset, cols, rows, segment.dtype.itemsize))
+                offset += part.nbytes
+        return found
 
     @cached_property
     def catalog(self) -> _core.Catalog:
@@ -291,6 +304,7 @@ class ExpertStore:
             self.slot_bytes,
             files,
             np.array(rows, dtype=np.uint64),
+            self._transposes(),
         )
 
     def check_unchanged(self) -> None:

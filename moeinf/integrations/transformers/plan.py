@@ -45,11 +45,13 @@ class Plan:
             format and one size. `ExpertStore.modules` says which layers of the model they are of.
             The store with the most bytes comes first.
         dense: every other tensor that the model uses, by its name in the files.
+        tied: experts modules that have the weights of another one, by path, and which that is.
     """
 
     skeleton: PreTrainedModel
     stores: list[ExpertStore]
     dense: dict[str, TensorEntry]
+    tied: dict[str, str]
 
 
 def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) -> Plan:
@@ -81,6 +83,10 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
     for name in shapes:
         if name in sources:
             traced |= trace(name, sources[name], shapes, skeleton.config)
+    for one, other in skeleton.all_tied_weights_keys.items():
+        for name, twin in ((one, other), (other, one)):
+            if name in shapes and name not in traced and twin in traced:
+                traced[name] = traced[twin]
     missing = [name for name in shapes if name not in traced]
     if missing:
         raise missing_tensors(checkpoint, missing)
@@ -92,9 +98,22 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
         if entry.name not in served
     }
     _check_unknown(skeleton, checkpoint, unknown, sources)
-    stores = _stores(checkpoint, modules, traced, skeleton.config)
+    tied = _tied(modules, traced)
+    own = {path: module for path, module in modules.items() if path not in tied}
+    stores = _stores(checkpoint, own, traced, skeleton.config)
     leave_out_experts(skeleton)
-    return Plan(skeleton, stores, dense)
+    return Plan(skeleton, stores, dense, tied)
+
+
+def _tied(modules: Mapping[str, Any], traced: Mapping[str, Traced]) -> dict[str, str]:
+    """Modules with the weights of an earlier one."""
+    first: dict[tuple[int, ...], str] = {}
+    tied = {}
+    for path, module in modules.items():
+        weights = tuple(id(traced[f"{path}.{name}"]) for name in parameters_of(module))
+        if first.setdefault(weights, path) != path:
+            tied[path] = first[weights]
+    return tied
 
 
 def _by_rows(sources: Sources | None) -> bool:
