@@ -17,6 +17,7 @@ from moeinf.checkpoint.config import TOP_K_KEYS
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.index import Expert
+from moeinf.checkpoint.packed import PackedEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.integrations.transformers.experts import (
@@ -74,6 +75,11 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
         for path, module in modules.items()
         for name, shape in parameters_of(module).items()
     }
+    for path, module in modules.items():
+        for name in parameters_of(module):
+            if module.is_transposed and _by_rows(sources.get(f"{path}.{name}")):
+                experts, inputs, outputs = shapes[f"{path}.{name}"]
+                shapes[f"{path}.{name}"] = (experts, outputs, inputs)
     traced: dict[str, Traced] = {}
     for name in shapes:
         if name in sources:
@@ -120,6 +126,13 @@ def _tied(modules: Mapping[str, Any], traced: Mapping[str, Traced]) -> dict[str,
         if first.setdefault(weights, path) != path:
             tied[path] = first[weights]
     return tied
+
+
+def _by_rows(sources: Sources | None) -> bool:
+    """Whether a parameter is one packed tensor: those are by rows, also in transposed modules."""
+    if sources is None or sources.converter is not None:
+        return False
+    return isinstance(sources.all()[0], PackedEntry)
 
 
 def missing_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointError:
