@@ -112,9 +112,14 @@ class Catalog:
         slot_bytes: int,
         files: collections.abc.Sequence[tuple[str, int]],
         extents: typing.Annotated[numpy.typing.ArrayLike, numpy.uint64],
+        transposes: collections.abc.Sequence[
+            typing.Annotated[collections.abc.Sequence[int], "FixedSize(4)"]
+        ] = [],
     ) -> None:
         """files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as (file,
-        file offset, bytes, slot offset), experts by layer * num_experts + expert."""
+        file offset, bytes, slot offset), experts by layer * num_experts + expert.
+        transposes: (slot offset, rows, columns, bytes of an element), as they are read; in
+        the slot they lie as columns x rows."""
 
     def extents(self, expert: int) -> numpy.typing.NDArray[numpy.uint64]:
         """uint64 [extents, 4] of one flat expert id, as given to the constructor."""
@@ -296,7 +301,7 @@ class ExpertCache:
         dl_device: typing.Any = None,
         copy: typing.Any = None,
     ) -> typing_extensions.CapsuleType:
-        """uint8 [staging_slots + slots, slot_bytes], not copied; row numbers are those that leases
+        """uint8 [staging_slots + slots, slot_bytes], not copied; slot numbers are those that leases
         give. Keeps the memory, not the cache, alive: also of slots that go."""
 
     def __dlpack_device__(self) -> tuple: ...
@@ -317,28 +322,14 @@ class ExpertCache:
         eamc: Eamc | None = None,
         host_tier: HostTier | None = None,
     ) -> None: ...
-    def acquire(
-        self,
-        layer: int,
-        experts: typing.Any,
-        counts: typing.Any = None,
-        prefill: bool = False,
-        new_sequence: bool = False,
-    ) -> tuple[StepLease, list]:
+    def acquire(self, layer: int, experts: typing.Any) -> tuple[StepLease, list]:
         """Starts a step, waits until all its experts sit in slots at once, and returns the lease
         and their slots in the order of `experts`. Raises CapacityError where they
         cannot."""
 
-    def begin_step(
-        self,
-        layer: int,
-        experts: typing.Any,
-        counts: typing.Any = None,
-        prefill: bool = False,
-        new_sequence: bool = False,
-    ) -> StepLease:
-        """Starts a step and never waits. experts: distinct ids within the layer; counts: tokens
-        routed to each. What slots cannot hold passes through two staging slots."""
+    def begin_step(self, layer: int, experts: typing.Any) -> StepLease:
+        """Starts a step and never waits. experts: distinct ids within the layer. What slots cannot
+        hold passes through two staging slots."""
 
     def eamc(self) -> Eamc:
         """A copy of what 'eam' has collected, the request in progress as it is included."""
@@ -364,8 +355,8 @@ class ExpertCache:
         """Ids within the layer whose bytes are in slots."""
 
     def resize(self, slots: int) -> None:
-        """Waits for leases on slots that go. Views of their rows may not be touched any more; after
-        growing, take a new view to see the new rows."""
+        """Waits for leases on slots that go. Views of them may not be touched any more; after
+        growing, take a new view to see the new slots."""
 
     def set_priors(self, priors: numpy.typing.NDArray[numpy.float32]) -> None:
         """How likely each expert is to come, by flat id."""
@@ -373,13 +364,13 @@ class ExpertCache:
     def stats(self) -> list:
         """One dict per layer."""
 
-    def wait_for_rows(self, rows: typing.Any) -> None:
-        """The host waits until the bytes of leased rows are there; at once where slots lie in
+    def wait_for_slots(self, slots: collections.abc.Sequence[int]) -> None:
+        """The host waits until the bytes of leased slots are there; at once where slots lie in
         RAM."""
 
     @property
     def address(self) -> int:
-        """Of row 0. The same for the life of the cache."""
+        """Of slot 0. The same for the life of the cache."""
 
     @property
     def files_direct(self) -> list[bool]:
@@ -427,9 +418,9 @@ class StepStream:
         tokens: int,
         top_k: int,
         map_address: int,
-        prefill: bool = False,
-        new_sequence: bool = False,
-        caller: int = 0,
+        prefill: bool,
+        new_sequence: bool,
+        caller: int,
     ) -> None:
         """Enqueues the way of the ids [tokens, top_k] from a device address to the host. The map is
         int32 [num_experts + 1] on the device."""

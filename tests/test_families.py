@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from moeinf.cache.cache import ExpertCache
 from moeinf.checkpoint.families import parse
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError
@@ -290,19 +291,39 @@ def test_an_odd_number_of_rows(tmp_path: Path) -> None:
 
 
 def test_fused_tensors_of_another_number_of_experts(tmp_path: Path) -> None:
-    tensors = fused("model.layers.0.mlp.experts", ("gate_up_proj", "down_proj"))
+    tensors = {
+        name: tensor
+        for layer in range(2)
+        for name, tensor in fused(
+            f"model.layers.{layer}.mlp.experts", ("gate_up_proj", "down_proj")
+        ).items()
+    }
     with pytest.raises(CheckpointError, match=r"\[3, .*config\.json says there are 4 experts"):
-        ExpertStore.open(write(tmp_path, tensors, layers=1, num_experts=4))
+        ExpertStore.open(write(tmp_path, tensors, layers=2, num_experts=4))
 
 
-def test_transposed_tensors_are_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("wide", [HIDDEN, INTER])
+def test_transposed_tensors_are_turned(wide: int, tmp_path: Path) -> None:
     """Also where all sizes are equal, as in GPT-OSS: no shape would tell."""
     stem = "model.layers.0.mlp.experts"
     tensors = {
-        f"{stem}.gate_up_proj": torch.randn(EXPERTS, HIDDEN, 2 * HIDDEN),
-        f"{stem}.gate_up_proj_bias": torch.randn(EXPERTS, 2 * HIDDEN),
-        f"{stem}.down_proj": torch.randn(EXPERTS, HIDDEN, HIDDEN),
+        f"{stem}.gate_up_proj": torch.randn(EXPERTS, HIDDEN, 2 * wide),
+        f"{stem}.gate_up_proj_bias": torch.randn(EXPERTS, 2 * wide),
+        f"{stem}.down_proj": torch.randn(EXPERTS, wide, HIDDEN),
         f"{stem}.down_proj_bias": torch.randn(EXPERTS, HIDDEN),
     }
-    with pytest.raises(CheckpointError, match=r"_proj.*gpt_oss stores fused tensors transposed"):
-        ExpertStore.open(write(tmp_path, tensors, layers=1, model_type="gpt_oss"))
+    store = ExpertStore.open(write(tmp_path, tensors, layers=1, model_type="gpt_oss"))
+    cache = ExpertCache(store, slots=EXPERTS)
+    with cache.acquire(0, range(EXPERTS)) as lease:
+        matrices = store.layout.matrices(cache.pool())
+        for expert, slot in enumerate(lease.slots):
+            read = store.read(0, expert)
+            gate_up = tensors[f"{stem}.gate_up_proj"][expert].T
+            assert torch.equal(read["gate_up"], gate_up)
+            assert torch.equal(read["down"], tensors[f"{stem}.down_proj"][expert].T)
+            assert matrices.up is not None and matrices.up.bias is not None
+            assert torch.equal(matrices.gate.values[slot], gate_up[0::2])
+            assert torch.equal(matrices.up.values[slot], gate_up[1::2])
+            assert torch.equal(matrices.down.values[slot], read["down"])
+            bias = tensors[f"{stem}.gate_up_proj_bias"][expert]
+            assert torch.equal(matrices.up.bias[slot], bias[1::2])

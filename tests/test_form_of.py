@@ -121,13 +121,6 @@ def test_float32_on_the_way_is_no_other_gate() -> None:
     assert form_of(own(gate)) == ExpertForm()
 
 
-def test_a_norm_behind_each_expert_is_no_part_of_a_form() -> None:
-    module = own(lambda m, g, u: g * u)
-    module.has_post_expert_norm = True
-    with pytest.raises(UnsupportedError, match="has_post_expert_norm is True, expected False"):
-        form_of(module)
-
-
 def test_the_attributes_that_old_versions_lack() -> None:
     module = module_of("qwen3_moe", "Qwen3MoeExperts")
     for name in ("has_gate", "is_concatenated", "has_post_expert_norm"):

@@ -153,6 +153,26 @@ def test_extents_that_do_not_fit_are_refused_by_name(files: FileSet) -> None:
         _core.Catalog(0, 0, PAGE, sizes, np.zeros((0, 3, 4), dtype=np.uint64))
 
 
+@pytest.mark.parametrize(
+    "turn",
+    [
+        (0, 0, 4, 2),
+        (0, 4, 4, 3),
+        (0, 1, PAGE * 100, 1),
+        (1, 1, 1, 2),
+        (1 << 63, 1, 1, 1),
+        (0, 1 << 63, 2, 1),
+        (0, 1 << 63, 1 << 63, 4),
+    ],
+)
+def test_a_transpose_stays_in_the_slot(turn: tuple[int, ...], files: FileSet) -> None:
+    sizes = [(str(path), path.stat().st_size) for path in files.paths]
+    with pytest.raises(ValueError, match="transpose of"):
+        _core.Catalog(
+            files.layers, files.experts, files.slot_bytes, sizes, files.extents, transposes=[turn]
+        )
+
+
 def test_a_missing_file_is_an_error_at_once(files: FileSet) -> None:
     files.paths[1].unlink()
     with pytest.raises(ReadError, match=r"shard-1\.bin: cannot be opened: No such file"):

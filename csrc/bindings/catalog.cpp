@@ -4,6 +4,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -23,7 +24,8 @@ using ExtentArray = py::array_t<uint64_t, py::array::c_style | py::array::forcec
 
 std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, uint64_t slot_bytes,
                                       const std::vector<std::pair<std::string, uint64_t>>& files,
-                                      const ExtentArray& extents) {
+                                      const ExtentArray& extents,
+                                      const std::vector<std::array<uint64_t, 4>>& transposes) {
     if (extents.ndim() != 3 || extents.shape(2) != 4 ||
         extents.shape(0) != static_cast<py::ssize_t>(num_layers) * num_experts) {
         std::string found = "[";
@@ -38,6 +40,11 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
     }
     std::vector<CatalogFile> catalog_files;
     for (const auto& [path, nbytes] : files) catalog_files.push_back({path, nbytes});
+
+    std::vector<Transpose> turned;
+    for (const auto& [offset, rows, cols, element] : transposes) {
+        turned.push_back({offset, rows, cols, element});
+    }
 
     const auto values = extents.unchecked<3>();
     std::vector<Extent> flat;
@@ -56,7 +63,7 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
         }
     }
     return std::make_shared<Catalog>(ModelShape{num_layers, num_experts}, slot_bytes,
-                                     std::move(catalog_files), std::move(flat));
+                                     std::move(catalog_files), std::move(flat), std::move(turned));
 }
 
 py::array_t<uint64_t> extents_of(const Catalog& catalog, ExpertId expert) {
@@ -81,8 +88,11 @@ void bind_catalog(py::module_& module) {
         "Which ranges of which files make up every expert, and where in a slot each goes.")
         .def(py::init(&make_catalog), py::arg("num_layers"), py::arg("num_experts"),
              py::arg("slot_bytes"), py::arg("files"), py::arg("extents"),
+             py::arg("transposes") = std::vector<std::array<uint64_t, 4>>{},
              "files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as "
-             "(file, file offset, bytes, slot offset), experts by layer * num_experts + expert.")
+             "(file, file offset, bytes, slot offset), experts by layer * num_experts + expert. "
+             "transposes: (slot offset, rows, columns, bytes of an element), as they are read; in "
+             "the slot they lie as columns x rows.")
         .def_property_readonly("num_layers", &Catalog::num_layers)
         .def_property_readonly("num_experts", &Catalog::num_experts)
         .def_property_readonly("slot_bytes", &Catalog::slot_bytes)

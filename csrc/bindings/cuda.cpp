@@ -84,8 +84,8 @@ void bind_step_stream(py::module_& module) {
                                  .caller = caller});
             },
             py::arg("layer"), py::arg("ids_address"), py::arg("ids_are_int64"), py::arg("tokens"),
-            py::arg("top_k"), py::arg("map_address"), py::arg("prefill") = false,
-            py::arg("new_sequence") = false, py::arg("caller") = 0, released,
+            py::arg("top_k"), py::arg("map_address"), py::arg("prefill"), py::arg("new_sequence"),
+            py::arg("caller"), released,
             "Enqueues the way of the ids [tokens, top_k] from a device address to the host. The "
             "map is int32 [num_experts + 1] on the device.")
         .def("begin", &StepStream::begin, released,

@@ -218,7 +218,8 @@ void CacheState::release_member(Member& member) {
     member.fill.reset();
 }
 
-void CacheState::hand_out(StepLease::Impl& lease, std::vector<ReadyExpert>& out) {
+bool CacheState::hand_out(StepLease::Impl& lease, std::vector<ReadyExpert>& out) {
+    const size_t before = lease.to_hand_out;
     for (size_t i = 0; i < lease.members.size(); ++i) {
         Member& member = lease.members[i];
         if (member.state != Member::State::kReady) continue;
@@ -226,6 +227,7 @@ void CacheState::hand_out(StepLease::Impl& lease, std::vector<ReadyExpert>& out)
         member.state = Member::State::kHeld;
         --lease.to_hand_out;
     }
+    return lease.to_hand_out < before;
 }
 
 void CacheState::end_lease(StepLease::Impl& lease) {

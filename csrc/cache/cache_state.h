@@ -92,7 +92,7 @@ struct CacheState final : Tier::Owner {
     void start_surplus(StepLease::Impl& lease);
     void collect_fills(StepLease::Impl& lease);
     void release_member(Member& member);
-    void hand_out(StepLease::Impl& lease, std::vector<ReadyExpert>& out);
+    bool hand_out(StepLease::Impl& lease, std::vector<ReadyExpert>& out);
     void acquire_all(StepLease::Impl& lease, std::unique_lock<std::mutex>& lock);
     void end_lease(StepLease::Impl& lease);
     [[nodiscard]] bool staging_never_frees() const;

@@ -17,12 +17,14 @@ public:
     explicit Stall(double& seconds) : seconds_(seconds) {}
     Stall(const Stall&) = delete;
     Stall& operator=(const Stall&) = delete;
-    ~Stall() {
-        if (waited_) seconds_ += std::chrono::duration<double>(Clock::now() - since_).count();
-    }
+    ~Stall() { end(); }
     void start() {
         if (!waited_) since_ = Clock::now();
         waited_ = true;
+    }
+    void end() {
+        if (waited_) seconds_ += std::chrono::duration<double>(Clock::now() - since_).count();
+        waited_ = false;
     }
 
 private:
@@ -34,11 +36,6 @@ private:
 bool loading(const StepLease::Impl& lease) {
     return std::any_of(lease.members.begin(), lease.members.end(),
                        [](const Member& m) { return m.state == Member::State::kLoading; });
-}
-
-bool any_ready(const StepLease::Impl& lease) {
-    return std::any_of(lease.members.begin(), lease.members.end(),
-                       [](const Member& m) { return m.state == Member::State::kReady; });
 }
 
 void check_alive(const StepLease::Impl& lease) {
@@ -145,11 +142,10 @@ bool StepLease::wait_ready(std::vector<ReadyExpert>& out) {
         check_alive(lease);
         if (lease.to_hand_out == 0) return false;
         cache.start_surplus(lease);
-        if (any_ready(lease)) {
-            cache.hand_out(lease, out);
+        if (cache.hand_out(lease, out)) {
+            stall.end();
             lock.unlock();
             cache.flush();
-            lock.lock();  // for the stall
             return true;
         }
         stall.start();

@@ -81,11 +81,12 @@ void check_overlap(std::span<const Extent> extents, const std::vector<CatalogFil
 }  // namespace
 
 Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
-                 std::vector<Extent> extents)
+                 std::vector<Extent> extents, std::vector<Transpose> transposes)
     : shape_(shape),
       slot_bytes_(slot_bytes),
       files_(std::move(files)),
-      extents_(std::move(extents)) {
+      extents_(std::move(extents)),
+      transposes_(std::move(transposes)) {
     const auto [num_layers, num_experts] = shape;
     if (num_layers <= 0 || num_experts <= 0 ||
         num_experts > std::numeric_limits<int32_t>::max() / num_layers) {
@@ -101,6 +102,17 @@ Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile>
     }
     extents_per_expert_ = extents_.size() / total;
 
+    for (const Transpose& one : transposes_) {
+        const bool known = one.element == 1 || one.element == 2 || one.element == 4;
+        const uint64_t most = known ? slot_bytes / one.element : 0;
+        if (one.rows == 0 || one.cols == 0 || one.rows > most || one.cols > most / one.rows ||
+            one.slot_offset > slot_bytes - one.nbytes() || one.slot_offset % one.element != 0) {
+            invalid("transpose of " + text_of(one.rows) + " x " + text_of(one.cols) +
+                    " elements of " + text_of(one.element) + " bytes at slot offset " +
+                    text_of(one.slot_offset) + ": expected elements of 1, 2 or 4 bytes in a slot " +
+                    "of " + text_of(slot_bytes) + " bytes");
+        }
+    }
     std::vector<size_t> order;
     for (const ExpertId expert : shape.experts()) {
         const std::span<const Extent> own = this->extents(expert);

@@ -21,6 +21,18 @@ struct Extent {
     uint64_t slot_offset;  // bytes from the start of the slot
 };
 
+// Bytes of every slot that files hold the other way round: read as `rows` x `cols` elements of
+// `element` bytes, they lie in the slot as `cols` x `rows`.
+struct Transpose {
+    bool operator==(const Transpose&) const = default;
+    uint64_t slot_offset;
+    uint64_t rows;
+    uint64_t cols;
+    uint64_t element;  // 1, 2 or 4
+
+    [[nodiscard]] uint64_t nbytes() const noexcept { return rows * cols * element; }
+};
+
 struct CatalogFile {
     bool operator==(const CatalogFile&) const = default;
     std::string path;
@@ -30,10 +42,10 @@ struct CatalogFile {
 class Catalog {
 public:
     // `extents` holds `extents_per_expert` entries for each flat expert id (layer * num_experts +
-    // expert), in order. Throws Error(kInvalid) if an extent exceeds its file or its slot, or if
-    // two extents of one expert overlap in the slot.
+    // expert), in order. Throws Error(kInvalid) if an extent exceeds its file or its slot, if two
+    // extents of one expert overlap in the slot, or if a transpose exceeds the slot.
     Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
-            std::vector<Extent> extents);
+            std::vector<Extent> extents, std::vector<Transpose> transposes = {});
 
     [[nodiscard]] ModelShape shape() const noexcept { return shape_; }
     [[nodiscard]] int32_t num_layers() const noexcept { return shape_.num_layers; }
@@ -42,6 +54,7 @@ public:
     [[nodiscard]] uint64_t slot_bytes() const noexcept { return slot_bytes_; }
     [[nodiscard]] const std::vector<CatalogFile>& files() const noexcept { return files_; }
     [[nodiscard]] std::span<const Extent> extents(ExpertId expert) const;
+    [[nodiscard]] const std::vector<Transpose>& transposes() const noexcept { return transposes_; }
     // The sum of the extents of any one expert.
     [[nodiscard]] uint64_t expert_bytes() const noexcept { return expert_bytes_; }
 
@@ -55,6 +68,7 @@ private:
     size_t extents_per_expert_ = 0;
     std::vector<CatalogFile> files_;
     std::vector<Extent> extents_;
+    std::vector<Transpose> transposes_;
 };
 
 }  // namespace moeinf

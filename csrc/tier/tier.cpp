@@ -75,33 +75,14 @@ FillPtr Tier::start_staged_fill(int32_t staging, ExpertId expert, Priority prior
     return fill;
 }
 
-FillPtr Tier::join(ExpertId expert, bool demand) {
-    residency_.pin(expert);
-    const FillPtr& fill = fills_[expert];
-    if (fill == nullptr) return nullptr;
-    ++fill->waiting;
-    if (demand) promote(fill);
-    return fill;
-}
-
 void Tier::promote(const FillPtr& fill) {
     if (fill->priority == Priority::kPrefetch && !fill->demanded) source_->promote(fill);
     fill->demanded = true;
 }
 
-void Tier::leave(ExpertId expert, const FillPtr& joined) {
-    if (joined) --joined->waiting;
-    unpin(expert);
-}
-
-void Tier::unpin(ExpertId expert) {
-    residency_.unpin(expert);
-    if (residency_.pinned(expert)) return;
-    if (!residency_.is_open(residency_.frame_of(expert))) {
-        evict(expert, SlotId::kNone);
-        residency_.remove(expert);
-    }
-    announce_room();
+void Tier::leave_closed_frame(ExpertId expert) {
+    evict(expert, SlotId::kNone);
+    residency_.remove(expert);
 }
 
 void Tier::end_fill(Fill& fill, std::string error) noexcept {

@@ -88,10 +88,24 @@ public:
     // The source takes over a fill from above that was given up.
     void fill_from_source(const FillPtr& fill);
     // Pins the expert. Returns the fill that must end first, or null if the bytes are there.
-    FillPtr join(ExpertId expert, bool demand);
+    FillPtr join(ExpertId expert, bool demand) {
+        residency_.pin(expert);
+        const FillPtr& fill = fills_[expert];
+        if (fill == nullptr) return nullptr;
+        ++fill->waiting;
+        if (demand) promote(fill);
+        return fill;
+    }
     void promote(const FillPtr& fill);
-    void leave(ExpertId expert, const FillPtr& joined);  // undoes join(); null: the bytes are there
-    void unpin(ExpertId expert);
+    void leave(ExpertId expert,
+               const FillPtr& joined) {  // undoes join(); null: the bytes are there
+        if (joined) --joined->waiting;
+        unpin(expert);
+    }
+    void unpin(ExpertId expert) {
+        residency_.unpin(expert);
+        if (!residency_.pinned(expert)) on_unpinned(expert);
+    }
     void end(Fill& fill, std::string error);
 
     // Staging slots, by index. A claimed one belongs to its claimer until it is released. A failed
@@ -149,6 +163,11 @@ private:
     }
     void evict(ExpertId expert, SlotId slot);
     void on_bypassed(ExpertId expert);
+    void on_unpinned(ExpertId expert) {
+        if (!residency_.is_open(residency_.frame_of(expert))) leave_closed_frame(expert);
+        announce_room();
+    }
+    void leave_closed_frame(ExpertId expert);
     [[nodiscard]] bool give_staging_slots_that_stay();
 
     const std::shared_ptr<const Catalog> catalog_;

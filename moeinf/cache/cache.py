@@ -231,8 +231,7 @@ class ExpertCache:
         stream may read meanwhile. `fused_experts` needs neither wait.
         """
         step, slots = self.core.acquire(layer, experts)
-        self.core.wait_for_rows(slots)
-        return Lease(experts, slots, partial(self._let_go, step.release))
+        return self._lease(experts, slots, step.release)
 
     def waves(self, layer: int, experts: Sequence[int]) -> Iterator[Lease]:
         """Like `acquire`, in as many leases as it takes: each holds what is ready by then.
@@ -243,19 +242,23 @@ class ExpertCache:
         step = self.core.begin_step(layer, experts)
         try:
             while (ready := step.wait_ready()) is not None:
-                positions = [position for position, _ in ready]
-                self.core.wait_for_rows([slot for _, slot in ready])
-                with Lease(
-                    [experts[position] for position in positions],
-                    [slot for _, slot in ready],
-                    partial(self._let_go, partial(_finish, step, positions)),
-                ) as lease:
+                positions, slots = zip(*ready, strict=True)
+                those = [experts[position] for position in positions]
+                with self._lease(those, slots, partial(_finish, step, positions)) as lease:
                     yield lease
         finally:
             step.release()
 
-    def _let_go(self, release: Callable[[], None]) -> None:
-        """Releases a lease once what reads its slots has run."""
+    def _lease(
+        self, experts: Sequence[int], slots: Sequence[int], release: Callable[[], None]
+    ) -> Lease:
+        """On a GPU the bytes are waited for, and at release all work that reads the slots."""
+        if self.streams is not None:
+            self.core.wait_for_slots(slots)
+            release = partial(self._release_on_gpu, release)
+        return Lease(experts, slots, release)
+
+    def _release_on_gpu(self, release: Callable[[], None]) -> None:
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
         release()
@@ -400,6 +403,6 @@ class ExpertCache:
         self.core.reset_stats()
 
 
-def _finish(step: _core.StepLease, positions: list[int]) -> None:
+def _finish(step: _core.StepLease, positions: Sequence[int]) -> None:
     for position in positions:
         step.release(position)

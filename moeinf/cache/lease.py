@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from contextlib import AbstractContextManager
 
 
-class Lease:
+class Lease(AbstractContextManager["Lease"]):
     """The right to read some slots until released: they are neither evicted nor overwritten.
 
     A context manager. `slots[i]` is where `experts[i]` lies.
@@ -23,13 +23,5 @@ class Lease:
         if release is not None:
             release()
 
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.release()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from types import TracebackType
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from moeinf.traces.trace import DECODE, PREFILL, Trace
 RouterSource = Callable[[Callable[[int, torch.Tensor], None]], Callable[[], None]]
 
 
-class Recorder(PassObserver):
+class Recorder(PassObserver, AbstractContextManager["Recorder"]):
     """Keeps the router's choices for every token; made by `ExpertCache.record`.
 
     A context manager: recording ends with it, or with `stop`. Costs one small copy per layer and
@@ -144,15 +144,7 @@ class Recorder(PassObserver):
             )
         return np.concatenate(self._routers)
 
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
 

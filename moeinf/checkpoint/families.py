@@ -154,11 +154,13 @@ def find_experts(
 class Family:
     """`form` reads what an expert computes from config.json; the defaults are transformers'.
 
-    `transposed`: fused tensors are stored as [experts, inputs, outputs].
+    Of fused tensors: `transposed`, they are stored as [experts, inputs, outputs]; `interleaved`,
+    gate and up alternate in them.
     """
 
     form: Callable[[Config, Path], ExpertForm]
     transposed: bool = False
+    interleaved: bool = False
 
 
 def _swiglu_oai(config: Config, file: Path) -> Gate:
@@ -181,7 +183,9 @@ def _softcap_swiglu(config: Config, file: Path) -> ExpertForm:
 FAMILIES = {
     "deepseek_v4": Family(_clamped_glu),
     "glm5_next_text": Family(_clamped_glu),
-    "gpt_oss": Family(lambda c, f: ExpertForm(_swiglu_oai(c, f), has_bias=True), transposed=True),
+    "gpt_oss": Family(
+        lambda c, f: ExpertForm(_swiglu_oai(c, f), has_bias=True), transposed=True, interleaved=True
+    ),
     "hy_v4": Family(_clamped_glu),
     "inkling2_text": Family(_softcap_swiglu),
     "minimax_m3_vl_text": Family(lambda c, f: ExpertForm(_swiglu_oai(c, f))),

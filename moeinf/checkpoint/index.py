@@ -14,6 +14,7 @@ from pathlib import Path
 from moeinf.checkpoint.families import Address
 from moeinf.checkpoint.formats import BIAS, PLAIN_FORMATS, SCALES, VALUES, WeightFormat
 from moeinf.checkpoint.headers import DTYPE_NAMES, TensorEntry
+from moeinf.checkpoint.packed import PackedEntry
 from moeinf.errors import CheckpointError
 from moeinf.kernels.forms import ExpertForm
 
@@ -22,12 +23,14 @@ from moeinf.kernels.forms import ExpertForm
 class Slice:
     """A run of one tensor's bytes: a piece of one expert. `offset` counts from the tensor's start.
 
-    `shape` is [rows, columns] of what is stored, or [rows] of a bias.
+    `shape` is [rows, columns] of what is stored, or [rows] of a bias. `transposed`: the bytes lie
+    column by column, and are turned on their way into a slot.
     """
 
     entry: TensorEntry
     offset: int
     shape: tuple[int, ...]
+    transposed: bool = False
 
     @classmethod
     def whole(cls, entry: TensorEntry) -> Slice:
@@ -50,18 +53,25 @@ Index = Mapping[str, Sequence[Expert]]
 """By module path of the experts, in the order of layers: all experts in the router's order."""
 
 
-def split_fused(entry: TensorEntry, num_experts: int) -> list[Slice]:
+def split_fused(entry: TensorEntry, num_experts: int, transposed: bool = False) -> list[Slice]:
     """The slices of a tensor [num_experts, ...], one for each expert."""
     if not entry.shape or entry.shape[0] != num_experts:
         raise CheckpointError(f"{entry}: config.json says there are {num_experts} experts")
     nbytes, rest = divmod(entry.nbytes, num_experts)
     if rest:
         raise CheckpointError(f"{entry}: its {entry.nbytes} bytes cannot be shared by its experts")
-    return [Slice(entry, e * nbytes, entry.shape[1:]) for e in range(num_experts)]
+    shape = entry.shape[1:]
+    if transposed and len(shape) == 2 and not isinstance(entry, PackedEntry):
+        return [Slice(entry, e * nbytes, shape[::-1], True) for e in range(num_experts)]
+    return [Slice(entry, e * nbytes, shape) for e in range(num_experts)]
 
 
-def build_index(found: Iterable[tuple[Address, TensorEntry]], num_experts: int) -> Index:
+def build_index(
+    found: Iterable[tuple[Address, TensorEntry]], num_experts: int, transposed: bool = False
+) -> Index:
     """The index of tensors that were found by their names.
+
+    `transposed`: those of all experts are [experts, inputs, outputs].
 
     Raises:
         CheckpointError: two tensors for one piece, or more experts than configured.
@@ -74,7 +84,7 @@ def build_index(found: Iterable[tuple[Address, TensorEntry]], num_experts: int) 
         module, experts = layers[address.layer]
         key = address.matrix, address.piece
         if address.expert is None:
-            holders, slices = experts, split_fused(entry, num_experts)
+            holders, slices = experts, split_fused(entry, num_experts, transposed)
         elif address.expert < num_experts:
             holders, slices = [experts[address.expert]], [Slice.whole(entry)]
         else:
@@ -120,7 +130,7 @@ def check_alike(index: Index, form: ExpertForm, path: Path) -> tuple[str, ...]:
     if values - first.keys():
         raise _unlike(f"{path}: {first_module}, expert 0", first, values)
     formats = {matrix: format_of(first, matrix) for matrix in matrices}
-    wanted = {(m, piece) for m, row in formats.items() for piece in row.segments(1, row.pack)}
+    wanted = set(values)
     if form.has_bias:
         wanted |= {(matrix, BIAS) for matrix in matrices}
     for module, experts in index.items():
@@ -133,9 +143,9 @@ def check_alike(index: Index, form: ExpertForm, path: Path) -> tuple[str, ...]:
                 raise _unlike(f"{path}: {module}, expert {number}", expert, wanted)
             for key, piece in expert.items():
                 _check_slice(piece, first[key])
-    if len(set(formats.values())) > 1:
+    if len({formats[matrix] for matrix in matrices[:-1]}) > 1:
         raise CheckpointError(
-            f"{first[matrices[0], VALUES]}: expected the format of {first['down', VALUES]}"
+            f"{first['up', VALUES]}: expected the format of {first['gate', VALUES]}"
         )
     return matrices
 
@@ -146,18 +156,44 @@ def format_of(expert: Expert, matrix: str) -> WeightFormat:
     Raises:
         CheckpointError: there is none.
     """
-    values, scales = expert[matrix, VALUES], expert.get((matrix, SCALES))
+    values = expert[matrix, VALUES]
+    if isinstance(values.entry, PackedEntry):
+        return values.entry.format
     for row in PLAIN_FORMATS.values():
-        if DTYPE_NAMES[row.values] == values.entry.dtype and scales is None:
+        if DTYPE_NAMES[row.values] == values.entry.dtype:
             return row
-    with_scales = f" with {scales}" if scales else ""
     names = ", ".join(row.name for row in PLAIN_FORMATS.values())
-    raise CheckpointError(f"{values}{with_scales}: expected one of the weight formats {names}")
+    raise CheckpointError(f"{values}: expected one of the weight formats {names}, or scales")
+
+
+def scales_of(values: Slice) -> Slice:
+    """The scales that belong to the values of a packed matrix.
+
+    Raises:
+        CheckpointError: its rows begin within a block of rows that share their scales.
+    """
+    entry = values.entry
+    assert isinstance(entry, PackedEntry) and entry.format.block is not None
+    stored = entry.pieces[SCALES]
+    high, wide = entry.format.block
+    *_, rows, cols = entry.shape
+    matrix, first = divmod(values.offset // entry.row_bytes(), rows)
+    count = values.shape[0]
+    if first % high or (first + count < rows and count % high):
+        raise CheckpointError(
+            f"{values}: rows {first} to {first + count} do not fill blocks of {high} that share "
+            f"scales in {stored}"
+        )
+    width = -(-cols // wide) if wide else 1
+    begin = matrix * -(-rows // high) + first // high
+    unit = stored.nbytes // math.prod(stored.shape)
+    return Slice(stored, begin * width * unit, (-(-count // high), width))
 
 
 def _check_slice(piece: Slice, first: Slice) -> None:
     """The slice is like that of the first expert, and lies within its tensor."""
-    if piece.shape != first.shape or piece.entry.dtype != first.entry.dtype:
+    alike = piece.shape == first.shape and piece.transposed == first.transposed
+    if not alike or piece.entry.dtype != first.entry.dtype:
         raise CheckpointError(f"{piece} differs from {first}; experts must be alike")
     end = piece.offset + piece.nbytes
     if not 0 <= piece.offset <= end <= piece.entry.nbytes:

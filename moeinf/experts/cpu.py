@@ -5,13 +5,14 @@ from __future__ import annotations
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from moeinf import _core
 from moeinf.cache.cache import ExpertCache
 from moeinf.checkpoint.formats import SCALE_TYPES, WeightFormat
 from moeinf.checkpoint.layout import Layout, MatrixLayout, Rows
 from moeinf.experts.checks import DTYPES, check_tensors
-from moeinf.experts.marks import Marks, profiling
+from moeinf.experts.marks import Marks
 from moeinf.kernels.forms import ExpertForm
 
 HOST = torch.device("cpu")
@@ -70,13 +71,7 @@ class CpuExperts:
         self.passes = cache.passes
         self.expert = core_expert(store.form, store.layout)
 
-    def run(
-        self,
-        hidden: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        layer: int,
-    ) -> torch.Tensor:
+    def run(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: int) -> Tensor:
         """See `moeinf.fused_experts`."""
         check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=HOST)
         passes = self.passes
@@ -87,9 +82,8 @@ class CpuExperts:
         topk_weights = topk_weights.contiguous()
         out = torch.empty_like(hidden)
         dtype = DTYPES[hidden.dtype]
-        marks = Marks() if profiling() else None
-        if marks is not None:
-            marks.begin("moeinf::acquire_and_compute")
+        marks = Marks()
+        marks.begin("moeinf::acquire_and_compute")
         try:
             _core.fused_experts(
                 self.core,
@@ -114,6 +108,5 @@ class CpuExperts:
                 caller=passes.caller,
             )
         finally:
-            if marks is not None:
-                marks.end()
+            marks.end()
         return out

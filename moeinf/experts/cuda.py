@@ -16,11 +16,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moeinf.cache.cache import ExpertCache
 from moeinf.experts import torch_products
 from moeinf.experts.checks import check_tensors
-from moeinf.experts.marks import Marks, profiling
+from moeinf.experts.marks import Marks
 from moeinf.kernels.forms import ExpertMatrices
 
 
@@ -39,7 +40,7 @@ class CudaExperts:
         self.passes = cache.passes
         self.is_fake = self.streams.is_fake
         self.device = cache.device
-        self.hidden = self.store.layout["down"].shape[0]
+        self.hidden = self.store.layout.hidden
         down = self.store.layout.down.format
         self.dtype = None if down.scaled else down.values  # None: tokens of any dtype
         self._triton = _triton_kernels(on_cpu=self.is_fake)
@@ -48,13 +49,7 @@ class CudaExperts:
         self._matrices = self.store.layout.matrices(torch.from_dlpack(self.core.leased_rows()))
         self._slots = self.core.slots
 
-    def run(
-        self,
-        hidden: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        layer: int,
-    ) -> torch.Tensor:
+    def run(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: int) -> Tensor:
         """See `moeinf.fused_experts`."""
         check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=self.device)
         if topk_ids.numel() == 0:
@@ -67,9 +62,8 @@ class CudaExperts:
         stream = self.streams.current()
         with stream.lock:
             step = stream.core
-            marks = Marks() if profiling() else None
-            if marks is not None:
-                marks.begin("moeinf::acquire")
+            marks = Marks()
+            marks.begin("moeinf::acquire")
             try:
                 step.copy_ids(
                     layer,
@@ -78,15 +72,14 @@ class CudaExperts:
                     tokens,
                     top_k,
                     stream.map_address,
-                    prefill=passes.current.prefill,
-                    new_sequence=passes.takes_first_step(),
-                    caller=passes.caller,
+                    passes.current.prefill,
+                    passes.takes_first_step(),
+                    passes.caller,
                 )
                 # Most steps are one wave. It is prepared while the ids travel to the host.
                 whole = None if converted else self._prepared(rows, ids, weights, stream.expert_map)
                 wave = step.begin()
-                if marks is not None:
-                    marks.begin("moeinf::compute")
+                marks.begin("moeinf::compute")
                 stream.hand_over_predictions()
                 if passes.observers:
                     passes.observe(layer, torch.from_numpy(step.ids()), weights)
@@ -109,26 +102,21 @@ class CudaExperts:
                 step.release()
                 raise
             finally:
-                if marks is not None:
-                    marks.end()
+                marks.end()
         combine: Any = torch_products.combine if self._triton is None else self._triton.combine
-        summed: torch.Tensor = combine(routes, ids, weights, dtype=hidden.dtype)
+        summed: Tensor = combine(routes, ids, weights, dtype=hidden.dtype)
         return summed
 
     def _prepared(
-        self,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        expert_map: torch.Tensor,
-    ) -> Callable[[], torch.Tensor] | None:
+        self, hidden: Tensor, ids: Tensor, weights: Tensor, expert_map: Tensor
+    ) -> Callable[[], Tensor] | None:
         """A step in one wave: two launches instead of three, for the same bits.
 
         resize() never moves slots, so a prepared launch stays valid after it.
         """
         if self._triton is None:
             return None
-        launch: Callable[[], torch.Tensor] = self._triton.prepare(
+        launch: Callable[[], Tensor] = self._triton.prepare(
             hidden,
             ids,
             weights,
@@ -142,18 +130,18 @@ class CudaExperts:
 
     def _wave(
         self,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        expert_map: torch.Tensor,
-        routes: torch.Tensor | None,
+        hidden: Tensor,
+        ids: Tensor,
+        expert_map: Tensor,
+        routes: Tensor | None,
         slots: int,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         matrices, form = self._matrices_of(slots), self.store.form
         if self._triton is None:
             return torch_products.expert_routes(
                 hidden, ids, matrices, form, expert_map=expert_map, routes=routes
             )
-        wave: torch.Tensor = self._triton.expert_routes(
+        wave: Tensor = self._triton.expert_routes(
             hidden,
             ids,
             matrices,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -29,24 +29,11 @@ _library.define(
 _operator = torch.ops.moeinf.fused_experts.default  # half as much Python per call as by its name
 
 
-class Backend(Protocol):
-    """Runs the steps of one cache."""
-
-    def run(
-        self,
-        hidden: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-        layer: int,
-    ) -> torch.Tensor:
-        """See `fused_experts`."""
-
-
-_backends: dict[str, Backend] = {}  # by the name of a cache, while it lives
+_backends: dict[str, CpuExperts | CudaExperts] = {}  # by the name of a cache, while it lives
 _choosing = threading.Lock()
 
 
-def backend_of(name: str) -> Backend:
+def backend_of(name: str) -> CpuExperts | CudaExperts:
     """The backend of the cache of that name. The memory of its slots decides, once.
 
     Raises ValueError once the cache has been released.
@@ -104,21 +91,13 @@ def fused_experts(
 
 
 def _fused_experts(
-    hidden: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    cache: str,
-    layer: int,
+    hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, cache: str, layer: int
 ) -> torch.Tensor:
-    return backend_of(cache).run(hidden, topk_ids, topk_weights, layer)
+    return backend_of(cache).run(hidden, ids, weights, layer)
 
 
 def _fused_experts_fake(
-    hidden: torch.Tensor,
-    topk_ids: torch.Tensor,
-    topk_weights: torch.Tensor,
-    cache: str,
-    layer: int,
+    hidden: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, *_: Any
 ) -> torch.Tensor:
     devices = {tensor.device for tensor in (hidden, topk_ids, topk_weights)}
     if len(devices) > 1:  # torch takes this way if one tensor alone is on the meta device

@@ -51,6 +51,45 @@ private:
     ReadJobPtr transfer_;
 };
 
+TEST("matrices that files hold the other way round are turned in the slot") {
+    std::mt19937_64 random(drawn_seed());
+    for (int round = 0; round < 12; ++round) {
+        const ExpertFiles world(random, 4, 3, 40'000, 2);
+        std::vector<Transpose> transposes;
+        for (size_t i = 0; i < world.per_expert; ++i) {
+            const Extent& extent = world.extents[i];
+            uint64_t element = uint64_t{1} << (random() % 3);
+            while (extent.slot_offset % element != 0) element /= 2;
+            const uint64_t elements = extent.nbytes / element;
+            if (elements == 0) continue;
+            const uint64_t rows = 1 + random() % std::min<uint64_t>(elements, 100);
+            transposes.push_back({extent.slot_offset, rows, elements / rows, element});
+        }
+        const auto catalog = std::make_shared<const Catalog>(
+            ModelShape{1, 4}, world.slot_bytes, world.files, world.extents, transposes);
+        FileReaderOptions options;
+        options.threads = static_cast<int32_t>(1 + random() % 4);
+        options.chunk_bytes = kPage;
+        FileReader engine(catalog, options);
+        for (const ExpertId expert : ModelShape{1, 4}.experts()) {
+            std::vector<std::byte> slot(world.slot_bytes, kPoison);
+            const ReadJobPtr transfer = engine.submit(expert, slot.data(), Priority::kDemand, {});
+            wait_until_finished(transfer);
+            CHECK(transfer->state() == ReadState::kDone);
+            const std::vector<std::byte> read = world.expected(expert);
+            std::vector<std::byte> expected = read;
+            for (const auto& [offset, rows, cols, element] : transposes) {
+                for (uint64_t i = 0; i < rows * cols * element; ++i) {
+                    const uint64_t row = i / (cols * element), col = i / element % cols;
+                    expected[offset + (col * rows + row) * element + i % element] =
+                        read[offset + i];
+                }
+            }
+            CHECK(slot == expected);
+        }
+    }
+}
+
 TEST("every byte lands in its place") {
     std::mt19937_64 random(drawn_seed());
     for (int round = 0; round < 12; ++round) {

@@ -149,7 +149,7 @@ private:
     void run();
 
     std::mutex mutex_;
-    std::condition_variable changed_;
+    std::condition_variable work_, idle_;  // a task or the end; a task has ended
     std::deque<std::pair<Time, Work>> tasks_;
     bool busy_ = false;
     bool closing_ = false;

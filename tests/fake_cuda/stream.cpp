@@ -108,16 +108,17 @@ void Stream::push(Work work) {
         (void)work({now, now, random_, priority});
         lock.lock();
         busy_ = false;
+        idle_.notify_all();  // the stream's thread sleeps on: waking it would cost more than a step
     } else {
         tasks_.emplace_back(Clock::now(), std::move(work));
+        work_.notify_all();
     }
-    changed_.notify_all();
 }
 
 void Stream::close() {
     const std::lock_guard lock(mutex_);
     closing_ = true;
-    changed_.notify_all();
+    work_.notify_all();
 }
 
 bool Stream::idle() {
@@ -127,7 +128,7 @@ bool Stream::idle() {
 
 void Stream::wait_idle() {
     std::unique_lock lock(mutex_);
-    changed_.wait(lock, [&] { return tasks_.empty() && !busy_; });
+    idle_.wait(lock, [&] { return tasks_.empty() && !busy_; });
 }
 
 void Stream::run() {
@@ -135,7 +136,7 @@ void Stream::run() {
     Time clock{};
     std::unique_lock lock(mutex_);
     while (true) {
-        changed_.wait(lock, [&] { return !tasks_.empty() || closing_; });
+        work_.wait(lock, [&] { return !tasks_.empty() || closing_; });
         if (tasks_.empty()) return;
         const Time enqueued = tasks_.front().first;
         Work work = std::move(tasks_.front().second);
@@ -152,7 +153,7 @@ void Stream::run() {
         work = nullptr;
         lock.lock();
         busy_ = false;
-        changed_.notify_all();
+        idle_.notify_all();
     }
 }
 

@@ -49,7 +49,7 @@ private:
         if (unit_ <= kRescaleAbove) return;
         unit_ *= kRescaleBy;
         for (double& weight : order_.values) weight *= kRescaleBy;
-        residents_.rebuild();  // small weights may have become equal
+        residents_.reordered();  // small weights may have become equal
     }
 
     // Sets the factors as seen from this layer. Its experts that are not used now wait for the

@@ -61,42 +61,41 @@ public:
     ExpertHeaps(int32_t groups, int32_t per_group, const Order& order)
         : order_(order),
           per_group_(per_group),
-          sizes_(static_cast<size_t>(groups), 0),
+          groups_(static_cast<size_t>(groups)),
           items_(static_cast<size_t>(groups * per_group)),
           positions_(items_.size(), -1) {}
 
     void add(ExpertId expert) {
+        Group& group = group_of(expert);
         const int32_t base = base_of(expert);
-        rise(expert, base, base + size_of(expert)++);
+        const int32_t end = base + group.size++;
+        group.is_heap ? rise(expert, base, end) : put(expert, end);
     }
 
     void remove(ExpertId expert) {
+        Group& group = group_of(expert);
         const int32_t base = base_of(expert);
-        const int32_t size = --size_of(expert);
         const int32_t hole = positions_[expert];
-        const ExpertId last = item(base + size);
+        const ExpertId last = item(base + --group.size);
         positions_[expert] = -1;
         if (last == expert) return;
+        if (!group.is_heap) return put(last, hole);
         rise(last, base, hole);
-        sink(last, base, size);
+        sink(last, base, group.size);
     }
 
     // Call this for every expert whose place in the order rose.
     void raised(ExpertId expert) {
-        if (positions_[expert] < 0) return;  // absent
-        sink(expert, base_of(expert), size_of(expert));
+        const Group& group = group_of(expert);
+        if (positions_[expert] < 0 || !group.is_heap) return;
+        sink(expert, base_of(expert), group.size);
     }
 
-    // Call this when any number of experts changed places, or only experts of one group.
-    void rebuild() {
-        for (size_t group = 0; group < sizes_.size(); ++group) {
-            rebuild(static_cast<int32_t>(group));
-        }
-    }
-    void rebuild(int32_t group) {
-        const int32_t size = sizes_[static_cast<size_t>(group)];
-        const int32_t base = group * per_group_;
-        for (int32_t at = base + size / 2 - 1; at >= base; --at) sink(item(at), base, size);
+    // Call this when any number of experts of a group, or of all groups, changed places. The heap
+    // is made again when a victim is wanted: a step that only hits does not pay for it.
+    void reordered(int32_t group) { groups_[static_cast<size_t>(group)].is_heap = false; }
+    void reordered() {
+        for (Group& group : groups_) group.is_heap = false;
     }
 
     // Fills `victims` with the lowest unpinned experts, lowest first, and returns their number. The
@@ -105,8 +104,9 @@ public:
     // order.
     size_t lowest(const Pins& pins, std::span<ExpertId> victims) {
         frontier_.clear();
-        for (int32_t group = 0; group < static_cast<int32_t>(sizes_.size()); ++group) {
-            if (sizes_[static_cast<size_t>(group)] > 0) reach(group, group * per_group_);
+        for (int32_t group = 0; group < static_cast<int32_t>(groups_.size()); ++group) {
+            make_heap(group);
+            if (groups_[static_cast<size_t>(group)].size > 0) reach(group, group * per_group_);
         }
         size_t found = 0;
         while (found < victims.size() && !frontier_.empty()) {
@@ -117,7 +117,7 @@ public:
             const ExpertId expert = item(at);
             if (pins[expert] == 0) victims[found++] = expert;
             const int32_t base = group * per_group_;
-            const int32_t end = base + sizes_[static_cast<size_t>(group)];
+            const int32_t end = base + groups_[static_cast<size_t>(group)].size;
             const int32_t child = base + 2 * (at - base) + 1;
             for (int32_t next = child; next < std::min(child + 2, end); ++next) reach(group, next);
         }
@@ -125,6 +125,10 @@ public:
     }
 
 private:
+    struct Group {
+        int32_t size = 0;
+        bool is_heap = true;
+    };
     struct Candidate {
         decltype(std::declval<const Order&>().key(0, ExpertId{0})) key;
         int32_t group;
@@ -132,13 +136,20 @@ private:
         bool operator<(const Candidate& other) const { return key < other.key; }
     };
 
+    void make_heap(int32_t group) {
+        const int32_t base = group * per_group_;
+        auto& [size, is_heap] = groups_[static_cast<size_t>(group)];
+        if (std::exchange(is_heap, true)) return;
+        for (int32_t at = base + size / 2 - 1; at >= base; --at) sink(item(at), base, size);
+    }
+
     void reach(int32_t group, int32_t at) {
         frontier_.push_back({order_.key(group, item(at)), group, at});
     }
 
     ExpertId& item(int32_t at) { return items_[static_cast<size_t>(at)]; }
-    int32_t& size_of(ExpertId expert) {
-        return sizes_[static_cast<size_t>(number(expert) / per_group_)];
+    Group& group_of(ExpertId expert) {
+        return groups_[static_cast<size_t>(number(expert) / per_group_)];
     }
     [[nodiscard]] int32_t base_of(ExpertId expert) const {
         return number(expert) - number(expert) % per_group_;
@@ -174,7 +185,7 @@ private:
 
     const Order& order_;
     int32_t per_group_;
-    std::vector<int32_t> sizes_;       // by group
+    std::vector<Group> groups_;
     std::vector<ExpertId> items_;      // each group's heap lies at its experts' own ids
     PerExpert<int32_t> positions_;     // index into items_, -1: absent
     std::vector<Candidate> frontier_;  // scratch

@@ -298,7 +298,7 @@ private:
         Layer& layer = layers_[id];
         layer.visited = true;
         layer.context.swap(context_);
-        residents_.rebuild(number(id));
+        residents_.reordered(number(id));
     }
 
     const learned::Kernels& kernels_ = learned::fastest_kernels();

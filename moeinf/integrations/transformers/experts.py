@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -42,9 +41,11 @@ def parameters_of(module: Any) -> dict[str, tuple[int, ...]]:
 
 def leave_out_experts(model: torch.nn.Module) -> None:
     """Removes the parameters that are served: nothing is allocated, drawn or read for them."""
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     for path, module in experts_modules(model).items():
         for name in parameters_of(module):
             module.register_parameter(name, None)
+            ties.pop(f"{path}.{name}", None)
         module._is_hf_initialized = True
         block: Any = model.get_submodule(path.rpartition(".")[0])
         if not block._parameters and not block._buffers:
@@ -84,7 +85,7 @@ def find_experts(
     for name, one in traced.items():
         piece = BIAS if name.endswith("_bias") else VALUES
         origin = one.origin[..., None] if piece == BIAS else one.origin
-        if module.is_transposed and piece == VALUES:
+        if module.is_transposed and piece == VALUES and not one.by_rows:
             origin = origin.transpose(0, 2, 1)
         joined = name.startswith("gate_up_proj")
         if not joined:
@@ -101,7 +102,7 @@ def find_experts(
             interleaved |= gate.step == 2
             places = {"gate_up": replace(gate, step=1, rows=2 * gate.rows)}
         for matrix, place in places.items():
-            if place.step != 1 or place.transposed:
+            if place.step != 1 or (place.transposed and place.rows != one.shapes[0][-1]):
                 raise UnsupportedError(
                     f"{path}.{name}: expected rows of {one.tensors[0]} that follow each other"
                 )
@@ -150,10 +151,14 @@ def _slices(traced: Traced, place: Place) -> Iterator[Slice]:
     """The bytes of the matrix of each expert, in real sizes."""
     depth = 1 if traced.origin.ndim == 2 else 2  # a bias, or a matrix
     first = int(place.tensor[0])
-    small, shape = traced.shapes[first], traced.tensors[first].shape
+    shape = traced.tensors[first].shape
     nbytes = traced.tensors[first].nbytes // math.prod(shape[:-depth])  # of one whole matrix
-    scale = Fraction(shape[-depth], small[-depth])
-    start = int(place.first * scale) * nbytes // shape[-depth]
-    size = (int(place.rows * scale), *shape[-depth + 1 :][: depth - 1])
+    shape, small = shape[-depth:], traced.shapes[first][-depth:]
+    if place.transposed:
+        shape, small = shape[::-1], small[::-1]
+    start, rows = place.first * shape[0] // small[0], place.rows * shape[0] // small[0]
+    start = start * nbytes // shape[0]
     for tensor, lead in zip(place.tensor.tolist(), place.lead.tolist(), strict=True):
-        yield Slice(traced.tensors[tensor], lead * nbytes + start, size)
+        yield Slice(
+            traced.tensors[tensor], lead * nbytes + start, (rows, *shape[1:]), place.transposed
+        )

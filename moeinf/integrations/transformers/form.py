@@ -45,10 +45,6 @@ def form_of(module: Any, known: list[ExpertForm] | None = None) -> ExpertForm:
 
 def _flags(module: Any) -> tuple[bool, bool]:
     """has_gate and has_bias; transformers 5.0 has not all of these attributes."""
-    if getattr(module, "has_post_expert_norm", False):
-        raise UnsupportedError(
-            f"{type(module).__name__}: has_post_expert_norm is True, expected False"
-        )
     return getattr(module, "has_gate", True), getattr(module, "has_bias", False)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ def load(
     known = [*_core.prefetch_names(), GATE]
     if prefetch not in known:
         raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
-    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, revision)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, revision)
     base, config = model_class(read_config(checkpoint), checkpoint)
     plan = make_plan(base, config, checkpoint)
     # Before the model, so that a budget that cannot work says so before anything large is read.
@@ -123,8 +124,18 @@ def load(
     if (checkpoint.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     model.config.name_or_path = str(checkpoint.path)
-    model.moeinf = ServedExperts(model, caches, gate_lookahead=prefetch == GATE)
+    model.moeinf = ServedExperts(model, caches, plan.tied, gate_lookahead=prefetch == GATE)
     return model
+
+
+def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Opens a checkpoint; fetches it from the Hub only if its headers say that it can be served."""
+    with Checkpoint.peek(path, revision) as found:
+        if found.has_weights:
+            return found
+        base, config = model_class(read_config(found), found)
+        make_plan(base, config, found)
+    return Checkpoint.open(path, revision)
 
 
 class ServedExperts:
@@ -134,17 +145,22 @@ class ServedExperts:
         self,
         model: PreTrainedModel,
         caches: list[ExpertCache | CacheGroup],
+        tied: Mapping[str, str],
         *,
         gate_lookahead: bool = False,
     ):
         self.caches = caches
         self.cache = cache = caches[0]
-        for one in caches:
-            for layer, path in enumerate(one.store.modules):
-                module: Any = model.get_submodule(path)
-                make_whole_experts(module, one.store.form)
-                serve(module, one if isinstance(one, ExpertCache) else one.of(layer), layer)
-                module.config._experts_implementation = IMPLEMENTATION
+        served = {
+            path: (one, layer) for one in caches for layer, path in enumerate(one.store.modules)
+        }
+        for path in [*served, *tied]:
+            one, layer = served[tied.get(path, path)]
+            module: Any = model.get_submodule(path)
+            block = model.get_submodule(path.rpartition(".")[0])
+            make_whole_experts(module, one.store.form)
+            serve(module, one if isinstance(one, ExpertCache) else one.of(layer), layer, block)
+            module.config._experts_implementation = IMPLEMENTATION
         blocks = [model.get_submodule(path.rpartition(".")[0]) for path in cache.store.modules]
         # Weakly, for the blocks refer to the cache: a model that is no longer used is gone at once.
         known = [weakref.ref(block) for block in blocks]
@@ -221,10 +237,11 @@ def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def computing_dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -> torch.dtype:
     """Of activations and of all weights but the experts'; "auto" is the checkpoint's own."""
     if dtype == "auto":
+        stored = store.layout.down.format
         dtype = (
             getattr(config, "dtype", None)
             or getattr(config.get_text_config(), "dtype", None)
-            or store.layout["down"].dtype
+            or (torch.bfloat16 if stored.scaled else stored.values)
         )
     found = DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:

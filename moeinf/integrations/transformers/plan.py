@@ -17,6 +17,7 @@ from moeinf.checkpoint.config import TOP_K_KEYS
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.index import Expert
+from moeinf.checkpoint.packed import PackedEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.integrations.transformers.experts import (
@@ -30,6 +31,7 @@ from moeinf.integrations.transformers.models import build_skeleton
 from moeinf.integrations.transformers.weights import Sources, Traced, find_sources, trace
 from moeinf.kernels.forms import ExpertForm
 
+INTEGERS = frozenset(("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"))
 # Ends of names of tensors that other tensors cannot be read without.
 SCALES = re.compile(r"(scale|scales|scale_inv|scale_2|absmax|zero_point|zeros|g_idx)$")
 
@@ -44,11 +46,13 @@ class Plan:
             format and one size. `ExpertStore.modules` says which layers of the model they are of.
             The store with the most bytes comes first.
         dense: every other tensor that the model uses, by its name in the files.
+        tied: experts modules that have the weights of another one, by path, and which that is.
     """
 
     skeleton: PreTrainedModel
     stores: list[ExpertStore]
     dense: dict[str, TensorEntry]
+    tied: dict[str, str]
 
 
 def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) -> Plan:
@@ -71,10 +75,19 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
         for path, module in modules.items()
         for name, shape in parameters_of(module).items()
     }
+    for path, module in modules.items():
+        for name in parameters_of(module):
+            if module.is_transposed and _by_rows(sources.get(f"{path}.{name}")):
+                experts, inputs, outputs = shapes[f"{path}.{name}"]
+                shapes[f"{path}.{name}"] = (experts, outputs, inputs)
     traced: dict[str, Traced] = {}
     for name in shapes:
         if name in sources:
             traced |= trace(name, sources[name], shapes, skeleton.config)
+    for one, other in skeleton.all_tied_weights_keys.items():
+        for name, twin in ((one, other), (other, one)):
+            if name in shapes and name not in traced and twin in traced:
+                traced[name] = traced[twin]
     missing = [name for name in shapes if name not in traced]
     if missing:
         raise missing_tensors(checkpoint, missing)
@@ -86,9 +99,40 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
         if entry.name not in served
     }
     _check_unknown(skeleton, checkpoint, unknown, sources)
-    stores = _stores(checkpoint, modules, traced, skeleton.config)
+    _check_dtypes(skeleton, sources)
+    tied = _tied(modules, traced)
+    own = {path: module for path, module in modules.items() if path not in tied}
+    stores = _stores(checkpoint, own, traced, skeleton.config)
     leave_out_experts(skeleton)
-    return Plan(skeleton, stores, dense)
+    return Plan(skeleton, stores, dense, tied)
+
+
+def _check_dtypes(model: PreTrainedModel, sources: Mapping[str, Sources]) -> None:
+    """Refuses integers in place of floats, and names floats that are wider than every model's."""
+    for path, parameter in model.state_dict().items():
+        for entry in sources[path].all() if path in sources else ():
+            if parameter.is_floating_point() and entry.dtype in INTEGERS:
+                raise CheckpointError(f"{entry.path}: {entry}: expected floating-point numbers")
+            if entry.dtype == "F64":
+                warnings.warn(f"{entry.path}: {entry}: loses precision", stacklevel=4)
+
+
+def _tied(modules: Mapping[str, Any], traced: Mapping[str, Traced]) -> dict[str, str]:
+    """Modules with the weights of an earlier one."""
+    first: dict[tuple[int, ...], str] = {}
+    tied = {}
+    for path, module in modules.items():
+        weights = tuple(id(traced[f"{path}.{name}"]) for name in parameters_of(module))
+        if first.setdefault(weights, path) != path:
+            tied[path] = first[weights]
+    return tied
+
+
+def _by_rows(sources: Sources | None) -> bool:
+    """Whether a parameter is one packed tensor: those are by rows, also in transposed modules."""
+    if sources is None or sources.converter is not None:
+        return False
+    return isinstance(sources.all()[0], PackedEntry)
 
 
 def missing_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointError:

@@ -18,8 +18,15 @@ from moeinf.integrations.transformers.whole import class_of
 IMPLEMENTATION = "moeinf"
 
 
-def serve(module: Any, cache: ExpertCache, layer: int) -> None:
-    """From now on the module computes out of the cache, as MoE layer `layer`."""
+def serve(module: Any, cache: ExpertCache, layer: int, block: torch.nn.Module) -> None:
+    """From now on the module computes out of the cache, as MoE layer `layer`.
+
+    `block` is the module around it. A router that has one output more than there are experts can
+    choose none: it then names some expert with a weight of 0, which must not be read.
+    """
+    none = cache.store.num_experts + 1
+    tensors = [*block.named_parameters(), *block.named_buffers()]
+    module.moeinf_skips = any(tensor.shape[:1] == (none,) for _, tensor in tensors)
     module.moeinf_cache = cache
     module.moeinf_layer = layer
     module.__class__ = class_of(_Served, type(module))
@@ -41,9 +48,41 @@ class _Served:
                 f"{type(self).__name__}: the experts of this model are served by moeinf and not in "
                 f"memory: expected experts_implementation={IMPLEMENTATION!r}, found {asked!r}"
             )
-        return fused_experts(
-            hidden_states, top_k_index, top_k_weights, self.moeinf_cache, self.moeinf_layer
+        cache, layer = self.moeinf_cache, self.moeinf_layer
+        if self.moeinf_skips:
+            top_k_index = top_k_index.masked_fill(top_k_weights == 0, cache.store.num_experts)
+        if getattr(self, "has_post_expert_norm", False):
+            routes = _each_route(hidden_states, top_k_index, top_k_weights, cache, layer)
+            return (self.post_expert_norm(routes) * top_k_weights[..., None]).sum(1)
+        return fused_experts(hidden_states, top_k_index, top_k_weights, cache, layer)
+
+
+def _each_route(
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    cache: ExpertCache,
+    layer: int,
+) -> torch.Tensor:
+    """What each expert gives, [T, k, H], before weights: each route as a token of its own, in one
+    step. The observers of the cache see the tokens as they are."""
+    tokens, top_k = topk_ids.shape
+    passes = cache.passes
+    observers = passes.observers
+    if observers:
+        passes.observe(layer, topk_ids.cpu(), topk_weights)
+    passes.observers = []  # of this thread
+    try:
+        routes = fused_experts(
+            hidden.repeat_interleave(top_k, 0),
+            topk_ids.reshape(-1, 1),
+            topk_weights.new_ones(tokens * top_k, 1),
+            cache,
+            layer,
         )
+    finally:
+        passes.observers = observers
+    return routes.view(tokens, top_k, -1)
 
 
 def _refuse(self: Any, *_: Any, **__: Any) -> torch.Tensor:
