@@ -31,6 +31,7 @@ from moeinf.integrations.transformers.models import build_skeleton
 from moeinf.integrations.transformers.weights import Sources, Traced, find_sources, trace
 from moeinf.kernels.forms import ExpertForm
 
+INTEGERS = frozenset(("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"))
 # Ends of names of tensors that other tensors cannot be read without.
 SCALES = re.compile(r"(scale|scales|scale_inv|scale_2|absmax|zero_point|zeros|g_idx)$")
 
@@ -98,11 +99,22 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
         if entry.name not in served
     }
     _check_unknown(skeleton, checkpoint, unknown, sources)
+    _check_dtypes(skeleton, sources)
     tied = _tied(modules, traced)
     own = {path: module for path, module in modules.items() if path not in tied}
     stores = _stores(checkpoint, own, traced, skeleton.config)
     leave_out_experts(skeleton)
     return Plan(skeleton, stores, dense, tied)
+
+
+def _check_dtypes(model: PreTrainedModel, sources: Mapping[str, Sources]) -> None:
+    """Refuses integers in place of floats, and names floats that are wider than every model's."""
+    for path, parameter in model.state_dict().items():
+        for entry in sources[path].all() if path in sources else ():
+            if parameter.is_floating_point() and entry.dtype in INTEGERS:
+                raise CheckpointError(f"{entry.path}: {entry}: expected floating-point numbers")
+            if entry.dtype == "F64":
+                warnings.warn(f"{entry.path}: {entry}: loses precision", stacklevel=4)
 
 
 def _tied(modules: Mapping[str, Any], traced: Mapping[str, Traced]) -> dict[str, str]:
