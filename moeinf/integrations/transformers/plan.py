@@ -25,6 +25,7 @@ from moeinf.integrations.transformers.experts import (
     leave_out_experts,
     parameters_of,
 )
+from moeinf.integrations.transformers.families import adapt
 from moeinf.integrations.transformers.form import form_of
 from moeinf.integrations.transformers.models import build_skeleton
 from moeinf.integrations.transformers.weights import Sources, Traced, find_sources, trace
@@ -61,6 +62,7 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
         UnsupportedError: a model without experts, or with experts that cannot be served.
     """
     skeleton = build_skeleton(base, config, checkpoint)
+    adapt(skeleton)
     modules = experts_modules(skeleton)
     if not modules:
         raise UnsupportedError(
