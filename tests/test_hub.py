@@ -184,6 +184,8 @@ def test_offline_a_missing_file_is_named(offline_cache: Path) -> None:
         kept = lost.rename(lost.with_suffix(".kept"))
         with pytest.raises(CheckpointError, match=lost.name):
             Checkpoint.open(NAME)
+        with pytest.raises(CheckpointError, match=lost.name):
+            moeinf.load(NAME)
         kept.rename(lost)
     with pytest.raises(CheckpointError, match=r"found neither, and HF_HUB_OFFLINE is set"):
         Checkpoint.open("tiny/other")

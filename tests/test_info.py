@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import moeinf.cli
 from moeinf.checkpoint.folder import Checkpoint
+from moeinf.errors import UnsupportedError
 
 
 @pytest.fixture
@@ -145,3 +146,13 @@ def test_a_name_on_the_hub_is_described_without_its_weights(
         hub.sent.clear()
         assert info(NAME, "--json")["all_experts_bytes"] == local["all_experts_bytes"]
         assert not hub.sent  # what has been fetched is read where it lies
+
+
+def test_what_is_not_served_is_refused_before_its_weights_are_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub_of(write_dense(tmp_path / "model")) as hub:
+        be_the_hub(hub, tmp_path, monkeypatch)
+        with pytest.raises(UnsupportedError, match="LlamaForCausalLM has no experts"):
+            moeinf.load(NAME)
+        assert not list((tmp_path / "hub").rglob("*.safetensors"))

@@ -26,6 +26,7 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.tensors = tensors
+        self.has_weights = True
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
@@ -42,7 +43,7 @@ class Checkpoint:
         folder = Path(path)
         if not folder.is_dir():
             folder = hub.fetch(os.fspath(path), revision)
-            missing = [name for name in names_by_shard(folder) if not (folder / name).exists()]
+            missing = _missing(folder)
             if missing:
                 hub.fetch(os.fspath(path), folder.name, missing)
         elif revision is not None:
@@ -54,16 +55,19 @@ class Checkpoint:
     def peek(
         cls, path: str | os.PathLike[str], revision: str | None = None
     ) -> Iterator[Checkpoint]:
-        """The same without fetching weights from the Hub; their tensors cannot be read."""
+        """The same without fetching weights from the Hub; `has_weights` says if they are here."""
         if Path(path).is_dir():
             yield cls.open(path, revision)
             return
         folder = hub.fetch(os.fspath(path), revision)
-        if all((folder / name).exists() for name in names_by_shard(folder)):
+        missing = _missing(folder)
+        if not missing:
             yield cls.of_folder(folder)
             return
-        with hub.headers(os.fspath(path), folder) as made:
-            yield cls.of_folder(made)
+        with hub.headers(os.fspath(path), folder, missing) as made:
+            headers = cls.of_folder(made)
+            headers.has_weights = False
+            yield headers
 
     @classmethod
     def of_folder(cls, folder: Path) -> Checkpoint:
@@ -128,6 +132,10 @@ def names_by_shard(folder: Path) -> dict[str, set[str]]:
             raise CheckpointError(f"{index}: tensor {name!r} lies in {shard!r}, not a file name")
         by_shard.setdefault(shard, set()).add(name)
     return by_shard
+
+
+def _missing(folder: Path) -> list[str]:
+    return [name for name in sorted(names_by_shard(folder)) if not (folder / name).exists()]
 
 
 def _shards(folder: Path) -> Iterator[tuple[Path, set[str]]]:

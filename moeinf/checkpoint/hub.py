@@ -42,10 +42,7 @@ def fetch(name: str, revision: str | None, files: Sequence[str] = SMALL_FILES) -
             f"{name}: expected a checkpoint folder, found none; to get it from the Hub: "
             "pip install 'moeinf[hf]'"
         ) from None
-    wanted = "a copy"
-    if files is not SMALL_FILES:
-        wanted = f"{files[0]} and {len(files) - 1} more" if files[1:] else files[0]
-    with _one_sentence(name, revision, wanted):
+    with _one_sentence(name, revision, files):
         try:
             return Path(
                 snapshot_download(
@@ -63,14 +60,15 @@ def fetch(name: str, revision: str | None, files: Sequence[str] = SMALL_FILES) -
 
 
 @contextmanager
-def headers(name: str, folder: Path) -> Iterator[Path]:
+def headers(name: str, folder: Path, missing: Sequence[str]) -> Iterator[Path]:
     """A folder that looks like the whole checkpoint to those who read headers alone.
 
-    `folder` has the small files. Each file of weights has its header, and a hole for the tensors.
+    `folder` has the small files; the `missing` ones are weights. Each file of weights has its
+    header, and a hole for the tensors.
     """
     from huggingface_hub import HfApi
 
-    with _one_sentence(name, folder.name, "its headers"):
+    with _one_sentence(name, folder.name, missing):
         weights = HfApi().get_safetensors_metadata(name, revision=folder.name).files_metadata
     with TemporaryDirectory(prefix="moeinf-") as made:
         for file in folder.iterdir():
@@ -98,11 +96,13 @@ def _write_header(path: Path, header: Any) -> None:
 
 
 @contextmanager
-def _one_sentence(name: str, revision: str | None, wanted: str) -> Iterator[None]:
+def _one_sentence(name: str, revision: str | None, files: Sequence[str]) -> Iterator[None]:
     """Says in one sentence what huggingface_hub says in several."""
     from huggingface_hub import constants, errors
 
-    hub = constants.ENDPOINT
+    hub, wanted = constants.ENDPOINT, "a copy"
+    if files is not SMALL_FILES:
+        wanted = f"{files[0]} and {len(files) - 1} more" if files[1:] else files[0]
     try:
         yield
     except errors.GatedRepoError as error:

@@ -13,7 +13,6 @@ from typing import Annotated, Any
 
 import typer
 
-from moeinf.checkpoint.folder import Checkpoint
 from moeinf.cli import options, quiet_interrupts
 from moeinf.cli.output import human_bytes, print_facts, utf8
 from moeinf.pocket import POCKET, model_name
@@ -45,8 +44,8 @@ def command(
 
         from moeinf.integrations.transformers.conversation import Conversation
         from moeinf.integrations.transformers.generation import read_tokenizer
-        from moeinf.integrations.transformers.load import load
-    opened = Checkpoint.open(checkpoint, revision)
+        from moeinf.integrations.transformers.load import load, open_checkpoint
+    opened = open_checkpoint(checkpoint, revision)
     model: Any = load(
         opened,
         device=device,

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from moeinf.checkpoint.folder import Checkpoint
 from moeinf.cli import options, quiet_interrupts
 from moeinf.cli.output import console, print_facts, print_json
 from moeinf.output_files import check_writable
@@ -39,8 +38,8 @@ def command(
         import torch
 
         from moeinf.integrations.transformers.generation import continue_prompt, read_tokenizer
-        from moeinf.integrations.transformers.load import load
-    opened = Checkpoint.open(checkpoint, revision)
+        from moeinf.integrations.transformers.load import load, open_checkpoint
+    opened = open_checkpoint(checkpoint, revision)
     tokenizer = read_tokenizer(opened.path)
     model: Any = load(opened, memory=memory)
     torch.manual_seed(seed)

@@ -13,9 +13,8 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
-from moeinf.checkpoint.folder import Checkpoint
 from moeinf.errors import CheckpointError
-from moeinf.integrations.transformers.load import load
+from moeinf.integrations.transformers.load import load, open_checkpoint
 from moeinf.pocket import model_name
 from moeinf.traces.eam import EAMC
 
@@ -80,7 +79,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             does not fit the model or that nothing would use.
         CheckpointError, CapacityError, ReadError: see `moeinf.load`.
     """
-    checkpoint = Checkpoint.open(request.path, request.revision)
+    checkpoint = open_checkpoint(request.path, request.revision)
     tokenizer: Any = read_tokenizer(checkpoint.path)
     chat = bool(tokenizer.chat_template) and not request.raw
     if chat:

@@ -87,7 +87,7 @@ def load(
     known = [*_core.prefetch_names(), GATE]
     if prefetch not in known:
         raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
-    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, revision)
+    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, revision)
     base, config = model_class(read_config(checkpoint), checkpoint)
     plan = make_plan(base, config, checkpoint)
     # Before the model, so that a budget that cannot work says so before anything large is read.
@@ -127,6 +127,16 @@ def load(
     model.config.name_or_path = str(checkpoint.path)
     model.moeinf = ServedExperts(model, caches, plan.tied, gate_lookahead=prefetch == GATE)
     return model
+
+
+def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    """Opens a checkpoint; fetches it from the Hub only if its headers say that it can be served."""
+    with Checkpoint.peek(path, revision) as found:
+        if found.has_weights:
+            return found
+        base, config = model_class(read_config(found), found)
+        make_plan(base, config, found)
+    return Checkpoint.open(path, revision)
 
 
 class ServedExperts:
