@@ -31,7 +31,7 @@ from transformers.core_model_loading import (
 
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.errors import CheckpointError, UnsupportedError
-from moeinf.integrations.transformers.families import renamings
+from moeinf.integrations.transformers.families import renamings, views
 
 EXPERT_NUMBER = re.compile(r"\.experts\.(?:expert_)?(\d+)\.")
 
@@ -67,7 +67,9 @@ def find_sources(
     prefix, parameters = model.base_model_prefix, model.state_dict()
     found: dict[str, Sources] = {}
     unknown: dict[str, TensorEntry] = {}
-    for name, alike in sorted(_by_expert(entries).items(), key=lambda one: dot_natural_key(one[0])):
+    for name, alike in sorted(
+        _by_expert(views(model, entries)).items(), key=lambda one: dot_natural_key(one[0])
+    ):
         path, pattern = rename_source_key(name, names, converters, prefix, parameters)
         if path not in parameters and name in parameters:
             path, pattern = name, None

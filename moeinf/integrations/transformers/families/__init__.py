@@ -7,13 +7,15 @@ says under which names the weights lie in the files.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from moeinf.checkpoint.headers import TensorEntry
 from moeinf.errors import UnsupportedError
 from moeinf.integrations.transformers.families.adapter import Adapter
+from moeinf.integrations.transformers.families.dbrx import Dbrx
 from moeinf.integrations.transformers.families.jetmoe import JetMoe
 from moeinf.integrations.transformers.families.llama4 import Llama4
 from moeinf.integrations.transformers.families.longcat_flash import LongcatFlash
@@ -23,6 +25,7 @@ from moeinf.integrations.transformers.families.switch_transformers import Switch
 
 # By the class in transformers that an adapter replaces.
 ADAPTERS: dict[str, Callable[[Any, Any], torch.nn.Module]] = {
+    "DbrxExperts": Dbrx,
     "JetMoeMoE": JetMoe,
     "Llama4TextMoe": Llama4,
     "LongcatFlashMoE": LongcatFlash,
@@ -34,7 +37,6 @@ ADAPTERS: dict[str, Callable[[Any, Any], torch.nn.Module]] = {
 # Families with experts that are not served, by model type, and why.
 NOT_SERVED = {
     "doge": "each of its experts is two vectors of embeddings, too small to be read one by one",
-    "dbrx": "its files hold the experts of a layer as one matrix",
 }
 
 
@@ -55,6 +57,12 @@ def renamings(model: torch.nn.Module) -> list[Any]:
     """What transformers' mapping lacks for the adapters of a model."""
     kinds = {type(module) for module in model.modules() if isinstance(module, Adapter)}
     return [one for kind in kinds for one in kind.renamings()]
+
+
+def views(model: torch.nn.Module, entries: Iterable[TensorEntry]) -> Iterable[TensorEntry]:
+    """The tensors of the files, as the adapter of a model sees them."""
+    adapter = next((module for module in model.modules() if isinstance(module, Adapter)), None)
+    return entries if adapter is None else map(adapter.view, entries)
 
 
 def check_served(model_type: str) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers.core_model_loading import MergeModulelist, WeightConverter
 
+from moeinf.checkpoint.headers import TensorEntry
 from moeinf.errors import UnsupportedError
 
 
@@ -28,10 +29,11 @@ class Experts(torch.nn.Module):
         has_gate: bool = True,
         has_bias: bool = False,
         is_transposed: bool = False,
+        top_k: int | None = None,
     ):
-        """`size` is (experts, I, H)."""
+        """`size` is (experts, I, H). `top_k`: of a token, where the configuration does not say."""
         super().__init__()
-        self.config = config
+        self.config, self.top_k = config, top_k
         self.act_fn = act_fn
         self.has_gate, self.has_bias, self.is_transposed = has_gate, has_bias, is_transposed
         experts, inner, hidden = size
@@ -61,6 +63,10 @@ class Adapter(torch.nn.Module):
     def renamings(cls) -> list[Any]:
         """Which tensors of the files become which parameter, as transformers' mapping has it."""
         return []
+
+    def view(self, entry: TensorEntry) -> TensorEntry:
+        """A tensor of the files, of the shape that `renamings` starts from."""
+        return entry
 
 
 def stack(tensor: str, parameter: str) -> WeightConverter:

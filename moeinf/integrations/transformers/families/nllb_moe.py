@@ -19,7 +19,7 @@ class NllbMoe(Adapter):
         one = old["expert_0"]
         size = (old.num_experts, *one.fc1.weight.shape)
         self.dropout, self.token_dropout = one.dropout.p, old.moe_token_dropout
-        self.routed = Experts(config, one.act, size, has_gate=False, has_bias=True)
+        self.routed = Experts(config, one.act, size, has_gate=False, has_bias=True, top_k=2)
 
     @classmethod
     def renamings(cls) -> list[Any]:

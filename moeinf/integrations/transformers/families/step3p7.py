@@ -9,6 +9,8 @@ from moeinf.integrations.transformers.families.adapter import Experts
 
 class Step3p7(Experts):
     def __init__(self, old: Any, config: Any):
-        super().__init__(config, old.act_fn, (old.num_experts, old.intermediate_dim, old.hidden_dim))
+        super().__init__(
+            config, old.act_fn, (old.num_experts, old.intermediate_dim, old.hidden_dim)
+        )
         self.limit = old.limit
         self._apply_gate = old._apply_gate

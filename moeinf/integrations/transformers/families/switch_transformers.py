@@ -15,7 +15,7 @@ class SwitchTransformers(Adapter):
         one = old["expert_0"]
         size = (len(old), *one.wi.weight.shape)
         self.dropout = one.dropout.p
-        self.routed = Experts(config, one.act, size, has_gate=False)
+        self.routed = Experts(config, one.act, size, has_gate=False, top_k=1)
 
     @classmethod
     def renamings(cls) -> list[Any]:
