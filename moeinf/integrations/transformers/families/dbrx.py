@@ -15,6 +15,7 @@ from moeinf.integrations.transformers.families.adapter import Adapter, Experts
 class Dbrx(Adapter):
     def __init__(self, old: Any, config: Any):
         super().__init__(old, config)
+        self.count = old.num_experts
         size = (old.num_experts, old.ffn_hidden_size, old.hidden_size)
         top_k = config.ffn_config.moe_top_k
         self.routed = Experts(config, old.mlp.activation_fn, size, top_k=top_k)
@@ -22,14 +23,15 @@ class Dbrx(Adapter):
     @classmethod
     def renamings(cls) -> list[Any]:
         mlp, routed = "ffn.experts.mlp", "ffn.experts.routed"
-        gate_up, both = [f"{mlp}.w1", f"{mlp}.v1"], [Concatenate(dim=1)]
+        both: list[Any] = [Concatenate(dim=1)]
+        gate_up = [f"{mlp}.w1", f"{mlp}.v1"]
         return [
             WeightConverter(gate_up, f"{routed}.gate_up_proj", operations=both),
             WeightConverter(f"{mlp}.w2", f"{routed}.down_proj", operations=[Transpose(1, 2)]),
         ]
 
     def view(self, entry: TensorEntry) -> TensorEntry:
-        count = len(self.routed.gate_up_proj)
+        count = self.count
         if ".ffn.experts.mlp." not in entry.name or entry.shape[0] % count:
             return entry
         return replace(entry, shape=(count, entry.shape[0] // count, *entry.shape[1:]))

@@ -13,4 +13,4 @@ class Step3p7(Experts):
             config, old.act_fn, (old.num_experts, old.intermediate_dim, old.hidden_dim)
         )
         self.limit = old.limit
-        self._apply_gate = old._apply_gate
+        self._apply_gate = old._apply_gate  # type: ignore[method-assign]
