@@ -613,6 +613,8 @@ def test_an_expert_whose_matrices_cannot_be_is_refused_by_name(matrix, changes, 
             options |= changes
         for key in {"values", "scales", "bias"} & options.keys():
             options[key] = _core.Rows(*options[key])
+        if "scales" in options:
+            options["scales"] = _core.Scales(options["scales"], _core.ScaleType.f32, 1, 0)
         return _core.Matrix(**options)
 
     with pytest.raises(ValueError, match=message):

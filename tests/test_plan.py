@@ -198,6 +198,22 @@ def test_scales_of_a_dense_weight_are_refused(suffix: str, tmp_path: Path) -> No
         moeinf.load(tmp_path)
 
 
+def test_integers_in_place_of_floats_are_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    edit(tmp_path, lambda tensors: {**tensors, name: tensors[name].long()})
+    with pytest.raises(CheckpointError, match=rf"{name} .*I64.*expected floating-point"):
+        moeinf.load(tmp_path)
+
+
+def test_float64_is_loaded_as_transformers_does_and_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    edit(tmp_path, lambda tensors: {**tensors, name: tensors[name].double()})
+    with pytest.warns(UserWarning, match=rf"{name} .*F64.*loses precision"):
+        assert_served_right(tmp_path)
+
+
 def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, max_shard_size="40KB")
     other = write_checkpoint(tmp_path / "other", seed=5)

@@ -9,7 +9,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from moeinf.checkpoint.formats import PLAIN_FORMATS
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.errors import CheckpointError, UnsupportedError
 
@@ -20,6 +19,7 @@ STACK_KEYS = (*NUM_LAYERS_KEYS, "n_layers", "encoder_layers", "decoder_layers", 
 NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation")
+METHODS = ("fp8", "mxfp8", "mxfp4", "modelopt", "compressed-tensors")  # of quantization_config
 ACTIVATIONS = {  # transformers' name: ours
     "silu": "silu",
     "swish": "silu",
@@ -86,16 +86,22 @@ def check_counts(config: Config, tensors: Collection[TensorEntry], file: Path) -
             )
 
 
-def check_unquantized(config: Config, file: Path) -> None:
-    """Raises UnsupportedError if the configuration says that weights are quantized."""
+def quantization(config: Config, file: Path) -> Config:
+    """The `quantization_config` of the model or of its language model; empty where there is none.
+
+    Raises UnsupportedError for a method that no weight format has.
+    """
     for part in (config, config.get("text_config")):
         found = part.get("quantization_config") if isinstance(part, dict) else None
         if found is not None:
             method = found.get("quant_method") if isinstance(found, dict) else found
-            raise UnsupportedError(
-                f"{file}: quantization_config says that weights are stored as {method!r}; "
-                f"supported are {', '.join(row.name for row in PLAIN_FORMATS.values())}"
-            )
+            if not isinstance(found, dict) or method not in METHODS:
+                raise UnsupportedError(
+                    f"{file}: quantization_config says that weights are stored as {method!r}; "
+                    f"supported are {', '.join(METHODS)}"
+                )
+            return found
+    return {}
 
 
 def _count(config: Config, keys: tuple[str, ...], file: Path) -> int:

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from moeinf.checkpoint import hub
-from moeinf.checkpoint.config import check_counts
+from moeinf.checkpoint.config import check_counts, quantization
+from moeinf.checkpoint.formats import MULTIPLIER
 from moeinf.checkpoint.headers import TensorEntry, check_is_file, read_header
+from moeinf.checkpoint.packed import PackedEntry, join
 from moeinf.errors import CheckpointError, ReadError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -73,6 +75,7 @@ class Checkpoint:
     def of_folder(cls, folder: Path) -> Checkpoint:
         """The same for a folder that is there."""
         config = _read_json(folder / "config.json")
+        quantization(config, folder / "config.json")  # before the other files are looked at
         tensors: dict[str, TensorEntry] = {}
         for shard, expected in _shards(folder):
             found = read_header(shard)
@@ -89,7 +92,7 @@ class Checkpoint:
                     )
                 tensors[name] = entry
         check_counts(config, tensors.values(), folder / "config.json")
-        return cls(folder, config, tensors)
+        return cls(folder, config, join(tensors, config, folder / "config.json"))
 
     @property
     def config_file(self) -> Path:
@@ -152,12 +155,50 @@ def _shards(folder: Path) -> Iterator[tuple[Path, set[str]]]:
 def read_tensor(entry: TensorEntry) -> torch.Tensor:
     """Reads one tensor into fresh memory, and leaves no second copy in the page cache.
 
+    A packed matrix becomes float32.
+
     Raises:
         CheckpointError: torch has no such dtype.
         ReadError: the file is gone, short or unreadable.
     """
+    if isinstance(entry, PackedEntry):
+        return _dequantised(entry)
     dtype = entry.torch_dtype()
     return read_bytes(entry, entry.offset, entry.nbytes).view(dtype).view(entry.shape)
+
+
+def _dequantised(entry: PackedEntry) -> torch.Tensor:
+    """float32, matrix by matrix."""
+    *lead, rows, cols = entry.shape
+    parts = {}
+    for piece, (dtype, shape) in entry.format.segments(rows, cols).items():
+        if piece == MULTIPLIER:
+            parts[piece] = read_multiplier(entry)
+        else:
+            stored = entry.pieces[piece]
+            raw = read_bytes(stored, stored.offset, stored.nbytes)
+            parts[piece] = raw.view(dtype).view(-1, *shape)
+    out = torch.empty(*lead, rows, cols)
+    for i, matrix in enumerate(out.view(-1, rows, cols)):
+        one = {piece: part if piece == MULTIPLIER else part[i] for piece, part in parts.items()}
+        matrix.copy_(entry.format.dequantise(one))
+    return out
+
+
+def read_multiplier(entry: PackedEntry) -> torch.Tensor:
+    """float32 [1]: the number by which a packed matrix is multiplied.
+
+    Raises:
+        CheckpointError: it is not a finite number above zero.
+    """
+    stored = entry.pieces[MULTIPLIER]
+    raw = read_bytes(stored, stored.offset, stored.nbytes).view(stored.torch_dtype())
+    number = raw.double().view(1)
+    if not (number > 0 and number.isfinite()):
+        raise CheckpointError(
+            f"{stored.path}: {stored}: expected a number above zero, found {float(number)}"
+        )
+    return (1 / number if entry.divides else number).float()
 
 
 def read_bytes(entry: TensorEntry, offset: int, nbytes: int) -> torch.Tensor:

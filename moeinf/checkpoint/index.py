@@ -14,6 +14,7 @@ from pathlib import Path
 from moeinf.checkpoint.families import Address
 from moeinf.checkpoint.formats import BIAS, PLAIN_FORMATS, SCALES, VALUES, WeightFormat
 from moeinf.checkpoint.headers import DTYPE_NAMES, TensorEntry
+from moeinf.checkpoint.packed import PackedEntry
 from moeinf.errors import CheckpointError
 from moeinf.kernels.forms import ExpertForm
 
@@ -60,7 +61,7 @@ def split_fused(entry: TensorEntry, num_experts: int, transposed: bool = False) 
     if rest:
         raise CheckpointError(f"{entry}: its {entry.nbytes} bytes cannot be shared by its experts")
     shape = entry.shape[1:]
-    if transposed and len(shape) == 2:
+    if transposed and len(shape) == 2 and not isinstance(entry, PackedEntry):
         return [Slice(entry, e * nbytes, shape[::-1], True) for e in range(num_experts)]
     return [Slice(entry, e * nbytes, shape) for e in range(num_experts)]
 
@@ -129,7 +130,7 @@ def check_alike(index: Index, form: ExpertForm, path: Path) -> tuple[str, ...]:
     if values - first.keys():
         raise _unlike(f"{path}: {first_module}, expert 0", first, values)
     formats = {matrix: format_of(first, matrix) for matrix in matrices}
-    wanted = {(m, piece) for m, row in formats.items() for piece in row.segments(1, row.pack)}
+    wanted = set(values)
     if form.has_bias:
         wanted |= {(matrix, BIAS) for matrix in matrices}
     for module, experts in index.items():
@@ -142,9 +143,9 @@ def check_alike(index: Index, form: ExpertForm, path: Path) -> tuple[str, ...]:
                 raise _unlike(f"{path}: {module}, expert {number}", expert, wanted)
             for key, piece in expert.items():
                 _check_slice(piece, first[key])
-    if len(set(formats.values())) > 1:
+    if len({formats[matrix] for matrix in matrices[:-1]}) > 1:
         raise CheckpointError(
-            f"{first[matrices[0], VALUES]}: expected the format of {first['down', VALUES]}"
+            f"{first['up', VALUES]}: expected the format of {first['gate', VALUES]}"
         )
     return matrices
 
@@ -155,13 +156,38 @@ def format_of(expert: Expert, matrix: str) -> WeightFormat:
     Raises:
         CheckpointError: there is none.
     """
-    values, scales = expert[matrix, VALUES], expert.get((matrix, SCALES))
+    values = expert[matrix, VALUES]
+    if isinstance(values.entry, PackedEntry):
+        return values.entry.format
     for row in PLAIN_FORMATS.values():
-        if DTYPE_NAMES[row.values] == values.entry.dtype and scales is None:
+        if DTYPE_NAMES[row.values] == values.entry.dtype:
             return row
-    with_scales = f" with {scales}" if scales else ""
     names = ", ".join(row.name for row in PLAIN_FORMATS.values())
-    raise CheckpointError(f"{values}{with_scales}: expected one of the weight formats {names}")
+    raise CheckpointError(f"{values}: expected one of the weight formats {names}, or scales")
+
+
+def scales_of(values: Slice) -> Slice:
+    """The scales that belong to the values of a packed matrix.
+
+    Raises:
+        CheckpointError: its rows begin within a block of rows that share their scales.
+    """
+    entry = values.entry
+    assert isinstance(entry, PackedEntry) and entry.format.block is not None
+    stored = entry.pieces[SCALES]
+    high, wide = entry.format.block
+    *_, rows, cols = entry.shape
+    matrix, first = divmod(values.offset // entry.row_bytes(), rows)
+    count = values.shape[0]
+    if first % high or (first + count < rows and count % high):
+        raise CheckpointError(
+            f"{values}: rows {first} to {first + count} do not fill blocks of {high} that share "
+            f"scales in {stored}"
+        )
+    width = -(-cols // wide) if wide else 1
+    begin = matrix * -(-rows // high) + first // high
+    unit = stored.nbytes // math.prod(stored.shape)
+    return Slice(stored, begin * width * unit, (-(-count // high), width))
 
 
 def _check_slice(piece: Slice, first: Slice) -> None:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import weakref
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,11 +19,19 @@ import torch
 from moeinf import _core
 from moeinf.checkpoint import config as configuration
 from moeinf.checkpoint.families import NAMINGS, family_of, find_experts
-from moeinf.checkpoint.folder import Checkpoint, read_bytes
-from moeinf.checkpoint.formats import BIAS, VALUES
+from moeinf.checkpoint.folder import Checkpoint, read_bytes, read_multiplier
+from moeinf.checkpoint.formats import BIAS, MULTIPLIER, SCALES, VALUES
 from moeinf.checkpoint.headers import DTYPE_NAMES, FileState, TensorEntry
-from moeinf.checkpoint.index import Index, build_index, check_alike, format_of
+from moeinf.checkpoint.index import (
+    Index,
+    Slice,
+    build_index,
+    check_alike,
+    format_of,
+    scales_of,
+)
 from moeinf.checkpoint.layout import Layout, Segment
+from moeinf.checkpoint.packed import PackedEntry
 from moeinf.errors import CheckpointError, ReadError
 from moeinf.kernels.forms import ExpertForm
 
@@ -190,7 +200,12 @@ class ExpertStore:
         for segment, matrices, piece in self._places:
             slot_offset = segment.offset
             for matrix in matrices:
-                found = parts[matrix, piece]
+                if piece == SCALES:
+                    found = scales_of(parts[matrix, VALUES])
+                elif piece == MULTIPLIER:
+                    found = self._multiplier(layer, expert, matrix)
+                else:
+                    found = parts[matrix, piece]
                 extents.append(
                     Extent(
                         found.entry, found.entry.offset + found.offset, found.nbytes, slot_offset
@@ -198,6 +213,35 @@ class ExpertStore:
                 )
                 slot_offset += found.nbytes
         return extents
+
+    def _multiplier(self, layer: int, expert: int, matrix: str) -> Slice:
+        place = 3 * (layer * self.num_experts + expert)
+        place += ("gate", "up", "down").index(matrix.removesuffix("_up"))
+        return Slice(self._multipliers, 4 * place, (2 if matrix == "gate_up" else 1,))
+
+    @cached_property
+    def _multipliers(self) -> TensorEntry:
+        """The multipliers of gate, up and down of every expert, in a file in memory.
+
+        In the checkpoint each is a tensor of its own, that may divide. Here they are read like all
+        other bytes of an expert, and cost no read from the disk.
+        """
+        shape = (self.num_layers, self.num_experts, 3)
+        numbers = torch.ones(shape)
+        for layer, module in enumerate(self.modules):
+            for expert, parts in enumerate(self._index[module]):
+                for matrix in self._matrices:
+                    entry = parts[matrix, VALUES].entry
+                    if isinstance(entry, PackedEntry) and entry.format.multiplier:
+                        number = float(read_multiplier(entry))
+                        for place, name in enumerate(("gate", "up", "down")):
+                            if name in matrix.split("_"):
+                                numbers[layer, expert, place] = number
+        memory = os.memfd_create("moeinf multipliers", os.MFD_CLOEXEC)
+        weakref.finalize(self, os.close, memory)
+        os.write(memory, numbers.numpy().tobytes())
+        file = FileState.of(Path(f"/proc/self/fd/{memory}"), os.fstat(memory))
+        return TensorEntry("multipliers", file, "F32", shape, 0, 4 * numbers.numel())
 
     def read(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """Reads one expert into fresh memory: its segments by name.
@@ -226,7 +270,9 @@ class ExpertStore:
         for segment, matrices, piece in self._places:
             offset = segment.offset
             for matrix in matrices:
-                part = first[matrix, piece]
+                part = first.get((matrix, piece))  # none of scales
+                if part is None:
+                    continue
                 if part.transposed:
                     rows, cols = part.shape
                     found.append((offset, cols, rows, segment.dtype.itemsize))
@@ -298,20 +344,27 @@ class ExpertStore:
             if stored.entry.dtype not in FLOATS:
                 raise CheckpointError(f"{stored}: expected one of {', '.join(FLOATS)}")
             bias = FLOATS[stored.entry.dtype]
-        weights = format_of(first, "down")
-        hidden, intermediate = down.shape[0], down.shape[1] * weights.pack
+        formats = format_of(first, self._matrices[0]), format_of(first, "down")
+        hidden, intermediate = down.shape
         try:
             layout = Layout.of(
-                self.form, weights, hidden, intermediate, interleaved=interleaved, bias=bias
+                self.form, formats, hidden, intermediate, interleaved=interleaved, bias=bias
             )
         except ValueError as error:
             raise CheckpointError(f"{down}: {error}") from error
         for segment, matrices, piece in _places(layout, self._matrices):
             rows, *width = segment.shape
             expected = rows // len(matrices), *width
-            dtype = DTYPE_NAMES[segment.dtype]
             for matrix in matrices:
-                found = first[matrix, piece]
+                if piece == MULTIPLIER:
+                    continue
+                found = (
+                    scales_of(first[matrix, VALUES]) if piece == SCALES else first[matrix, piece]
+                )
+                packed = piece == SCALES or isinstance(found.entry, PackedEntry)
+                dtype = found.entry.dtype if packed else DTYPE_NAMES[segment.dtype]
+                if piece == VALUES:  # in columns, packed or not
+                    expected = expected[0], intermediate if matrix == "down" else hidden
                 if (found.shape, found.entry.dtype) != (expected, dtype):
                     raise CheckpointError(
                         f"{found}: expected {dtype} {list(expected)}, to go with {down}"

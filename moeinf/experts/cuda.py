@@ -40,7 +40,7 @@ class CudaExperts:
         self.passes = cache.passes
         self.is_fake = self.streams.is_fake
         self.device = cache.device
-        self.hidden = self.store.layout["down"].shape[0]
+        self.hidden = self.store.layout.hidden
         down = self.store.layout.down.format
         self.dtype = None if down.scaled else down.values  # None: tokens of any dtype
         self._triton = _triton_kernels(on_cpu=self.is_fake)

@@ -128,3 +128,22 @@ def test_names_of_the_hub(
     tensors = {name: t.clone().contiguous() for name, t in change(load_file(path)).items()}
     save_file(tensors, path, metadata={"format": "pt"})
     assert_served(tmp_path, base)
+
+
+def test_a_norm_behind_the_experts_leaves_tokens_as_they_are(tmp_path: Path) -> None:
+    """Muse-Spark: each route is computed on its own, and a trace still has one row per token."""
+    write(tmp_path, "muse_spark_text")
+    model: Any = moeinf.load(tmp_path, device="cpu")
+    with torch.no_grad(), model.moeinf.cache.record() as recorder:
+        model(input_ids=IDS)
+    assert recorder.trace().experts.shape == (IDS.numel(), model.moeinf.cache.store.num_layers, 2)
+
+
+def test_a_route_to_no_expert_is_not_read(tmp_path: Path) -> None:
+    """ZAYA's router names expert 0 with weight 0 where it skips."""
+    write(tmp_path, "zaya")
+    model: Any = moeinf.load(tmp_path, device="cpu")
+    for layer in model.model.layers:
+        layer.mlp.gate.balancing_biases[-1] = 1e4
+    logits_of(model)
+    assert model.moeinf.stats()["accesses"] == 0

@@ -85,7 +85,7 @@ def find_experts(
     for name, one in traced.items():
         piece = BIAS if name.endswith("_bias") else VALUES
         origin = one.origin[..., None] if piece == BIAS else one.origin
-        if module.is_transposed and piece == VALUES:
+        if module.is_transposed and piece == VALUES and not one.by_rows:
             origin = origin.transpose(0, 2, 1)
         joined = name.startswith("gate_up_proj")
         if not joined:

@@ -242,10 +242,11 @@ def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 def computing_dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -> torch.dtype:
     """Of activations and of all weights but the experts'; "auto" is the checkpoint's own."""
     if dtype == "auto":
+        stored = store.layout.down.format
         dtype = (
             getattr(config, "dtype", None)
             or getattr(config.get_text_config(), "dtype", None)
-            or store.layout["down"].dtype
+            or (torch.bfloat16 if stored.scaled else stored.values)
         )
     found = DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:

@@ -10,7 +10,6 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 
-from moeinf.checkpoint.config import check_unquantized
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.errors import CheckpointError
 
@@ -40,7 +39,6 @@ def read_config(checkpoint: Checkpoint) -> Any:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise CheckpointError(f"{file}: model_type is {kind!r}, expected a name")
-    check_unquantized(config, file)
     for part in (config, checkpoint.text_config()):
         for key in ("dtype", "torch_dtype"):
             name = part.get(key)
@@ -53,7 +51,13 @@ def read_config(checkpoint: Checkpoint) -> Any:
             f"not know it{code}"
         )
     try:
-        return AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        loaded = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        # The checkpoint's entries say how they are stored. Transformers would build modules of its
+        # own, or refuse what it does not know.
+        for part in (loaded, loaded.get_text_config()):
+            if getattr(part, "quantization_config", None) is not None:
+                del part.quantization_config
+        return loaded
     except Exception as error:  # each check of a value raises a type of its own
         raise CheckpointError(
             f"{file}: transformers refuses model_type {kind!r}: {in_words(error, config)}"
@@ -130,7 +134,4 @@ def _part_for(found: Any, config: Any) -> Any:
     text = config.get_text_config()
     if not isinstance(text, wanted):
         return None
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        text.quantization_config = quantization
     return text

@@ -17,6 +17,7 @@ from moeinf.checkpoint.config import TOP_K_KEYS
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.index import Expert
+from moeinf.checkpoint.packed import PackedEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.integrations.transformers.experts import (
@@ -32,6 +33,7 @@ from moeinf.integrations.transformers.models import build_skeleton
 from moeinf.integrations.transformers.weights import Sources, Traced, find_sources, trace
 from moeinf.kernels.forms import ExpertForm
 
+INTEGERS = frozenset(("BOOL", "U8", "I8", "I16", "U16", "I32", "U32", "I64", "U64"))
 # Ends of names of tensors that other tensors cannot be read without.
 SCALES = re.compile(r"(scale|scales|scale_inv|scale_2|absmax|zero_point|zeros|g_idx)$")
 
@@ -77,6 +79,11 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
         for path, module in modules.items()
         for name, shape in parameters_of(module).items()
     }
+    for path, module in modules.items():
+        for name in parameters_of(module):
+            if module.is_transposed and _by_rows(sources.get(f"{path}.{name}")):
+                experts, inputs, outputs = shapes[f"{path}.{name}"]
+                shapes[f"{path}.{name}"] = (experts, outputs, inputs)
     traced: dict[str, Traced] = {}
     for name in shapes:
         if name in sources:
@@ -96,11 +103,22 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
         if entry.name not in served
     }
     _check_unknown(skeleton, checkpoint, unknown, sources)
+    _check_dtypes(skeleton, sources)
     tied = _tied(modules, traced)
     own = {path: module for path, module in modules.items() if path not in tied}
     stores = _stores(checkpoint, own, traced, skeleton.config)
     leave_out_experts(skeleton)
     return Plan(skeleton, stores, dense, tied)
+
+
+def _check_dtypes(model: PreTrainedModel, sources: Mapping[str, Sources]) -> None:
+    """Refuses integers in place of floats, and names floats that are wider than every model's."""
+    for path, parameter in model.state_dict().items():
+        for entry in sources[path].all() if path in sources else ():
+            if parameter.is_floating_point() and entry.dtype in INTEGERS:
+                raise CheckpointError(f"{entry.path}: {entry}: expected floating-point numbers")
+            if entry.dtype == "F64":
+                warnings.warn(f"{entry.path}: {entry}: loses precision", stacklevel=4)
 
 
 def _tied(modules: Mapping[str, Any], traced: Mapping[str, Traced]) -> dict[str, str]:
@@ -112,6 +130,13 @@ def _tied(modules: Mapping[str, Any], traced: Mapping[str, Traced]) -> dict[str,
         if first.setdefault(weights, path) != path:
             tied[path] = first[weights]
     return tied
+
+
+def _by_rows(sources: Sources | None) -> bool:
+    """Whether a parameter is one packed tensor: those are by rows, also in transposed modules."""
+    if sources is None or sources.converter is not None:
+        return False
+    return isinstance(sources.all()[0], PackedEntry)
 
 
 def missing_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointError:

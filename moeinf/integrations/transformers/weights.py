@@ -30,6 +30,7 @@ from transformers.core_model_loading import (
 )
 
 from moeinf.checkpoint.headers import TensorEntry
+from moeinf.checkpoint.packed import PackedEntry
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.integrations.transformers.families import renamings, views
 
@@ -108,12 +109,14 @@ class Traced:
              i * stride, i * stride + 1, ...
     tensors  the sources
     shapes   the small shape of each of them
+    by_rows  one packed tensor [experts, outputs, inputs], whatever the module has
     """
 
     origin: np.ndarray[Any, Any]
     tensors: Sequence[TensorEntry]
     shapes: Sequence[tuple[int, ...]]
     stride: int
+    by_rows: bool = False
 
 
 def shrunk(sizes: Iterable[int]) -> dict[int, int]:
@@ -172,7 +175,8 @@ def trace(
             raise UnsupportedError(f"{target}: transformers computes it from {tensors[0]}")
         if tuple(value.shape) != wanted.get(target):
             raise _does_not_fit(target, shapes, sources)
-        traced[target] = Traced(value.numpy(), tensors, small_shapes, stride)
+        by_rows = sources.converter is None and isinstance(tensors[0], PackedEntry)
+        traced[target] = Traced(value.numpy(), tensors, small_shapes, stride, by_rows)
     return traced
 
 

@@ -20,6 +20,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from moeinf.checkpoint.folder import Checkpoint, read_bytes
 from moeinf.checkpoint.headers import TensorEntry
+from moeinf.checkpoint.packed import PackedEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
 from moeinf.kernels.forms import ExpertForm
@@ -56,8 +57,9 @@ class WholeModel(NotCopied):
         does it.
 
         Raises:
-            UnsupportedError: the folder that the model reads from, a distributed checkpoint, a
-                state_dict of other tensors than the model's own, or `push_to_hub=True`.
+            UnsupportedError: experts with scales, the folder that the model reads from, a
+                distributed checkpoint, a state_dict of other tensors than the model's own, or
+                `push_to_hub=True`.
             ReadError: an expert cannot be read; the folder keeps what was in it.
         """
         save: Any = super().save_pretrained  # type: ignore[misc]
@@ -89,6 +91,12 @@ class WholeModel(NotCopied):
             for store in _stores(self)
             for name in store.tensor_names()
         }
+        packed = next((one for one in experts.values() if isinstance(one, PackedEntry)), None)
+        if packed is not None:
+            raise UnsupportedError(
+                f"save_pretrained: {packed}: expected experts without scales; copy the files of "
+                f"{packed.path.parent} to have them elsewhere"
+            )
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         for path in {entry.path for entry in experts.values()}:

@@ -1,0 +1,230 @@
+"""Weights that lie in several tensors: values, scales, and what else a quantiser wrote.
+
+`join` puts one entry in the place of the tensors of each such matrix, under the name and with the
+shape that the matrix has where it is not quantised. So names need no rules for quantised files.
+The tensors decide how weights are stored: their names, dtypes and shapes. The configuration says
+how many rows and columns share a scale, where shapes allow more than one answer.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moeinf.checkpoint.config import Config, quantization
+from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.headers import TensorEntry
+from moeinf.errors import CheckpointError, UnsupportedError
+
+SCALE_TYPES = {
+    "F32": "f32",
+    "BF16": "bf16",
+    "F16": "f16",
+    "U8": "e8m0",
+    "F8_E8M0": "e8m0",
+    "F8_E4M3": "e4m3",
+}
+# Ends of names of the tensors that belong to one matrix; what stands before is the same for all.
+# A fused matrix has its own name for its values, and "_" before the others' ends.
+_PARTS = re.compile(
+    r"(?P<base>.+?)(?:[._](?P<part>weight_scale_inv|weight_scale_2|weight_scale|weight_global_scale"
+    r"|weight_packed|weight_shape|weight_zero_point|weight_g_idx|pre_quant_scale|input_scale"
+    r"|input_global_scale|scale_inv|scale|blocks|scales|qweight|qzeros|g_idx|absmax|weight))?"
+)
+_SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale")
+# Of the quantisation of activations, which are not quantised here; or known from the other shapes.
+_UNUSED = ("input_scale", "input_global_scale", "weight_shape")
+_REFUSED = {
+    "weight_zero_point": "zero points are not supported",
+    "weight_g_idx": "groups in another order than the columns are not supported",
+    "pre_quant_scale": "scales of the inputs are not supported",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PackedEntry(TensorEntry):
+    """A matrix, or the matrices of all experts, by its logical shape [..., rows, columns].
+
+    `offset` and `nbytes` are of the stored values. `dtype` is a word for the format.
+    divides: the multiplier in the file is what the values are divided by.
+    """
+
+    format: WeightFormat
+    pieces: Mapping[str, TensorEntry] = field(hash=False)
+    divides: bool = False
+
+    def row_bytes(self) -> int:
+        return self.nbytes // math.prod(self.shape[:-1])
+
+
+def join(tensors: Mapping[str, TensorEntry], config: Config, file: Path) -> dict[str, TensorEntry]:
+    """The tensors by name, each packed matrix as one entry.
+
+    Raises:
+        UnsupportedError: the configuration, or a tensor beside weights, is of a format that is not
+            supported.
+        CheckpointError: tensors of one matrix that do not fit together.
+    """
+    stated = quantization(config, file)
+    groups: dict[str, dict[str, TensorEntry]] = defaultdict(dict)
+    for name, entry in tensors.items():
+        found = _PARTS.fullmatch(name)
+        assert found is not None
+        groups[found["base"]][found["part"] or ""] = entry
+    joined: dict[str, TensorEntry] = {}
+    any_packed = False
+    for base, parts in groups.items():
+        packed = _packed(base, parts, stated)
+        if packed is None:
+            joined |= {entry.name: entry for entry in parts.values()}
+            continue
+        any_packed = True
+        joined[packed.name] = packed
+        used = {piece.name for piece in packed.pieces.values()}
+        for part, entry in parts.items():
+            if part not in _UNUSED and entry.name not in used:
+                joined[entry.name] = entry
+    if stated and not any_packed:
+        raise CheckpointError(
+            f"{file}: quant_method is {stated['quant_method']!r}, expected tensors with scales, "
+            "found none"
+        )
+    return joined
+
+
+def _packed(
+    base: str, parts: Mapping[str, TensorEntry], config: Mapping[str, Any]
+) -> PackedEntry | None:
+    """The entry of a packed matrix; None where the tensors are ordinary ones."""
+    if "blocks" in parts and "scales" in parts:
+        return _mxfp4_blocks(base, parts["blocks"], parts["scales"])
+    name, values = base, parts.get("")
+    if "weight_packed" in parts:
+        name, values = f"{base}.weight", parts["weight_packed"]
+    elif "weight" in parts:
+        name, values = parts["weight"].name, parts["weight"]
+    scales = next((parts[part] for part in _SCALES if part in parts), None)
+    if values is None or scales is None or values.dtype not in ("F8_E4M3", "I8", "U8", "I32"):
+        return None
+    for part, why in _REFUSED.items():
+        if part in parts:
+            raise UnsupportedError(f"{parts[part].path}: {parts[part]}: {why}")
+    if len(values.shape) < 2 or 0 in values.shape:
+        raise CheckpointError(f"{values.path}: {values}: expected a matrix, to go with {scales}")
+    second = parts.get("weight_scale_2") or parts.get("weight_global_scale")
+    row, columns = _values_row(values, scales, config)
+    shape = (*values.shape[:-1], columns)
+    pieces = {VALUES: values}
+    if scales.shape in ((), (1,)) and second is None:
+        pieces[MULTIPLIER] = scales
+        row = row.with_scales(None, None, multiplier=True)
+    else:
+        block = _block(row, values, scales, shape, config)
+        row = row.with_scales(SCALE_TYPES[scales.dtype], block, multiplier=second is not None)
+        pieces[SCALES] = scales
+    if second is not None:
+        if second.dtype != "F32" or math.prod(second.shape) != 1:
+            raise CheckpointError(f"{second.path}: {second}: expected one F32 number")
+        pieces[MULTIPLIER] = second
+    return _entry(name, row, shape, pieces, divides="weight_global_scale" in parts)
+
+
+def _entry(
+    name: str,
+    row: WeightFormat,
+    shape: tuple[int, ...],
+    pieces: Mapping[str, TensorEntry],
+    divides: bool = False,
+) -> PackedEntry:
+    values = pieces[VALUES]
+    blocks = "" if row.block is None else f" / {row.scales} {row.block[0]}x{row.block[1] or 'all'}"
+    number = (" / number" if divides else " * number") if row.multiplier else ""
+    word = f"{row.name}{blocks}{number}"
+    return PackedEntry(
+        name, values.file, word, shape, values.offset, values.nbytes, row, pieces, divides
+    )
+
+
+def _mxfp4_blocks(base: str, blocks: TensorEntry, scales: TensorEntry) -> PackedEntry:
+    """Blocks of 16 bytes beside each other: [experts, rows, blocks, 16]."""
+    if blocks.dtype != "U8" or len(blocks.shape) != 4 or blocks.shape[-1] != 16:
+        raise CheckpointError(f"{blocks.path}: {blocks}: expected U8 [experts, rows, blocks, 16]")
+    if scales.dtype not in ("U8", "F8_E8M0") or scales.shape != blocks.shape[:-1]:
+        raise CheckpointError(
+            f"{scales.path}: {scales}: expected U8 {list(blocks.shape[:-1])}, to go with {blocks}"
+        )
+    row = FORMATS["e2m1"].with_scales("e8m0", (1, 32))
+    shape = (*blocks.shape[:2], 32 * blocks.shape[2])
+    return _entry(base, row, shape, {VALUES: blocks, SCALES: scales})
+
+
+def _values_row(
+    values: TensorEntry, scales: TensorEntry, config: Mapping[str, Any]
+) -> tuple[WeightFormat, int]:
+    """How the values are stored, and how many columns they have."""
+    last, kind = values.shape[-1], SCALE_TYPES.get(scales.dtype)
+    if kind is None:
+        raise CheckpointError(
+            f"{scales.path}: {scales}: expected scales of {', '.join(SCALE_TYPES)}, to go with "
+            f"{values}"
+        )
+    if values.dtype == "F8_E4M3":
+        return FORMATS["e4m3"], last
+    if values.dtype == "I32":
+        if _bits(config) == 4:
+            return FORMATS["int4"], 8 * last
+        raise UnsupportedError(
+            f"{values.path}: {values}: integers of {_bits(config)} bits, expected 4"
+        )
+    if kind in ("e8m0", "e4m3"):
+        return FORMATS["e2m1"], 2 * last
+    if values.dtype == "I8":
+        return FORMATS["int8"], last
+    raise CheckpointError(
+        f"{values.path}: {values}: expected scales of F8_E4M3 or F8_E8M0, found {scales}"
+    )
+
+
+def _bits(config: Mapping[str, Any]) -> int:
+    """Of the integers of a configuration of compressed-tensors."""
+    groups = config.get("config_groups")
+    found = {
+        group["weights"].get("num_bits")
+        for group in (groups.values() if isinstance(groups, dict) else ())
+        if isinstance(group, dict) and isinstance(group.get("weights"), dict)
+        and group["weights"].get("type", "int") == "int"
+    }  # fmt: skip
+    return int(found.pop()) if len(found) == 1 else 4
+
+
+def _block(
+    row: WeightFormat,
+    values: TensorEntry,
+    scales: TensorEntry,
+    shape: Sequence[int],
+    config: Mapping[str, Any],
+) -> tuple[int, int]:
+    """The rows and columns that share a scale."""
+    *lead, rows, cols = shape
+    grid = list(scales.shape)
+    if grid in ([*lead, rows], [*lead, rows, 1]):
+        return 1, 0
+    stated = config.get("weight_block_size")
+    candidates = [(1, 16), (1, 32), (1, 64), (1, 128)]
+    if row.name == "e4m3":
+        candidates = [(128, 128), (1, 32)]
+        if isinstance(stated, list) and len(stated) == 2:
+            candidates = [(int(stated[0]), int(stated[1])), (1, 32)]
+    for high, wide in candidates:
+        if grid == [*lead, -(-rows // high), -(-cols // wide)]:
+            return high, wide
+    raise CheckpointError(
+        f"{scales.path}: {scales}: expected a scale for each "
+        + " or ".join(f"{high} x {wide}" for high, wide in candidates)
+        + f" block, for each row or for all, to go with {values}"
+    )

@@ -1,0 +1,302 @@
+"""Checkpoints of quantised weights, as each quantiser names and shapes its tensors: they open, and
+the model computes what it computes with the decoded weights in float32."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import write_checkpoint
+from safetensors.torch import load_file, save_file
+from scaled_weights import E2M1, E4M3, INT4, INT8, random_bytes
+
+import moeinf
+from moeinf.checkpoint.formats import MULTIPLIER, SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.store import ExpertStore
+from moeinf.errors import CheckpointError, UnsupportedError
+
+Parts = dict[str, torch.Tensor]
+SIZES = {"hidden_size": 64, "moe_intermediate_size": 96, "num_hidden_layers": 2}
+
+
+def draw(row: WeightFormat, rows: int, cols: int, rng: torch.Generator) -> Parts:
+    """Random pieces of a matrix whose elements are about as large as those of a trained one."""
+    parts = {}
+    for piece, (dtype, shape) in row.segments(rows, cols).items():
+        parts[piece] = torch.empty(shape, dtype=dtype)
+        if piece == VALUES:
+            random_bytes(parts[piece], rng)
+    size = 0.3 / math.sqrt(float(row.decode(parts[VALUES]).square().mean()))
+    if SCALES in parts:
+        drawn = torch.rand(parts[SCALES].shape, generator=rng) + 0.5
+        if row.scales == "e8m0":
+            parts[SCALES] = (127 + (drawn * size).log2().round()).to(torch.uint8)
+        else:
+            parts[SCALES] = (drawn * (20 if row.multiplier else size)).to(parts[SCALES].dtype)
+    if MULTIPLIER in parts:
+        drawn = torch.rand(1, generator=rng) + 0.5
+        parts[MULTIPLIER] = (drawn * size / (20 if row.scales else 1)).float()
+    return parts
+
+
+def int4_words(parts: Parts) -> Parts:
+    rows, stored = parts[VALUES].shape
+    return {
+        ".weight_packed": parts[VALUES].view(torch.int32),
+        ".weight_scale": parts[SCALES],
+        ".weight_shape": torch.tensor([rows, 2 * stored]),
+    }
+
+
+def nvfp4_divided(parts: Parts) -> Parts:
+    divisor = 1 / parts[MULTIPLIER]
+    parts[MULTIPLIER] = 1 / divisor  # what the reader makes of it
+    return {
+        ".weight_packed": parts[VALUES],
+        ".weight_scale": parts[SCALES],
+        ".weight_global_scale": divisor,
+        ".input_global_scale": torch.ones(1),
+    }
+
+
+def scaled_as(values: str, scales: str, **more: Any) -> Callable[[Parts], Parts]:
+    return lambda parts: {values: parts[VALUES], scales: parts[SCALES], **more}
+
+
+INT4_CONFIG = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"],
+                                  "weights": {"num_bits": 4, "type": "int", "symmetric": True}}},
+}  # fmt: skip
+FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}
+MODELOPT = {"quant_method": "modelopt"}
+TENSORS = {"quant_method": "compressed-tensors"}
+# Name: format, configuration, tensors by the ends of their names.
+STORED: dict[str, tuple[WeightFormat, dict[str, Any], Callable[[Parts], Parts]]] = {
+    "fp8 blocks": (E4M3.with_scales("f32", (32, 32)), FP8,
+                   scaled_as(".weight", ".weight_scale_inv")),
+    "fp8 blocks of 128": (E4M3.with_scales("bf16", (128, 128)), {"quant_method": "fp8"},
+                          scaled_as(".weight", ".weight_scale_inv")),
+    "fp8 blocks, e8m0 scales": (
+        E4M3.with_scales("e8m0", (32, 32)), FP8,
+        lambda p: {".weight": p[VALUES], ".scale": p[SCALES].view(torch.float8_e8m0fnu)},
+    ),
+    "fp8 channels": (E4M3.with_scales("bf16", (1, 0)), TENSORS,
+                     scaled_as(".weight", ".weight_scale")),
+    "fp8 tensor": (
+        E4M3.with_scales(None, None, multiplier=True), MODELOPT,
+        lambda p: {".weight": p[VALUES], ".weight_scale": p[MULTIPLIER][0],
+                   ".input_scale": torch.tensor(1.0)},
+    ),
+    "mxfp8": (E4M3.with_scales("e8m0", (1, 32)), {"quant_method": "mxfp8"},
+              scaled_as(".weight", ".weight_scale_inv")),
+    "fp4 of DeepSeek-V4": (
+        E2M1.with_scales("e8m0", (1, 32)), FP8,
+        lambda p: {".weight": p[VALUES].view(torch.int8),
+                   ".scale": p[SCALES].view(torch.float8_e8m0fnu)},
+    ),
+    "mxfp4": (E2M1.with_scales("e8m0", (1, 32)), TENSORS,
+              scaled_as(".weight_packed", ".weight_scale")),
+    "nvfp4": (
+        E2M1.with_scales("e4m3", (1, 16), multiplier=True), MODELOPT,
+        lambda p: {".weight": p[VALUES], ".weight_scale": p[SCALES],
+                   ".weight_scale_2": p[MULTIPLIER][0], ".input_scale": torch.tensor(1.0)},
+    ),
+    "nvfp4, divided": (E2M1.with_scales("e4m3", (1, 16), multiplier=True), TENSORS, nvfp4_divided),
+    "int4": (INT4.with_scales("bf16", (1, 32)), INT4_CONFIG, int4_words),
+    "int4 channels": (INT4.with_scales("f16", (1, 0)), INT4_CONFIG, int4_words),
+    "int8 channels": (INT8.with_scales("f32", (1, 0)), TENSORS,
+                      scaled_as(".weight", ".weight_scale")),
+}  # fmt: skip
+
+
+@pytest.fixture
+def seed() -> int:
+    value = random.SystemRandom().randrange(2**31)
+    print(f"seed {value}")
+    return value
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("plain"), "qwen3_moe", **SIZES)
+
+
+def quantised(
+    plain: Path, folder: Path, name: str, seed: int, which: str = ".experts."
+) -> tuple[Path, Path]:
+    """The checkpoint with every weight whose name has `which` stored so, and with the same numbers
+    in float32."""
+    row, config, store = STORED[name]
+    rng = torch.Generator().manual_seed(seed)
+    packed: Parts = {}
+    decoded: Parts = {}
+    for key, tensor in load_file(plain / "model.safetensors").items():
+        if which in key and key.endswith("_proj.weight"):
+            parts = draw(row, *tensor.shape, rng)
+            stem = key.removesuffix(".weight")
+            packed |= {stem + end: part.clone() for end, part in store(parts).items()}
+            decoded[key] = row.dequantise(parts).float()
+        else:
+            packed[key] = decoded[key] = tensor
+    folders = []
+    for kind, tensors in (("packed", packed), ("decoded", decoded)):
+        target = folder / kind
+        shutil.copytree(plain, target)
+        save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+        folders.append(target)
+    described = json.loads((folder / "packed" / "config.json").read_text())
+    described["quantization_config"] = config
+    (folder / "packed" / "config.json").write_text(json.dumps(described))
+    return folders[0], folders[1]
+
+
+def logits(folder: Path) -> torch.Tensor:
+    tokens = torch.randint(0, 97, (2, 7), generator=torch.Generator().manual_seed(3))
+    model = moeinf.load(folder, device="cpu", dtype=torch.float32, slots=4)
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_model_computes_with_packed_weights_as_with_the_decoded_ones(plain, tmp_path, seed, name):
+    packed, decoded = quantised(plain, tmp_path, name, seed)
+    found, expected = logits(packed), logits(decoded)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_store_reads_each_piece_as_it_was_written(plain, tmp_path, seed, name):
+    packed, decoded = quantised(plain, tmp_path, name, seed)
+    store, numbers = ExpertStore.open(packed), load_file(decoded / "model.safetensors")
+    row = STORED[name][0]
+    assert store.layout.down.format == row and store.layout.gate.format == row
+    for layer, expert in ((0, 0), (1, store.num_experts - 1)):
+        pool = torch.full((1, store.slot_bytes), 255, dtype=torch.uint8)
+        for segment, part in store.read(layer, expert).items():
+            store.layout.views(pool)[segment][0] = part
+        matrices = store.layout.matrices(pool)
+        for matrix in ("gate", "up", "down"):
+            view = getattr(matrices, matrix)
+            pieces = {VALUES: view.values, SCALES: view.scales, MULTIPLIER: view.multiplier}
+            found = row.dequantise({p: t[0] for p, t in pieces.items() if t is not None}).float()
+            key = f"model.layers.{layer}.mlp.experts.{expert}.{matrix}_proj.weight"
+            assert torch.equal(found, numbers[key])
+
+
+def test_dense_weights_may_be_packed_too(plain, tmp_path, seed):
+    packed, decoded = quantised(plain, tmp_path, "fp8 blocks", seed, which="_proj")
+    found, expected = logits(packed), logits(decoded)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def test_a_model_with_packed_experts_is_not_saved(plain, tmp_path):
+    packed, _ = quantised(plain, tmp_path, "mxfp4", 0)
+    model = moeinf.load(packed, device="cpu", slots=4)
+    with pytest.raises(UnsupportedError, match="expected experts without scales; copy the files"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_gpt_oss(tmp_path, seed):
+    """Fused, rows of gate and up in turn, biases; the module's own parameters are transposed."""
+    sizes = {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "intermediate_size": 96,
+        "head_dim": 16,
+        "layer_types": ["full_attention"] * 2,
+        "sliding_window": 8,
+    }
+    plain = write_checkpoint(tmp_path / "plain", "gpt_oss", **{**SIZES, **sizes})
+    rng = torch.Generator().manual_seed(seed)
+    row = E2M1.with_scales("e8m0", (1, 32))
+    packed, decoded = {}, {}
+    for key, tensor in load_file(plain / "model.safetensors").items():
+        if not key.endswith(("gate_up_proj", "down_proj")):
+            packed[key] = decoded[key] = tensor
+            continue
+        experts, inputs, outputs = tensor.shape
+        parts = [draw(row, outputs, inputs, rng) for _ in range(experts)]
+        values = torch.stack([part[VALUES] for part in parts])
+        packed[f"{key}_blocks"] = values.view(experts, outputs, inputs // 32, 16)
+        packed[f"{key}_scales"] = torch.stack([part[SCALES] for part in parts])
+        numbers = torch.stack([row.dequantise(part).float() for part in parts])
+        decoded[key] = numbers.transpose(1, 2).contiguous()
+    shutil.copytree(plain, tmp_path / "packed")
+    save_file(packed, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    save_file(decoded, plain / "model.safetensors", metadata={"format": "pt"})
+    config = tmp_path / "packed" / "config.json"
+    described = json.loads(config.read_text())
+    described["quantization_config"] = {"quant_method": "mxfp4"}
+    config.write_text(json.dumps(described))
+    from transformers import AutoModelForCausalLM
+
+    tokens = torch.randint(0, 97, (1, 9), generator=torch.Generator().manual_seed(3))
+    oracle = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    with torch.no_grad():
+        expected = oracle(tokens).logits
+        model = moeinf.load(tmp_path / "packed", device="cpu", dtype=torch.float32, slots=3)
+        found = model(tokens).logits
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+    assert ExpertStore.open(tmp_path / "packed").layout == model.moeinf.cache.store.layout
+
+
+def rewrite(folder: Path, change: Callable[[Parts], None], **config: Any) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    described = json.loads((folder / "config.json").read_text())
+    described["quantization_config"] |= config
+    (folder / "config.json").write_text(json.dumps(described))
+
+
+DOWN = "model.layers.0.mlp.experts.0.down_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "end", "tensor", "config", "error", "message"),
+    [
+        ("fp8 blocks", "", None, {"quant_method": "hqq"}, UnsupportedError,
+         "stored as 'hqq'; supported are fp8, mxfp8, mxfp4"),
+        ("fp8 blocks", ".weight_scale_inv", torch.ones(2, 2), {}, CheckpointError,
+         r"weight_scale_inv.*expected a scale for each 32 x 32 or 1 x 32 block"),
+        ("fp8 blocks", "", None, {"weight_block_size": [64, 64]}, CheckpointError,
+         "expected a scale for each 64 x 64"),
+        ("fp8 channels", ".weight_scale", torch.ones(64, 1, dtype=torch.int64), {},
+         CheckpointError, "expected scales of F32"),
+        ("int4", ".weight_zero_point", torch.zeros(8, 3, dtype=torch.int32), {}, UnsupportedError,
+         "weight_zero_point.*zero points are not supported"),
+        ("int4", "", None, {"config_groups": {"g": {"weights": {"num_bits": 3}}}},
+         UnsupportedError, "integers of 3 bits, expected 4"),
+        ("nvfp4", ".pre_quant_scale", torch.ones(96), {}, UnsupportedError,
+         "scales of the inputs are not supported"),
+        ("nvfp4", ".weight_scale_2", torch.tensor(-1.0), {}, CheckpointError,
+         "expected a number above zero, found -1.0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_served_is_refused(
+    plain, tmp_path, name, end, tensor, config, error, message
+):
+    packed, _ = quantised(plain, tmp_path, name, 0)
+    rewrite(packed, lambda tensors: tensors.update({DOWN + end: tensor} if end else {}), **config)
+    with pytest.raises(error, match=message):
+        _ = ExpertStore.open(packed).catalog
+
+
+def test_a_configuration_of_scales_that_no_tensor_has_is_refused(plain, tmp_path):
+    folder = tmp_path / "folder"
+    shutil.copytree(plain, folder)
+    described = json.loads((folder / "config.json").read_text())
+    described["quantization_config"] = FP8
+    (folder / "config.json").write_text(json.dumps(described))
+    with pytest.raises(CheckpointError, match="expected tensors with scales, found none"):
+        ExpertStore.open(folder)
