@@ -172,7 +172,8 @@ def test_a_device_that_is_full_is_one_line(tmp_path: Path) -> None:
 )
 def test_every_command_speaks_json(tmp_path: Path, arguments: list[str]) -> None:
     """run, info, trace and doctor: see the other tests."""
-    Trace.from_arrays([[[0, 1]], [[1, 2]]], num_experts=4).save(tmp_path / "t[/b]")
+    (tmp_path / "t[").mkdir()
+    Trace.from_arrays([[[0, 1]], [[1, 2]]], num_experts=64).save(tmp_path / "t[/b]")
     tree = os.environ.get("PYTHONPATH", str(Path.cwd()))
     result = moeinf(
         *arguments, "t[/b]", "--json", cwd=tmp_path, env={**os.environ, "PYTHONPATH": tree}
