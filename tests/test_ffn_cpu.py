@@ -297,7 +297,8 @@ def assert_matches(case: Case, found: torch.Tensor, tolerance: float) -> None:
     assert torch.isfinite(found).all()
     if expected.numel():
         error = float((found.double() - expected).abs().max())
-        assert error <= tolerance * size, (
+        # Where the terms of a gate value cancel, the error of its float32 sum is left.
+        assert error <= tolerance * size + 2**-23, (
             f"error {error:.2e} of {size:.2e}, allowed {tolerance:.1e}"
         )
 
