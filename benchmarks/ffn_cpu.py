@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.common import print_table, write_json
 from moeinf import _core
-from moeinf.checkpoint.formats import FORMATS
+from moeinf.checkpoint.formats import FORMATS, WeightFormat
 from moeinf.checkpoint.layout import Layout
 from moeinf.experts.cpu import core_expert
 from moeinf.kernels.forms import ExpertForm
@@ -124,6 +124,83 @@ def transformers_experts(
     return lambda call: module(call.x, call.ids, call.weights)
 
 
+class Scaled:
+    """All experts in one format with scales: any bytes, and scales that keep the sums small."""
+
+    def __init__(self, engine: _core.CpuEngine, row: WeightFormat) -> None:
+        self.engine = engine
+        self.layout = Layout.of(ExpertForm(), row, HIDDEN, INTERMEDIATE)
+        self.expert = core_expert(ExpertForm(), self.layout)
+        self.arena = HugeArea(EXPERTS * self.layout.slot_bytes).bytes
+        slots = self.arena.view(EXPERTS, -1)
+        # No byte is a NaN of e4m3.
+        slots.copy_(torch.randint(0, 120, slots.shape[1:], dtype=torch.uint8).expand_as(slots))
+        for name, view in self.layout.views(slots).items():
+            if name.endswith((".scales", ".multiplier")):
+                view.copy_(torch.full_like(view, 110) if row.scales == "e8m0" else 0.01)
+        self.slots = [slot.data_ptr() for slot in slots]
+
+    def __call__(self, call: Call) -> None:
+        _core.fused_experts_raw(
+            self.engine,
+            self.expert,
+            call.input,
+            slots=self.slots,
+            out=call.out.data_ptr(),
+            out_dtype=_core.DType.bf16,
+        )
+
+
+def measure_format(
+    name: str, tokens: int, seconds: float, scaled: Scaled, ours: Ours
+) -> dict[str, float | int | str | None]:
+    """One row: a format with scales against the read limit and against bf16, in turn."""
+    calls = [Call(tokens, i * TOP_K if tokens == 1 else None) for i in range(16)]
+    limit = ReadLimit(ours.engine, ours.arena)
+    best = {"scaled": float("inf"), "bf16": float("inf")}
+    end, turn = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or turn < 8:
+        limit.measure()
+        for kind, work in (("scaled", scaled), ("bf16", ours)):
+            for _ in range(4 if tokens <= 16 else 1):
+                call = calls[turn % len(calls)]
+                best[kind] = min(best[kind], seconds_of(lambda call=call, work=work: work(call)))
+                turn += 1
+    experts = statistics.fmean(len(call.ids.unique()) for call in calls)
+    rate = experts * scaled.layout.nbytes / best["scaled"]
+    return {
+        "format": name,
+        "tokens": tokens,
+        "expert_bytes": scaled.layout.nbytes,
+        "ms": best["scaled"] * 1e3,
+        "gb_per_s": rate / 1e9,
+        "limit_gb_per_s": limit.best / 1e9,
+        "share_of_limit": rate / limit.best,
+        "speedup_over_bf16": best["bf16"] / best["scaled"],
+    }
+
+
+FORMAT_COLUMNS = {
+    "format": ("format", "s"),
+    "tokens": ("T", "d"),
+    "ms": ("ms", ".2f"),
+    "gb_per_s": ("GB/s", ".1f"),
+    "limit_gb_per_s": ("limit", ".1f"),
+    "share_of_limit": ("share", ".2f"),
+    "speedup_over_bf16": ("times bf16", ".2f"),
+}
+SCALED = {
+    "fp8": FORMATS["e4m3"].with_scales("f32", (128, 128)),
+    "fp8-channel": FORMATS["e4m3"].with_scales("bf16", (1, 0)),
+    "mxfp8": FORMATS["e4m3"].with_scales("e8m0", (1, 32)),
+    "int8": FORMATS["int8"].with_scales("f32", (1, 0)),
+    "mxfp4": FORMATS["e2m1"].with_scales("e8m0", (1, 32)),
+    "nvfp4": FORMATS["e2m1"].with_scales("e4m3", (1, 16), multiplier=True),
+    "int4-32": FORMATS["int4"].with_scales("bf16", (1, 32)),
+    "int4-128": FORMATS["int4"].with_scales("bf16", (1, 128)),
+}
+
+
 def seconds_of(work: Callable[[], object]) -> float:
     start = time.perf_counter()
     work()
@@ -203,6 +280,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: one for each CPU (default)")
     parser.add_argument("--kernels", default="", help="instruction set (default: the best)")
     parser.add_argument("--json", metavar="FILE", help="write the results here too")
+    parser.add_argument(
+        "--format", nargs="+", choices=[*SCALED, "all"], default=[],
+        help="weights with scales, against bf16, instead of bf16 against transformers",
+    )  # fmt: skip
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -210,6 +291,19 @@ def main() -> None:
     torch.set_num_threads(engine.threads)
     gate_up, down = random_weights()
     ours = Ours(engine, gate_up, down)
+    if options.format:
+        names = [*SCALED] if "all" in options.format else options.format
+        rows = [
+            measure_format(name, tokens, options.seconds, scaled, ours)
+            for name in names
+            for scaled in [Scaled(engine, SCALED[name])]
+            for tokens in options.tokens
+        ]
+        print(f"Qwen3-30B-A3B geometry, {engine.threads} threads, {engine.kernels}; best times")
+        print_table(rows, FORMAT_COLUMNS)
+        if options.json:
+            write_json(options.json, "ffn_cpu_formats", kernels=engine.kernels, rows=rows)
+        return
     theirs = {name: transformers_experts(name, gate_up, down) for name in THEIRS}
     print(
         f"Qwen3-30B-A3B geometry, bf16, {engine.threads} threads, {engine.kernels}; "

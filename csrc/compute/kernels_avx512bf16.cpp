@@ -45,7 +45,7 @@ struct ScaledBf16Product {
     using WVec = __m512bh;
     using Packed = __m512i;  // 32 words of 16 bits
     static constexpr int kRows = 4;
-    static constexpr int kOutputs = 4;
+    static constexpr int kOutputs = 6;
 
     static XVec load_x(const BF16* p) { return Bf16Product::load(p); }
     static WVec load_w(const BF16* p) { return Bf16Product::load(p); }

@@ -126,9 +126,12 @@ def balanced(
 
 def stack_of(experts: Sequence[str]) -> str:
     """The path of the list of layers, as "model.layers" of "model.layers.3.mlp.experts"."""
-    parts = experts[0].split(".")
-    number = max(i for i, part in enumerate(parts) if part.isdigit())
-    return ".".join(parts[:number])
+    paths = [path.split(".") for path in experts]
+    numbers = [i for i, part in enumerate(paths[0]) if part.isdigit()]
+    for i in reversed(numbers):  # a layer may have numbered parts, which are alike in all layers
+        if any(path[:i] == paths[0][:i] and path[i] != paths[0][i] for path in paths):
+            return ".".join(paths[0][:i])
+    return ".".join(paths[0][: numbers[-1]])
 
 
 def _free_bytes() -> dict[str, int]:

@@ -28,6 +28,7 @@ from moeinf.experts.checks import check_routes
 from moeinf.integrations.transformers.caches import make_caches
 from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
 from moeinf.integrations.transformers.experts import experts_modules, leave_out_experts
+from moeinf.integrations.transformers.families import adapt
 from moeinf.integrations.transformers.lookahead import GateLookahead
 from moeinf.integrations.transformers.models import DTYPES, model_class, read_config
 from moeinf.integrations.transformers.passes import PassReader, generating
@@ -168,7 +169,10 @@ class ServedExperts:
         self.lookahead = None
         if gate_lookahead and isinstance(cache, ExpertCache):
             self.lookahead = GateLookahead(blocks, cache)
-        decoder = stack_of(cache.store.modules).rpartition(".")[0]
+        modules = cache.store.modules
+        if model.config.is_encoder_decoder:  # the passes of a text are those of the decoder
+            modules = [path for path in modules if "decoder" in path.split(".")] or modules
+        decoder = stack_of(modules).rpartition(".")[0]
         self.passes = PassReader(model.get_submodule(decoder), caches)
 
     def stats(self) -> dict[str, Any]:
@@ -229,6 +233,7 @@ def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
         base.__init__(self, config, *args, **kwargs)
+        adapt(self)
         leave_out_experts(self)
 
     return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})

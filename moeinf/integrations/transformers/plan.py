@@ -26,6 +26,8 @@ from moeinf.integrations.transformers.experts import (
     leave_out_experts,
     parameters_of,
 )
+from moeinf.integrations.transformers.families import adapt, check_served
+from moeinf.integrations.transformers.families.adapter import Experts
 from moeinf.integrations.transformers.form import form_of
 from moeinf.integrations.transformers.models import build_skeleton
 from moeinf.integrations.transformers.weights import Sources, Traced, find_sources, trace
@@ -63,8 +65,10 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
         UnsupportedError: a model without experts, or with experts that cannot be served.
     """
     skeleton = build_skeleton(base, config, checkpoint)
+    adapt(skeleton)
     modules = experts_modules(skeleton)
     if not modules:
+        check_served(skeleton.config.model_type)
         raise UnsupportedError(
             f"{checkpoint.config_file}: {base.__name__} has no experts modules; moeinf serves "
             "models whose experts use transformers' experts interface"
@@ -162,14 +166,19 @@ def _stores(
         )
         groups.setdefault(alike, {})[path] = experts
     stores = [
-        ExpertStore(checkpoint, index, form=form, top_k=_top_k(config), interleaved=interleaved)
+        ExpertStore(
+            checkpoint, index, form=form, top_k=_top_k(modules, config), interleaved=interleaved
+        )
         for (_, form, interleaved, _), index in groups.items()
     ]
     return sorted(stores, key=lambda store: -store.nbytes)
 
 
-def _top_k(config: Any) -> int | None:
-    """Experts that a token is routed to, where the configuration says so."""
+def _top_k(modules: Mapping[str, Any], config: Any) -> int | None:
+    """Experts that a token is routed to, where an adapter or the configuration says so."""
+    for module in modules.values():
+        if isinstance(module, Experts) and module.top_k is not None:
+            return module.top_k
     text = config.get_text_config()
     for key in TOP_K_KEYS:
         value = getattr(text, key, None)

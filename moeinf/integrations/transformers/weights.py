@@ -32,8 +32,9 @@ from transformers.core_model_loading import (
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.packed import PackedEntry
 from moeinf.errors import CheckpointError, UnsupportedError
+from moeinf.integrations.transformers.families import renamings, views
 
-EXPERT_NUMBER = re.compile(r"\.experts\.(\d+)\.")
+EXPERT_NUMBER = re.compile(r"\.experts\.(?:expert_)?(\d+)\.")
 
 
 @dataclass
@@ -60,15 +61,17 @@ def find_sources(
 
     A converter with several targets has its sources under the first of them.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = [*get_model_conversion_mapping(model), *renamings(model)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    names = [one for one in mapping if isinstance(one, WeightRenaming)]
     by_pattern = {pattern: one for one in converters for pattern in one.source_patterns}
     prefix, parameters = model.base_model_prefix, model.state_dict()
     found: dict[str, Sources] = {}
     unknown: dict[str, TensorEntry] = {}
-    for name, alike in sorted(_by_expert(entries).items(), key=lambda one: dot_natural_key(one[0])):
-        path, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+    for name, alike in sorted(
+        _by_expert(views(model, entries)).items(), key=lambda one: dot_natural_key(one[0])
+    ):
+        path, pattern = rename_source_key(name, names, converters, prefix, parameters)
         if path not in parameters and name in parameters:
             path, pattern = name, None
         if path not in parameters:
@@ -228,9 +231,9 @@ def _does_not_fit(
         odd = next((e for e in entries if e.shape != entries[0].shape), None)
         if odd is not None:
             return CheckpointError(f"{odd.path}: {odd}: expected the shape of {entries[0]}")
-        numbers = [re.findall(r"\d+", entry.name) for entry in entries]
         if len(entries) > 1:
-            there = {int(number[-1]) for number in numbers}
+            numbers = [EXPERT_NUMBER.search(entry.name) for entry in entries]
+            there = {int(number[1]) for number in numbers if number is not None}
             missing = sorted(set(range(shapes[target][0])) - there)
             if missing:
                 return CheckpointError(
