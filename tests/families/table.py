@@ -1,6 +1,6 @@
 """Which families of the installed transformers are served: `python tests/families/table.py`.
 
-Writes docs/families.md. The lists here are those that the tests of this folder go by.
+Writes docs/families.md. The lists are those that the tests of this folder go by.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moeinf
 from moeinf.integrations.transformers.experts import experts_modules
+from moeinf.integrations.transformers.families import ADAPTERS, NOT_SERVED
 from moeinf.integrations.transformers.models import model_class
 
 FILE = Path(__file__).parents[2] / "docs" / "families.md"
 
-# Families with the experts interface that are not served, and why.
-NOT_SERVED: dict[str, str] = {}
-
 # Model types of served families that are not tried, and why.
 NOT_TRIED = {
     "qwen3_omni_moe": "thinker and talker together have no forward pass; the thinker is tried",
+}
+
+# Model types whose tokens are not compared, and why.
+NOT_GENERATED = {
+    "diffusion_gemma": "needs a sampler that the published checkpoint describes",
+    "qwen3_omni_moe_thinker": "needs ids of tokens that the whole model's configuration has",
 }
 
 WHERE: Any = SimpleNamespace(config_file="config.json")
@@ -51,6 +55,11 @@ def tried() -> Iterator[tuple[str, str, Any]]:
                 yield family, name, base
 
 
+def generates_text(model_type: str, base: Any) -> bool:
+    """Whether the tokens of a model are compared."""
+    return base.can_generate() and model_type not in NOT_GENERATED
+
+
 def first_line() -> str:
     """The versions that a table is of."""
     return f"Made by `make families` with transformers {transformers.__version__}.\n"
@@ -61,16 +70,24 @@ def table(found: list[tuple[str, str, Any]]) -> str:
     lines = [
         first_line(),
         "# Families that are served",
-        "A test makes a tiny random checkpoint of each class below. Its logits in float32 equal those of",
-        "transformers' eager experts to 1e-4, and are equal to the bit with two slots and with all. Where",
-        "the class generates, greedy tokens are equal. No published checkpoint is run by this test.\n",
+        "A test makes a tiny random checkpoint of each class below. Its logits in float32 equal",
+        "those of transformers' eager experts to 1e-4, and to the bit with two slots and with all.",
+        "Where it says so, four greedy tokens of two texts are equal.",
+        "No published checkpoint is run by this test.\n",
         "| family | model type | class | tokens compared |",
         "|---|---|---|---|",
     ]
     for family, name, base in found:
-        generates = "yes" if base.can_generate() else "no"
+        generates = "yes" if generates_text(name, base) else "no"
         lines.append(f"| {family} | {name} | {base.__name__} | {generates} |")
-    lines += ["", "# Not served", "| family or model type | why |", "|---|---|"]
+    lines += [
+        "",
+        "Outside transformers' experts interface, each by an adapter, with tests of its own:\n",
+    ]
+    lines += ["| family | class that is replaced |", "|---|---|"]
+    for replaced, adapter in ADAPTERS.items():
+        lines.append(f"| {adapter.__module__.rpartition('.')[2]} | {replaced} |")
+    lines += ["", "# Not served, or not tried", "| family, model type | why |", "|---|---|"]
     lines += [f"| {name} | {why} |" for name, why in sorted((NOT_SERVED | NOT_TRIED).items())]
     return "\n".join([*lines, ""])
 

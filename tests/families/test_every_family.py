@@ -4,25 +4,35 @@ listed here with the reason. A family of a newer version shows up by itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from table import FILE, NOT_SERVED, WHERE, first_line, table, tried
+from table import FILE, WHERE, first_line, generates_text, table, tried
 from tiny import families, tiny
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moeinf
 from moeinf.integrations.transformers.experts import experts_modules, parameters_of
+from moeinf.integrations.transformers.families import NOT_SERVED
 from moeinf.integrations.transformers.models import model_class
 
 Tensors = dict[str, torch.Tensor]
 IDS = torch.randint(3, 90, (2, 9), generator=torch.Generator().manual_seed(1))
 FOUND = list(tried())
 TYPES = [(family, name) for family, name, _ in FOUND]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Handing such small products to threads takes longer than the products."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def write(folder: Path, model_type: str, **options: Any) -> type:
@@ -61,7 +71,7 @@ def assert_served(folder: Path, base: Any) -> None:
     served = moeinf.load(folder, device="cpu", dtype=torch.float32)
     found = logits_of(served)
     assert (found - expected).abs().max() <= 1e-4 * scale
-    if base.can_generate():
+    if generates_text(reference.config.model_type, base):
         assert torch.equal(tokens_of(served), tokens_of(reference))
     assert torch.equal(logits_of(moeinf.load(folder, device="cpu", slots=2)), found)
     for module in experts_modules(reference).values():
@@ -73,7 +83,8 @@ def assert_served(folder: Path, base: Any) -> None:
 def test_every_family_is_served_or_listed() -> None:
     served = {family for family, _ in TYPES}
     assert served.isdisjoint(NOT_SERVED)
-    assert {*families()} == served | {*NOT_SERVED}
+    assert served <= {*families()}
+    assert {*families()} - served <= {*NOT_SERVED}
 
 
 def test_the_table_is_of_this_tree() -> None:
