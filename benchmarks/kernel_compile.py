@@ -323,7 +323,10 @@ def with_form(cases: list[Case], **form: Any) -> list[Case]:
 
 
 def form_cases(arch: int) -> list[Case]:
-    """Every form of a model on the default configurations, and on the largest prefill tiles."""
+    """Every form of a model on the default configurations, and on the largest prefill tiles.
+
+    Formats with scales take no tiles of 128 rows: see kernels/paths.py.
+    """
     cases = default_cases(arch) + default_cases(arch, rows=128)[-3:-1]
     forms: list[dict[str, Any]] = [
         {"bias": True}, {"map": True}, {"interleaved": True},
@@ -332,8 +335,10 @@ def form_cases(arch: int) -> list[Case]:
     ]  # fmt: skip
     forms += [{"ACTIVATION": name} for name in ACTIVATIONS if name != "silu"]
     forms += [{"FUNCTION": name} for name, row in GATES.items() if row.has_up and name != "glu"]
-    forms += [{"weights": name} for name in SCALED]
-    return [case for form in forms for case in with_form(cases, **form)]
+    formed = [case for form in forms for case in with_form(cases, **form)]
+    for name in SCALED:
+        formed += with_form(default_cases(arch), weights=name)
+    return formed
 
 
 def faults(machine: Machine, arch: int) -> list[str]:

@@ -17,7 +17,7 @@ from . import launch_plan, tuning
 from .checks import INTERPRETED, Arguments
 from .decode_shared import down_shared, gate_up_shared
 from .decode_vector import down_vector, gate_up_vector
-from .formats import SCALE_TYPES, folds
+from .formats import FORMATS, SCALE_TYPES, folds
 from .forms import Matrix
 from .launch_plan import FUSE, MATRICES, Launch, LaunchPlan, Scratch, on_device
 from .prefill import down_grouped, gate_up_grouped
@@ -199,12 +199,16 @@ def decode_plan(a: Arguments, path: str, per_route: bool, out: torch.Tensor | No
 
 
 def rows_per_tile(a: Arguments) -> int:
-    """BLOCK_M for the mean number of rows per expert; never a function of the number of slots."""
+    """BLOCK_M for the mean number of rows per expert; never a function of the number of slots.
+
+    Scaled formats keep a second tile of sums, for which tiles of 128 rows have no registers.
+    """
     experts = a.num_experts
     if experts is None:
         experts = 64 if a.expert_map is None else a.expert_map.numel()
     mean = a.T * a.k / experts
-    return next((rows for rows in (16, 32, 64) if mean <= rows), 128)
+    scaled = any(FORMATS[matrix.format].scaled for matrix in (a.matrices.gate, a.matrices.down))
+    return next((rows for rows in (16, 32, 64) if mean <= rows), 64 if scaled else 128)
 
 
 def run_grouped(

@@ -144,9 +144,10 @@ class Passes(threading.local):
     def takes_first_step(self) -> bool:
         """Does the step about to begin open a new sequence? True once for each."""
         self._said = False
-        begins = self.caller in self._to_begin
+        if self.caller not in self._to_begin:
+            return False
         self._to_begin.discard(self.caller)
-        return begins
+        return True
 
     def observe(self, layer: int, topk_ids: torch.Tensor, topk_weights: torch.Tensor) -> None:
         """Shows the observers the routing of one layer; the ids on the host."""

@@ -97,7 +97,10 @@ class Recorder(PassObserver, AbstractContextManager["Recorder"]):
         """
         self.finish_passes()
         if not self._parts:
-            raise ValueError("nothing was recorded: no forward pass has gone through the cache")
+            raise ValueError(
+                "nothing was recorded: no forward pass has gone through the cache from the first "
+                "MoE layer to the last (an encoder and its decoder run apart: neither is recorded)"
+            )
         top_k = max(experts.shape[2] for experts, _ in self._parts)
         text = Text(
             np.concatenate([one.sequences for one in self._texts]),

@@ -14,6 +14,8 @@ DTYPES = {
     torch.float32: _core.DType.f32,
 }
 
+FLOATS, INTEGERS = tuple(DTYPES), (torch.int64, torch.int32)
+
 
 def check_tensors(
     hidden: torch.Tensor,
@@ -25,9 +27,9 @@ def check_tensors(
 ) -> None:
     """Checks the tensors whose addresses the core reads."""
     for name, tensor, dtypes in (
-        ("hidden", hidden, tuple(DTYPES)),
-        ("topk_ids", topk_ids, (torch.int64, torch.int32)),
-        ("topk_weights", topk_weights, tuple(DTYPES)),
+        ("hidden", hidden, FLOATS),
+        ("topk_ids", topk_ids, INTEGERS),
+        ("topk_weights", topk_weights, FLOATS),
     ):
         if tensor.dim() != 2:
             raise ValueError(f"{name}: expected 2 dimensions, found {list(tensor.shape)}")
@@ -38,13 +40,14 @@ def check_tensors(
             raise ValueError(
                 f"{name}: expected a tensor on {device}, where the cache is, found {tensor.device}"
             )
-    if hidden.shape[1] != width:
-        raise ValueError(f"hidden: expected [T, {width}], found {list(hidden.shape)}")
-    expected_shape = (hidden.shape[0], topk_ids.shape[1])
-    if topk_ids.shape != expected_shape or topk_weights.shape != expected_shape:
+    shape = hidden.shape
+    if shape[1] != width:
+        raise ValueError(f"hidden: expected [T, {width}], found {list(shape)}")
+    routes = topk_ids.shape
+    if routes[0] != shape[0] or topk_weights.shape != routes:
         raise ValueError(
-            f"topk_ids and topk_weights: expected [{hidden.shape[0]}, k] both, found "
-            f"{list(topk_ids.shape)} and {list(topk_weights.shape)}"
+            f"topk_ids and topk_weights: expected [{shape[0]}, k] both, found "
+            f"{list(routes)} and {list(topk_weights.shape)}"
         )
 
 

@@ -15,6 +15,7 @@ from moeinf.experts.checks import DTYPES, check_tensors
 from moeinf.experts.marks import Marks
 from moeinf.kernels.forms import ExpertForm
 
+HOST = torch.device("cpu")
 SCALES = {name: getattr(_core.ScaleType, name) for name in SCALE_TYPES}
 
 
@@ -72,7 +73,7 @@ class CpuExperts:
 
     def run(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: int) -> Tensor:
         """See `moeinf.fused_experts`."""
-        check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=torch.device("cpu"))
+        check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=HOST)
         passes = self.passes
         if passes.observers:
             passes.observe(layer, topk_ids, topk_weights)
@@ -80,6 +81,7 @@ class CpuExperts:
         topk_ids = topk_ids.contiguous()
         topk_weights = topk_weights.contiguous()
         out = torch.empty_like(hidden)
+        dtype = DTYPES[hidden.dtype]
         marks = Marks()
         marks.begin("moeinf::acquire_and_compute")
         try:
@@ -89,7 +91,7 @@ class CpuExperts:
                 self.expert,
                 _core.FfnInput(
                     hidden=hidden.data_ptr(),
-                    hidden_dtype=DTYPES[hidden.dtype],
+                    hidden_dtype=dtype,
                     topk_ids=topk_ids.data_ptr(),
                     ids_are_int64=topk_ids.dtype == torch.int64,
                     topk_weights=topk_weights.data_ptr(),
@@ -100,7 +102,7 @@ class CpuExperts:
                 ),
                 layer=layer,
                 out=out.data_ptr(),
-                out_dtype=DTYPES[hidden.dtype],
+                out_dtype=dtype,
                 prefill=passes.current.prefill,
                 new_sequence=passes.takes_first_step(),
                 caller=passes.caller,

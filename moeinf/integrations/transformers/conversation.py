@@ -47,6 +47,11 @@ class Conversation:
     """
 
     def __init__(self, model: Any, tokenizer: Any, system: str | None = None):
+        if model.config.is_encoder_decoder:
+            raise ValueError(
+                f"{type(model).__name__} has an encoder, which reads one text and keeps none: "
+                "expected a decoder alone for a conversation"
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.has_template = bool(tokenizer.chat_template)

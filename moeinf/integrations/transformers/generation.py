@@ -128,7 +128,8 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         recorder.trace(model=model_name(request.path), source="moeinf run").save(request.record)
     if request.eamc:
         cache.eamc().save(request.eamc)
-    tokens = output.sequences[0, count:].tolist()
+    begin = 1 if model.config.is_encoder_decoder else count  # what generate returns before them
+    tokens = output.sequences[0, begin:].tolist()
     stats = model.moeinf.stats()
     first = clock.times[0] - start
     rest = clock.times[-1] - clock.times[0]

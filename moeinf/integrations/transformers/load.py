@@ -77,6 +77,9 @@ def load(
 
     Returns:
         The model in evaluation mode. `model.moeinf` has `stats()`, `reset_stats()` and `cache`.
+        A graph of torch.compile that holds the whole decoder (`fullgraph=True`) computes the same,
+        and tells nobody of its passes: call `model.moeinf.cache.begin_pass` before each, for
+        policies, predictions and traces.
 
     Raises:
         CheckpointError: the checkpoint is damaged, or its experts do not fit the model.

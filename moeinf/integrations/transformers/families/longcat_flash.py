@@ -19,7 +19,7 @@ class LongcatFlash(Adapter):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        _, weights, ids = self.router(tokens)
+        *_, weights, ids = self.router(tokens)
         same = ids >= self.count
         routed = self.experts(tokens, ids.masked_fill(same, self.count), weights)
         share = (weights * same).sum(-1, keepdim=True)
