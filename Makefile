@@ -7,7 +7,7 @@ TRANSFORMERS_TESTS := $(addprefix tests/test_,passes.py switching.py transformer
 	router_recording.py)
 CPP := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp'
 
-.PHONY: demo test test-transformers lint stubs fmt sanitize bench clean
+.PHONY: demo test test-transformers families lint stubs fmt sanitize bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/moeinf run --memory 25% --max-new-tokens 120 --temperature 0.7 --verify
@@ -26,6 +26,10 @@ test-transformers: $(VENV)/.test
 		$(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'; \
 		$(BIN)/python -m pytest -q $(TRANSFORMERS_TESTS); \
 	done
+
+# The table of families, docs/families.md.
+families: $(VENV)/.test
+	$(BIN)/python tests/families/table.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

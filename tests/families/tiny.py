@@ -88,6 +88,7 @@ SIZES: dict[str, Any] = {
     "num_quantizers": 4,
     "codebook_size": 16,
     "decoder_dim": 32,
+    "canvas_length": 16,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
