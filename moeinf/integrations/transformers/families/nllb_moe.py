@@ -6,6 +6,7 @@ and 1 are run. Here the experts run that the router chose, as in the published m
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ from moeinf.integrations.transformers.families.adapter import Adapter, Experts, 
 class NllbMoe(Adapter):
     def __init__(self, old: Any, config: Any):
         super().__init__(old, config)
+        warnings.warn(
+            "NLLB-MoE: moeinf runs the experts that the router chooses, as the published model "
+            "does; transformers' own forward runs experts 0 and 1 alone",
+            stacklevel=2,
+        )
         one = old["expert_0"]
         size = (old.num_experts, *one.fc1.weight.shape)
         self.dropout, self.token_dropout = one.dropout.p, old.moe_token_dropout
