@@ -75,6 +75,7 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends() -> None:
     chat.shows("/exit or Ctrl-D ends")
     chat.types("/reset\nx\x15y = " + "1, " * 300 + "\n")  # longer than the context
     chat.shows("there is no room for an answer")
+    chat.shows("> ")  # a terminal that readline has not taken over yet would swallow the key
     chat.types("\x04")
     assert chat.ends() == 0
 

@@ -94,4 +94,6 @@ def test_every_value_and_every_scale_is_exact(
         wanted = row.dequantise(parts)[:, first : first + count].T.float().double()
         # The output has the dtype of the tokens; a multiplier meets a number rounded before.
         near = 2**-8 if as_on_a_gpu else 2**-22 if row.multiplier else 0
-        torch.testing.assert_close(found[:count].double().cpu(), wanted, rtol=near, atol=2**-133)
+        # The interpreter makes 0 of subnormal floats when it converts them to bf16.
+        least = 2**-126 if as_on_a_gpu else 2**-133
+        torch.testing.assert_close(found[:count].double().cpu(), wanted, rtol=near, atol=least)
