@@ -48,8 +48,8 @@ def test_matches_the_float64_reference(
         )  # fmt: skip
         expected, _ = experts.expected(hidden, ids, weights)
         assert error(found, expected) <= TOLERANCE[dtype], (dtype, H, I)
-        # Random bytes have rarer and larger values than the other tests' random floats.
-        assert row_error(found, expected) <= 1.5 * ROW_TOLERANCE[dtype], (dtype, H, I)
+        # Random bytes have a few large values, whose rounding is measured against all of a row.
+        assert row_error(found, expected) <= 3 * ROW_TOLERANCE[dtype], (dtype, H, I)
 
 
 @pytest.mark.parametrize("path,T", [("vector", 8), ("shared", 16), ("grouped", 48)])
