@@ -194,7 +194,7 @@ def test_bad_collections_are_refused(tmp_path: Path) -> None:
     metadata = {"format": "moeinf-eamc-1", "capacity": "4"}
     good = np.ones((2, 3, 5), np.float32)
     cases: list[tuple[dict[str, Any], dict[str, str], str]] = [
-        ({"prefill": good}, metadata, "expected format"),
+        ({"prefill": good}, metadata, "tensor 'decode': expected, but not found"),
         ({"prefill": good, "decode": good}, metadata | {"format": "x"}, "expected format"),
         ({"prefill": good, "decode": good}, metadata | {"capacity": "1"}, "at most 1"),
         ({"prefill": good[:, :2], "decode": good}, metadata, "tensor 'prefill'"),
