@@ -93,7 +93,7 @@ with cache.acquire(0, [1]):
 
 def test_out_of_memory_at_the_start(fake: ctypes.CDLL, store: moeinf.ExpertStore) -> None:
     fake.fake_cuda_set_memory(ctypes.c_uint64(1))
-    with pytest.raises(CapacityError, match=r"18 slots and two staging slots.*1 bytes are available"):
+    with pytest.raises(CapacityError, match=r"two staging slots.*1 bytes are available"):
         moeinf.ExpertCache(store, device="cuda", slots=store.num_layers * store.num_experts)
     fake.fake_cuda_reset(ctypes.c_uint64(1))
     assert moeinf.ExpertCache(store, device="cuda", slots=18).slots == 18

@@ -195,7 +195,7 @@ def test_bad_collections_are_refused(tmp_path: Path) -> None:
     good = np.ones((2, 3, 5), np.float32)
     cases: list[tuple[dict[str, Any], dict[str, str], str]] = [
         ({"prefill": good}, metadata, "tensor 'decode': expected, but not found"),
-        ({"prefill": good, "decode": good}, metadata | {"format": "x"}, "expected format"),
+        ({"prefill": good, "decode": good}, metadata | {"format": "x"}, "'format': expected"),
         ({"prefill": good, "decode": good}, metadata | {"capacity": "1"}, "at most 1"),
         ({"prefill": good[:, :2], "decode": good}, metadata, "tensor 'prefill'"),
         ({"prefill": good, "decode": good.astype(np.float16)}, metadata, "tensor 'decode'"),
