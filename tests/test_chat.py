@@ -71,6 +71,7 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_ctrl_d_ends() -> None:
     chat.types("/stats\n")
     chat.shows("of 512 tokens")
     chat.shows("> ")
+    time.sleep(1)  # readline sees a signal that comes just before it waits at the next key alone
     chat.types("\x03")  # nothing is being written
     chat.shows("/exit or Ctrl-D ends")
     chat.types("/reset\nx\x15y = " + "1, " * 300 + "\n")  # longer than the context
