@@ -28,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeConfig, Qwen3MoeSparseMoeBlock
 
 import moeinf
 from benchmarks.common import print_table, write_json
@@ -49,12 +50,12 @@ COLUMNS = {
 }
 
 
-class Block(torch.nn.Module):
-    """A MoE block whose router returns what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate = torch.nn.Identity()
+def routed_blocks() -> list[Qwen3MoeSparseMoeBlock]:
+    """MoE blocks whose routers answer at once, so that what is timed is the listening."""
+    config = Qwen3MoeConfig(
+        hidden_size=16, moe_intermediate_size=8, num_experts=EXPERTS, num_experts_per_tok=TOP_K
+    )
+    return [Qwen3MoeSparseMoeBlock(config) for _ in range(LAYERS)]
 
 
 def mean_seconds(call: Callable[[], object]) -> float:
@@ -119,14 +120,16 @@ def main() -> None:
             return mean_seconds(record_pass) / LAYERS
 
         with_router = Recorder(LAYERS, EXPERTS, router=True)
-        blocks = [Block() for _ in range(LAYERS)]
+        blocks = routed_blocks()
         listen(blocks, with_router.add_router)
-        logits = torch.randn(1, EXPERTS, dtype=torch.bfloat16)
+        hidden = torch.randn(1, 16)
+        for block in blocks:
+            block.gate.forward = partial(lambda answer, _: answer, block.gate(hidden))
 
         def record_router_pass() -> None:
             with_router.begin_pass(moeinf.ForwardPass())
             for recorded, block in enumerate(blocks):
-                block.gate(logits)
+                block.gate(hidden)
                 with_router.add(recorded, routed, weights)
 
         cases: list[tuple[str, float | None, Callable[[], float]]] = [
