@@ -16,7 +16,7 @@ from textbook import gate_value
 from moeinf.kernels import ExpertForm, ExpertMatrices, Gate, Matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# ||found - expected|| / ||expected||. The interpreter rounds as a GPU does: see rounding.py.
+# ||found - expected|| / ||expected||, see error(). The interpreter rounds as a GPU does: see rounding.py.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 # The largest error in a token's row over the root mean square of that row (or of all rows, if that
 # is more: a row may be small by cancellation). One wrong element among thousands cannot hide.
@@ -86,24 +86,34 @@ class Layer:
 
     def expected(self, ids: torch.Tensor | None = None) -> torch.Tensor:
         """[T, H] float64, one expert of one token at a time."""
+        return self.terms(ids).sum(-1)
+
+    def size(self) -> torch.Tensor:
+        """[T, H] float64: how large an output is when its terms do not cancel."""
+        return self.terms().square().sum(-1).sqrt()
+
+    def terms(self, ids: torch.Tensor | None = None) -> torch.Tensor:
+        """[T, H, k * (I + 1)] float64: the products whose sum is an output."""
         ids = self.ids if ids is None else ids
-        out = torch.zeros(self.T, self.H, dtype=torch.float64)
+        terms = torch.zeros(self.T, self.H, self.k, self.I + 1, dtype=torch.float64)
         for t in range(self.T):
             x = self.hidden[t].double()
             for j in range(self.k):
                 e = int(ids[t, j])
                 if e >= 0:
-                    out[t] += float(self.weights[t, j]) * self.expert(e, x)
-        return out
+                    terms[t, :, j] = float(self.weights[t, j]) * self.expert(e, x)
+        return terms.flatten(2)
 
     def expert(self, e: int, x: torch.Tensor) -> torch.Tensor:
+        """[H, I + 1] float64: what each intermediate value adds, then the bias."""
         gate, up = self.gate[e].double() @ x, self.up[e].double() @ x
         if self.bias:
             gate, up = gate + self.gate_bias[e].double(), up + self.up_bias[e].double()
         pairs = zip(gate.tolist(), up.tolist(), strict=True)
         act = [gate_value(self.form.gate, g, u) for g, u in pairs]
-        y = self.down[e].double() @ torch.tensor(act, dtype=torch.float64)
-        return y + self.down_bias[e].double() if self.bias else y
+        products = self.down[e].double() * torch.tensor(act, dtype=torch.float64)
+        bias = self.down_bias[e].double() if self.bias else torch.zeros(self.H)
+        return torch.cat([products, bias[:, None]], 1)
 
     @property
     def form(self) -> ExpertForm:
@@ -179,17 +189,23 @@ def slot_ids(ids: torch.Tensor, where: torch.Tensor) -> torch.Tensor:
     return torch.where(ids < 0, -1, where[ids.clamp(min=0)])
 
 
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+def error(found: torch.Tensor, expected: torch.Tensor, size: torch.Tensor | None = None) -> float:
+    """||found - expected|| over the norm of the answer, or of its `size` where terms cancel."""
     if not torch.isfinite(found).all():
         return math.inf
-    return float((found.cpu().double() - expected).norm() / expected.norm())
+    norm = expected.norm() if size is None else torch.maximum(expected.norm(), size.norm())
+    return float((found.cpu().double() - expected).norm() / norm)
 
 
-def row_error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference in a row, over the root mean square of the row or of all rows."""
+def row_error(
+    found: torch.Tensor, expected: torch.Tensor, size: torch.Tensor | None = None
+) -> float:
+    """The largest difference in a row, over the root mean square of that row or of all rows."""
     if not torch.isfinite(found).all():
         return math.inf
     difference = (found.cpu().double() - expected).abs().amax(dim=1)
     squares = expected.square().mean(dim=1)
-    size = torch.maximum(squares, squares.mean()).sqrt()
-    return float(torch.where(difference == 0, 0.0, difference / size).max())
+    if size is not None:
+        squares = torch.maximum(squares, size.square().mean(dim=1))
+    norm = torch.maximum(squares, squares.mean()).sqrt()
+    return float(torch.where(difference == 0, 0.0, difference / norm).max())
