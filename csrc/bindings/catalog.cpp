@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -20,12 +21,14 @@ namespace py = pybind11;
 namespace moeinf {
 namespace {
 
+using Sources = std::map<size_t, std::shared_ptr<ByteSource>>;
 using ExtentArray = py::array_t<uint64_t, py::array::c_style | py::array::forcecast>;
 
 std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, uint64_t slot_bytes,
                                       const std::vector<std::pair<std::string, uint64_t>>& files,
                                       const ExtentArray& extents,
-                                      const std::vector<std::array<uint64_t, 4>>& transposes) {
+                                      const std::vector<std::array<uint64_t, 4>>& transposes,
+                                      const Sources& sources) {
     if (extents.ndim() != 3 || extents.shape(2) != 4 ||
         extents.shape(0) != static_cast<py::ssize_t>(num_layers) * num_experts) {
         std::string found = "[";
@@ -40,6 +43,7 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
     }
     std::vector<CatalogFile> catalog_files;
     for (const auto& [path, nbytes] : files) catalog_files.push_back({path, nbytes});
+    for (const auto& [file, source] : sources) catalog_files.at(file).source = source;
 
     std::vector<Transpose> turned;
     for (const auto& [offset, rows, cols, element] : transposes) {
@@ -89,10 +93,12 @@ void bind_catalog(py::module_& module) {
         .def(py::init(&make_catalog), py::arg("num_layers"), py::arg("num_experts"),
              py::arg("slot_bytes"), py::arg("files"), py::arg("extents"),
              py::arg("transposes") = std::vector<std::array<uint64_t, 4>>{},
+             py::arg("sources") = Sources{},
              "files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as "
              "(file, file offset, bytes, slot offset), experts by layer * num_experts + expert. "
              "transposes: (slot offset, rows, columns, bytes of an element), as they are read; in "
-             "the slot they lie as columns x rows.")
+             "the slot they lie as columns x rows. sources: by index of `files`, of those that "
+             "are none.")
         .def_property_readonly("num_layers", &Catalog::num_layers)
         .def_property_readonly("num_experts", &Catalog::num_experts)
         .def_property_readonly("slot_bytes", &Catalog::slot_bytes)

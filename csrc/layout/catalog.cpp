@@ -101,6 +101,9 @@ Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile>
                 " experts; found " + text_of(extents_.size()) + " extents");
     }
     extents_per_expert_ = extents_.size() / total;
+    for (const CatalogFile& file : files_) {
+        if (file.source != nullptr && file.source->whole_segments()) may_cut_ = false;
+    }
 
     for (const Transpose& one : transposes_) {
         const bool known = one.element == 1 || one.element == 2 || one.element == 4;

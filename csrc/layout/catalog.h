@@ -4,11 +4,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "base/ids.h"
+#include "layout/byte_source.h"
 
 namespace moeinf {
 
@@ -37,6 +39,7 @@ struct CatalogFile {
     bool operator==(const CatalogFile&) const = default;
     std::string path;
     uint64_t nbytes;
+    std::shared_ptr<const ByteSource> source{};  // in place of a file of that path
 };
 
 class Catalog {
@@ -55,6 +58,8 @@ public:
     [[nodiscard]] const std::vector<CatalogFile>& files() const noexcept { return files_; }
     [[nodiscard]] std::span<const Extent> extents(ExpertId expert) const;
     [[nodiscard]] const std::vector<Transpose>& transposes() const noexcept { return transposes_; }
+    // False if a source wants to be asked for whole segments.
+    [[nodiscard]] bool may_cut() const noexcept { return may_cut_; }
     // The sum of the extents of any one expert.
     [[nodiscard]] uint64_t expert_bytes() const noexcept { return expert_bytes_; }
 
@@ -66,6 +71,7 @@ private:
     uint64_t slot_bytes_;
     uint64_t expert_bytes_ = 0;
     size_t extents_per_expert_ = 0;
+    bool may_cut_ = true;
     std::vector<CatalogFile> files_;
     std::vector<Extent> extents_;
     std::vector<Transpose> transposes_;

@@ -68,7 +68,11 @@ void read_fully(int descriptor, const std::string& path, const ReadRequest& requ
 }
 
 SourceFile::SourceFile(const CatalogFile& file, bool allow_direct)
-    : path_(file.path), nbytes_(file.nbytes), descriptor_(open_file(file.path)) {
+    : path_(file.path),
+      nbytes_(file.nbytes),
+      source_(file.source),
+      descriptor_(source_ != nullptr ? -1 : open_file(file.path)) {
+    if (source_ != nullptr) return;
     const struct stat status = status_of(descriptor_.number(), path_);
     if (!S_ISREG(status.st_mode)) read_error(path_, "expected a regular file");
     if (static_cast<uint64_t>(status.st_size) != nbytes_) {
@@ -83,6 +87,10 @@ SourceFile::SourceFile(const CatalogFile& file, bool allow_direct)
 
 void SourceFile::read(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
                       std::span<std::byte> bounce) const {
+    if (source_ != nullptr) {
+        read_source(pieces, slot);
+        return;
+    }
     if (direct()) {
         read_direct(chunk, pieces, slot, bounce);
     } else {
@@ -129,6 +137,16 @@ void SourceFile::read_buffered(const Chunk& chunk, std::span<const Piece> pieces
     (void)posix_fadvise(descriptor_.number(), static_cast<off_t>(begin),
                         static_cast<off_t>(round_up(chunk.end, kChunkAlignment) - begin),
                         POSIX_FADV_DONTNEED);
+}
+
+void SourceFile::read_source(std::span<const Piece> pieces, std::byte* slot) const {
+    for (const Piece& piece : pieces) {
+        try {
+            source_->read(piece.file_offset, {slot + piece.slot_offset, piece.nbytes});
+        } catch (const Error& error) {
+            read_error(path_, error.what());
+        }
+    }
 }
 
 void SourceFile::check_unchanged() const {

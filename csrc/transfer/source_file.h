@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 
@@ -65,10 +66,12 @@ private:
     void read_direct(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
                      std::span<std::byte> bounce) const;
     void read_buffered(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot) const;
+    void read_source(std::span<const Piece> pieces, std::byte* slot) const;
     void check_unchanged() const;
 
     std::string path_;
     uint64_t nbytes_;
+    std::shared_ptr<const ByteSource> source_;  // in place of a file
     Descriptor descriptor_;
     timespec modified_{};
     size_t alignment_ = 1;

@@ -205,6 +205,9 @@ def read_bytes(entry: TensorEntry, offset: int, nbytes: int) -> torch.Tensor:
     """The same for a part of a tensor, uint8 [nbytes]; `offset` counts from the file's start."""
     tensor = torch.empty(nbytes, dtype=torch.uint8)
     view = tensor.numpy().data
+    if entry.file.source is not None:
+        entry.file.source.read(offset, view)
+        return tensor
     try:
         with entry.path.open("rb", buffering=0) as file:
             entry.file.check(os.fstat(file.fileno()))

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
-import weakref
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from moeinf import _core
 from moeinf.checkpoint import config as configuration
 from moeinf.checkpoint.families import NAMINGS, family_of, find_experts
 from moeinf.checkpoint.folder import Checkpoint, read_bytes, read_multiplier
-from moeinf.checkpoint.formats import BIAS, MULTIPLIER, SCALES, VALUES
+from moeinf.checkpoint.formats import BIAS, FORMATS, MULTIPLIER, SCALES, VALUES, WeightFormat
 from moeinf.checkpoint.headers import DTYPE_NAMES, FileState, TensorEntry
+from moeinf.checkpoint.held import hold_tensor
 from moeinf.checkpoint.index import (
     Index,
     Slice,
@@ -32,7 +33,7 @@ from moeinf.checkpoint.index import (
 )
 from moeinf.checkpoint.layout import Layout, Segment
 from moeinf.checkpoint.packed import PackedEntry
-from moeinf.errors import CheckpointError, ReadError
+from moeinf.errors import CheckpointError
 from moeinf.kernels.forms import ExpertForm
 
 FLOATS = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -134,6 +135,94 @@ class ExpertStore:
             raise CheckpointError(f"{down}: config.json says hidden_size is {hidden}")
         return store
 
+    @classmethod
+    def from_tensors(
+        cls,
+        layers: Mapping[int, Mapping[str, Any]] | Sequence[Mapping[str, Any]],
+        *,
+        form: ExpertForm | None = None,
+        formats: WeightFormat | tuple[WeightFormat, WeightFormat] | None = None,
+        top_k: int | None = None,
+        interleaved: bool = False,
+        transposed: bool = False,
+    ) -> ExpertStore:
+        """A store of experts that the caller holds in RAM. They are read in place, and kept alive.
+
+        The caller changes no byte of them while the store lives. The cache copies into its slots
+        what it needs of them.
+
+        Args:
+            layers: for each MoE layer, by its number in the model, the tensors of its experts by
+                name: gate_up [E, 2I, H], or gate and up [E, I, H] each, and down [E, H, I]; with
+                ".scales", ".multiplier" and ".bias" behind the name where the form or the format
+                has them (shapes: `WeightFormat.segments`). Each is a tensor, an array (numpy, or
+                anything with its interface), raw memory as (address, shape, dtype), or a list of
+                these, one for each expert. An expert's elements lie side by side.
+            formats: how weights are stored, of all matrices or of gate and up and of down; without
+                it, what the dtypes say. Other dtypes of the same width pass as bytes.
+            top_k: experts a token is routed to, where known.
+            interleaved: rows of gate and up alternate in gate_up; else gate comes first.
+            transposed: gate_up is [E, H, 2I] and down [E, I, H].
+
+        Raises:
+            ValueError: tensors that are missing, left over, or do not fit together; the message
+                names tensor, expected and found.
+        """
+        from moeinf.checkpoint import memory
+
+        return memory.from_tensors(
+            layers,
+            form=form or ExpertForm(),
+            formats=formats,
+            top_k=top_k,
+            interleaved=interleaved,
+            transposed=transposed,
+        )
+
+    @classmethod
+    def from_callback(
+        cls,
+        read: Callable[[int, int, str, memoryview], int],
+        *,
+        layers: int | Sequence[int],
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        formats: WeightFormat | tuple[WeightFormat, WeightFormat] = FORMATS["bf16"],
+        form: ExpertForm | None = None,
+        top_k: int | None = None,
+        interleaved: bool = False,
+        bias: torch.dtype = torch.bfloat16,
+    ) -> ExpertStore:
+        """A store of experts that the caller's function writes into slots.
+
+        Args:
+            read: read(layer, expert, segment, destination) writes all bytes of a segment (see
+                `layout`) into the memoryview, and returns their number. `layer` counts from 0.
+                Threads of the cache call it, several at once. What it raises, and a short write,
+                become a ReadError of the step that wanted the expert. Nothing may
+                use the destination after the call.
+            layers: how many MoE layers there are, or their numbers in the model.
+            hidden, intermediate: H and I.
+            bias: dtype of the biases, where the form has them.
+
+        The other arguments and the errors are those of `from_tensors`.
+        """
+        from moeinf.checkpoint import memory
+
+        return memory.from_callback(
+            read,
+            layers=layers,
+            num_experts=num_experts,
+            hidden=hidden,
+            intermediate=intermediate,
+            form=form or ExpertForm(),
+            formats=formats,
+            top_k=top_k,
+            interleaved=interleaved,
+            bias=bias,
+        )
+
     @property
     def num_layers(self) -> int:
         """MoE layers."""
@@ -188,13 +277,17 @@ class ExpertStore:
             for piece in expert.values()
         }
 
-    def extents(self, layer: int, expert: int) -> list[Extent]:
-        """The byte ranges that make up one expert, in slot order."""
+    def check_expert(self, layer: int, expert: int) -> None:
+        """Raises IndexError where there is no such layer or expert."""
         if not (0 <= layer < self.num_layers and 0 <= expert < self.num_experts):
             raise IndexError(
                 f"layer {layer}, expert {expert}: this store has {self.num_layers} MoE layers "
                 f"of {self.num_experts} experts"
             )
+
+    def extents(self, layer: int, expert: int) -> list[Extent]:
+        """The byte ranges that make up one expert, in slot order."""
+        self.check_expert(layer, expert)
         parts = self._index[self.modules[layer]][expert]
         extents = []
         for segment, matrices, piece in self._places:
@@ -221,7 +314,7 @@ class ExpertStore:
 
     @cached_property
     def _multipliers(self) -> TensorEntry:
-        """The multipliers of gate, up and down of every expert, in a file in memory.
+        """The multipliers of gate, up and down of every expert, in memory.
 
         In the checkpoint each is a tensor of its own, that may divide. Here they are read like all
         other bytes of an expert, and cost no read from the disk.
@@ -237,11 +330,7 @@ class ExpertStore:
                         for place, name in enumerate(("gate", "up", "down")):
                             if name in matrix.split("_"):
                                 numbers[layer, expert, place] = number
-        memory = os.memfd_create("moeinf multipliers", os.MFD_CLOEXEC)
-        weakref.finalize(self, os.close, memory)
-        os.write(memory, numbers.numpy().tobytes())
-        file = FileState.of(Path(f"/proc/self/fd/{memory}"), os.fstat(memory))
-        return TensorEntry("multipliers", file, "F32", shape, 0, 4 * numbers.numel())
+        return hold_tensor("multipliers", numbers)
 
     def read(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """Reads one expert into fresh memory: its segments by name.
@@ -298,6 +387,7 @@ class ExpertStore:
                     ]
                 )
         files = [(str(file.path), file.nbytes) for file in paths]
+        sources = {i: file.source for i, file in enumerate(paths) if file.source is not None}
         return _core.Catalog(
             self.num_layers,
             self.num_experts,
@@ -305,6 +395,7 @@ class ExpertStore:
             files,
             np.array(rows, dtype=np.uint64),
             self._transposes(),
+            sources,
         )
 
     def check_unchanged(self) -> None:
@@ -313,10 +404,7 @@ class ExpertStore:
         A cache asks once its own descriptors are open. Later changes are seen through these.
         """
         for file in self._files:
-            try:
-                file.check(file.path.stat())
-            except FileNotFoundError as error:
-                raise ReadError(f"{file.path}: is gone") from error
+            file.check_path()
 
     @cached_property
     def _files(self) -> set[FileState]:
