@@ -67,6 +67,18 @@ def test_every_format_passes_through(row: moeinf.WeightFormat, device: str, seed
     assert error <= 5e-3
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_numbers_that_no_decoder_has_are_refused(device: str, seed: int) -> None:
+    experts = random_experts(EVERY["fp8-128x128-f32"], H, I, E, seed)
+    tensors = experts.layout.views(experts.pool)
+    tensors["down.scales"][3] = torch.nan
+    store = ExpertStore.from_tensors([tensors], formats=EVERY["fp8-128x128-f32"])
+    x, ids, weights = step(seed)
+    ids[0, 0] = 3
+    with pytest.raises(ReadError, match=r"layer 0: down.scales, expert 3.*expected finite"):
+        run(store, (x, ids, weights), slots=2, device=device)
+
+
 def as_gate_and_up(one: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"gate": one["gate_up"][:, :I], "up": one["gate_up"][:, I:], "down": one["down"]}
 

@@ -1,5 +1,5 @@
 // The place of every expert's bytes: ranges of files, and where in a slot each range belongs. Built
-// once when a store is opened, then shared and never changed. Knows no dtypes.
+// once when a store is opened, then shared and never changed.
 #pragma once
 
 #include <cstddef>
@@ -7,10 +7,12 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/ids.h"
 #include "layout/byte_source.h"
+#include "layout/matrix.h"
 
 namespace moeinf {
 
@@ -35,6 +37,16 @@ struct Transpose {
     [[nodiscard]] uint64_t nbytes() const noexcept { return rows * cols * element; }
 };
 
+// Bytes of every slot that are numbers of one type, none of which may be NaN or infinite.
+// `negative`: numbers below zero are allowed.
+struct NumberCheck {
+    bool operator==(const NumberCheck&) const = default;
+    uint64_t slot_offset;
+    uint64_t nbytes;
+    ScaleType type;
+    bool negative;
+};
+
 struct CatalogFile {
     bool operator==(const CatalogFile&) const = default;
     std::string path;
@@ -42,13 +54,23 @@ struct CatalogFile {
     std::shared_ptr<const ByteSource> source{};  // in place of a file of that path
 };
 
+// Where a tensor begins, for messages.
+struct CatalogTensor {
+    bool operator==(const CatalogTensor&) const = default;
+    uint32_t file;
+    uint64_t file_offset;
+    std::string name;
+};
+
 class Catalog {
 public:
     // `extents` holds `extents_per_expert` entries for each flat expert id (layer * num_experts +
     // expert), in order. Throws Error(kInvalid) if an extent exceeds its file or its slot, if two
-    // extents of one expert overlap in the slot, or if a transpose exceeds the slot.
+    // extents of one expert overlap in the slot, or if a transpose or a check exceeds the slot.
+    // `tensors` are what messages name; they may be none, or not all.
     Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
-            std::vector<Extent> extents, std::vector<Transpose> transposes = {});
+            std::vector<Extent> extents, std::vector<Transpose> transposes = {},
+            std::vector<NumberCheck> checks = {}, std::vector<CatalogTensor> tensors = {});
 
     [[nodiscard]] ModelShape shape() const noexcept { return shape_; }
     [[nodiscard]] int32_t num_layers() const noexcept { return shape_.num_layers; }
@@ -60,6 +82,13 @@ public:
     [[nodiscard]] const std::vector<Transpose>& transposes() const noexcept { return transposes_; }
     // False if a source wants to be asked for whole segments.
     [[nodiscard]] bool may_cut() const noexcept { return may_cut_; }
+    [[nodiscard]] const std::vector<NumberCheck>& checks() const noexcept { return checks_; }
+    // Whether a block of a file may end inside a number: some extent begins at an odd place.
+    [[nodiscard]] bool cuts_numbers() const noexcept { return cuts_numbers_; }
+    // "file: tensor", or the file, of the byte that an expert has at `slot_offset`; and how many
+    // bytes of the tensor, or of the file, come before it.
+    [[nodiscard]] std::pair<std::string, uint64_t> origin(ExpertId expert,
+                                                          uint64_t slot_offset) const;
     // The sum of the extents of any one expert.
     [[nodiscard]] uint64_t expert_bytes() const noexcept { return expert_bytes_; }
 
@@ -75,6 +104,9 @@ private:
     std::vector<CatalogFile> files_;
     std::vector<Extent> extents_;
     std::vector<Transpose> transposes_;
+    std::vector<NumberCheck> checks_;
+    bool cuts_numbers_ = false;
+    std::vector<CatalogTensor> tensors_;  // by file, then by offset
 };
 
 }  // namespace moeinf

@@ -339,7 +339,8 @@ class ExpertStore:
 
         Raises:
             IndexError: no such layer or expert.
-            ReadError: the file is gone, short or unreadable.
+            ReadError: the file is gone, short or unreadable, or holds NaN where no decoder has
+                them.
         """
         slot = torch.empty(1, self.slot_bytes, dtype=torch.uint8)
         for extent in self.extents(layer, expert):
@@ -350,7 +351,14 @@ class ExpertStore:
         for offset, rows, cols, element in self._transposes():
             matrix = slot[0, offset : offset + rows * cols * element].view(rows, cols, element)
             matrix.view(cols, rows, element)[:] = matrix.transpose(0, 1).clone()
-        return {name: view[0] for name, view in self.layout.views(slot).items()}
+        found = {name: view[0] for name, view in self.layout.views(slot).items()}
+        for name, layout in (("gate_up", self.layout.gate), ("down", self.layout.down)):
+            pieces = {VALUES: layout.values, SCALES: layout.scales}
+            layout.format.refuse(
+                {piece: found[rows.segment.name] for piece, rows in pieces.items() if rows},
+                f"{self.modules[layer]}, expert {expert}, {name}",
+            )
+        return found
 
     def _transposes(self) -> list[tuple[int, int, int, int]]:
         """Where a slot's bytes are read column by column: offset, rows and columns as they are
@@ -368,13 +376,28 @@ class ExpertStore:
                 offset += part.nbytes
         return found
 
+    def _checks(self) -> list[tuple[int, int, _core.ScaleType, bool]]:
+        """Where a slot has numbers that must be finite: see WeightFormat.number_types."""
+        found = []
+        for segment in self.layout.segments:
+            matrix, _, piece = segment.name.partition(".")
+            held = self.layout.down if matrix == "down" else self.layout.gate
+            types = held.format.number_types()
+            if (piece or VALUES) in types:
+                kind, negative = types[piece or VALUES]
+                found.append(
+                    (segment.offset, segment.nbytes, getattr(_core.ScaleType, kind), negative)
+                )
+        return found
+
     @cached_property
     def catalog(self) -> _core.Catalog:
         """The same ranges in the form the C++ core reads."""
         paths: dict[FileState, int] = {}
-        rows = []
+        rows, tensors, checks = [], {}, self._checks()
         for layer in range(self.num_layers):
             for expert in range(self.num_experts):
+                extents = self.extents(layer, expert)
                 rows.append(
                     [
                         (
@@ -383,9 +406,15 @@ class ExpertStore:
                             extent.nbytes,
                             extent.slot_offset,
                         )
-                        for extent in self.extents(layer, expert)
+                        for extent in extents
                     ]
                 )
+                if checks:
+                    for extent in extents:
+                        entry = extent.entry
+                        if isinstance(entry, PackedEntry):
+                            entry = entry.pieces[VALUES]
+                        tensors[paths[entry.file], entry.offset] = entry.name
         files = [(str(file.path), file.nbytes) for file in paths]
         sources = {i: file.source for i, file in enumerate(paths) if file.source is not None}
         return _core.Catalog(
@@ -395,6 +424,8 @@ class ExpertStore:
             files,
             np.array(rows, dtype=np.uint64),
             self._transposes(),
+            checks,
+            [(*place, name) for place, name in tensors.items()],
             sources,
         )
 
