@@ -102,16 +102,19 @@ Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile>
     }
     extents_per_expert_ = extents_.size() / total;
 
+    uint64_t end = 0;  // of the one before
     for (const Transpose& one : transposes_) {
         const bool known = one.element == 1 || one.element == 2 || one.element == 4;
         const uint64_t most = known ? slot_bytes / one.element : 0;
         if (one.rows == 0 || one.cols == 0 || one.rows > most || one.cols > most / one.rows ||
-            one.slot_offset > slot_bytes - one.nbytes() || one.slot_offset % one.element != 0) {
+            one.slot_offset > slot_bytes - one.nbytes() || one.slot_offset % one.element != 0 ||
+            one.slot_offset < end) {
             invalid("transpose of " + text_of(one.rows) + " x " + text_of(one.cols) +
                     " elements of " + text_of(one.element) + " bytes at slot offset " +
                     text_of(one.slot_offset) + ": expected elements of 1, 2 or 4 bytes in a slot " +
-                    "of " + text_of(slot_bytes) + " bytes");
+                    "of " + text_of(slot_bytes) + " bytes, from " + text_of(end) + " on");
         }
+        end = one.slot_offset + one.nbytes();
     }
     std::vector<size_t> order;
     for (const ExpertId expert : shape.experts()) {

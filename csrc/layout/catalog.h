@@ -43,7 +43,8 @@ class Catalog {
 public:
     // `extents` holds `extents_per_expert` entries for each flat expert id (layer * num_experts +
     // expert), in order. Throws Error(kInvalid) if an extent exceeds its file or its slot, if two
-    // extents of one expert overlap in the slot, or if a transpose exceeds the slot.
+    // extents of one expert overlap in the slot, if a transpose exceeds the slot, or if transposes
+    // overlap or are out of order.
     Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
             std::vector<Extent> extents, std::vector<Transpose> transposes = {});
 

@@ -17,7 +17,6 @@
 #include "memory/arena.h"
 #include "transfer/read_plan.h"
 #include "transfer/source_file.h"
-#include "transfer/transpose.h"
 
 namespace moeinf {
 
@@ -115,7 +114,6 @@ struct FileReader::Impl {
     }
 
     void work(const std::stop_token& stop, std::span<std::byte> buffer) {
-        std::vector<std::byte> scratch;  // of transposes
         std::unique_lock lock(queues);
         const auto has_work = [this] { return !demands.empty() || !prefetches.empty(); };
         while (ready.wait(lock, stop, has_work)) {
@@ -136,7 +134,6 @@ struct FileReader::Impl {
             }
             if (job->queue == nullptr && job->chunks_in_flight == 0) {
                 lock.unlock();
-                turn(*job, scratch);
                 conclude(job);
                 lock.lock();
             }
@@ -147,21 +144,12 @@ struct FileReader::Impl {
     std::string read(const Job& job, const Chunk& chunk, std::span<std::byte> buffer) const {
         const Range range("moeinf read");
         try {
-            files[chunk.file].read(chunk, job.plan.pieces_of(chunk), job.slot, buffer);
+            files[chunk.file].read(chunk, job.plan.pieces_of(chunk), catalog->transposes(),
+                                   job.slot, buffer);
         } catch (const std::exception& error) {
             return error.what();
         }
         return {};
-    }
-
-    // Once the last chunk is there.
-    void turn(Job& job, std::vector<std::byte>& scratch) const {
-        if (!job.failure.empty() || job.cut_short) return;
-        try {
-            apply(catalog->transposes(), job.slot, scratch);
-        } catch (const std::exception& error) {
-            job.failure = error.what();
-        }
     }
 
     static void conclude(const JobPtr& job) {

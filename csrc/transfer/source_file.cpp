@@ -9,6 +9,7 @@
 #include "base/error.h"
 #include "base/sizes.h"
 #include "transfer/direct_io.h"
+#include "transfer/transpose.h"
 
 namespace moeinf {
 namespace {
@@ -81,24 +82,26 @@ SourceFile::SourceFile(const CatalogFile& file, bool allow_direct)
     if (!direct()) (void)posix_fadvise(descriptor_.number(), 0, 0, POSIX_FADV_RANDOM);
 }
 
-void SourceFile::read(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
+void SourceFile::read(const Chunk& chunk, std::span<const Piece> pieces,
+                      std::span<const Transpose> transposes, std::byte* slot,
                       std::span<std::byte> bounce) const {
     if (direct()) {
-        read_direct(chunk, pieces, slot, bounce);
+        read_direct(chunk, pieces, transposes, slot, bounce);
     } else {
-        read_buffered(chunk, pieces, slot);
+        read_buffered(chunk, pieces, transposes, slot, bounce);
     }
     check_unchanged();
 }
 
-void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
+void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces,
+                             std::span<const Transpose> transposes, std::byte* slot,
                              std::span<std::byte> bounce) const {
     const uint64_t begin = round_down(chunk.begin, alignment_);
     const size_t capacity = static_cast<size_t>(round_up(chunk.end, alignment_) - begin);
     const ReadRequest request{begin, static_cast<size_t>(chunk.end - begin), capacity, alignment_};
 
     std::byte* const target = slot + pieces.front().slot_offset;
-    const bool fits_in_place = pieces.size() == 1 && chunk.begin == begin &&
+    const bool fits_in_place = transposes.empty() && pieces.size() == 1 && chunk.begin == begin &&
                                chunk.end - chunk.begin == capacity &&
                                reinterpret_cast<uintptr_t>(target) % alignment_ == 0;
     if (fits_in_place) {
@@ -112,17 +115,21 @@ void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces, 
     }
     read_fully(descriptor_.number(), path_, request, bounce.data());
     for (const Piece& piece : pieces) {
-        std::memcpy(slot + piece.slot_offset, bounce.data() + (piece.file_offset - begin),
-                    piece.nbytes);
+        const auto bytes = bounce.subspan(piece.file_offset - begin, piece.nbytes);
+        place(bytes, piece.slot_offset, transposes, slot);
     }
 }
 
 void SourceFile::read_buffered(const Chunk& chunk, std::span<const Piece> pieces,
-                               std::byte* slot) const {
+                               std::span<const Transpose> transposes, std::byte* slot,
+                               std::span<std::byte> bounce) const {
     for (const Piece& piece : pieces) {
         const size_t nbytes = static_cast<size_t>(piece.nbytes);
-        read_fully(descriptor_.number(), path_, {piece.file_offset, nbytes, nbytes, 1},
-                   slot + piece.slot_offset);
+        std::byte* const to = transposes.empty() ? slot + piece.slot_offset : bounce.data();
+        read_fully(descriptor_.number(), path_, {piece.file_offset, nbytes, nbytes, 1}, to);
+        if (!transposes.empty()) {
+            place({to, nbytes}, piece.slot_offset, transposes, slot);
+        }
     }
     // The kernel drops whole pages only, so the range is rounded to pages.
     const uint64_t begin = round_down(chunk.begin, kChunkAlignment);

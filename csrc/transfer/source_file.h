@@ -55,16 +55,20 @@ public:
     [[nodiscard]] uint64_t nbytes() const noexcept { return nbytes_; }
     [[nodiscard]] int descriptor() const noexcept { return descriptor_.number(); }
 
-    // Copies every piece to its place in `slot`. `bounce` is aligned and holds the chunk, rounded
-    // to the alignment at both ends. Throws Error(kRead) if a read fails or the file was changed
-    // after it was opened.
-    void read(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
+    // Puts every piece in its place in `slot`; matrices of `transposes` are turned on the way.
+    // `bounce` is aligned and holds the chunk, rounded to the alignment at both ends. Throws
+    // Error(kRead) if a read fails or the file was changed after it was opened.
+    void read(const Chunk& chunk, std::span<const Piece> pieces,
+              std::span<const Transpose> transposes, std::byte* slot,
               std::span<std::byte> bounce) const;
 
 private:
-    void read_direct(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
+    void read_direct(const Chunk& chunk, std::span<const Piece> pieces,
+                     std::span<const Transpose> transposes, std::byte* slot,
                      std::span<std::byte> bounce) const;
-    void read_buffered(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot) const;
+    void read_buffered(const Chunk& chunk, std::span<const Piece> pieces,
+                       std::span<const Transpose> transposes, std::byte* slot,
+                       std::span<std::byte> bounce) const;
     void check_unchanged() const;
 
     std::string path_;
