@@ -15,6 +15,7 @@
 #include "base/ranges.h"
 #include "base/sizes.h"
 #include "memory/arena.h"
+#include "transfer/number_check.h"
 #include "transfer/read_plan.h"
 #include "transfer/source_file.h"
 
@@ -134,6 +135,7 @@ struct FileReader::Impl {
             }
             if (job->queue == nullptr && job->chunks_in_flight == 0) {
                 lock.unlock();
+                check_whole(*job);
                 conclude(job);
                 lock.lock();
             }
@@ -144,12 +146,28 @@ struct FileReader::Impl {
     std::string read(const Job& job, const Chunk& chunk, std::span<std::byte> buffer) const {
         const Range range("moeinf read");
         try {
+            SourceFile::Landed check = nullptr;
+            if (!catalog->checks().empty() && !catalog->cuts_numbers()) {
+                check = [this, &job](uint64_t begin, uint64_t end) {
+                    check_numbers(*catalog, job.expert(), job.slot, begin, end);
+                };
+            }
             files[chunk.file].read(chunk, job.plan.pieces_of(chunk), catalog->transposes(),
-                                   job.slot, buffer);
+                                   job.slot, buffer, check);
         } catch (const std::exception& error) {
             return error.what();
         }
         return {};
+    }
+
+    // Once the last chunk is there: numbers that chunks may cut.
+    void check_whole(Job& job) const {
+        if (!job.failure.empty() || job.cut_short || !catalog->cuts_numbers()) return;
+        try {
+            check_numbers(*catalog, job.expert(), job.slot, 0, catalog->slot_bytes());
+        } catch (const std::exception& error) {
+            job.failure = error.what();
+        }
     }
 
     static void conclude(const JobPtr& job) {
