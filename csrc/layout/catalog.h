@@ -66,8 +66,9 @@ class Catalog {
 public:
     // `extents` holds `extents_per_expert` entries for each flat expert id (layer * num_experts +
     // expert), in order. Throws Error(kInvalid) if an extent exceeds its file or its slot, if two
-    // extents of one expert overlap in the slot, or if a transpose or a check exceeds the slot.
-    // `tensors` are what messages name; they may be none, or not all.
+    // extents of one expert overlap in the slot, if a transpose or a check exceeds the slot, or if
+    // transposes overlap, are out of order, or turn bytes that are checked. `tensors` are what
+    // messages name; they may be none, or not all.
     Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
             std::vector<Extent> extents, std::vector<Transpose> transposes = {},
             std::vector<NumberCheck> checks = {}, std::vector<CatalogTensor> tensors = {});
