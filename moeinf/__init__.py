@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     )
     from moeinf.experts.op import fused_experts
     from moeinf.integrations.transformers.load import load
+    from moeinf.packing.pack import pack
     from moeinf.traces.eam import EAMC
     from moeinf.traces.simulator import simulate
     from moeinf.traces.trace import Trace
@@ -55,6 +56,7 @@ _HOMES = {
     "UnsupportedError": "moeinf.errors",
     "fused_experts": "moeinf.experts.op",
     "load": "moeinf.integrations.transformers",
+    "pack": "moeinf.packing.pack",
     "simulate": "moeinf.traces.simulator",
 }
 
@@ -74,6 +76,7 @@ __all__ = [
     "UnsupportedError",
     "fused_experts",
     "load",
+    "pack",
     "policies",
     "simulate",
 ]

@@ -23,6 +23,7 @@ from moeinf.checkpoint.folder import Checkpoint, read_bytes, read_multiplier
 from moeinf.checkpoint.formats import BIAS, MULTIPLIER, SCALES, VALUES
 from moeinf.checkpoint.headers import DTYPE_NAMES, FileState, TensorEntry
 from moeinf.checkpoint.index import (
+    Expert,
     Index,
     Slice,
     build_index,
@@ -188,14 +189,18 @@ class ExpertStore:
             for piece in expert.values()
         }
 
-    def extents(self, layer: int, expert: int) -> list[Extent]:
-        """The byte ranges that make up one expert, in slot order."""
+    def slices(self, layer: int, expert: int) -> Expert:
+        """The tensors, or the parts of tensors, that one expert lies in."""
         if not (0 <= layer < self.num_layers and 0 <= expert < self.num_experts):
             raise IndexError(
                 f"layer {layer}, expert {expert}: this store has {self.num_layers} MoE layers "
                 f"of {self.num_experts} experts"
             )
-        parts = self._index[self.modules[layer]][expert]
+        return self._index[self.modules[layer]][expert]
+
+    def extents(self, layer: int, expert: int) -> list[Extent]:
+        """The byte ranges that make up one expert, in slot order."""
+        parts = self.slices(layer, expert)
         extents = []
         for segment, matrices, piece in self._places:
             slot_offset = segment.offset
