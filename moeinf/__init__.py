@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from moeinf.experts.op import fused_experts, fused_experts_out
     from moeinf.integrations.transformers.load import load
     from moeinf.kernels.forms import ExpertForm, Gate
+    from moeinf.packing.pack import pack
     from moeinf.traces.eam import EAMC
     from moeinf.traces.simulator import simulate
     from moeinf.traces.trace import Trace
@@ -62,6 +63,7 @@ _HOMES = {
     "fused_experts": "moeinf.experts.op",
     "fused_experts_out": "moeinf.experts.op",
     "load": "moeinf.integrations.transformers",
+    "pack": "moeinf.packing.pack",
     "simulate": "moeinf.traces.simulator",
 }
 
@@ -86,6 +88,7 @@ __all__ = [
     "fused_experts",
     "fused_experts_out",
     "load",
+    "pack",
     "policies",
     "simulate",
 ]

@@ -56,14 +56,17 @@ PYTHON = {
     "kernels/forms kernels/gates",
     "moeinf/integrations": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces "
     "moeinf/cache moeinf/experts moeinf/pocket kernels/forms kernels/gates",
+    "moeinf/packing": "moeinf/errors moeinf/checkpoint moeinf/cache moeinf/integrations "
+    "moeinf/output_files moeinf/memory_read kernels/forms kernels/gates",
     "moeinf/report": "moeinf/errors moeinf/traces moeinf/output_files",
     "moeinf/memory_read": "moeinf/_core",
     "moeinf/machine": "moeinf/_core moeinf/errors moeinf/memory_read",
     "moeinf/cli": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
-    "moeinf/integrations moeinf/report moeinf/pocket moeinf/machine moeinf/output_files",
+    "moeinf/integrations moeinf/packing moeinf/report moeinf/pocket moeinf/machine "
+    "moeinf/output_files",
     # moeinf/__init__.py alone: the public names, each imported when it is first used.
     "moeinf": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
-    "moeinf/experts moeinf/integrations kernels",
+    "moeinf/experts moeinf/integrations moeinf/packing kernels",
 }
 ROOMS = {f"csrc/{room}": {f"csrc/{name}" for name in known.split()} for room, known in CORE.items()}
 ROOMS |= {room: set(known.split()) for room, known in PYTHON.items()}

@@ -24,6 +24,7 @@ from moeinf.checkpoint.formats import BIAS, FORMATS, MULTIPLIER, SCALES, VALUES,
 from moeinf.checkpoint.headers import DTYPE_NAMES, FileState, TensorEntry
 from moeinf.checkpoint.held import hold_tensor
 from moeinf.checkpoint.index import (
+    Expert,
     Index,
     Slice,
     build_index,
@@ -285,10 +286,14 @@ class ExpertStore:
                 f"of {self.num_experts} experts"
             )
 
+    def slices(self, layer: int, expert: int) -> Expert:
+        """The tensors, or the parts of tensors, that one expert lies in."""
+        self.check_expert(layer, expert)
+        return self._index[self.modules[layer]][expert]
+
     def extents(self, layer: int, expert: int) -> list[Extent]:
         """The byte ranges that make up one expert, in slot order."""
-        self.check_expert(layer, expert)
-        parts = self._index[self.modules[layer]][expert]
+        parts = self.slices(layer, expert)
         extents = []
         for segment, matrices, piece in self._places:
             slot_offset = segment.offset
