@@ -66,7 +66,7 @@ PYTHON = {
     "moeinf/output_files",
     # moeinf/__init__.py alone: the public names, each imported when it is first used.
     "moeinf": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
-    "moeinf/experts moeinf/integrations moeinf/packing kernels",
+    "moeinf/experts moeinf/integrations moeinf/packing kernels kernels/forms",
 }
 ROOMS = {f"csrc/{room}": {f"csrc/{name}" for name in known.split()} for room, known in CORE.items()}
 ROOMS |= {room: set(known.split()) for room, known in PYTHON.items()}

@@ -215,7 +215,7 @@ def read_into(entry: TensorEntry, offset: int, tensor: torch.Tensor) -> None:
     view = tensor.numpy().data
     if entry.file.source is not None:
         entry.file.source.read(offset, view)
-        return tensor
+        return
     try:
         with entry.path.open("rb", buffering=0) as file:
             entry.file.check(os.fstat(file.fileno()))

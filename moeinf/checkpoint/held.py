@@ -16,7 +16,7 @@ from moeinf.checkpoint.headers import DTYPE_NAMES, FileState, TensorEntry
 
 
 @dataclass(frozen=True, slots=True)
-class Held(FileState):
+class NoFile(FileState):
     """Bytes in no file. `path` is the name that messages say."""
 
     origin: _core.ByteSource = field(hash=False, compare=False)
@@ -47,7 +47,7 @@ def _close_callbacks() -> None:
 
 def hold(name: str, nbytes: int, origin: _core.ByteSource) -> TensorEntry:
     """The bytes of a source as a tensor of bytes."""
-    file = Held(Path(name), nbytes, 0, id(origin), origin)
+    file = NoFile(Path(name), nbytes, 0, id(origin), origin)
     return TensorEntry(name, file, DTYPE_NAMES[torch.uint8], (nbytes,), 0, nbytes)
 
 

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from moeinf.checkpoint.extent import Extent
 from moeinf.checkpoint.formats import MULTIPLIER, PLAIN_FORMATS, WeightFormat
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.held import callback, hold, hold_tensor
 from moeinf.checkpoint.layout import Layout, Segment
-from moeinf.checkpoint.store import ExpertStore, Extent
 from moeinf.errors import ReadError
 from moeinf.kernels.forms import ExpertForm
 
@@ -29,46 +29,13 @@ Array = Any
 Read = Callable[[int, int, str, memoryview], int]
 
 
-class MemoryStore(ExpertStore):
-    """See `ExpertStore.from_tensors` and `ExpertStore.from_callback`.
+@dataclass(frozen=True)
+class Held:
+    """Experts of one layout. `places`: by module and expert, the extents of an expert."""
 
-    places: by module and expert, the extents of an expert.
-    """
-
-    def __init__(
-        self,
-        layout: Layout,
-        places: Mapping[str, Sequence[list[Extent]]],
-        *,
-        form: ExpertForm,
-        top_k: int | None,
-        transposes: Sequence[tuple[int, int, int, int]] = (),
-    ):
-        from moeinf.kernels.gates import check_form
-
-        check_form(form)
-        self.layout = layout
-        self.form = form
-        self.modules = list(places)
-        self.num_experts = len(places[self.modules[0]])
-        self.top_k = top_k
-        if top_k is not None and not 0 < top_k <= self.num_experts:
-            raise ValueError(f"top_k: expected 1 to {self.num_experts}, found {top_k}")
-        self._extents = list(places.values())
-        self._turned = list(transposes)
-
-    def tensor_names(self) -> set[str]:
-        return set()
-
-    def extents(self, layer: int, expert: int) -> list[Extent]:
-        self.check_expert(layer, expert)
-        return self._extents[layer][expert]
-
-    def _transposes(self) -> list[tuple[int, int, int, int]]:
-        return self._turned
-
-    def check_unchanged(self) -> None:
-        """The caller keeps the bytes as they are."""
+    layout: Layout
+    places: Mapping[str, Sequence[list[Extent]]]
+    transposes: Sequence[tuple[int, int, int, int]] = ()
 
 
 def from_tensors(
@@ -76,10 +43,9 @@ def from_tensors(
     *,
     form: ExpertForm,
     formats: Formats | None,
-    top_k: int | None,
     interleaved: bool,
     transposed: bool,
-) -> MemoryStore:
+) -> Held:
     """See `ExpertStore.from_tensors`."""
     numbered = dict(layers) if isinstance(layers, Mapping) else dict(enumerate(layers))
     if not numbered:
@@ -116,7 +82,7 @@ def from_tensors(
     if transposed and layout.up is not None and "gate" not in first:
         (offset, cols, rows, element), _, down = turned
         turned = [(offset, cols, 2 * rows, element), down]
-    return MemoryStore(layout, places, form=form, top_k=top_k, transposes=turned)
+    return Held(layout, places, turned)
 
 
 def from_callback(
@@ -128,10 +94,9 @@ def from_callback(
     intermediate: int,
     form: ExpertForm,
     formats: Formats,
-    top_k: int | None,
     interleaved: bool,
     bias: torch.dtype,
-) -> MemoryStore:
+) -> Held:
     """See `ExpertStore.from_callback`."""
     numbers = list(range(layers)) if isinstance(layers, int) else list(layers)
     if not numbers or num_experts < 1:
@@ -180,7 +145,7 @@ def from_callback(
         ]
         for layer, number in enumerate(numbers)
     }
-    return MemoryStore(layout, places, form=form, top_k=top_k)
+    return Held(layout, places)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -18,6 +17,8 @@ import torch
 
 from moeinf import _core
 from moeinf.checkpoint import config as configuration
+from moeinf.checkpoint import memory
+from moeinf.checkpoint.extent import Extent
 from moeinf.checkpoint.families import NAMINGS, family_of, find_experts
 from moeinf.checkpoint.folder import Checkpoint, read_bytes, read_multiplier
 from moeinf.checkpoint.formats import BIAS, FORMATS, MULTIPLIER, SCALES, VALUES, WeightFormat
@@ -41,16 +42,6 @@ FLOATS = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.bfloat16, torch.float16,
 
 
 SAMPLES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A run of bytes of one expert: where it lies in a file, and where in the slot it goes."""
-
-    entry: TensorEntry
-    file_offset: int  # bytes from the start of the file
-    nbytes: int
-    slot_offset: int
 
 
 class ExpertStore:
@@ -169,16 +160,11 @@ class ExpertStore:
             ValueError: tensors that are missing, left over, or do not fit together; the message
                 names tensor, expected and found.
         """
-        from moeinf.checkpoint import memory
-
-        return memory.from_tensors(
-            layers,
-            form=form or ExpertForm(),
-            formats=formats,
-            top_k=top_k,
-            interleaved=interleaved,
-            transposed=transposed,
+        form = form or ExpertForm()
+        held = memory.from_tensors(
+            layers, form=form, formats=formats, interleaved=interleaved, transposed=transposed
         )
+        return _MemoryStore(held, form, top_k)
 
     @classmethod
     def from_callback(
@@ -209,20 +195,19 @@ class ExpertStore:
 
         The other arguments and the errors are those of `from_tensors`.
         """
-        from moeinf.checkpoint import memory
-
-        return memory.from_callback(
+        form = form or ExpertForm()
+        held = memory.from_callback(
             read,
             layers=layers,
             num_experts=num_experts,
             hidden=hidden,
             intermediate=intermediate,
-            form=form or ExpertForm(),
+            form=form,
             formats=formats,
-            top_k=top_k,
             interleaved=interleaved,
             bias=bias,
         )
+        return _MemoryStore(held, form, top_k)
 
     @property
     def num_layers(self) -> int:
@@ -494,6 +479,36 @@ class ExpertStore:
                         f"{found}: expected {dtype} {list(expected)}, to go with {down}"
                     )
         return layout
+
+
+class _MemoryStore(ExpertStore):
+    """Of experts in no file. Their owner keeps the bytes as they are."""
+
+    def __init__(self, held: memory.Held, form: ExpertForm, top_k: int | None):
+        from moeinf.kernels.gates import check_form
+
+        check_form(form)
+        self._held = held
+        self.layout = held.layout
+        self.form = form
+        self.modules = list(held.places)
+        self.num_experts = len(held.places[self.modules[0]])
+        self.top_k = top_k
+        if top_k is not None and not 0 < top_k <= self.num_experts:
+            raise ValueError(f"top_k: expected 1 to {self.num_experts}, found {top_k}")
+
+    def tensor_names(self) -> set[str]:
+        return set()
+
+    def extents(self, layer: int, expert: int) -> list[Extent]:
+        self.check_expert(layer, expert)
+        return self._held.places[self.modules[layer]][expert]
+
+    def _transposes(self) -> list[tuple[int, int, int, int]]:
+        return list(self._held.transposes)
+
+    def check_unchanged(self) -> None:
+        """Nothing can be asked."""
 
 
 def _places(
