@@ -189,6 +189,15 @@ def test_every_python_file_is_in_a_room_of_its_own_name() -> None:
             assert file == ROOT / "moeinf" / "__init__.py", f"{file} needs a row in the table"
 
 
+def test_every_package_is_installed() -> None:
+    stated = re.search(r"\npackages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
+    assert stated is not None
+    packages = re.findall(r'"([\w.]+)"', stated[1])
+    folders = {file.parent for file in (ROOT / "moeinf").rglob("*.py")}
+    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert found | {"moeinf.kernels"} == set(packages)
+
+
 def test_no_circle_of_rooms() -> None:
     TopologicalSorter(ROOMS).prepare()
 
