@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import moeinf
 from moeinf import CheckpointError
 from moeinf.checkpoint.folder import Checkpoint
-from moeinf.integrations.transformers.models import model_class, read_config
+from moeinf.integrations.transformers.models import model_of
 from moeinf.integrations.transformers.plan import Plan, make_plan
 
 Tensors = dict[str, torch.Tensor]
@@ -32,7 +32,7 @@ def edit(folder: Path, change: Callable[[Tensors], Tensors]) -> Path:
 
 def plan_of(folder: Path) -> Plan:
     checkpoint = Checkpoint.open(folder)
-    return make_plan(*model_class(read_config(checkpoint), checkpoint), checkpoint)
+    return make_plan(*model_of(checkpoint), checkpoint)
 
 
 def reference_logits(folder: Path) -> torch.Tensor:

@@ -29,14 +29,21 @@ class Checkpoint:
         self.config = config
         self.tensors = tensors
         self.has_weights = True
+        self.trust_remote_code = False
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Checkpoint:
         """Reads `config.json` and the headers of every safetensors shard.
 
         Args:
             path: a folder, or a name on the Hub where there is no such folder.
             revision: branch, tag or commit on the Hub; without it, the main branch.
+            trust_remote_code: code that comes with it may run.
 
         Raises:
             CheckpointError: a file is missing, damaged, or disagrees with another.
@@ -44,35 +51,38 @@ class Checkpoint:
         """
         folder = Path(path)
         if not folder.is_dir():
-            folder = hub.fetch(os.fspath(path), revision)
+            folder = hub.fetch(os.fspath(path), revision, with_code=trust_remote_code)
             missing = _missing(folder)
             if missing:
                 hub.fetch(os.fspath(path), folder.name, missing)
         elif revision is not None:
             raise ValueError(f"{folder} is a folder: revision={revision!r} is for names on the Hub")
-        return cls.of_folder(folder)
+        return cls.of_folder(folder, trust_remote_code)
 
     @classmethod
     @contextmanager
     def peek(
-        cls, path: str | os.PathLike[str], revision: str | None = None
+        cls,
+        path: str | os.PathLike[str],
+        revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Iterator[Checkpoint]:
         """The same without fetching weights from the Hub; `has_weights` says if they are here."""
         if Path(path).is_dir():
-            yield cls.open(path, revision)
+            yield cls.open(path, revision, trust_remote_code)
             return
-        folder = hub.fetch(os.fspath(path), revision)
+        folder = hub.fetch(os.fspath(path), revision, with_code=trust_remote_code)
         missing = _missing(folder)
         if not missing:
-            yield cls.of_folder(folder)
+            yield cls.of_folder(folder, trust_remote_code)
             return
         with hub.headers(os.fspath(path), folder, missing) as made:
-            headers = cls.of_folder(made)
+            headers = cls.of_folder(made, trust_remote_code)
             headers.has_weights = False
             yield headers
 
     @classmethod
-    def of_folder(cls, folder: Path) -> Checkpoint:
+    def of_folder(cls, folder: Path, trust_remote_code: bool = False) -> Checkpoint:
         """The same for a folder that is there."""
         config = _read_json(folder / "config.json")
         quantization(config, folder / "config.json")  # before the other files are looked at
@@ -92,7 +102,9 @@ class Checkpoint:
                     )
                 tensors[name] = entry
         check_counts(config, tensors.values(), folder / "config.json")
-        return cls(folder, config, join(tensors, config, folder / "config.json"))
+        made = cls(folder, config, join(tensors, config, folder / "config.json"))
+        made.trust_remote_code = trust_remote_code
+        return made
 
     @property
     def config_file(self) -> Path:

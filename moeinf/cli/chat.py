@@ -26,6 +26,7 @@ def command(
         str | None, typer.Option(help="What the model is told before the conversation.")
     ] = None,
     revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 1024,
     memory: options.Memory = "auto",
     policy: options.Policy = "learned",
@@ -45,7 +46,7 @@ def command(
         from moeinf.integrations.transformers.conversation import Conversation
         from moeinf.integrations.transformers.generation import read_tokenizer
         from moeinf.integrations.transformers.load import load, open_checkpoint
-    opened = open_checkpoint(checkpoint, revision)
+    opened = open_checkpoint(checkpoint, revision, trust_remote_code)
     model: Any = load(
         opened,
         device=device,
@@ -54,7 +55,8 @@ def command(
         policy=policy,
         prefetch=prefetch,
     )
-    chat = Conversation(model, read_tokenizer(opened.path), system and utf8("--system", system))
+    tokenizer = read_tokenizer(opened.path, trust_remote_code)
+    chat = Conversation(model, tokenizer, system and utf8("--system", system))
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if not chat.has_template:
         _note("The tokenizer has no chat template: the model continues the text of all messages.")

@@ -27,6 +27,7 @@ class Request:
     prompt: str
     max_new_tokens: int
     revision: str | None = None  # on the Hub
+    trust_remote_code: bool = False
     raw: bool = False  # the prompt as it is, also where the tokenizer has a chat template
     temperature: float = 0.0
     seed: int = 0
@@ -79,8 +80,8 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             does not fit the model or that nothing would use.
         CheckpointError, CapacityError, ReadError: see `moeinf.load`.
     """
-    checkpoint = open_checkpoint(request.path, request.revision)
-    tokenizer: Any = read_tokenizer(checkpoint.path)
+    checkpoint = open_checkpoint(request.path, request.revision, request.trust_remote_code)
+    tokenizer: Any = read_tokenizer(checkpoint.path, request.trust_remote_code)
     chat = bool(tokenizer.chat_template) and not request.raw
     if chat:
         messages = [{"role": "user", "content": request.prompt}]
@@ -158,18 +159,18 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     )
 
 
-def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder.
 
     Raises:
         CheckpointError: the folder has none, or one that needs code of its own.
     """
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ValueError as error:
         why = str(error).splitlines()[0]
         if "trust_remote_code" in str(error):
-            why = "it needs code that comes with the checkpoint, which is not run"
+            why = "to run code that comes with it: trust_remote_code=True"
         raise CheckpointError(f"{path}: no tokenizer can be made: {why}") from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise CheckpointError(f"{path}: expected a tokenizer such as tokenizer.json, found none")
