@@ -128,7 +128,7 @@ def test_more_experts_than_the_model_has(tmp_path: Path) -> None:
     extra = {f"model.layers.1.mlp.experts.6.{m}_proj.weight": torch.zeros(s) for m, s in
              (("gate", (24, 40)), ("up", (24, 40)), ("down", (40, 24)))}  # fmt: skip
     edit(tmp_path, lambda tensors: {**tensors, **extra})
-    with pytest.raises(CheckpointError, match=r"expected \[6, 48, 40\] of 14 tensors"):
+    with pytest.raises(CheckpointError, match="there are 6 experts, found a tensor of expert 6"):
         moeinf.load(tmp_path)
 
 

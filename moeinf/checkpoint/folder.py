@@ -14,7 +14,12 @@ import torch
 from moeinf.checkpoint import hub
 from moeinf.checkpoint.config import check_counts, quantization
 from moeinf.checkpoint.formats import MULTIPLIER
-from moeinf.checkpoint.headers import TensorEntry, check_is_file, read_header
+from moeinf.checkpoint.headers import (
+    TensorEntry,
+    check_is_file,
+    check_is_no_pointer,
+    read_header,
+)
 from moeinf.checkpoint.packed import PackedEntry, join
 from moeinf.errors import CheckpointError, ReadError
 
@@ -119,9 +124,13 @@ class Checkpoint:
 def _read_json(path: Path) -> dict[str, Any]:
     check_is_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        check_is_no_pointer(path, raw)
+        value = json.loads(raw.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON: {error}") from error
     if not isinstance(value, dict):

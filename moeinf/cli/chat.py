@@ -46,7 +46,7 @@ def command(
         from moeinf.integrations.transformers.conversation import Conversation
         from moeinf.integrations.transformers.generation import read_tokenizer
         from moeinf.integrations.transformers.load import load, open_checkpoint
-    opened = open_checkpoint(checkpoint, revision, trust_remote_code)
+    opened = open_checkpoint(checkpoint, revision, trust_remote_code, to_generate=True)
     model: Any = load(
         opened,
         device=device,

@@ -40,7 +40,7 @@ def command(
 
         from moeinf.integrations.transformers.generation import continue_prompt, read_tokenizer
         from moeinf.integrations.transformers.load import load, open_checkpoint
-    opened = open_checkpoint(checkpoint, revision, trust_remote_code)
+    opened = open_checkpoint(checkpoint, revision, trust_remote_code, to_generate=True)
     tokenizer = read_tokenizer(opened.path, trust_remote_code)
     model: Any = load(opened, memory=memory)
     torch.manual_seed(seed)

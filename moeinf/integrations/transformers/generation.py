@@ -13,6 +13,7 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
+from moeinf.checkpoint.headers import check_is_no_pointer
 from moeinf.errors import CheckpointError
 from moeinf.integrations.transformers.load import load, open_checkpoint
 from moeinf.pocket import model_name
@@ -80,7 +81,9 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             does not fit the model or that nothing would use.
         CheckpointError, CapacityError, ReadError: see `moeinf.load`.
     """
-    checkpoint = open_checkpoint(request.path, request.revision, request.trust_remote_code)
+    checkpoint = open_checkpoint(
+        request.path, request.revision, request.trust_remote_code, to_generate=True
+    )
     tokenizer: Any = read_tokenizer(checkpoint.path, request.trust_remote_code)
     chat = bool(tokenizer.chat_template) and not request.raw
     if chat:
@@ -168,6 +171,8 @@ def read_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ValueError as error:
+        for file in path.glob("*token*"):
+            check_is_no_pointer(file, file.read_bytes())
         why = str(error).splitlines()[0]
         if "trust_remote_code" in str(error):
             why = "to run code that comes with it: trust_remote_code=True"

@@ -138,13 +138,24 @@ def load(
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str], revision: str | None = None, trust_remote_code: bool = False
+    path: str | os.PathLike[str],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    to_generate: bool = False,
 ) -> Checkpoint:
-    """Opens a checkpoint; fetches it from the Hub only if its headers say that it can be served."""
+    """Opens a checkpoint; fetches it from the Hub only if its headers say that it can be served.
+
+    `to_generate`: refuses a model that does not write text.
+    """
     with Checkpoint.peek(path, revision, trust_remote_code) as found:
+        base, config = model_of(found)
+        if to_generate and not base.can_generate():
+            raise UnsupportedError(
+                f"{found.config_file}: {base.__name__} does not write text; moeinf.load serves it"
+            )
         if found.has_weights:
             return found
-        base, config = model_of(found)
         make_plan(base, config, found)
     return Checkpoint.open(path, revision, trust_remote_code)
 

@@ -67,12 +67,15 @@ def read_config(checkpoint: Checkpoint) -> Any:
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise CheckpointError(f"{file}: model_type is {kind!r}, expected a name")
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{file}: architectures is {names!r}, expected a list of names")
     for part in (config, checkpoint.text_config()):
         for key in ("dtype", "torch_dtype"):
             name = part.get(key)
             if name is not None and not isinstance(getattr(torch, str(name), None), torch.dtype):
                 raise CheckpointError(f"{file}: {key} is {name!r}, which is no dtype of torch")
-    own = "auto_map" in config
+    own = isinstance(config.get("auto_map"), dict)
     if kind not in CONFIG_MAPPING and not (own and checkpoint.trust_remote_code):
         code = "; to run code that comes with it: trust_remote_code=True" if own else ""
         raise CheckpointError(
