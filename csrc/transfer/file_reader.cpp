@@ -15,9 +15,9 @@
 #include "base/ranges.h"
 #include "base/sizes.h"
 #include "memory/arena.h"
+#include "transfer/number_check.h"
 #include "transfer/read_plan.h"
 #include "transfer/source_file.h"
-#include "transfer/transpose.h"
 
 namespace moeinf {
 
@@ -115,7 +115,6 @@ struct FileReader::Impl {
     }
 
     void work(const std::stop_token& stop, std::span<std::byte> buffer) {
-        std::vector<std::byte> scratch;  // of transposes
         std::unique_lock lock(queues);
         const auto has_work = [this] { return !demands.empty() || !prefetches.empty(); };
         while (ready.wait(lock, stop, has_work)) {
@@ -136,7 +135,7 @@ struct FileReader::Impl {
             }
             if (job->queue == nullptr && job->chunks_in_flight == 0) {
                 lock.unlock();
-                turn(*job, scratch);
+                check_whole(*job);
                 conclude(job);
                 lock.lock();
             }
@@ -147,18 +146,25 @@ struct FileReader::Impl {
     std::string read(const Job& job, const Chunk& chunk, std::span<std::byte> buffer) const {
         const Range range("moeinf read");
         try {
-            files[chunk.file].read(chunk, job.plan.pieces_of(chunk), job.slot, buffer);
+            SourceFile::Landed check = nullptr;
+            if (!catalog->checks().empty() && !catalog->cuts_numbers()) {
+                check = [this, &job](uint64_t begin, uint64_t end) {
+                    check_numbers(*catalog, job.expert(), job.slot, begin, end);
+                };
+            }
+            files[chunk.file].read(chunk, job.plan.pieces_of(chunk), catalog->transposes(),
+                                   job.slot, buffer, check);
         } catch (const std::exception& error) {
             return error.what();
         }
         return {};
     }
 
-    // Once the last chunk is there.
-    void turn(Job& job, std::vector<std::byte>& scratch) const {
-        if (!job.failure.empty() || job.cut_short) return;
+    // Once the last chunk is there: numbers that chunks may cut.
+    void check_whole(Job& job) const {
+        if (!job.failure.empty() || job.cut_short || !catalog->cuts_numbers()) return;
         try {
-            apply(catalog->transposes(), job.slot, scratch);
+            check_numbers(*catalog, job.expert(), job.slot, 0, catalog->slot_bytes());
         } catch (const std::exception& error) {
             job.failure = error.what();
         }

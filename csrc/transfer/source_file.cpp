@@ -3,12 +3,14 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
 #include "base/error.h"
 #include "base/sizes.h"
 #include "transfer/direct_io.h"
+#include "transfer/transpose.h"
 
 namespace moeinf {
 namespace {
@@ -38,6 +40,21 @@ struct stat status_of(int descriptor, const std::string& path) {
 
 uint64_t round_down(uint64_t value, uint64_t unit) {
     return value / unit * unit;
+}
+
+// copy(offset, bytes) for a piece: all at once, or in parts that a cache holds until `landed` has
+// seen them. A part ends where a block of the file does, so it cuts no number that a chunk does
+// not.
+template <class Copy>
+void in_steps(const Piece& piece, const SourceFile::Landed& landed, const Copy& copy) {
+    constexpr uint64_t kStep = 64 << 10;
+    if (!landed) return copy(0, piece.nbytes);
+    for (uint64_t from = 0, to = 0; from < piece.nbytes; from = to) {
+        to = std::min(piece.nbytes,
+                      round_down(piece.file_offset + from + kStep, kStep) - piece.file_offset);
+        copy(from, to - from);
+        landed(piece.slot_offset + from, piece.slot_offset + to);
+    }
 }
 }  // namespace
 
@@ -81,28 +98,31 @@ SourceFile::SourceFile(const CatalogFile& file, bool allow_direct)
     if (!direct()) (void)posix_fadvise(descriptor_.number(), 0, 0, POSIX_FADV_RANDOM);
 }
 
-void SourceFile::read(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
-                      std::span<std::byte> bounce) const {
+void SourceFile::read(const Chunk& chunk, std::span<const Piece> pieces,
+                      std::span<const Transpose> transposes, std::byte* slot,
+                      std::span<std::byte> bounce, const Landed& landed) const {
     if (direct()) {
-        read_direct(chunk, pieces, slot, bounce);
+        read_direct(chunk, pieces, transposes, slot, bounce, landed);
     } else {
-        read_buffered(chunk, pieces, slot);
+        read_buffered(chunk, pieces, transposes, slot, bounce, landed);
     }
     check_unchanged();
 }
 
-void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
-                             std::span<std::byte> bounce) const {
+void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces,
+                             std::span<const Transpose> transposes, std::byte* slot,
+                             std::span<std::byte> bounce, const Landed& landed) const {
     const uint64_t begin = round_down(chunk.begin, alignment_);
     const size_t capacity = static_cast<size_t>(round_up(chunk.end, alignment_) - begin);
     const ReadRequest request{begin, static_cast<size_t>(chunk.end - begin), capacity, alignment_};
 
     std::byte* const target = slot + pieces.front().slot_offset;
-    const bool fits_in_place = pieces.size() == 1 && chunk.begin == begin &&
+    const bool fits_in_place = transposes.empty() && pieces.size() == 1 && chunk.begin == begin &&
                                chunk.end - chunk.begin == capacity &&
                                reinterpret_cast<uintptr_t>(target) % alignment_ == 0;
     if (fits_in_place) {
         read_fully(descriptor_.number(), path_, request, target);
+        if (landed) landed(pieces.front().slot_offset, pieces.front().slot_offset + capacity);
         return;
     }
     if (capacity > bounce.size()) {
@@ -112,17 +132,24 @@ void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces, 
     }
     read_fully(descriptor_.number(), path_, request, bounce.data());
     for (const Piece& piece : pieces) {
-        std::memcpy(slot + piece.slot_offset, bounce.data() + (piece.file_offset - begin),
-                    piece.nbytes);
+        in_steps(piece, landed, [&](uint64_t from, uint64_t nbytes) {
+            const auto bytes = bounce.subspan(piece.file_offset - begin + from, nbytes);
+            place(bytes, piece.slot_offset + from, transposes, slot);
+        });
     }
 }
 
 void SourceFile::read_buffered(const Chunk& chunk, std::span<const Piece> pieces,
-                               std::byte* slot) const {
+                               std::span<const Transpose> transposes, std::byte* slot,
+                               std::span<std::byte> bounce, const Landed& landed) const {
     for (const Piece& piece : pieces) {
-        const size_t nbytes = static_cast<size_t>(piece.nbytes);
-        read_fully(descriptor_.number(), path_, {piece.file_offset, nbytes, nbytes, 1},
-                   slot + piece.slot_offset);
+        in_steps(piece, landed, [&](uint64_t from, uint64_t nbytes) {
+            const uint64_t at = piece.slot_offset + from;
+            std::byte* const to = transposes.empty() ? slot + at : bounce.data();
+            read_fully(descriptor_.number(), path_, {piece.file_offset + from, nbytes, nbytes, 1},
+                       to);
+            if (!transposes.empty()) place({to, nbytes}, at, transposes, slot);
+        });
     }
     // The kernel drops whole pages only, so the range is rounded to pages.
     const uint64_t begin = round_down(chunk.begin, kChunkAlignment);
