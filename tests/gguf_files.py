@@ -52,9 +52,7 @@ def make_model(architecture: str, seed: int, **changes: Any) -> Any:
     config._attn_implementation = "eager"
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, one in [*model.named_parameters(), *model.named_buffers()]:
-        if one.dim() > 1:
-            torch.nn.init.normal_(one, std=0.2)
-        elif "bias" in name or "sinks" in name:
+        if one.dim() > 1 or "bias" in name or "sinks" in name:
             torch.nn.init.normal_(one, std=0.2)
         elif "norm" in name:
             torch.nn.init.normal_(one, mean=1.0, std=0.1)

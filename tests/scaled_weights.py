@@ -13,7 +13,7 @@ from moeinf.checkpoint.layout import Layout
 from moeinf.kernels.forms import ExpertForm, Matrix
 
 E4M3, E2M1, INT4, INT8 = (FORMATS[name] for name in ("e4m3", "e2m1", "int4", "int8"))
-EVERY = {
+SCALED = {
     "fp8-128x128-f32": E4M3.with_scales("f32", (128, 128)),
     "fp8-128x128-bf16": E4M3.with_scales("bf16", (128, 128)),
     "fp8-32x32-f16": E4M3.with_scales("f16", (32, 32)),
@@ -27,8 +27,8 @@ EVERY = {
     "int4-128": INT4.with_scales("f16", (1, 128)),
     "int4-channel": INT4.with_scales("bf16", (1, 0)),
     "int8-channel": INT8.with_scales("f32", (1, 0)),
-    **{f"gguf-{name}": FORMATS[name] for name in BLOCKS},
 }
+EVERY = {**SCALED, **{f"gguf-{name}": FORMATS[name] for name in BLOCKS}}
 
 
 def whole(row: WeightFormat, columns: int) -> int:

@@ -226,8 +226,8 @@ struct BlockTiles {
                 }
                 [&]<size_t... kIndex>(std::index_sequence<kIndex...>)
                     __attribute__((always_inline)) {
-                    (part.template operator()<kHalves * kIndex + kHalf>(), ...);
-                }(std::make_index_sequence<P::kParts / kHalves>());
+                        (part.template operator()<kHalves * kIndex + kHalf>(), ...);
+                    }(std::make_index_sequence<P::kParts / kHalves>());
 #pragma GCC unroll 8
                 for (int n = 0; n < kOutputs; ++n) {
                     const auto scales = F::spread(panel.scales[n] + scale, lanes[kHalf]);

@@ -42,7 +42,7 @@ struct ScaledPanel {
     int64_t ahead = 0;             // bytes to the memory that is prefetched
     int64_t group = 0;             // columns that share a scale
     int64_t span = 0;
-    int32_t lanes[2][F::kLanes];  // the second ones only where parts have scales of their own
+    int32_t lanes[2][F::kLanes];    // the second ones only where parts have scales of their own
     typename P::X* kept = nullptr;  // decoded rows of whole steps
     // A vector is read from any scale on.
     alignas(64) float scales[kScaleOutputs][kMaxScales + F::kLanes];
@@ -97,7 +97,8 @@ inline void begin_panels(const DotJob& job, ScaledPanel<P>& panel) {
     panel.span = !grouped || panel.group > kSpan ? kSpan : panel.group;
     if (panel.span < P::kStep) panel.span = P::kStep;
     for (int64_t l = 0; l < P::F::kLanes; ++l) {
-        panel.lanes[0][l] = panel.group < P::kStep ? static_cast<int32_t>(l * kCols / panel.group) : 0;
+        panel.lanes[0][l] =
+            panel.group < P::kStep ? static_cast<int32_t>(l * kCols / panel.group) : 0;
     }
 }
 

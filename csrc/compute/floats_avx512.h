@@ -90,8 +90,8 @@ struct Floats512 {
     }
     // 32 bytes twice, the words shifted to the right; the second ones by two bits more.
     static Words load_shifted(const std::byte* p, int shift) {
-        const __m512i twice = _mm512_broadcast_i64x4(
-            _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        const __m512i twice =
+            _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         const __m512i more = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
         return _mm512_srlv_epi32(twice, _mm512_add_epi32(more, _mm512_set1_epi32(shift)));
     }

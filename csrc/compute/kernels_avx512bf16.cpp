@@ -142,8 +142,8 @@ struct NibbleBlocksProduct : NibbleBlocks<Floats512, D, 2> {
     }
     template <int kHigh>
     static __m512i two_tables() {
-        return _mm512_inserti64x4(_mm512_castsi256_si512(table_of<kHigh>()),
-                                  table_of<kHigh + 1>(), 1);
+        return _mm512_inserti64x4(_mm512_castsi256_si512(table_of<kHigh>()), table_of<kHigh + 1>(),
+                                  1);
     }
     template <size_t kPart>
     static WVec decode(const typename Base::Packed& packed) {
@@ -156,8 +156,7 @@ struct NibbleBlocksProduct : NibbleBlocks<Floats512, D, 2> {
             const __m512i high = kShift < 0 ? _mm512_slli_epi16(packed.high, -kShift & 15)
                                             : _mm512_srli_epi16(packed.high, kShift & 15);
             // The lower four bits of `low`, all others of `high`.
-            const __m512i code =
-                _mm512_ternarylogic_epi32(_mm512_set1_epi16(15), low, high, 0xca);
+            const __m512i code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(15), low, high, 0xca);
             if constexpr (D::kHighBits == 1) {
                 return look_up(code, two_tables<0>());
             } else {

@@ -41,7 +41,7 @@ def q4_0(blocks: Tensor) -> Tensor:
 
 def iq4_nl(blocks: Tensor) -> Tensor:
     """d, 32 places in a table."""
-    table = torch.tensor(IQ4_NL, dtype=torch.float64)
+    table = torch.tensor(IQ4_NL, dtype=torch.float64, device=blocks.device)
     return _half(blocks, 0) * table[_nibbles(blocks[..., 2:], 16).long()]
 
 
@@ -49,7 +49,8 @@ def mxfp4(blocks: Tensor) -> Tensor:
     """The exponent of a power of two (255 is NaN), 32 floats of four bits."""
     exponent = blocks[..., :1].double()
     scale = torch.where(exponent == 255, torch.nan, torch.exp2(exponent - 127))
-    table = torch.tensor(E2M1 + [-value for value in E2M1], dtype=torch.float64)
+    numbers = E2M1 + [-value for value in E2M1]
+    table = torch.tensor(numbers, dtype=torch.float64, device=blocks.device)
     return scale * table[_nibbles(blocks[..., 1:], 16).long()]
 
 

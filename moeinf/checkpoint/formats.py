@@ -131,8 +131,6 @@ def nibbles(values: torch.Tensor, table: list[float]) -> torch.Tensor:
     return torch.tensor(table, dtype=torch.float64, device=values.device)[codes.long()]
 
 
-
-
 FORMATS = {
     row.name: row
     for row in (

@@ -59,9 +59,7 @@ class GgufFile:
     def architecture(self) -> str:
         name = self.metadata.get("general.architecture")
         if not isinstance(name, str):
-            raise CheckpointError(
-                f"{self.path}: general.architecture is {name!r}, expected a name"
-            )
+            raise CheckpointError(f"{self.path}: general.architecture is {name!r}, expected a name")
         return name
 
 

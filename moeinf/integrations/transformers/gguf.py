@@ -102,8 +102,9 @@ def _older_config(file: GgufFile, kind: str) -> dict[str, Any]:
         return file.metadata.get(f"{file.architecture}.{name}", default)
 
     known = AutoConfig.for_model(kind).to_dict()
-    values = {"model_type": kind, **ggml.GGUF_CONFIG_DEFAULTS_MAPPING.get(kind, {})}
-    for name, renamed in GGUF_CONFIG_MAPPING[kind].items():
+    values: dict[str, Any] = {"model_type": kind, **ggml.GGUF_CONFIG_DEFAULTS_MAPPING.get(kind, {})}
+    renamings: dict[str, str | None] = GGUF_CONFIG_MAPPING[kind]  # type: ignore[assignment]
+    for name, renamed in renamings.items():
         if renamed is not None and key(name) is not None:
             values[renamed] = key(name)
     values |= {name: key(word) for word, name in SIZES.items() if name in known and key(word)}
@@ -118,7 +119,11 @@ def _older_config(file: GgufFile, kind: str) -> dict[str, Any]:
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if "vocab_size" not in values and tokens is not None:
         values["vocab_size"] = len(tokens)
-    for name, word in (("eos_token_id", "eos"), ("bos_token_id", "bos"), ("pad_token_id", "padding")):
+    for name, word in (
+        ("eos_token_id", "eos"),
+        ("bos_token_id", "bos"),
+        ("pad_token_id", "padding"),
+    ):
         values[name] = file.metadata.get(f"tokenizer.ggml.{word}_token_id")
     values["tie_word_embeddings"] = "output.weight" not in file.tensors
     values["rope_parameters"] = _rope(file, key, known, values.pop("rope_theta", None))
@@ -174,9 +179,7 @@ class Converted:
         return self.convert(read_tensor(self.entry))
 
 
-def find_experts(
-    checkpoint: Checkpoint, modules: Mapping[str, int]
-) -> dict[str, Sequence[Expert]]:
+def find_experts(checkpoint: Checkpoint, modules: Mapping[str, int]) -> dict[str, Sequence[Expert]]:
     """The experts of each module, by the slices of the file's tensors.
 
     `modules`: how many experts each has; the number in its path is the number of its block.
@@ -194,11 +197,13 @@ def find_experts(
         layer = int(next(part for part in module.split(".") if part.isdigit()))
         tensors = layers.get(layer, {})
         if not tensors:
-            raise CheckpointError(f"{file.path}: no tensor for {module}: expected blk.{layer}.ffn_*_exps")
+            raise CheckpointError(
+                f"{file.path}: no tensor for {module}: expected blk.{layer}.ffn_*_exps"
+            )
         made: list[dict[tuple[str, str], Slice]] = [{} for _ in range(count)]
         for key, entry in tensors.items():
-            for one, piece in zip(made, split_fused(entry, count), strict=True):
-                one[key] = piece
+            for one, part in zip(made, split_fused(entry, count), strict=True):
+                one[key] = part
         experts[module] = made
     return experts
 
@@ -206,9 +211,7 @@ def find_experts(
 def _check_known(entry: TensorEntry) -> None:
     if not isinstance(entry, PackedEntry) and entry.dtype not in DTYPES:
         names = ", ".join(name.upper() for name, row in FORMATS.items() if row.unit > 1)
-        raise UnsupportedError(
-            f"{entry.path}: {entry}: expected F32, F16, BF16 or one of {names}"
-        )
+        raise UnsupportedError(f"{entry.path}: {entry}: expected F32, F16, BF16 or one of {names}")
 
 
 def find_dense(
