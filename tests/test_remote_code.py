@@ -80,7 +80,7 @@ def test_it_is_fetched_only_where_it_is_trusted(
 ) -> None:
     with hub_of(tomorrow) as hub:
         be_the_hub(hub, tmp_path, monkeypatch)
-        with pytest.raises(CheckpointError, match="'tomorrow_moe'.*: trust_remote_code=True"):
+        with pytest.raises(CheckpointError, match=r"'tomorrow_moe'.*: trust_remote_code=True"):
             moeinf.load(NAME)
         assert "code.py" not in hub.sent and "config.json" in hub.sent
         assert torch.equal(logits(NAME, trust_remote_code=True), logits(known))

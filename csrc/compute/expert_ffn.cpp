@@ -146,6 +146,10 @@ ExpertFfnCall::Activations ExpertFfnCall::reserve(const Matrix& matrix, DType dt
     Activations x{.product = &product_of(kernels_, matrix, dtype), .offset = size};
     const auto cols = static_cast<size_t>(matrix.cols);
     x.row_bytes = round_up(cols, static_cast<size_t>(x.product->step)) * dtype_bytes(dtype);
+    if (x.product->sums != 0) {
+        x.row_bytes +=
+            round_up(cols / static_cast<size_t>(x.product->sums) * sizeof(float), kAlign);
+    }
     if (x.product->arrange != nullptr) {
         size += round_up(static_cast<size_t>(rows) * x.row_bytes, kAlign);
     }
