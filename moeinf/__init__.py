@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         TraceError,
         UnsupportedError,
     )
+    from moeinf.experts.linear import linear
     from moeinf.experts.op import fused_experts
     from moeinf.integrations.transformers.load import load
     from moeinf.traces.eam import EAMC
@@ -54,6 +55,7 @@ _HOMES = {
     "TraceError": "moeinf.errors",
     "UnsupportedError": "moeinf.errors",
     "fused_experts": "moeinf.experts.op",
+    "linear": "moeinf.experts.linear",
     "load": "moeinf.integrations.transformers",
     "simulate": "moeinf.traces.simulator",
 }
@@ -73,6 +75,7 @@ __all__ = [
     "TraceError",
     "UnsupportedError",
     "fused_experts",
+    "linear",
     "load",
     "policies",
     "simulate",

@@ -30,6 +30,7 @@ def command(
     memory: options.Memory = "auto",
     policy: options.Policy = "learned",
     prefetch: options.Prefetch = "off",
+    linear: options.Linear = "auto",
     device: options.Device = "auto",
     host_memory: options.HostMemory = None,
     temperature: options.OwnTemperature = None,
@@ -53,6 +54,7 @@ def command(
         host_memory=host_memory,
         policy=policy,
         prefetch=prefetch,
+        linear=linear,
     )
     chat = Conversation(model, read_tokenizer(opened.path), system and utf8("--system", system))
     terminal = sys.stdin.isatty() and sys.stdout.isatty()

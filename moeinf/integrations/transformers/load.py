@@ -25,6 +25,7 @@ from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.experts.checks import check_routes
+from moeinf.experts.linear import serve_linear
 from moeinf.integrations.transformers.caches import make_caches
 from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
 from moeinf.integrations.transformers.experts import experts_modules, leave_out_experts
@@ -38,6 +39,7 @@ from moeinf.integrations.transformers.served import IMPLEMENTATION, serve
 from moeinf.integrations.transformers.whole import make_whole_experts, whole_model
 
 GATE = "gate"
+LINEAR = ("auto", "torch")
 
 
 def load(
@@ -51,6 +53,7 @@ def load(
     policy: str = "learned",
     prefetch: str = "off",
     dtype: torch.dtype | str = "auto",
+    linear: str = "auto",
     **cache_options: Any,
 ) -> PreTrainedModel:
     """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
@@ -73,6 +76,8 @@ def load(
             early) or what `ExpertCache` takes.
         dtype: of activations and of all weights but the experts', which stay as they are stored;
             "auto" takes the checkpoint's own.
+        linear: which kernels compute linear layers of a few tokens on the CPU: "auto", those of the
+            experts, or "torch".
         cache_options: passed to `ExpertCache`, `eamc`, `host_memory` and `exclusive` among them.
 
     Returns:
@@ -90,6 +95,8 @@ def load(
     known = [*_core.prefetch_names(), GATE]
     if prefetch not in known:
         raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
+    if linear not in LINEAR:
+        raise ValueError(f"linear={linear!r}: expected one of {', '.join(LINEAR)}")
     checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, revision)
     base, config = model_class(read_config(checkpoint), checkpoint)
     plan = make_plan(base, config, checkpoint)
@@ -125,6 +132,8 @@ def load(
         placed.dispatch(model, caches[0].device)
     else:
         model.to(caches[0].device)
+        if linear == "auto" and caches[0].device.type == "cpu":
+            serve_linear(model)
     if (checkpoint.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     model.config.name_or_path = str(checkpoint.path)
