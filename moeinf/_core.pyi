@@ -115,11 +115,15 @@ class Catalog:
         transposes: collections.abc.Sequence[
             typing.Annotated[collections.abc.Sequence[int], "FixedSize(4)"]
         ] = [],
+        checks: collections.abc.Sequence[tuple[int, int, ScaleType, bool]] = [],
+        tensors: collections.abc.Sequence[tuple[int, int, str]] = [],
     ) -> None:
         """files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as (file,
         file offset, bytes, slot offset), experts by layer * num_experts + expert.
         transposes: (slot offset, rows, columns, bytes of an element), as they are read; in
-        the slot they lie as columns x rows."""
+        the slot they lie as columns x rows. checks: (slot offset, bytes, type, negative) of
+        numbers that may not be NaN or infinite, and below zero only if negative. tensors:
+        (file, file offset, name), for messages."""
 
     def extents(self, expert: int) -> numpy.typing.NDArray[numpy.uint64]:
         """uint64 [extents, 4] of one flat expert id, as given to the constructor."""

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -22,10 +23,15 @@ namespace {
 
 using ExtentArray = py::array_t<uint64_t, py::array::c_style | py::array::forcecast>;
 
+using Check = std::tuple<uint64_t, uint64_t, ScaleType, bool>;
+using Tensor = std::tuple<uint32_t, uint64_t, std::string>;
+
 std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, uint64_t slot_bytes,
                                       const std::vector<std::pair<std::string, uint64_t>>& files,
                                       const ExtentArray& extents,
-                                      const std::vector<std::array<uint64_t, 4>>& transposes) {
+                                      const std::vector<std::array<uint64_t, 4>>& transposes,
+                                      const std::vector<Check>& checks,
+                                      std::vector<Tensor> tensors) {
     if (extents.ndim() != 3 || extents.shape(2) != 4 ||
         extents.shape(0) != static_cast<py::ssize_t>(num_layers) * num_experts) {
         std::string found = "[";
@@ -46,6 +52,14 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
         turned.push_back({offset, rows, cols, element});
     }
 
+    std::vector<NumberCheck> numbers;
+    for (const auto& [offset, nbytes, type, negative] : checks) {
+        numbers.push_back({offset, nbytes, type, negative});
+    }
+    std::vector<CatalogTensor> named;
+    named.reserve(tensors.size());
+    for (auto& [file, offset, name] : tensors) named.push_back({file, offset, std::move(name)});
+
     const auto values = extents.unchecked<3>();
     std::vector<Extent> flat;
     flat.reserve(static_cast<size_t>(extents.shape(0) * extents.shape(1)));
@@ -63,7 +77,8 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
         }
     }
     return std::make_shared<Catalog>(ModelShape{num_layers, num_experts}, slot_bytes,
-                                     std::move(catalog_files), std::move(flat), std::move(turned));
+                                     std::move(catalog_files), std::move(flat), std::move(turned),
+                                     std::move(numbers), std::move(named));
 }
 
 py::array_t<uint64_t> extents_of(const Catalog& catalog, ExpertId expert) {
@@ -89,10 +104,13 @@ void bind_catalog(py::module_& module) {
         .def(py::init(&make_catalog), py::arg("num_layers"), py::arg("num_experts"),
              py::arg("slot_bytes"), py::arg("files"), py::arg("extents"),
              py::arg("transposes") = std::vector<std::array<uint64_t, 4>>{},
+             py::arg("checks") = std::vector<Check>{}, py::arg("tensors") = std::vector<Tensor>{},
              "files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as "
              "(file, file offset, bytes, slot offset), experts by layer * num_experts + expert. "
              "transposes: (slot offset, rows, columns, bytes of an element), as they are read; in "
-             "the slot they lie as columns x rows.")
+             "the slot they lie as columns x rows. checks: (slot offset, bytes, type, negative) of "
+             "numbers that may not be NaN or infinite, and below zero only if negative. tensors: "
+             "(file, file offset, name), for messages.")
         .def_property_readonly("num_layers", &Catalog::num_layers)
         .def_property_readonly("num_experts", &Catalog::num_experts)
         .def_property_readonly("slot_bytes", &Catalog::slot_bytes)

@@ -1,6 +1,7 @@
 #include "layout/catalog.h"
 
 #include <algorithm>
+#include <iterator>
 #include <limits>
 #include <utility>
 
@@ -78,15 +79,23 @@ void check_overlap(std::span<const Extent> extents, const std::vector<CatalogFil
     }
 }
 
+bool comes_first(const CatalogTensor& left, const CatalogTensor& right) {
+    return left.file != right.file ? left.file < right.file : left.file_offset < right.file_offset;
+}
+
 }  // namespace
 
 Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
-                 std::vector<Extent> extents, std::vector<Transpose> transposes)
+                 std::vector<Extent> extents, std::vector<Transpose> transposes,
+                 std::vector<NumberCheck> checks, std::vector<CatalogTensor> tensors)
     : shape_(shape),
       slot_bytes_(slot_bytes),
       files_(std::move(files)),
       extents_(std::move(extents)),
-      transposes_(std::move(transposes)) {
+      transposes_(std::move(transposes)),
+      checks_(std::move(checks)),
+      tensors_(std::move(tensors)) {
+    std::sort(tensors_.begin(), tensors_.end(), comes_first);
     const auto [num_layers, num_experts] = shape;
     if (num_layers <= 0 || num_experts <= 0 ||
         num_experts > std::numeric_limits<int32_t>::max() / num_layers) {
@@ -113,6 +122,16 @@ Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile>
                     "of " + text_of(slot_bytes) + " bytes");
         }
     }
+    uint64_t unit = 1;
+    for (const NumberCheck& check : checks_) {
+        unit = std::max(unit, static_cast<uint64_t>(scale_bytes(check.type)));
+        if (check.slot_offset > slot_bytes || check.nbytes > slot_bytes - check.slot_offset ||
+            check.nbytes % static_cast<uint64_t>(scale_bytes(check.type)) != 0) {
+            invalid("check of " + text_of(check.nbytes) + " bytes at slot offset " +
+                    text_of(check.slot_offset) + ": expected whole numbers in a slot of " +
+                    text_of(slot_bytes) + " bytes");
+        }
+    }
     std::vector<size_t> order;
     for (const ExpertId expert : shape.experts()) {
         const std::span<const Extent> own = this->extents(expert);
@@ -123,6 +142,7 @@ Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile>
             check_in_file(own[i], files_, place);
             check_in_slot(own[i], slot_bytes_, files_[own[i].file].path, place);
             nbytes += own[i].nbytes;
+            cuts_numbers_ = cuts_numbers_ || own[i].file_offset % unit != 0;
         }
         check_overlap(own, files_, order, place);
         if (expert == ExpertId{0}) expert_bytes_ = nbytes;
@@ -141,6 +161,24 @@ std::span<const Extent> Catalog::extents(ExpertId expert) const {
                 ", found " + std::to_string(number(expert)));
     }
     return {extents_.data() + index(expert) * extents_per_expert_, extents_per_expert_};
+}
+
+std::pair<std::string, uint64_t> Catalog::origin(ExpertId expert, uint64_t slot_offset) const {
+    for (const Extent& extent : extents(expert)) {
+        if (slot_offset < extent.slot_offset || slot_offset - extent.slot_offset >= extent.nbytes) {
+            continue;
+        }
+        const uint64_t at = extent.file_offset + (slot_offset - extent.slot_offset);
+        const std::string& path = files_[extent.file].path;
+        const auto after = std::upper_bound(tensors_.begin(), tensors_.end(),
+                                            CatalogTensor{extent.file, at, {}}, comes_first);
+        if (after == tensors_.begin() || std::prev(after)->file != extent.file) {
+            return {path, at};
+        }
+        const CatalogTensor& tensor = *std::prev(after);
+        return {path + ": " + tensor.name, at - tensor.file_offset};
+    }
+    return {"slot", slot_offset};
 }
 
 }  // namespace moeinf

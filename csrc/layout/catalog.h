@@ -1,14 +1,16 @@
 // The place of every expert's bytes: ranges of files, and where in a slot each range belongs. Built
-// once when a store is opened, then shared and never changed. Knows no dtypes.
+// once when a store is opened, then shared and never changed.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <span>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/ids.h"
+#include "layout/matrix.h"
 
 namespace moeinf {
 
@@ -33,19 +35,39 @@ struct Transpose {
     [[nodiscard]] uint64_t nbytes() const noexcept { return rows * cols * element; }
 };
 
+// Bytes of every slot that are numbers of one type, none of which may be NaN or infinite.
+// `negative`: numbers below zero are allowed.
+struct NumberCheck {
+    bool operator==(const NumberCheck&) const = default;
+    uint64_t slot_offset;
+    uint64_t nbytes;
+    ScaleType type;
+    bool negative;
+};
+
 struct CatalogFile {
     bool operator==(const CatalogFile&) const = default;
     std::string path;
     uint64_t nbytes;
 };
 
+// Where a tensor begins, for messages.
+struct CatalogTensor {
+    bool operator==(const CatalogTensor&) const = default;
+    uint32_t file;
+    uint64_t file_offset;
+    std::string name;
+};
+
 class Catalog {
 public:
     // `extents` holds `extents_per_expert` entries for each flat expert id (layer * num_experts +
     // expert), in order. Throws Error(kInvalid) if an extent exceeds its file or its slot, if two
-    // extents of one expert overlap in the slot, or if a transpose exceeds the slot.
+    // extents of one expert overlap in the slot, or if a transpose or a check exceeds the slot.
+    // `tensors` are what messages name; they may be none, or not all.
     Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
-            std::vector<Extent> extents, std::vector<Transpose> transposes = {});
+            std::vector<Extent> extents, std::vector<Transpose> transposes = {},
+            std::vector<NumberCheck> checks = {}, std::vector<CatalogTensor> tensors = {});
 
     [[nodiscard]] ModelShape shape() const noexcept { return shape_; }
     [[nodiscard]] int32_t num_layers() const noexcept { return shape_.num_layers; }
@@ -55,6 +77,13 @@ public:
     [[nodiscard]] const std::vector<CatalogFile>& files() const noexcept { return files_; }
     [[nodiscard]] std::span<const Extent> extents(ExpertId expert) const;
     [[nodiscard]] const std::vector<Transpose>& transposes() const noexcept { return transposes_; }
+    [[nodiscard]] const std::vector<NumberCheck>& checks() const noexcept { return checks_; }
+    // Whether a block of a file may end inside a number: some extent begins at an odd place.
+    [[nodiscard]] bool cuts_numbers() const noexcept { return cuts_numbers_; }
+    // "file: tensor", or the file, of the byte that an expert has at `slot_offset`; and how many
+    // bytes of the tensor, or of the file, come before it.
+    [[nodiscard]] std::pair<std::string, uint64_t> origin(ExpertId expert,
+                                                          uint64_t slot_offset) const;
     // The sum of the extents of any one expert.
     [[nodiscard]] uint64_t expert_bytes() const noexcept { return expert_bytes_; }
 
@@ -69,6 +98,9 @@ private:
     std::vector<CatalogFile> files_;
     std::vector<Extent> extents_;
     std::vector<Transpose> transposes_;
+    std::vector<NumberCheck> checks_;
+    bool cuts_numbers_ = false;
+    std::vector<CatalogTensor> tensors_;  // by file, then by offset
 };
 
 }  // namespace moeinf

@@ -15,6 +15,7 @@
 #include "base/ranges.h"
 #include "base/sizes.h"
 #include "memory/arena.h"
+#include "transfer/number_check.h"
 #include "transfer/read_plan.h"
 #include "transfer/source_file.h"
 #include "transfer/transpose.h"
@@ -136,7 +137,7 @@ struct FileReader::Impl {
             }
             if (job->queue == nullptr && job->chunks_in_flight == 0) {
                 lock.unlock();
-                turn(*job, scratch);
+                check_and_turn(*job, scratch);
                 conclude(job);
                 lock.lock();
             }
@@ -147,7 +148,13 @@ struct FileReader::Impl {
     std::string read(const Job& job, const Chunk& chunk, std::span<std::byte> buffer) const {
         const Range range("moeinf read");
         try {
-            files[chunk.file].read(chunk, job.plan.pieces_of(chunk), job.slot, buffer);
+            SourceFile::Landed check = nullptr;
+            if (!catalog->checks().empty() && !catalog->cuts_numbers()) {
+                check = [this, &job](uint64_t begin, uint64_t end) {
+                    check_numbers(*catalog, job.expert(), job.slot, begin, end);
+                };
+            }
+            files[chunk.file].read(chunk, job.plan.pieces_of(chunk), job.slot, buffer, check);
         } catch (const std::exception& error) {
             return error.what();
         }
@@ -155,9 +162,12 @@ struct FileReader::Impl {
     }
 
     // Once the last chunk is there.
-    void turn(Job& job, std::vector<std::byte>& scratch) const {
+    void check_and_turn(Job& job, std::vector<std::byte>& scratch) const {
         if (!job.failure.empty() || job.cut_short) return;
         try {
+            if (catalog->cuts_numbers()) {
+                check_numbers(*catalog, job.expert(), job.slot, 0, catalog->slot_bytes());
+            }
             apply(catalog->transposes(), job.slot, scratch);
         } catch (const std::exception& error) {
             job.failure = error.what();

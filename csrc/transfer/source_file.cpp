@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -38,6 +39,21 @@ struct stat status_of(int descriptor, const std::string& path) {
 
 uint64_t round_down(uint64_t value, uint64_t unit) {
     return value / unit * unit;
+}
+
+// copy(offset, bytes) for a piece: all at once, or in parts that a cache holds until `landed` has
+// seen them. A part ends where a block of the file does, so it cuts no number that a chunk does
+// not.
+template <class Copy>
+void in_steps(const Piece& piece, const SourceFile::Landed& landed, const Copy& copy) {
+    constexpr uint64_t kStep = 64 << 10;
+    if (!landed) return copy(0, piece.nbytes);
+    for (uint64_t from = 0, to = 0; from < piece.nbytes; from = to) {
+        to = std::min(piece.nbytes,
+                      round_down(piece.file_offset + from + kStep, kStep) - piece.file_offset);
+        copy(from, to - from);
+        landed(piece.slot_offset + from, piece.slot_offset + to);
+    }
 }
 }  // namespace
 
@@ -82,17 +98,17 @@ SourceFile::SourceFile(const CatalogFile& file, bool allow_direct)
 }
 
 void SourceFile::read(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
-                      std::span<std::byte> bounce) const {
+                      std::span<std::byte> bounce, const Landed& landed) const {
     if (direct()) {
-        read_direct(chunk, pieces, slot, bounce);
+        read_direct(chunk, pieces, slot, bounce, landed);
     } else {
-        read_buffered(chunk, pieces, slot);
+        read_buffered(chunk, pieces, slot, landed);
     }
     check_unchanged();
 }
 
 void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
-                             std::span<std::byte> bounce) const {
+                             std::span<std::byte> bounce, const Landed& landed) const {
     const uint64_t begin = round_down(chunk.begin, alignment_);
     const size_t capacity = static_cast<size_t>(round_up(chunk.end, alignment_) - begin);
     const ReadRequest request{begin, static_cast<size_t>(chunk.end - begin), capacity, alignment_};
@@ -103,6 +119,7 @@ void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces, 
                                reinterpret_cast<uintptr_t>(target) % alignment_ == 0;
     if (fits_in_place) {
         read_fully(descriptor_.number(), path_, request, target);
+        if (landed) landed(pieces.front().slot_offset, pieces.front().slot_offset + capacity);
         return;
     }
     if (capacity > bounce.size()) {
@@ -112,17 +129,20 @@ void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces, 
     }
     read_fully(descriptor_.number(), path_, request, bounce.data());
     for (const Piece& piece : pieces) {
-        std::memcpy(slot + piece.slot_offset, bounce.data() + (piece.file_offset - begin),
-                    piece.nbytes);
+        in_steps(piece, landed, [&](uint64_t from, uint64_t nbytes) {
+            std::memcpy(slot + piece.slot_offset + from,
+                        bounce.data() + (piece.file_offset - begin) + from, nbytes);
+        });
     }
 }
 
-void SourceFile::read_buffered(const Chunk& chunk, std::span<const Piece> pieces,
-                               std::byte* slot) const {
+void SourceFile::read_buffered(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
+                               const Landed& landed) const {
     for (const Piece& piece : pieces) {
-        const size_t nbytes = static_cast<size_t>(piece.nbytes);
-        read_fully(descriptor_.number(), path_, {piece.file_offset, nbytes, nbytes, 1},
-                   slot + piece.slot_offset);
+        in_steps(piece, landed, [&](uint64_t from, uint64_t nbytes) {
+            read_fully(descriptor_.number(), path_, {piece.file_offset + from, nbytes, nbytes, 1},
+                       slot + piece.slot_offset + from);
+        });
     }
     // The kernel drops whole pages only, so the range is rounded to pages.
     const uint64_t begin = round_down(chunk.begin, kChunkAlignment);

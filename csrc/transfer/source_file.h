@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 
@@ -55,16 +56,21 @@ public:
     [[nodiscard]] uint64_t nbytes() const noexcept { return nbytes_; }
     [[nodiscard]] int descriptor() const noexcept { return descriptor_.number(); }
 
+    // Called with the begin and the end of bytes of the slot, once they are there and while they
+    // are in the cache of the CPU. It may throw.
+    using Landed = std::function<void(uint64_t begin, uint64_t end)>;
+
     // Copies every piece to its place in `slot`. `bounce` is aligned and holds the chunk, rounded
     // to the alignment at both ends. Throws Error(kRead) if a read fails or the file was changed
     // after it was opened.
     void read(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
-              std::span<std::byte> bounce) const;
+              std::span<std::byte> bounce, const Landed& landed = nullptr) const;
 
 private:
     void read_direct(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
-                     std::span<std::byte> bounce) const;
-    void read_buffered(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot) const;
+                     std::span<std::byte> bounce, const Landed& landed) const;
+    void read_buffered(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
+                       const Landed& landed) const;
     void check_unchanged() const;
 
     std::string path_;

@@ -159,7 +159,7 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
 
     Raises:
         CheckpointError: torch has no such dtype.
-        ReadError: the file is gone, short or unreadable.
+        ReadError: the file is gone, short or unreadable, or holds NaN where no decoder has them.
     """
     if isinstance(entry, PackedEntry):
         return _dequantised(entry)
@@ -178,6 +178,7 @@ def _dequantised(entry: PackedEntry) -> torch.Tensor:
             stored = entry.pieces[piece]
             raw = read_bytes(stored, stored.offset, stored.nbytes)
             parts[piece] = raw.view(dtype).view(-1, *shape)
+    entry.format.refuse(parts, f"{entry.path}: {entry.name}")
     out = torch.empty(*lead, rows, cols)
     for i, matrix in enumerate(out.view(-1, rows, cols)):
         one = {piece: part if piece == MULTIPLIER else part[i] for piece, part in parts.items()}

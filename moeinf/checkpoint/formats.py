@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from moeinf.errors import ReadError
+
 # The pieces of a matrix, in the order in which they lie in a slot.
 VALUES, SCALES, MULTIPLIER, BIAS = "values", "scales", "multiplier", "bias"
 PLAIN_SUFFIXES = {".weight": VALUES, "": VALUES}
@@ -49,6 +51,7 @@ class WeightFormat:
                 edges may be smaller
     scales      how scales are stored, one of SCALE_TYPES, or None
     multiplier  whether the whole matrix has one more scale, a float32
+    signed      whether scales may be negative: quantisers of integers may turn the sign of a group
     suffixes    end of a tensor's name in a checkpoint -> the piece it holds
     decode      stored values [rows, stored] -> float64 [rows, stored * pack]
     """
@@ -60,6 +63,7 @@ class WeightFormat:
     block: tuple[int, int] | None = None
     scales: str | None = None
     multiplier: bool = False
+    signed: bool = False
     suffixes: Mapping[str, str] = field(default_factory=lambda: PLAIN_SUFFIXES, hash=False)
     decode: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double
 
@@ -82,6 +86,30 @@ class WeightFormat:
         if self.multiplier:
             pieces[MULTIPLIER] = (torch.float32, (1,))
         return pieces
+
+    def number_types(self) -> dict[str, tuple[str, bool]]:
+        """Piece -> type and sign of the numbers that must be finite. A decoder has no NaN.
+
+        Zero is a good scale: that of a block of zeros.
+        """
+        types = {}
+        if self.values == torch.float8_e4m3fn:
+            types[VALUES] = "e4m3", True
+        if self.scales is not None:
+            types[SCALES] = self.scales, self.signed
+        return types
+
+    def refuse(self, parts: Mapping[str, torch.Tensor], name: str) -> None:
+        """Raises ReadError for NaN, for infinities, and for a sign where there may be none."""
+        for piece, (_, negative) in self.number_types().items():
+            stored = parts[piece]
+            numbers = numbers_of(stored) if piece == SCALES else stored.double()
+            bad = ~numbers.isfinite() | (False if negative else numbers < 0)
+            if bad.any():
+                wanted = "finite numbers" + ("" if negative else ", none of them negative")
+                raise ReadError(
+                    f"{name}: {piece}: expected {wanted}, found {float(numbers[bad][0])}"
+                )
 
     def dequantise(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """float64 [rows, cols] of the pieces of one matrix. Slow: the reference of every test."""
@@ -113,9 +141,9 @@ FORMATS = {
             "e2m1", torch.uint8, pack=2, scaled=True,
             decode=lambda values: nibbles(values, _E2M1 + [-value for value in _E2M1]),
         ),
-        WeightFormat("int8", torch.int8, scaled=True),
+        WeightFormat("int8", torch.int8, scaled=True, signed=True),
         WeightFormat(
-            "int4", torch.uint8, pack=2, scaled=True,
+            "int4", torch.uint8, pack=2, scaled=True, signed=True,
             decode=lambda values: nibbles(values, [float(code - 8) for code in range(16)]),
         ),
     )

@@ -20,7 +20,7 @@ from moeinf import _core
 from moeinf.checkpoint import config as configuration
 from moeinf.checkpoint.families import NAMINGS, family_of, find_experts
 from moeinf.checkpoint.folder import Checkpoint, read_bytes, read_multiplier
-from moeinf.checkpoint.formats import BIAS, MULTIPLIER, SCALES, VALUES
+from moeinf.checkpoint.formats import BIAS, MULTIPLIER, SCALES, VALUES, WeightFormat
 from moeinf.checkpoint.headers import DTYPE_NAMES, FileState, TensorEntry
 from moeinf.checkpoint.index import (
     Index,
@@ -250,7 +250,8 @@ class ExpertStore:
 
         Raises:
             IndexError: no such layer or expert.
-            ReadError: the file is gone, short or unreadable.
+            ReadError: the file is gone, short or unreadable, or holds NaN where no decoder has
+                them.
         """
         slot = torch.empty(1, self.slot_bytes, dtype=torch.uint8)
         for extent in self.extents(layer, expert):
@@ -261,7 +262,14 @@ class ExpertStore:
         for offset, rows, cols, element in self._transposes():
             matrix = slot[0, offset : offset + rows * cols * element].view(rows, cols, element)
             matrix.view(cols, rows, element)[:] = matrix.transpose(0, 1).clone()
-        return {name: view[0] for name, view in self.layout.views(slot).items()}
+        found = {name: view[0] for name, view in self.layout.views(slot).items()}
+        for name, layout in (("gate_up", self.layout.gate), ("down", self.layout.down)):
+            pieces = {VALUES: layout.values, SCALES: layout.scales}
+            layout.format.refuse(
+                {piece: found[rows.segment.name] for piece, rows in pieces.items() if rows},
+                f"{self.modules[layer]}, expert {expert}, {name}",
+            )
+        return found
 
     def _transposes(self) -> list[tuple[int, int, int, int]]:
         """Where a slot's bytes are read column by column: offset, rows and columns as they are
@@ -279,13 +287,29 @@ class ExpertStore:
                 offset += part.nbytes
         return found
 
+    def _checks(self) -> list[tuple[int, int, _core.ScaleType, bool]]:
+        """Where a slot has numbers that must be finite: see WeightFormat.number_types."""
+        found = []
+        for segment, matrices, piece in self._places:
+            types = self._format(matrices).number_types()
+            if piece in types:
+                kind, negative = types[piece]
+                found.append(
+                    (segment.offset, segment.nbytes, getattr(_core.ScaleType, kind), negative)
+                )
+        return found
+
+    def _format(self, matrices: tuple[str, ...]) -> WeightFormat:
+        return (self.layout.down if matrices == ("down",) else self.layout.gate).format
+
     @cached_property
     def catalog(self) -> _core.Catalog:
         """The same ranges in the form the C++ core reads."""
         paths: dict[FileState, int] = {}
-        rows = []
+        rows, tensors, checks = [], {}, self._checks()
         for layer in range(self.num_layers):
             for expert in range(self.num_experts):
+                extents = self.extents(layer, expert)
                 rows.append(
                     [
                         (
@@ -294,9 +318,15 @@ class ExpertStore:
                             extent.nbytes,
                             extent.slot_offset,
                         )
-                        for extent in self.extents(layer, expert)
+                        for extent in extents
                     ]
                 )
+                if checks:
+                    for extent in extents:
+                        entry = extent.entry
+                        if isinstance(entry, PackedEntry):
+                            entry = entry.pieces[VALUES]
+                        tensors[paths[entry.file], entry.offset] = entry.name
         files = [(str(file.path), file.nbytes) for file in paths]
         return _core.Catalog(
             self.num_layers,
@@ -305,6 +335,8 @@ class ExpertStore:
             files,
             np.array(rows, dtype=np.uint64),
             self._transposes(),
+            checks,
+            [(*place, name) for place, name in tensors.items()],
         )
 
     def check_unchanged(self) -> None:

@@ -1,0 +1,136 @@
+#include "transfer/number_check.h"
+
+#include <algorithm>
+#include <string>
+
+#include "base/error.h"
+
+// Reads are checked at the speed of a cache, which takes wider registers than every CPU has.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define MOEINF_WIDE __attribute__((target("avx2")))
+#else
+#define MOEINF_WIDE
+#endif
+
+namespace moeinf {
+namespace {
+
+// NaN and infinities have all bits of the exponent set. So a magnitude of at least `least`, taken
+// as an unsigned integer, is one of them.
+template <class Bits>
+struct Rule {
+    Bits sign;
+    Bits least;
+    bool negative;  // is allowed
+
+    [[nodiscard]] bool broken_by(Bits bits) const {
+        return static_cast<Bits>(bits & ~sign) >= least || (!negative && bits > sign);
+    }
+};
+
+// Independent maxima, because one would wait for itself.
+template <class Bits>
+[[gnu::always_inline]] inline bool broken_anywhere(const Bits* bits, uint64_t count,
+                                                   Rule<Bits> rule) {
+    constexpr uint64_t kTogether = 128 / sizeof(Bits);
+    Bits most[kTogether] = {};  // magnitudes
+    Bits last[kTogether] = {};  // with the sign as the highest bit
+    const auto magnitude = static_cast<Bits>(~rule.sign);
+    uint64_t i = 0;
+    for (; rule.negative && i + kTogether <= count; i += kTogether) {
+        for (uint64_t j = 0; j < kTogether; ++j) {
+            most[j] = std::max(most[j], static_cast<Bits>(bits[i + j] & magnitude));
+        }
+    }
+    for (; i + kTogether <= count; i += kTogether) {
+        for (uint64_t j = 0; j < kTogether; ++j) {
+            most[j] = std::max(most[j], static_cast<Bits>(bits[i + j] & magnitude));
+            last[j] = std::max(last[j], bits[i + j]);
+        }
+    }
+    bool broken = false;
+    for (uint64_t j = 0; j < kTogether; ++j) {
+        broken = broken || rule.broken_by(most[j]) || rule.broken_by(last[j]);
+    }
+    for (; i < count; ++i) broken = broken || rule.broken_by(bits[i]);
+    return broken;
+}
+
+template <class Bits>
+bool scan(const Bits* bits, uint64_t count, Rule<Bits> rule) {
+    return broken_anywhere(bits, count, rule);
+}
+
+template <class Bits>
+MOEINF_WIDE bool scan_wide(const Bits* bits, uint64_t count, Rule<Bits> rule) {
+    return broken_anywhere(bits, count, rule);
+}
+
+bool has_wide() {
+#if defined(__x86_64__) && defined(__GNUC__)
+    return __builtin_cpu_supports("avx2") != 0;
+#else
+    return false;
+#endif
+}
+
+// The index of the first one that breaks the rule, or `count`.
+template <class Bits>
+uint64_t first_broken(const std::byte* from, uint64_t count, Rule<Bits> rule) {
+    typedef Bits Loose __attribute__((may_alias));  // NOLINT(modernize-use-using)
+    const auto* bits = reinterpret_cast<const Loose*>(from);
+    static const bool kWide = has_wide();
+    if (!(kWide ? scan_wide<Bits> : scan<Bits>)(bits, count, rule)) return count;
+    uint64_t i = 0;
+    while (i < count && !rule.broken_by(bits[i])) ++i;
+    return i;
+}
+
+uint64_t first_broken(const NumberCheck& check, const std::byte* from, uint64_t nbytes) {
+    const bool negative = check.negative;
+    switch (check.type) {
+        case ScaleType::kF32:
+            return first_broken<uint32_t>(from, nbytes / 4, {1u << 31, 0x7f800000, negative});
+        case ScaleType::kBF16:
+            return first_broken<uint16_t>(from, nbytes / 2, {1u << 15, 0x7f80, negative});
+        case ScaleType::kF16:
+            return first_broken<uint16_t>(from, nbytes / 2, {1u << 15, 0x7c00, negative});
+        case ScaleType::kE4M3:  // has no infinities
+            return first_broken<uint8_t>(from, nbytes, {1u << 7, 0x7f, negative});
+        case ScaleType::kE8M0:  // has no sign
+            return first_broken<uint8_t>(from, nbytes, {0, 0xff, true});
+    }
+    __builtin_unreachable();
+}
+
+[[noreturn]] void refuse(const Catalog& catalog, ExpertId expert, const NumberCheck& check,
+                         const std::byte* slot, uint64_t slot_offset) {
+    static constexpr const char* kNames[] = {"F32", "BF16", "F16", "F8_E8M0", "F8_E4M3"};
+    static constexpr char kDigits[] = "0123456789abcdef";
+    std::string code;
+    for (auto i = static_cast<uint64_t>(scale_bytes(check.type)); i-- > 0;) {
+        const auto byte = std::to_integer<unsigned>(slot[slot_offset + i]);
+        code += {kDigits[byte >> 4], kDigits[byte & 15]};
+    }
+    const auto [place, bytes_before] = catalog.origin(expert, slot_offset);
+    throw Error(ErrorCode::kRead, place + ": expected finite numbers" +
+                                      (check.negative ? "" : ", none of them negative") +
+                                      ", found " + kNames[static_cast<int>(check.type)] + " 0x" +
+                                      code + " at byte " + std::to_string(bytes_before));
+}
+
+}  // namespace
+
+void check_numbers(const Catalog& catalog, ExpertId expert, const std::byte* slot, uint64_t begin,
+                   uint64_t end) {
+    for (const NumberCheck& check : catalog.checks()) {
+        const uint64_t from = std::max(begin, check.slot_offset);
+        const uint64_t to = std::min(end, check.slot_offset + check.nbytes);
+        if (from >= to) continue;
+        const auto unit = static_cast<uint64_t>(scale_bytes(check.type));
+        const uint64_t broken = first_broken(check, slot + from, to - from);
+        if (broken < (to - from) / unit) refuse(catalog, expert, check, slot, from + broken * unit);
+    }
+}
+
+}  // namespace moeinf
