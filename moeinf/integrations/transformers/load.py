@@ -36,6 +36,7 @@ from moeinf.integrations.transformers.passes import PassReader, generating
 from moeinf.integrations.transformers.plan import Plan, make_plan, missing_tensors
 from moeinf.integrations.transformers.routers import listen
 from moeinf.integrations.transformers.served import IMPLEMENTATION, serve
+from moeinf.integrations.transformers.torch_threads import TorchThreads
 from moeinf.integrations.transformers.whole import make_whole_experts, whole_model
 
 GATE = "gate"
@@ -132,12 +133,13 @@ def load(
         placed.dispatch(model, caches[0].device)
     else:
         model.to(caches[0].device)
-        if linear == "auto" and caches[0].device.type == "cpu":
-            serve_linear(model)
     if (checkpoint.path / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     model.config.name_or_path = str(checkpoint.path)
     model.moeinf = ServedExperts(model, caches, plan.tied, gate_lookahead=prefetch == GATE)
+    if linear == "auto" and caches[0].device.type == "cpu":
+        serve_linear(model)
+        model.moeinf.torch_threads = TorchThreads(model)
     return model
 
 
@@ -185,6 +187,7 @@ class ServedExperts:
         if model.config.is_encoder_decoder:  # the passes of a text are those of the decoder
             modules = [path for path in modules if "decoder" in path.split(".")] or modules
         decoder = stack_of(modules).rpartition(".")[0]
+        self.torch_threads: TorchThreads | None = None
         self.passes = PassReader(model.get_submodule(decoder), caches)
 
     def stats(self) -> dict[str, Any]:
