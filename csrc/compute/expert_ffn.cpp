@@ -133,7 +133,7 @@ ExpertFfnCall::Activations ExpertFfnCall::reserve(const Matrix& matrix, DType dt
                                                   size_t& size) const {
     Activations x{.product = &product_of(kernels_, matrix, dtype), .offset = size};
     const auto cols = static_cast<size_t>(matrix.cols);
-    x.row_bytes = round_up(cols, static_cast<size_t>(x.product->step)) * dtype_bytes(dtype);
+    x.row_bytes = activation_row_bytes(*x.product, cols, dtype);
     if (x.product->arrange != nullptr) {
         size += round_up(static_cast<size_t>(rows) * x.row_bytes, kAlign);
     }

@@ -62,11 +62,9 @@ void linear(CpuEngine& engine, const Matrix& weight, const std::byte* base,
     const size_t unit = dtype_bytes(call.x_dtype);
     const auto cols = static_cast<size_t>(weight.cols);
     const size_t wide = call.x_dtype == dtype ? 0 : round_up(cols * sizeof(float), kAlign);
-    const size_t arranged =
-        product.arrange == nullptr
-            ? 0
-            : round_up(round_up(cols, static_cast<size_t>(product.step)) * dtype_bytes(dtype),
-                       kAlign);
+    const size_t arranged = product.arrange == nullptr
+                                ? 0
+                                : round_up(activation_row_bytes(product, cols, dtype), kAlign);
     ScratchBuffer scratch;
     const size_t row = arranged != 0 ? arranged : wide;
     if (row != 0) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/sizes.h"
 #include "compute/formats/formats.h"
 
 namespace moeinf {
@@ -10,6 +11,7 @@ namespace {
 
 // Values of a bias that are widened at a time.
 constexpr int64_t kBiasValues = 256;
+constexpr size_t kAlign = 64;
 
 }  // namespace
 
@@ -20,6 +22,14 @@ const Product& product_of(const KernelSet& kernels, const Matrix& matrix, DType 
 
 int64_t row_bytes(const Matrix& matrix) {
     return facts(matrix.format).row_bytes(matrix.cols);
+}
+
+size_t activation_row_bytes(const Product& product, size_t cols, DType dtype) {
+    size_t bytes = round_up(cols, static_cast<size_t>(product.step)) * dtype_bytes(dtype);
+    if (product.sums != 0) {
+        bytes += round_up(cols / static_cast<size_t>(product.sums) * sizeof(float), kAlign);
+    }
+    return bytes;
 }
 
 void multiply(const KernelSet& kernels, const Matrix& matrix, const Product& product, DotJob& job,

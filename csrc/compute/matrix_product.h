@@ -15,6 +15,9 @@ namespace moeinf {
 // Bytes of a row of values.
 [[nodiscard]] int64_t row_bytes(const Matrix& matrix);
 
+// Bytes of a row of activations as the product takes it.
+[[nodiscard]] size_t activation_row_bytes(const Product& product, size_t cols, DType dtype);
+
 // One product of the rows of `matrix` from row `first` on, and its bias. The offsets of the matrix
 // count from `base`. The caller sets x, rows, outputs, depth, y, y_stride and from_memory.
 void multiply(const KernelSet& kernels, const Matrix& matrix, const Product& product, DotJob& job,

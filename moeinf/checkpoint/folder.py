@@ -14,6 +14,7 @@ import torch
 from moeinf.checkpoint import hub
 from moeinf.checkpoint.config import check_counts, quantization
 from moeinf.checkpoint.formats import MULTIPLIER
+from moeinf.checkpoint.gguf import GgufFile, is_gguf, read_gguf
 from moeinf.checkpoint.headers import TensorEntry, check_is_file, read_header
 from moeinf.checkpoint.packed import PackedEntry, join
 from moeinf.errors import CheckpointError, ReadError
@@ -29,6 +30,7 @@ class Checkpoint:
         self.config = config
         self.tensors = tensors
         self.has_weights = True
+        self.gguf: GgufFile | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
@@ -43,6 +45,8 @@ class Checkpoint:
             ValueError: a revision of a folder.
         """
         folder = Path(path)
+        if is_gguf(folder):
+            return cls.of_gguf(folder)
         if not folder.is_dir():
             folder = hub.fetch(os.fspath(path), revision)
             missing = _missing(folder)
@@ -58,7 +62,7 @@ class Checkpoint:
         cls, path: str | os.PathLike[str], revision: str | None = None
     ) -> Iterator[Checkpoint]:
         """The same without fetching weights from the Hub; `has_weights` says if they are here."""
-        if Path(path).is_dir():
+        if Path(path).is_dir() or is_gguf(Path(path)):
             yield cls.open(path, revision)
             return
         folder = hub.fetch(os.fspath(path), revision)
@@ -70,6 +74,20 @@ class Checkpoint:
             headers = cls.of_folder(made)
             headers.has_weights = False
             yield headers
+
+    @classmethod
+    def of_gguf(cls, path: Path) -> Checkpoint:
+        """The same for a GGUF file, or for any part of a split one. Its keys are the configuration:
+        here under the names that other configurations have for them."""
+        file = read_gguf(path)
+        keys = ("block_count", "expert_count", "expert_used_count", "embedding_length")
+        names = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size")
+        found = (file.metadata.get(f"{file.architecture}.{key}") for key in keys)
+        config = {"model_type": file.architecture, **dict(zip(names, found, strict=True))}
+        check_counts(config, file.tensors.values(), path)
+        made = cls(file.path, config, file.tensors)
+        made.gguf = file
+        return made
 
     @classmethod
     def of_folder(cls, folder: Path) -> Checkpoint:
@@ -96,7 +114,7 @@ class Checkpoint:
 
     @property
     def config_file(self) -> Path:
-        return self.path / "config.json"
+        return self.path if self.gguf is not None else self.path / "config.json"
 
     def text_config(self) -> dict[str, Any]:
         """The part of the configuration that describes the language model."""

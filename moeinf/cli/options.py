@@ -18,7 +18,7 @@ def _finite(value: float | None) -> float | None:
 Checkpoint = Annotated[
     Path,
     typer.Argument(
-        help="A checkpoint folder, or a name on the Hub; the built-in model without it.",
+        help="A folder, a GGUF file, or a name on the Hub; the built-in model without it.",
         show_default=False,
     ),
 ]

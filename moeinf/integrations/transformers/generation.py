@@ -13,7 +13,9 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
+from moeinf.checkpoint.gguf import is_gguf
 from moeinf.errors import CheckpointError
+from moeinf.integrations.transformers import gguf
 from moeinf.integrations.transformers.load import load, open_checkpoint
 from moeinf.pocket import model_name
 from moeinf.traces.eam import EAMC
@@ -161,11 +163,13 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder.
+    """The tokenizer of a checkpoint folder, or of a GGUF file.
 
     Raises:
         CheckpointError: the folder has none, or one that needs code of its own.
     """
+    if is_gguf(path):
+        return gguf.read_tokenizer(path)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except ValueError as error:

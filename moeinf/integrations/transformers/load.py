@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,6 @@ from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
 from moeinf.cache.group import CacheGroup
 from moeinf.checkpoint.folder import Checkpoint, read_tensor
-from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.experts.checks import check_routes
@@ -60,7 +60,7 @@ def load(
     """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
 
     Args:
-        path: a checkpoint folder (safetensors), a name on the Hugging Face Hub such as
+        path: a checkpoint folder (safetensors), a GGUF file, a name on the Hugging Face Hub such as
             Qwen/Qwen3-30B-A3B, or a checkpoint already opened.
         revision: branch, tag or commit on the Hub; without it, the main branch.
         device: where the model computes and the slots lie: "cpu", "cuda", "cuda:N", or "auto", a
@@ -206,11 +206,11 @@ class ServedExperts:
 class _OnDemand:
     """A tensor that is read when indexed: what the library's loader does with each in turn."""
 
-    def __init__(self, entry: TensorEntry):
-        self.entry = entry
+    def __init__(self, read: Callable[[], torch.Tensor]):
+        self.read = read
 
     def __getitem__(self, _: Any) -> torch.Tensor:
-        return read_tensor(self.entry)
+        return self.read()
 
 
 def _load_dense(base: type[PreTrainedModel], config: Any, plan: Plan, dtype: torch.dtype) -> Any:
@@ -220,7 +220,10 @@ def _load_dense(base: type[PreTrainedModel], config: Any, plan: Plan, dtype: tor
         CheckpointError: a tensor that is missing or of another shape than the model's.
     """
     checkpoint = plan.stores[0].checkpoint
-    state = {name: _OnDemand(entry) for name, entry in plan.dense.items()}
+    state = {
+        name: _OnDemand(plan.readers.get(name) or partial(read_tensor, entry))
+        for name, entry in plan.dense.items()
+    }
     try:
         loaded: Any = _without_experts(base).from_pretrained(
             None,
@@ -261,7 +264,7 @@ def computing_dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -
         dtype = (
             getattr(config, "dtype", None)
             or getattr(config.get_text_config(), "dtype", None)
-            or (torch.bfloat16 if stored.scaled else stored.values)
+            or (stored.values if str(stored.values)[6:] in DTYPES else torch.bfloat16)
         )
     found = DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:

@@ -12,6 +12,7 @@ from transformers.models.auto import CONFIG_MAPPING, modeling_auto
 
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.errors import CheckpointError
+from moeinf.integrations.transformers import gguf
 
 # Of activations: what the kernels of experts take.
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -35,6 +36,8 @@ def read_config(checkpoint: Checkpoint) -> Any:
     Raises:
         CheckpointError: transformers does not know the model, or refuses a value.
     """
+    if checkpoint.gguf is not None:
+        return gguf.read_config(checkpoint)
     config, file = checkpoint.config, checkpoint.config_file
     kind = config.get("model_type")
     if not isinstance(kind, str):
