@@ -30,6 +30,7 @@ def command(
         typer.Option("--raw", help="The prompt as it is, without the tokenizer's chat template."),
     ] = False,
     revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     max_new_tokens: options.MaxNewTokens = 64,
     memory: options.Memory = "25%",
     policy: options.Policy = "learned",
@@ -66,6 +67,7 @@ def command(
     request = Request(
         path=checkpoint,
         revision=revision,
+        trust_remote_code=trust_remote_code,
         prompt=utf8("--prompt", prompt),
         raw=raw,
         max_new_tokens=max_new_tokens,

@@ -31,7 +31,7 @@ from moeinf.integrations.transformers.device_map import DeviceMap, Placement, st
 from moeinf.integrations.transformers.experts import experts_modules, leave_out_experts
 from moeinf.integrations.transformers.families import adapt
 from moeinf.integrations.transformers.lookahead import GateLookahead
-from moeinf.integrations.transformers.models import DTYPES, model_class, read_config
+from moeinf.integrations.transformers.models import DTYPES, model_of
 from moeinf.integrations.transformers.passes import PassReader, generating
 from moeinf.integrations.transformers.plan import Plan, make_plan, missing_tensors
 from moeinf.integrations.transformers.routers import listen
@@ -47,6 +47,7 @@ def load(
     path: str | os.PathLike[str] | Checkpoint,
     *,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     device: str | torch.device = "auto",
     device_map: DeviceMap | str | None = None,
     memory: str | int | None = None,
@@ -63,6 +64,8 @@ def load(
         path: a checkpoint folder (safetensors), a GGUF file, a name on the Hugging Face Hub such as
             Qwen/Qwen3-30B-A3B, or a checkpoint already opened.
         revision: branch, tag or commit on the Hub; without it, the main branch.
+        trust_remote_code: run code that comes with the checkpoint, where `auto_map` of its
+            configuration names it. Its experts must use transformers' experts interface.
         device: where the model computes and the slots lie: "cpu", "cuda", "cuda:N", or "auto", a
             GPU where torch and the core can both use one. `stats()["device"]` says which it was.
         device_map: instead of `device`, module paths and their devices, as accelerate writes them,
@@ -98,8 +101,10 @@ def load(
         raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
     if linear not in LINEAR:
         raise ValueError(f"linear={linear!r}: expected one of {', '.join(LINEAR)}")
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, revision)
-    base, config = model_class(read_config(checkpoint), checkpoint)
+    checkpoint = (
+        path if isinstance(path, Checkpoint) else open_checkpoint(path, revision, trust_remote_code)
+    )
+    base, config = model_of(checkpoint)
     plan = make_plan(base, config, checkpoint)
     # Before the model, so that a budget that cannot work says so before anything large is read.
     options = {
@@ -143,14 +148,27 @@ def load(
     return model
 
 
-def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
-    """Opens a checkpoint; fetches it from the Hub only if its headers say that it can be served."""
-    with Checkpoint.peek(path, revision) as found:
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    to_generate: bool = False,
+) -> Checkpoint:
+    """Opens a checkpoint; fetches it from the Hub only if its headers say that it can be served.
+
+    `to_generate`: refuses a model that does not write text.
+    """
+    with Checkpoint.peek(path, revision, trust_remote_code) as found:
+        base, config = model_of(found)
+        if to_generate and not base.can_generate():
+            raise UnsupportedError(
+                f"{found.config_file}: {base.__name__} does not write text; moeinf.load serves it"
+            )
         if found.has_weights:
             return found
-        base, config = model_class(read_config(found), found)
         make_plan(base, config, found)
-    return Checkpoint.open(path, revision)
+    return Checkpoint.open(path, revision, trust_remote_code)
 
 
 class ServedExperts:
