@@ -31,6 +31,7 @@ def command(
     memory: options.Memory = "auto",
     policy: options.Policy = "learned",
     prefetch: options.Prefetch = "off",
+    linear: options.Linear = "auto",
     device: options.Device = "auto",
     host_memory: options.HostMemory = None,
     temperature: options.OwnTemperature = None,
@@ -54,6 +55,7 @@ def command(
         host_memory=host_memory,
         policy=policy,
         prefetch=prefetch,
+        linear=linear,
     )
     tokenizer = read_tokenizer(opened.path, trust_remote_code)
     chat = Conversation(model, tokenizer, system and utf8("--system", system))

@@ -43,6 +43,10 @@ HostMemory = Annotated[
     str | None,
     typer.Option(help="What experts may take of the RAM below a GPU; all of them without it."),
 ]
+Linear = Annotated[
+    str,
+    typer.Option(help="What computes linear layers of a few tokens on the CPU: auto or torch."),
+]
 OwnTemperature = Annotated[
     float | None,
     typer.Option(

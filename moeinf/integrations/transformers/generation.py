@@ -38,6 +38,7 @@ class Request:
     host_memory: str | None = None
     policy: str = "learned"
     prefetch: str = "off"
+    linear: str = "auto"
     keep_logits: bool = False
     record: Path | None = None  # where to save the routing as a trace
     router: bool = False  # with the router's probabilities of all experts
@@ -109,6 +110,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         host_memory=request.host_memory,
         policy=request.policy,
         prefetch=request.prefetch,
+        linear=request.linear,
         eamc=EAMC.load(request.eamc) if request.eamc and request.eamc.exists() else None,
     )
     if request.eamc:

@@ -25,6 +25,7 @@ from moeinf.checkpoint.folder import Checkpoint, read_tensor
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.experts.checks import check_routes
+from moeinf.experts.linear import serve_linear
 from moeinf.integrations.transformers.caches import make_caches
 from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
 from moeinf.integrations.transformers.experts import experts_modules, leave_out_experts
@@ -35,9 +36,11 @@ from moeinf.integrations.transformers.passes import PassReader, generating
 from moeinf.integrations.transformers.plan import Plan, make_plan, missing_tensors
 from moeinf.integrations.transformers.routers import listen
 from moeinf.integrations.transformers.served import IMPLEMENTATION, serve
+from moeinf.integrations.transformers.torch_threads import TorchThreads
 from moeinf.integrations.transformers.whole import make_whole_experts, whole_model
 
 GATE = "gate"
+LINEAR = ("auto", "torch")
 
 
 def load(
@@ -52,6 +55,7 @@ def load(
     policy: str = "learned",
     prefetch: str = "off",
     dtype: torch.dtype | str = "auto",
+    linear: str = "auto",
     **cache_options: Any,
 ) -> PreTrainedModel:
     """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
@@ -76,6 +80,8 @@ def load(
             early) or what `ExpertCache` takes.
         dtype: of activations and of all weights but the experts', which stay as they are stored;
             "auto" takes the checkpoint's own.
+        linear: which kernels compute linear layers of a few tokens on the CPU: "auto", those of the
+            experts, or "torch".
         cache_options: passed to `ExpertCache`, `eamc`, `host_memory` and `exclusive` among them.
 
     Returns:
@@ -93,6 +99,8 @@ def load(
     known = [*_core.prefetch_names(), GATE]
     if prefetch not in known:
         raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
+    if linear not in LINEAR:
+        raise ValueError(f"linear={linear!r}: expected one of {', '.join(LINEAR)}")
     checkpoint = (
         path if isinstance(path, Checkpoint) else open_checkpoint(path, revision, trust_remote_code)
     )
@@ -134,6 +142,9 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     model.config.name_or_path = str(checkpoint.path)
     model.moeinf = ServedExperts(model, caches, plan.tied, gate_lookahead=prefetch == GATE)
+    if linear == "auto" and caches[0].device.type == "cpu":
+        serve_linear(model)
+        model.moeinf.torch_threads = TorchThreads(model)
     return model
 
 
@@ -194,6 +205,7 @@ class ServedExperts:
         if model.config.is_encoder_decoder:  # the passes of a text are those of the decoder
             modules = [path for path in modules if "decoder" in path.split(".")] or modules
         decoder = stack_of(modules).rpartition(".")[0]
+        self.torch_threads: TorchThreads | None = None
         self.passes = PassReader(model.get_submodule(decoder), caches)
 
     def stats(self) -> dict[str, Any]:

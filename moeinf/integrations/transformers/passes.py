@@ -21,7 +21,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import count, pairwise
@@ -405,10 +405,14 @@ class _Generates:
 
     @wraps(GenerationMixin.generate)
     def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-        names = ("attention_mask", "inputs", "input_ids", "inputs_embeds")
-        known = [*(kwargs.get(name) for name in names), *args[:1]]
+        names = ("inputs", "input_ids", "inputs_embeds")
+        known = [kwargs.get("attention_mask"), *args[:1], *(kwargs.get(name) for name in names)]
         prompt = next((one for one in known if one is not None), None)
-        with self.moeinf.passes.generation(None if prompt is None else prompt.shape[1]):
+        threads = self.moeinf.torch_threads
+        with (
+            self.moeinf.passes.generation(None if prompt is None else prompt.shape[1]),
+            nullcontext() if threads is None else threads.generation(),
+        ):
             return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
