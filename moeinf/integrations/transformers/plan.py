@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +109,7 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
         if entry.name not in served
     }
     _check_unknown(skeleton, checkpoint, unknown, sources)
-    _check_dtypes(skeleton, sources)
+    _check_dense(skeleton, checkpoint, sources, shapes)
     tied = _tied(modules, traced)
     own = {path: module for path, module in modules.items() if path not in tied}
     forms: list[ExpertForm] = []
@@ -149,9 +149,42 @@ def _plan_of_gguf(
     return Plan(skeleton, stores, entries, {}, {name: one.read for name, one in dense.items()})
 
 
-def _check_dtypes(model: PreTrainedModel, sources: Mapping[str, Sources]) -> None:
-    """Refuses integers in place of floats, and names floats that are wider than every model's."""
+def _check_dense(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Sources],
+    experts: Collection[str],
+) -> None:
+    """Every tensor of the model but those of experts is there, of its shape and of floats if it is.
+
+    What an operation makes of several tensors is checked when it is loaded. Names floats that are
+    wider than every model's.
+    """
+    there = {*sources, *experts} | {
+        path.replace(one, other)
+        for path, made in sources.items()
+        if made.converter is not None
+        for one in made.converter.target_patterns
+        for other in made.converter.target_patterns
+    }
+    tied: dict[str, set[str]] = {}
+    for name, source in model.all_tied_weights_keys.items():
+        tied.setdefault(source, {source}).add(name)
+    for alike in tied.values():
+        there |= alike if alike & there else set()
+    optional = [*(model._keys_to_ignore_on_load_missing or ())]
+    missing = [
+        name
+        for name in model.state_dict()
+        if name not in there and not any(re.search(one, name) for one in optional)
+    ]
+    if missing:
+        raise missing_tensors(checkpoint, missing)
     for path, parameter in model.state_dict().items():
+        if path in sources and path not in experts and sources[path].converter is None:
+            entry = sources[path].all()[0]
+            if entry.shape != tuple(parameter.shape):
+                raise CheckpointError(f"{entry.path}: {entry}: expected {list(parameter.shape)}")
         for entry in sources[path].all() if path in sources else ():
             if parameter.is_floating_point() and entry.dtype in INTEGERS:
                 raise CheckpointError(f"{entry.path}: {entry}: expected floating-point numbers")
