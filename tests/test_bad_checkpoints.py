@@ -62,8 +62,11 @@ REFUSED: list[tuple[Change, str]] = [
     (tensors("model.norm"), "no tensor for model.norm.weight, which the model needs"),
     (tensors(model__norm__weight=torch.ones(7)), "model.norm.weight (model.safetensors: F32 [7])"),
     (tensors("model.layers.1.mlp.experts.5."), "no tensor of expert 5"),
-    (config(num_local_experts=5), "says there are 5 experts, found a tensor of expert 5"),
-    (config(num_local_experts=7), "no tensor of expert 6"),
+    (
+        config(num_experts=5, num_local_experts=5),
+        "says there are 5 experts, found a tensor of expert 5",
+    ),
+    (config(num_experts=7, num_local_experts=7), "no tensor of expert 6"),
     (config(num_experts_per_tok=7), "config.json: routes to 7 experts per token, there are 6"),
     (config(tie_word_embeddings=False), "no tensor for lm_head.weight"),
     (pointer("model.safetensors"), "model.safetensors: expected the file itself, found a Git LFS"),
