@@ -5,8 +5,8 @@
 Models: the built-in one, and random weights with the geometry of Qwen3-30B-A3B, 5 of its 48 layers,
 at two sizes of the vocabulary. One round decodes the same tokens twice, as `linear="torch"` and as
 `linear="auto"` do, and measures how fast the threads read memory. The result is of each side's
-fastest token. Timers stand around modules and functions; a part's time is its own, less that of the parts
-inside it. `rest` is what no timer sees: Python, and operators between modules.
+fastest token. Timers stand around modules and functions; a part's time is its own, less that of the
+parts inside it. `rest` is what no timer sees: Python, and operators between modules.
 
 Bytes that must move: every dense matrix of the decoder once, and the experts of the token.
 """
