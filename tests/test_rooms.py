@@ -78,6 +78,7 @@ LIBRARIES = {
     "safetensors": {"moeinf/traces"},
     "huggingface_hub": {"moeinf/checkpoint", "moeinf/integrations"},
     "transformers": {"moeinf/integrations", "moeinf/cli"},
+    "vllm": {"moeinf/integrations"},
     "accelerate": {"moeinf/integrations"},
     "peft": {"moeinf/integrations"},
     "jinja2": {"moeinf/integrations"},

@@ -44,7 +44,7 @@ LINEAR = ("auto", "torch")
 
 
 def load(
-    path: str | os.PathLike[str] | Checkpoint,
+    path: str | bytes | os.PathLike[str] | Checkpoint,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -155,7 +155,7 @@ def load(
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str],
+    path: str | bytes | os.PathLike[str],
     revision: str | None = None,
     trust_remote_code: bool = False,
     *,
