@@ -110,6 +110,9 @@ Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile>
                 " experts; found " + text_of(extents_.size()) + " extents");
     }
     extents_per_expert_ = extents_.size() / total;
+    for (const CatalogFile& file : files_) {
+        if (file.source != nullptr && file.source->whole_segments()) may_cut_ = false;
+    }
 
     uint64_t end = 0;  // of the one before
     for (const Transpose& one : transposes_) {

@@ -4,12 +4,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "base/ids.h"
+#include "layout/byte_source.h"
 #include "layout/matrix.h"
 
 namespace moeinf {
@@ -49,6 +51,7 @@ struct CatalogFile {
     bool operator==(const CatalogFile&) const = default;
     std::string path;
     uint64_t nbytes;
+    std::shared_ptr<const ByteSource> source{};  // in place of a file of that path
 };
 
 // Where a tensor begins, for messages.
@@ -78,6 +81,8 @@ public:
     [[nodiscard]] const std::vector<CatalogFile>& files() const noexcept { return files_; }
     [[nodiscard]] std::span<const Extent> extents(ExpertId expert) const;
     [[nodiscard]] const std::vector<Transpose>& transposes() const noexcept { return transposes_; }
+    // False if a source wants to be asked for whole segments.
+    [[nodiscard]] bool may_cut() const noexcept { return may_cut_; }
     [[nodiscard]] const std::vector<NumberCheck>& checks() const noexcept { return checks_; }
     // Whether a block of a file may end inside a number: some extent begins at an odd place.
     [[nodiscard]] bool cuts_numbers() const noexcept { return cuts_numbers_; }
@@ -96,6 +101,7 @@ private:
     uint64_t slot_bytes_;
     uint64_t expert_bytes_ = 0;
     size_t extents_per_expert_ = 0;
+    bool may_cut_ = true;
     std::vector<CatalogFile> files_;
     std::vector<Extent> extents_;
     std::vector<Transpose> transposes_;

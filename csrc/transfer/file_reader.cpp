@@ -27,6 +27,7 @@ constexpr int32_t kDefaultThreads = 12;  // see benchmarks/notes/transfer.md
 constexpr int32_t kMaxThreads = 256;
 constexpr size_t kDefaultChunkBytes = size_t{1} << 20;
 constexpr size_t kMaxChunkBytes = size_t{1} << 30;
+constexpr size_t kNeverCut = size_t{1} << 62;
 
 struct Job;
 using Queue = std::list<std::shared_ptr<Job>>;
@@ -232,7 +233,8 @@ ReadJobPtr FileReader::submit(ExpertId expert, std::byte* slot, Priority priorit
     }
     auto job = std::make_shared<Job>();
     ReadJobAccess::begin(*job, expert);
-    job->plan = plan_reads(impl_->catalog->extents(expert), impl_->options.chunk_bytes);
+    const size_t cut_at = impl_->catalog->may_cut() ? impl_->options.chunk_bytes : kNeverCut;
+    job->plan = plan_reads(impl_->catalog->extents(expert), cut_at);
     job->slot = slot;
     job->done = std::move(done);
     {

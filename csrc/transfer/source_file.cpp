@@ -85,7 +85,11 @@ void read_fully(int descriptor, const std::string& path, const ReadRequest& requ
 }
 
 SourceFile::SourceFile(const CatalogFile& file, bool allow_direct)
-    : path_(file.path), nbytes_(file.nbytes), descriptor_(open_file(file.path)) {
+    : path_(file.path),
+      nbytes_(file.nbytes),
+      source_(file.source),
+      descriptor_(source_ != nullptr ? -1 : open_file(file.path)) {
+    if (source_ != nullptr) return;
     const struct stat status = status_of(descriptor_.number(), path_);
     if (!S_ISREG(status.st_mode)) read_error(path_, "expected a regular file");
     if (static_cast<uint64_t>(status.st_size) != nbytes_) {
@@ -125,11 +129,7 @@ void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces,
         if (landed) landed(pieces.front().slot_offset, pieces.front().slot_offset + capacity);
         return;
     }
-    if (capacity > bounce.size()) {
-        throw Error(ErrorCode::kInvalid, path_ + ": a read of " + number(capacity) +
-                                             " bytes does not fit in a buffer of " +
-                                             number(bounce.size()));
-    }
+    check_room(capacity, bounce);
     read_fully(descriptor_.number(), path_, request, bounce.data());
     for (const Piece& piece : pieces) {
         in_steps(piece, landed, [&](uint64_t from, uint64_t nbytes) {
@@ -142,15 +142,24 @@ void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces,
 void SourceFile::read_buffered(const Chunk& chunk, std::span<const Piece> pieces,
                                std::span<const Transpose> transposes, std::byte* slot,
                                std::span<std::byte> bounce, const Landed& landed) const {
+    const bool in_steps_too = source_ == nullptr || !source_->whole_segments();
     for (const Piece& piece : pieces) {
-        in_steps(piece, landed, [&](uint64_t from, uint64_t nbytes) {
+        const auto copy = [&](uint64_t from, uint64_t nbytes) {
             const uint64_t at = piece.slot_offset + from;
-            std::byte* const to = transposes.empty() ? slot + at : bounce.data();
-            read_fully(descriptor_.number(), path_, {piece.file_offset + from, nbytes, nbytes, 1},
-                       to);
-            if (!transposes.empty()) place({to, nbytes}, at, transposes, slot);
-        });
+            if (transposes.empty())
+                return read_range(piece.file_offset + from, {slot + at, nbytes});
+            check_room(nbytes, bounce);
+            read_range(piece.file_offset + from, bounce.first(nbytes));
+            place(bounce.first(nbytes), at, transposes, slot);
+        };
+        if (in_steps_too) {
+            in_steps(piece, landed, copy);
+        } else {
+            copy(0, piece.nbytes);
+            if (landed) landed(piece.slot_offset, piece.slot_offset + piece.nbytes);
+        }
     }
+    if (source_ != nullptr) return;
     // The kernel drops whole pages only, so the range is rounded to pages.
     const uint64_t begin = round_down(chunk.begin, kChunkAlignment);
     (void)posix_fadvise(descriptor_.number(), static_cast<off_t>(begin),
@@ -158,7 +167,27 @@ void SourceFile::read_buffered(const Chunk& chunk, std::span<const Piece> pieces
                         POSIX_FADV_DONTNEED);
 }
 
+void SourceFile::check_room(size_t nbytes, std::span<std::byte> bounce) const {
+    if (nbytes <= bounce.size()) return;
+    throw Error(ErrorCode::kInvalid, path_ + ": a read of " + number(nbytes) +
+                                         " bytes does not fit in a buffer of " +
+                                         number(bounce.size()));
+}
+
+void SourceFile::read_range(uint64_t offset, std::span<std::byte> out) const {
+    if (source_ == nullptr) {
+        read_fully(descriptor_.number(), path_, {offset, out.size(), out.size(), 1}, out.data());
+        return;
+    }
+    try {
+        source_->read(offset, out);
+    } catch (const Error& error) {
+        read_error(path_, error.what());
+    }
+}
+
 void SourceFile::check_unchanged() const {
+    if (source_ != nullptr) return;
     const struct stat status = status_of(descriptor_.number(), path_);
     if (static_cast<uint64_t>(status.st_size) != nbytes_) {
         read_error(path_, "changed while open: expected " + number(nbytes_) + " bytes, found " +

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 
@@ -74,10 +75,13 @@ private:
     void read_buffered(const Chunk& chunk, std::span<const Piece> pieces,
                        std::span<const Transpose> transposes, std::byte* slot,
                        std::span<std::byte> bounce, const Landed& landed) const;
+    void check_room(size_t nbytes, std::span<std::byte> bounce) const;
+    void read_range(uint64_t offset, std::span<std::byte> out) const;
     void check_unchanged() const;
 
     std::string path_;
     uint64_t nbytes_;
+    std::shared_ptr<const ByteSource> source_;  // in place of a file
     Descriptor descriptor_;
     timespec modified_{};
     size_t alignment_ = 1;

@@ -213,6 +213,9 @@ def read_into(entry: TensorEntry, offset: int, tensor: torch.Tensor) -> None:
     """Fills uint8 [n] with a part of a tensor; `offset` counts from the file's start."""
     nbytes = tensor.numel()
     view = tensor.numpy().data
+    if entry.file.source is not None:
+        entry.file.source.read(offset, view)
+        return
     try:
         with entry.path.open("rb", buffering=0) as file:
             entry.file.check(os.fstat(file.fileno()))
