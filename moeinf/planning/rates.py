@@ -29,7 +29,7 @@ from moeinf.pocket import POCKET
 
 AREA = 256 << 20  # bytes of weights that take turns: more than a processor keeps
 READS = 6  # steps of reads that are timed
-TOKENS = 48  # of the built-in model, each way
+TOKENS = 24  # of the built-in model, each way
 QUIET = 0.01  # seconds until torch's threads have stopped spinning
 
 
