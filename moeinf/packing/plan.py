@@ -52,6 +52,10 @@ class PackPlan:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, format: str | None, shard_bytes: int) -> PackPlan:
+        if checkpoint.gguf is not None:
+            raise UnsupportedError(
+                f"{checkpoint.path}: expected safetensors files to pack, found a GGUF file"
+            )
         raw = {
             name: entry
             for file in sorted(names_by_shard(checkpoint.path))
@@ -140,12 +144,12 @@ class PackPlan:
 
 
 def stores_of(checkpoint: Checkpoint) -> list[ExpertStore]:
-    from moeinf.integrations.transformers.models import model_class, read_config
+    from moeinf.integrations.transformers.models import model_of
     from moeinf.integrations.transformers.plan import make_plan
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tensors that the model has no use for: they are copied
-        base, config = model_class(read_config(checkpoint), checkpoint)
+        base, config = model_of(checkpoint)
         return make_plan(base, config, checkpoint).stores
 
 

@@ -9,6 +9,7 @@ import torch
 
 from moeinf.cache.budget import bytes_loaded_as
 from moeinf.checkpoint.folder import Checkpoint
+from moeinf.checkpoint.formats import PLAIN_FORMATS
 from moeinf.checkpoint.layout import Layout
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
@@ -43,7 +44,7 @@ class ModelCosts:
         store = self.stores[0]
         own = store.layout.down.format
         found = {own.name: store.layout}
-        if not own.scaled:
+        if own in PLAIN_FORMATS.values():
             for name in TARGETS:
                 try:
                     layout = quantised_layout(store, TARGETS[name])
@@ -58,12 +59,12 @@ def read_model(checkpoint: Checkpoint) -> ModelCosts:
     """From the headers alone. Raises what `moeinf.load` would."""
     from moeinf.integrations.transformers.device_map import stack_of
     from moeinf.integrations.transformers.load import computing_dtype
-    from moeinf.integrations.transformers.models import model_class, read_config
+    from moeinf.integrations.transformers.models import model_of
     from moeinf.integrations.transformers.plan import make_plan
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tensors that the model has no use for
-        base, config = model_class(read_config(checkpoint), checkpoint)
+        base, config = model_of(checkpoint)
         plan = make_plan(base, config, checkpoint)
     dtype = computing_dtype("auto", config, plan.stores[0])
     modules = [path for store in plan.stores for path in store.modules]

@@ -14,7 +14,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from moeinf import _core
 from moeinf.cache.cache import ExpertCache
@@ -22,6 +21,7 @@ from moeinf.checkpoint.layout import Layout
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.experts.checks import DTYPES
 from moeinf.experts.cpu import core_expert, default_engine
+from moeinf.experts.linear import linear
 from moeinf.kernels.forms import ExpertForm
 from moeinf.memory_read import HugeArea, memory_read_bandwidth
 from moeinf.planning.model import ModelCosts
@@ -97,7 +97,7 @@ def _dense(area: torch.Tensor, dtype: torch.dtype) -> float:
 
     def call(number: int) -> None:
         for matrix in matrices[number % 4 * half :][:half]:
-            F.linear(x, matrix)
+            linear(x, matrix)
 
     with torch.inference_mode():
         return half * size**2 * dtype.itemsize / _best(8, call)

@@ -10,7 +10,11 @@ namespace {
 
 template <class Decoder>
 constexpr FormatFacts facts_of() {
-    return {Decoder::kName, sizeof(typename Decoder::Stored), Decoder::kPack, Decoder::kScaled};
+    using Stored = typename Decoder::Stored;
+    int64_t group = 0;
+    if constexpr (requires { Decoder::kGroup; }) group = Decoder::kGroup;
+    return {Decoder::kName, sizeof(Stored), alignof(Stored),
+            Decoder::kPack, group,          Decoder::kScaled};
 }
 
 template <class... Rows>
