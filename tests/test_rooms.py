@@ -82,6 +82,7 @@ LIBRARIES = {
     "transformers": {"moeinf/integrations", "moeinf/planning", "moeinf/cli"},
     "accelerate": {"moeinf/integrations"},
     "peft": {"moeinf/integrations"},
+    "vllm": {"moeinf/integrations"},
     "jinja2": {"moeinf/integrations"},
     "matplotlib": {"moeinf/report"},
     "typer": {"moeinf/cli"},

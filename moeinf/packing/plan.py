@@ -52,10 +52,6 @@ class PackPlan:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, format: str | None, shard_bytes: int) -> PackPlan:
-        if checkpoint.gguf is not None:
-            raise UnsupportedError(
-                f"{checkpoint.path}: expected safetensors files to pack, found a GGUF file"
-            )
         raw = {
             name: entry
             for file in sorted(names_by_shard(checkpoint.path))
