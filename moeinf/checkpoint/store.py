@@ -95,7 +95,7 @@ class ExpertStore:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str] | Checkpoint, revision: str | None = None
+        cls, path: str | bytes | os.PathLike[str] | Checkpoint, revision: str | None = None
     ) -> ExpertStore:
         """Opens a Hugging Face checkpoint (safetensors, one file or many): see `Checkpoint.open`.
 

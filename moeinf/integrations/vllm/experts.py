@@ -21,11 +21,14 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader import weight_utils
 
-import moeinf
+from moeinf.cache.cache import ExpertCache
+from moeinf.cache.passes import ForwardPass
+from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
+from moeinf.experts.op import fused_experts
 
 OPTIONS = ("memory", "slots", "policy", "prefetch", "host_memory", "threads")
-_caches: dict[str, moeinf.ExpertCache] = {}
+_caches: dict[str, ExpertCache] = {}
 _never_read: set[str] = set()
 
 
@@ -51,15 +54,15 @@ def options() -> dict[str, Any] | None:
     return found
 
 
-def cache_of_model() -> moeinf.ExpertCache:
+def cache_of_model() -> ExpertCache:
     """The cache of the model that is being built, the same for all of its layers."""
     config = get_current_vllm_config()
     path = config.model_config.model
     if path not in _caches:
         _check(config)
-        store = moeinf.ExpertStore.open(path, config.model_config.revision)
+        store = ExpertStore.open(path, config.model_config.revision)
         device = torch.get_default_device()
-        _caches[path] = moeinf.ExpertCache(store, device=device, **(options() or {}))
+        _caches[path] = ExpertCache(store, device=device, **(options() or {}))
         _never_read.update(store.tensor_names())
     return _caches[path]
 
@@ -78,11 +81,11 @@ def _check(config: Any) -> None:
         )
 
 
-def _pass_of(attention: Any) -> moeinf.ForwardPass:
+def _pass_of(attention: Any) -> ForwardPass:
     """A pass is a prompt's if any of its sequences has more than one token in it."""
     one = next(iter(attention.values())) if isinstance(attention, dict) else attention
     prompt = getattr(one, "max_query_len", 1) > 1
-    return moeinf.ForwardPass(prefill=prompt, new_sequence=prompt)
+    return ForwardPass(prefill=prompt, new_sequence=prompt)
 
 
 class CachedMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -131,7 +134,7 @@ class CachedMethod(FusedMoEMethodBase):  # type: ignore[misc]
         if layer.expert_map is not None:  # of this rank's experts: the others add theirs
             here = layer.expert_map[topk_ids.long()] >= 0
             topk_ids = torch.where(here, topk_ids, -1)
-        return moeinf.fused_experts(x, topk_ids, topk_weights, self.cache, self.number)
+        return fused_experts(x, topk_ids, topk_weights, self.cache, self.number)
 
 
 class CachedExperts(RoutedExperts):  # type: ignore[misc]
