@@ -134,7 +134,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         return_dict_in_generate=True,
     )
     end = time.perf_counter()
-    if recorder is not None:
+    if recorder is not None and request.record is not None:
         recorder.trace(model=model_name(request.path), source="moeinf run").save(request.record)
     if request.eamc:
         cache.eamc().save(request.eamc)
