@@ -109,6 +109,18 @@ def test_the_same_logits_as_transformers(tmp_path: Path, seed: int) -> None:
     assert difference(model, expected, seed) < 1e-4
 
 
+def test_it_is_planned_with_and_not_packed(tmp_path: Path, seed: int) -> None:
+    from moeinf.checkpoint.folder import Checkpoint
+    from moeinf.planning.model import read_model
+
+    path = tmp_path / "model.gguf"
+    write_gguf(path, seed=seed, experts=Kind.Q8_0)
+    costs = read_model(Checkpoint.open(path))
+    assert list(costs.layouts()) == [costs.stores[0].layout.down.format.name]
+    with pytest.raises(UnsupportedError, match="expected safetensors files, found a GGUF file"):
+        moeinf.pack(path, tmp_path / "pack")
+
+
 def test_split_files(tmp_path: Path, seed: int) -> None:
     """Any part names the model; what is missing is named."""
     expected = write_gguf(tmp_path / "model.gguf", seed=seed, parts=3, experts=Kind.Q8_0)
