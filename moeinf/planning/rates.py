@@ -78,14 +78,14 @@ def measure(
     return Rates(memory, disk, dense, layer, read, seconds)
 
 
-def _best(calls: int, call: Callable[[int], object]) -> float:
-    """Seconds of the fastest of some calls, for other work can only make one slower."""
-    best = float("inf")
+def _median(calls: int, call: Callable[[int], object]) -> float:
+    """Seconds of a call: the median, for a plan is for the load that the machine has."""
+    spent = []
     for number in range(calls):
         start = time.perf_counter()
         call(number)
-        best = min(best, time.perf_counter() - start)
-    return best
+        spent.append(time.perf_counter() - start)
+    return statistics.median(spent)
 
 
 def _dense(area: torch.Tensor, dtype: torch.dtype) -> float:
@@ -100,7 +100,7 @@ def _dense(area: torch.Tensor, dtype: torch.dtype) -> float:
             linear(x, matrix)
 
     with torch.inference_mode():
-        return half * size**2 * dtype.itemsize / _best(8, call)
+        return half * size**2 * dtype.itemsize / _median(8, call)
 
 
 def expert_seconds(
@@ -140,7 +140,7 @@ def expert_seconds(
         )
 
     time.sleep(QUIET)
-    return _best(2 * max(8, count // top_k), call) / top_k
+    return _median(2 * max(8, count // top_k), call) / top_k
 
 
 def _disk(store: ExpertStore, top_k: int) -> float:
