@@ -183,7 +183,7 @@ def read_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTok
             check_is_no_pointer(file, file.read_bytes())
         why = str(error).splitlines()[0]
         if "trust_remote_code" in str(error):
-            why = "to run code that comes with it: trust_remote_code=True"
+            why = "it needs code that comes with the checkpoint: trust_remote_code=True runs it"
         raise CheckpointError(f"{path}: no tokenizer can be made: {why}") from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise CheckpointError(f"{path}: expected a tokenizer such as tokenizer.json, found none")
