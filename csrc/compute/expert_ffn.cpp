@@ -272,6 +272,7 @@ void ExpertFfnCall::dot(const Matrix& matrix, const Activations& x, DotJob& job,
     if (matrix.scales) {
         job.how = &*matrix.scales;
         job.scales = slot + matrix.scales->rows.offset;
+        if (matrix.scales->zeros) job.zeros = slot + matrix.scales->zeros->offset;
     }
     if (matrix.multiplier) {
         std::memcpy(&job.multiplier, slot + *matrix.multiplier, sizeof job.multiplier);

@@ -50,7 +50,9 @@ struct FloatKernels {
 
     template <class Decoder>
     static constexpr Product float_product() {
-        if constexpr (Decoder::kScaled) {
+        if constexpr (has_zeros<Decoder>) {
+            return scaled_product<IntegerFloatProduct<F, Decoder>>();
+        } else if constexpr (Decoder::kScaled) {
             return scaled_product<ScaledFloatProduct<F, Decoder>>();
         } else {
             return {dot_block<FloatProduct<F, Decoder>>};

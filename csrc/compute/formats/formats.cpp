@@ -10,7 +10,8 @@ namespace {
 
 template <class Decoder>
 constexpr FormatFacts facts_of() {
-    return {Decoder::kName, sizeof(typename Decoder::Stored), Decoder::kPack, Decoder::kScaled};
+    return {Decoder::kName, sizeof(typename Decoder::Stored), Decoder::kPack, Decoder::kScaled,
+            has_zeros<Decoder>};
 }
 
 template <class... Rows>

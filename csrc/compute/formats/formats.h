@@ -15,6 +15,7 @@ struct FormatFacts {
     int64_t stored_bytes;  // of one stored value
     int64_t pack;          // elements in it
     bool scaled;           // whether a matrix may have scales
+    bool zeros;            // and zero points
 
     // Bytes of a row of `cols` elements.
     [[nodiscard]] int64_t row_bytes(int64_t cols) const { return cols / pack * stored_bytes; }
