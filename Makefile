@@ -7,7 +7,7 @@ TRANSFORMERS_TESTS := $(addprefix tests/test_,passes.py switching.py transformer
 	router_recording.py)
 CPP := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp'
 
-.PHONY: demo test test-transformers families lint stubs fmt sanitize bench clean
+.PHONY: demo test test-transformers test-packs families lint stubs fmt sanitize bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/moeinf run --memory 25% --max-new-tokens 120 --temperature 0.7 --verify
@@ -15,6 +15,12 @@ demo: $(VENV)/.demo
 test: $(VENV)/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/run.sh
 	$(BIN)/python -m pytest
+
+# Packs as compressed-tensors decodes them; the library is in a folder of its own.
+test-packs: $(VENV)/.test
+	$(INSTALL) --no-deps --target build/compressed-tensors compressed-tensors==0.20.0 loguru pydantic \
+		pydantic-core typing-inspection annotated-types
+	PYTHONPATH=build/compressed-tensors $(BIN)/python -m pytest tests/test_pack_compressed_tensors.py
 
 # What depends on transformers, with the oldest that is served, the pinned one and the newest.
 test-transformers: $(VENV)/.test

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from moeinf.cache.host_tier import HostTier
     from moeinf.cache.lease import Lease
     from moeinf.cache.passes import ForwardPass
+    from moeinf.checkpoint.formats import FORMATS, WeightFormat
     from moeinf.checkpoint.store import ExpertStore
     from moeinf.errors import (
         CapacityError,
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
         TraceError,
         UnsupportedError,
     )
-    from moeinf.experts.op import fused_experts
+    from moeinf.experts.op import fused_experts, fused_experts_out
     from moeinf.integrations.transformers.load import load
+    from moeinf.kernels.forms import ExpertForm, Gate
+    from moeinf.packing.pack import pack
     from moeinf.traces.eam import EAMC
     from moeinf.traces.simulator import simulate
     from moeinf.traces.trace import Trace
@@ -45,35 +48,47 @@ _HOMES = {
     "CapacityError": "moeinf.errors",
     "CheckpointError": "moeinf.errors",
     "ExpertCache": "moeinf.cache.cache",
+    "ExpertForm": "moeinf.kernels.forms",
     "ExpertStore": "moeinf.checkpoint.store",
+    "FORMATS": "moeinf.checkpoint.formats",
     "ForwardPass": "moeinf.cache.passes",
+    "Gate": "moeinf.kernels.forms",
     "HostTier": "moeinf.cache.host_tier",
     "Lease": "moeinf.cache.lease",
     "ReadError": "moeinf.errors",
     "Trace": "moeinf.traces.trace",
     "TraceError": "moeinf.errors",
     "UnsupportedError": "moeinf.errors",
+    "WeightFormat": "moeinf.checkpoint.formats",
     "fused_experts": "moeinf.experts.op",
+    "fused_experts_out": "moeinf.experts.op",
     "load": "moeinf.integrations.transformers",
+    "pack": "moeinf.packing.pack",
     "simulate": "moeinf.traces.simulator",
 }
 
 __all__ = [
     "EAMC",
+    "FORMATS",
     "CacheGroup",
     "CapacityError",
     "CheckpointError",
     "ExpertCache",
+    "ExpertForm",
     "ExpertStore",
     "ForwardPass",
+    "Gate",
     "HostTier",
     "Lease",
     "ReadError",
     "Trace",
     "TraceError",
     "UnsupportedError",
+    "WeightFormat",
     "fused_experts",
+    "fused_experts_out",
     "load",
+    "pack",
     "policies",
     "simulate",
 ]

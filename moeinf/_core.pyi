@@ -102,6 +102,22 @@ class ExpertFfnCall:
     @property
     def experts(self) -> list[int]: ...
 
+class ByteSource:
+    """Bytes of experts that lie in no file."""
+
+    @staticmethod
+    def callback(function: typing.Any) -> ByteSource:
+        """function(offset, destination) writes all of the memoryview and returns its length."""
+
+    @staticmethod
+    def memory(address: int, nbytes: int, owner: typing.Any) -> ByteSource:
+        """The bytes at an address, valid while `owner` lives."""
+
+    def close(self) -> None:
+        """Of a callback: no call begins after this, and none is under way."""
+
+    def read(self, offset: int, out: typing_extensions.Buffer) -> None: ...
+
 class Catalog:
     """Which ranges of which files make up every expert, and where in a slot each goes."""
 
@@ -117,13 +133,15 @@ class Catalog:
         ] = [],
         checks: collections.abc.Sequence[tuple[int, int, ScaleType, bool]] = [],
         tensors: collections.abc.Sequence[tuple[int, int, str]] = [],
+        sources: collections.abc.Mapping[int, ByteSource] = {},
     ) -> None:
         """files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as (file,
         file offset, bytes, slot offset), experts by layer * num_experts + expert.
         transposes: (slot offset, rows, columns, bytes of an element), as they are read; in
         the slot they lie as columns x rows. checks: (slot offset, bytes, type, negative) of
         numbers that may not be NaN or infinite, and below zero only if negative. tensors:
-        (file, file offset, name), for messages."""
+        (file, file offset, name), for messages. sources: by index of `files`, of those that
+        are none."""
 
     def extents(self, expert: int) -> numpy.typing.NDArray[numpy.uint64]:
         """uint64 [extents, 4] of one flat expert id, as given to the constructor."""

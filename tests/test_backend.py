@@ -402,3 +402,39 @@ def test_an_exported_program_finds_its_experts_in_another_process(
     )
     assert run.returncode == 0, run.stderr
     assert torch.equal(torch.load(tmp_path / "step.pt"), Layer()(*longer))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_into_a_tensor_of_the_caller(
+    store: moeinf.ExpertStore, device: str, compiled: bool, seed: int
+) -> None:
+    cache = moeinf.ExpertCache(store, device=device, slots=3)
+    hidden, ids, weights = random_step(seed, 4)
+    expected = moeinf.fused_experts(hidden, ids, weights, cache, 1)
+    out = torch.full_like(hidden, torch.nan)
+    address = out.data_ptr()
+
+    def layer(hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        moeinf.fused_experts_out(hidden, ids, weights, cache, 1, out=out)
+        return out * 2
+
+    if compiled:
+        layer = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    assert torch.equal(layer(hidden, out), expected * 2)
+    assert torch.equal(out, expected)
+    assert out.data_ptr() == address
+    moeinf.fused_experts_out(hidden, ids, weights, cache, 1, out=hidden)
+    assert torch.equal(hidden, expected)
+
+
+def test_into_a_tensor_that_does_not_fit(store: moeinf.ExpertStore) -> None:
+    cache = moeinf.ExpertCache(store, slots=3)
+    hidden, ids, weights = random_step(1, 4)
+    for out in (hidden[:3], hidden.double(), hidden[:, :-1], hidden.to("meta")):
+        with pytest.raises(ValueError, match=r"(?s)out: expected float32 \[4, 40\] on cpu.*found"):
+            moeinf.fused_experts_out(hidden, ids, weights, cache, 0, out=out)
+    with pytest.raises(ValueError, match="no gradients"):
+        moeinf.fused_experts_out(
+            hidden.requires_grad_(), ids, weights, cache, 0, out=torch.empty_like(hidden)
+        )

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import write_checkpoint
+from transformers import GptOssConfig, GptOssForCausalLM
+
+from moeinf.checkpoint.store import ExpertStore
 
 # Loads a tiny model first, so that imports and thread stacks are part of the baseline.
 CHILD = """
@@ -31,10 +34,29 @@ print(json.dumps({"peak": resident("VmHWM") - before, "stats": model.moeinf.stat
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc/self/status")
-def test_peak_memory_is_the_dense_weights_and_the_budget(
-    qwen3_folder: Path, tmp_path: Path
-) -> None:
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="reads the peak from /proc/self/status"
+)
+
+
+def assert_within_budget(tiny: Path, large: Path, budget: int) -> None:
+    """The peak is the dense weights and the budget, and a tenth more."""
+    store = ExpertStore.open(large)
+    dense = sum(entry.nbytes for entry in store.checkpoint.tensors.values()) - store.nbytes
+    assert store.nbytes > 3 * (dense + budget) // 2, "the experts must not fit by accident"
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tiny), str(large), str(budget)],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    report = json.loads(child.stdout.splitlines()[-1])
+    assert report["stats"]["evictions"] > 0
+    limit = 1.1 * (dense + budget)
+    assert report["peak"] < limit, f"{report['peak'] / 2**20:.0f} MiB, {limit / 2**20:.0f} allowed"
+
+
+def test_experts_of_a_tensor_each(qwen3_folder: Path, tmp_path: Path) -> None:
     write_checkpoint(
         tmp_path,
         dtype=torch.bfloat16,
@@ -46,20 +68,21 @@ def test_peak_memory_is_the_dense_weights_and_the_budget(
         moe_intermediate_size=512,
         max_shard_size="250MB",
     )
-    from moeinf.checkpoint.store import ExpertStore
+    assert_within_budget(qwen3_folder, tmp_path, 96 << 20)
 
-    store = ExpertStore.open(tmp_path)
-    tensors = store.checkpoint.tensors.values()
-    dense = sum(entry.nbytes for entry in tensors) - store.nbytes
-    budget = 96 * 2**20
-    assert store.nbytes > 3 * (dense + budget) // 2, "the experts must not fit by accident"
-    child = subprocess.run(
-        [sys.executable, "-c", CHILD, str(qwen3_folder), str(tmp_path), str(budget)],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    report = json.loads(child.stdout.splitlines()[-1])
-    assert report["stats"]["evictions"] > 0
-    limit = 1.1 * (dense + budget)
-    assert report["peak"] < limit, f"{report['peak'] / 2**20:.0f} MiB, {limit / 2**20:.0f} allowed"
+
+def test_fused_transposed_experts_are_never_held_whole(tmp_path: Path) -> None:
+    """One tensor has the experts of a layer, [experts, in, out]; each is turned when read."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64}
+    for name, experts, hidden in (("tiny", 4, 64), ("large", 96, 1024)):
+        config = GptOssConfig(
+            vocab_size=40_000,
+            hidden_size=hidden,
+            intermediate_size=hidden,
+            num_hidden_layers=1,
+            num_local_experts=experts,
+            **sizes,
+        )
+        model = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(tmp_path / name)
+    assert_within_budget(tmp_path / "tiny", tmp_path / "large", 160 << 20)

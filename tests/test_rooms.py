@@ -56,14 +56,17 @@ PYTHON = {
     "kernels/forms kernels/gates",
     "moeinf/integrations": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces "
     "moeinf/cache moeinf/experts moeinf/pocket kernels/forms kernels/gates",
+    "moeinf/packing": "moeinf/errors moeinf/checkpoint moeinf/cache moeinf/integrations "
+    "moeinf/output_files moeinf/memory_read kernels/forms kernels/gates",
     "moeinf/report": "moeinf/errors moeinf/traces moeinf/output_files",
     "moeinf/memory_read": "moeinf/_core",
     "moeinf/machine": "moeinf/_core moeinf/errors moeinf/memory_read",
     "moeinf/cli": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
-    "moeinf/integrations moeinf/report moeinf/pocket moeinf/machine moeinf/output_files",
+    "moeinf/integrations moeinf/packing moeinf/report moeinf/pocket moeinf/machine "
+    "moeinf/output_files",
     # moeinf/__init__.py alone: the public names, each imported when it is first used.
     "moeinf": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
-    "moeinf/experts moeinf/integrations kernels",
+    "moeinf/experts moeinf/integrations moeinf/packing kernels kernels/forms",
 }
 ROOMS = {f"csrc/{room}": {f"csrc/{name}" for name in known.split()} for room, known in CORE.items()}
 ROOMS |= {room: set(known.split()) for room, known in PYTHON.items()}
@@ -184,6 +187,15 @@ def test_every_python_file_is_in_a_room_of_its_own_name() -> None:
     for file in python_sources():
         if room_of(name_of(file)) == "moeinf":
             assert file == ROOT / "moeinf" / "__init__.py", f"{file} needs a row in the table"
+
+
+def test_every_package_is_installed() -> None:
+    stated = re.search(r"\npackages = \[(.*?)\]", (ROOT / "pyproject.toml").read_text(), re.DOTALL)
+    assert stated is not None
+    packages = re.findall(r'"([\w.]+)"', stated[1])
+    folders = {file.parent for file in (ROOT / "moeinf").rglob("*.py")}
+    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    assert found | {"moeinf.kernels"} == set(packages)
 
 
 def test_no_circle_of_rooms() -> None:

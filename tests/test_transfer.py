@@ -167,10 +167,15 @@ def test_extents_that_do_not_fit_are_refused_by_name(files: FileSet) -> None:
 )
 def test_a_transpose_stays_in_the_slot(turn: tuple[int, ...], files: FileSet) -> None:
     sizes = [(str(path), path.stat().st_size) for path in files.paths]
+    shape = files.layers, files.experts, files.slot_bytes, sizes, files.extents
     with pytest.raises(ValueError, match="transpose of"):
-        _core.Catalog(
-            files.layers, files.experts, files.slot_bytes, sizes, files.extents, transposes=[turn]
-        )
+        _core.Catalog(*shape, transposes=[turn])
+    _core.Catalog(*shape, transposes=[(0, 2, 3, 2), (12, 2, 1, 1)])
+    with pytest.raises(ValueError, match=r"at slot offset 11: .*, from 12 on"):
+        _core.Catalog(*shape, transposes=[(0, 2, 3, 2), (11, 2, 1, 1)])
+    with pytest.raises(ValueError, match="offset 8: expected bytes that no transpose moves"):
+        check = (8, 8, _core.ScaleType.f32, True)
+        _core.Catalog(*shape, transposes=[(0, 2, 3, 2)], checks=[check])
 
 
 def test_a_missing_file_is_an_error_at_once(files: FileSet) -> None:

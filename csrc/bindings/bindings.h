@@ -7,6 +7,7 @@ namespace moeinf {
 
 void bind_errors(pybind11::module_& module);
 void bind_compute(pybind11::module_& module);
+void bind_byte_source(pybind11::module_& module);
 void bind_catalog(pybind11::module_& module);
 void bind_pool(pybind11::module_& module);
 void bind_file_reader(pybind11::module_& module);

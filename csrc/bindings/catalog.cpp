@@ -6,6 +6,7 @@
 
 #include <array>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -21,6 +22,7 @@ namespace py = pybind11;
 namespace moeinf {
 namespace {
 
+using Sources = std::map<size_t, std::shared_ptr<ByteSource>>;
 using ExtentArray = py::array_t<uint64_t, py::array::c_style | py::array::forcecast>;
 
 using Check = std::tuple<uint64_t, uint64_t, ScaleType, bool>;
@@ -30,8 +32,8 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
                                       const std::vector<std::pair<std::string, uint64_t>>& files,
                                       const ExtentArray& extents,
                                       const std::vector<std::array<uint64_t, 4>>& transposes,
-                                      const std::vector<Check>& checks,
-                                      std::vector<Tensor> tensors) {
+                                      const std::vector<Check>& checks, std::vector<Tensor> tensors,
+                                      const Sources& sources) {
     if (extents.ndim() != 3 || extents.shape(2) != 4 ||
         extents.shape(0) != static_cast<py::ssize_t>(num_layers) * num_experts) {
         std::string found = "[";
@@ -46,6 +48,7 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
     }
     std::vector<CatalogFile> catalog_files;
     for (const auto& [path, nbytes] : files) catalog_files.push_back({path, nbytes});
+    for (const auto& [file, source] : sources) catalog_files.at(file).source = source;
 
     std::vector<Transpose> turned;
     for (const auto& [offset, rows, cols, element] : transposes) {
@@ -105,12 +108,14 @@ void bind_catalog(py::module_& module) {
              py::arg("slot_bytes"), py::arg("files"), py::arg("extents"),
              py::arg("transposes") = std::vector<std::array<uint64_t, 4>>{},
              py::arg("checks") = std::vector<Check>{}, py::arg("tensors") = std::vector<Tensor>{},
+             py::arg("sources") = Sources{},
              "files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as "
              "(file, file offset, bytes, slot offset), experts by layer * num_experts + expert. "
              "transposes: (slot offset, rows, columns, bytes of an element), as they are read; in "
              "the slot they lie as columns x rows. checks: (slot offset, bytes, type, negative) of "
              "numbers that may not be NaN or infinite, and below zero only if negative. tensors: "
-             "(file, file offset, name), for messages.")
+             "(file, file offset, name), for messages. sources: by index of `files`, of those that "
+             "are none.")
         .def_property_readonly("num_layers", &Catalog::num_layers)
         .def_property_readonly("num_experts", &Catalog::num_experts)
         .def_property_readonly("slot_bytes", &Catalog::slot_bytes)

@@ -6,6 +6,7 @@ PYBIND11_MODULE(_core, module) {
     module.doc() = "Slots, transfers, residency and CPU kernels of moeinf.";
     moeinf::bind_errors(module);
     moeinf::bind_compute(module);
+    moeinf::bind_byte_source(module);
     moeinf::bind_catalog(module);
     moeinf::bind_pool(module);
     moeinf::bind_file_reader(module);

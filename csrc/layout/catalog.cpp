@@ -110,17 +110,23 @@ Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile>
                 " experts; found " + text_of(extents_.size()) + " extents");
     }
     extents_per_expert_ = extents_.size() / total;
+    for (const CatalogFile& file : files_) {
+        if (file.source != nullptr && file.source->whole_segments()) may_cut_ = false;
+    }
 
+    uint64_t end = 0;  // of the one before
     for (const Transpose& one : transposes_) {
         const bool known = one.element == 1 || one.element == 2 || one.element == 4;
         const uint64_t most = known ? slot_bytes / one.element : 0;
         if (one.rows == 0 || one.cols == 0 || one.rows > most || one.cols > most / one.rows ||
-            one.slot_offset > slot_bytes - one.nbytes() || one.slot_offset % one.element != 0) {
+            one.slot_offset > slot_bytes - one.nbytes() || one.slot_offset % one.element != 0 ||
+            one.slot_offset < end) {
             invalid("transpose of " + text_of(one.rows) + " x " + text_of(one.cols) +
                     " elements of " + text_of(one.element) + " bytes at slot offset " +
                     text_of(one.slot_offset) + ": expected elements of 1, 2 or 4 bytes in a slot " +
-                    "of " + text_of(slot_bytes) + " bytes");
+                    "of " + text_of(slot_bytes) + " bytes, from " + text_of(end) + " on");
         }
+        end = one.slot_offset + one.nbytes();
     }
     uint64_t unit = 1;
     for (const NumberCheck& check : checks_) {
@@ -130,6 +136,13 @@ Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile>
             invalid("check of " + text_of(check.nbytes) + " bytes at slot offset " +
                     text_of(check.slot_offset) + ": expected whole numbers in a slot of " +
                     text_of(slot_bytes) + " bytes");
+        }
+        for (const Transpose& one : transposes_) {
+            if (one.slot_offset < check.slot_offset + check.nbytes &&
+                check.slot_offset < one.slot_offset + one.nbytes()) {
+                invalid("check of bytes at slot offset " + text_of(check.slot_offset) +
+                        ": expected bytes that no transpose moves");
+            }
         }
     }
     std::vector<size_t> order;

@@ -4,12 +4,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "base/ids.h"
+#include "layout/byte_source.h"
 #include "layout/matrix.h"
 
 namespace moeinf {
@@ -49,6 +51,7 @@ struct CatalogFile {
     bool operator==(const CatalogFile&) const = default;
     std::string path;
     uint64_t nbytes;
+    std::shared_ptr<const ByteSource> source{};  // in place of a file of that path
 };
 
 // Where a tensor begins, for messages.
@@ -63,8 +66,9 @@ class Catalog {
 public:
     // `extents` holds `extents_per_expert` entries for each flat expert id (layer * num_experts +
     // expert), in order. Throws Error(kInvalid) if an extent exceeds its file or its slot, if two
-    // extents of one expert overlap in the slot, or if a transpose or a check exceeds the slot.
-    // `tensors` are what messages name; they may be none, or not all.
+    // extents of one expert overlap in the slot, if a transpose or a check exceeds the slot, or if
+    // transposes overlap, are out of order, or turn bytes that are checked. `tensors` are what
+    // messages name; they may be none, or not all.
     Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
             std::vector<Extent> extents, std::vector<Transpose> transposes = {},
             std::vector<NumberCheck> checks = {}, std::vector<CatalogTensor> tensors = {});
@@ -77,6 +81,8 @@ public:
     [[nodiscard]] const std::vector<CatalogFile>& files() const noexcept { return files_; }
     [[nodiscard]] std::span<const Extent> extents(ExpertId expert) const;
     [[nodiscard]] const std::vector<Transpose>& transposes() const noexcept { return transposes_; }
+    // False if a source wants to be asked for whole segments.
+    [[nodiscard]] bool may_cut() const noexcept { return may_cut_; }
     [[nodiscard]] const std::vector<NumberCheck>& checks() const noexcept { return checks_; }
     // Whether a block of a file may end inside a number: some extent begins at an odd place.
     [[nodiscard]] bool cuts_numbers() const noexcept { return cuts_numbers_; }
@@ -95,6 +101,7 @@ private:
     uint64_t slot_bytes_;
     uint64_t expert_bytes_ = 0;
     size_t extents_per_expert_ = 0;
+    bool may_cut_ = true;
     std::vector<CatalogFile> files_;
     std::vector<Extent> extents_;
     std::vector<Transpose> transposes_;

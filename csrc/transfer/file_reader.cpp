@@ -18,7 +18,6 @@
 #include "transfer/number_check.h"
 #include "transfer/read_plan.h"
 #include "transfer/source_file.h"
-#include "transfer/transpose.h"
 
 namespace moeinf {
 
@@ -28,6 +27,7 @@ constexpr int32_t kDefaultThreads = 12;  // see benchmarks/notes/transfer.md
 constexpr int32_t kMaxThreads = 256;
 constexpr size_t kDefaultChunkBytes = size_t{1} << 20;
 constexpr size_t kMaxChunkBytes = size_t{1} << 30;
+constexpr size_t kNeverCut = size_t{1} << 62;
 
 struct Job;
 using Queue = std::list<std::shared_ptr<Job>>;
@@ -116,7 +116,6 @@ struct FileReader::Impl {
     }
 
     void work(const std::stop_token& stop, std::span<std::byte> buffer) {
-        std::vector<std::byte> scratch;  // of transposes
         std::unique_lock lock(queues);
         const auto has_work = [this] { return !demands.empty() || !prefetches.empty(); };
         while (ready.wait(lock, stop, has_work)) {
@@ -137,7 +136,7 @@ struct FileReader::Impl {
             }
             if (job->queue == nullptr && job->chunks_in_flight == 0) {
                 lock.unlock();
-                check_and_turn(*job, scratch);
+                check_whole(*job);
                 conclude(job);
                 lock.lock();
             }
@@ -154,21 +153,19 @@ struct FileReader::Impl {
                     check_numbers(*catalog, job.expert(), job.slot, begin, end);
                 };
             }
-            files[chunk.file].read(chunk, job.plan.pieces_of(chunk), job.slot, buffer, check);
+            files[chunk.file].read(chunk, job.plan.pieces_of(chunk), catalog->transposes(),
+                                   job.slot, buffer, check);
         } catch (const std::exception& error) {
             return error.what();
         }
         return {};
     }
 
-    // Once the last chunk is there.
-    void check_and_turn(Job& job, std::vector<std::byte>& scratch) const {
-        if (!job.failure.empty() || job.cut_short) return;
+    // Once the last chunk is there: numbers that chunks may cut.
+    void check_whole(Job& job) const {
+        if (!job.failure.empty() || job.cut_short || !catalog->cuts_numbers()) return;
         try {
-            if (catalog->cuts_numbers()) {
-                check_numbers(*catalog, job.expert(), job.slot, 0, catalog->slot_bytes());
-            }
-            apply(catalog->transposes(), job.slot, scratch);
+            check_numbers(*catalog, job.expert(), job.slot, 0, catalog->slot_bytes());
         } catch (const std::exception& error) {
             job.failure = error.what();
         }
@@ -236,7 +233,8 @@ ReadJobPtr FileReader::submit(ExpertId expert, std::byte* slot, Priority priorit
     }
     auto job = std::make_shared<Job>();
     ReadJobAccess::begin(*job, expert);
-    job->plan = plan_reads(impl_->catalog->extents(expert), impl_->options.chunk_bytes);
+    const size_t cut_at = impl_->catalog->may_cut() ? impl_->options.chunk_bytes : kNeverCut;
+    job->plan = plan_reads(impl_->catalog->extents(expert), cut_at);
     job->slot = slot;
     job->done = std::move(done);
     {

@@ -10,6 +10,7 @@
 #include "base/error.h"
 #include "base/sizes.h"
 #include "transfer/direct_io.h"
+#include "transfer/transpose.h"
 
 namespace moeinf {
 namespace {
@@ -84,7 +85,11 @@ void read_fully(int descriptor, const std::string& path, const ReadRequest& requ
 }
 
 SourceFile::SourceFile(const CatalogFile& file, bool allow_direct)
-    : path_(file.path), nbytes_(file.nbytes), descriptor_(open_file(file.path)) {
+    : path_(file.path),
+      nbytes_(file.nbytes),
+      source_(file.source),
+      descriptor_(source_ != nullptr ? -1 : open_file(file.path)) {
+    if (source_ != nullptr) return;
     const struct stat status = status_of(descriptor_.number(), path_);
     if (!S_ISREG(status.st_mode)) read_error(path_, "expected a regular file");
     if (static_cast<uint64_t>(status.st_size) != nbytes_) {
@@ -97,24 +102,26 @@ SourceFile::SourceFile(const CatalogFile& file, bool allow_direct)
     if (!direct()) (void)posix_fadvise(descriptor_.number(), 0, 0, POSIX_FADV_RANDOM);
 }
 
-void SourceFile::read(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
+void SourceFile::read(const Chunk& chunk, std::span<const Piece> pieces,
+                      std::span<const Transpose> transposes, std::byte* slot,
                       std::span<std::byte> bounce, const Landed& landed) const {
     if (direct()) {
-        read_direct(chunk, pieces, slot, bounce, landed);
+        read_direct(chunk, pieces, transposes, slot, bounce, landed);
     } else {
-        read_buffered(chunk, pieces, slot, landed);
+        read_buffered(chunk, pieces, transposes, slot, bounce, landed);
     }
     check_unchanged();
 }
 
-void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
+void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces,
+                             std::span<const Transpose> transposes, std::byte* slot,
                              std::span<std::byte> bounce, const Landed& landed) const {
     const uint64_t begin = round_down(chunk.begin, alignment_);
     const size_t capacity = static_cast<size_t>(round_up(chunk.end, alignment_) - begin);
     const ReadRequest request{begin, static_cast<size_t>(chunk.end - begin), capacity, alignment_};
 
     std::byte* const target = slot + pieces.front().slot_offset;
-    const bool fits_in_place = pieces.size() == 1 && chunk.begin == begin &&
+    const bool fits_in_place = transposes.empty() && pieces.size() == 1 && chunk.begin == begin &&
                                chunk.end - chunk.begin == capacity &&
                                reinterpret_cast<uintptr_t>(target) % alignment_ == 0;
     if (fits_in_place) {
@@ -122,28 +129,37 @@ void SourceFile::read_direct(const Chunk& chunk, std::span<const Piece> pieces, 
         if (landed) landed(pieces.front().slot_offset, pieces.front().slot_offset + capacity);
         return;
     }
-    if (capacity > bounce.size()) {
-        throw Error(ErrorCode::kInvalid, path_ + ": a read of " + number(capacity) +
-                                             " bytes does not fit in a buffer of " +
-                                             number(bounce.size()));
-    }
+    check_room(capacity, bounce);
     read_fully(descriptor_.number(), path_, request, bounce.data());
     for (const Piece& piece : pieces) {
         in_steps(piece, landed, [&](uint64_t from, uint64_t nbytes) {
-            std::memcpy(slot + piece.slot_offset + from,
-                        bounce.data() + (piece.file_offset - begin) + from, nbytes);
+            const auto bytes = bounce.subspan(piece.file_offset - begin + from, nbytes);
+            place(bytes, piece.slot_offset + from, transposes, slot);
         });
     }
 }
 
-void SourceFile::read_buffered(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
-                               const Landed& landed) const {
+void SourceFile::read_buffered(const Chunk& chunk, std::span<const Piece> pieces,
+                               std::span<const Transpose> transposes, std::byte* slot,
+                               std::span<std::byte> bounce, const Landed& landed) const {
+    const bool in_steps_too = source_ == nullptr || !source_->whole_segments();
     for (const Piece& piece : pieces) {
-        in_steps(piece, landed, [&](uint64_t from, uint64_t nbytes) {
-            read_fully(descriptor_.number(), path_, {piece.file_offset + from, nbytes, nbytes, 1},
-                       slot + piece.slot_offset + from);
-        });
+        const auto copy = [&](uint64_t from, uint64_t nbytes) {
+            const uint64_t at = piece.slot_offset + from;
+            if (transposes.empty())
+                return read_range(piece.file_offset + from, {slot + at, nbytes});
+            check_room(nbytes, bounce);
+            read_range(piece.file_offset + from, bounce.first(nbytes));
+            place(bounce.first(nbytes), at, transposes, slot);
+        };
+        if (in_steps_too) {
+            in_steps(piece, landed, copy);
+        } else {
+            copy(0, piece.nbytes);
+            if (landed) landed(piece.slot_offset, piece.slot_offset + piece.nbytes);
+        }
     }
+    if (source_ != nullptr) return;
     // The kernel drops whole pages only, so the range is rounded to pages.
     const uint64_t begin = round_down(chunk.begin, kChunkAlignment);
     (void)posix_fadvise(descriptor_.number(), static_cast<off_t>(begin),
@@ -151,7 +167,27 @@ void SourceFile::read_buffered(const Chunk& chunk, std::span<const Piece> pieces
                         POSIX_FADV_DONTNEED);
 }
 
+void SourceFile::check_room(size_t nbytes, std::span<std::byte> bounce) const {
+    if (nbytes <= bounce.size()) return;
+    throw Error(ErrorCode::kInvalid, path_ + ": a read of " + number(nbytes) +
+                                         " bytes does not fit in a buffer of " +
+                                         number(bounce.size()));
+}
+
+void SourceFile::read_range(uint64_t offset, std::span<std::byte> out) const {
+    if (source_ == nullptr) {
+        read_fully(descriptor_.number(), path_, {offset, out.size(), out.size(), 1}, out.data());
+        return;
+    }
+    try {
+        source_->read(offset, out);
+    } catch (const Error& error) {
+        read_error(path_, error.what());
+    }
+}
+
 void SourceFile::check_unchanged() const {
+    if (source_ != nullptr) return;
     const struct stat status = status_of(descriptor_.number(), path_);
     if (static_cast<uint64_t>(status.st_size) != nbytes_) {
         read_error(path_, "changed while open: expected " + number(nbytes_) + " bytes, found " +

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <span>
 #include <string>
 
@@ -60,21 +61,27 @@ public:
     // are in the cache of the CPU. It may throw.
     using Landed = std::function<void(uint64_t begin, uint64_t end)>;
 
-    // Copies every piece to its place in `slot`. `bounce` is aligned and holds the chunk, rounded
-    // to the alignment at both ends. Throws Error(kRead) if a read fails or the file was changed
-    // after it was opened.
-    void read(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
-              std::span<std::byte> bounce, const Landed& landed = nullptr) const;
+    // Puts every piece in its place in `slot`; matrices of `transposes` are turned on the way.
+    // `bounce` is aligned and holds the chunk, rounded to the alignment at both ends. Throws
+    // Error(kRead) if a read fails or the file was changed after it was opened.
+    void read(const Chunk& chunk, std::span<const Piece> pieces,
+              std::span<const Transpose> transposes, std::byte* slot, std::span<std::byte> bounce,
+              const Landed& landed = nullptr) const;
 
 private:
-    void read_direct(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
+    void read_direct(const Chunk& chunk, std::span<const Piece> pieces,
+                     std::span<const Transpose> transposes, std::byte* slot,
                      std::span<std::byte> bounce, const Landed& landed) const;
-    void read_buffered(const Chunk& chunk, std::span<const Piece> pieces, std::byte* slot,
-                       const Landed& landed) const;
+    void read_buffered(const Chunk& chunk, std::span<const Piece> pieces,
+                       std::span<const Transpose> transposes, std::byte* slot,
+                       std::span<std::byte> bounce, const Landed& landed) const;
+    void check_room(size_t nbytes, std::span<std::byte> bounce) const;
+    void read_range(uint64_t offset, std::span<std::byte> out) const;
     void check_unchanged() const;
 
     std::string path_;
     uint64_t nbytes_;
+    std::shared_ptr<const ByteSource> source_;  // in place of a file
     Descriptor descriptor_;
     timespec modified_{};
     size_t alignment_ = 1;

@@ -205,7 +205,17 @@ def read_multiplier(entry: PackedEntry) -> torch.Tensor:
 def read_bytes(entry: TensorEntry, offset: int, nbytes: int) -> torch.Tensor:
     """The same for a part of a tensor, uint8 [nbytes]; `offset` counts from the file's start."""
     tensor = torch.empty(nbytes, dtype=torch.uint8)
+    read_into(entry, offset, tensor)
+    return tensor
+
+
+def read_into(entry: TensorEntry, offset: int, tensor: torch.Tensor) -> None:
+    """Fills uint8 [n] with a part of a tensor; `offset` counts from the file's start."""
+    nbytes = tensor.numel()
     view = tensor.numpy().data
+    if entry.file.source is not None:
+        entry.file.source.read(offset, view)
+        return
     try:
         with entry.path.open("rb", buffering=0) as file:
             entry.file.check(os.fstat(file.fileno()))
@@ -224,4 +234,3 @@ def read_bytes(entry: TensorEntry, offset: int, nbytes: int) -> torch.Tensor:
         if isinstance(error, ReadError):
             raise
         raise ReadError(f"{entry.path}: {entry.name}: {error.strerror or error}") from error
-    return tensor

@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 
 import torch
 
+from moeinf import _core
 from moeinf.errors import CheckpointError, ReadError
 
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
@@ -78,6 +79,18 @@ class FileState:
         if FileState.of(self.path, status) != self:
             found = "replaced" if status.st_ino != self.inode else "written to"
             raise ReadError(f"{self.path}: was {found} after the checkpoint was opened")
+
+    def check_path(self) -> None:
+        """The same for what is at the path now; ReadError also where nothing is."""
+        try:
+            self.check(self.path.stat())
+        except FileNotFoundError as error:
+            raise ReadError(f"{self.path}: is gone") from error
+
+    @property
+    def source(self) -> _core.ByteSource | None:
+        """Where the bytes come from, if from no file."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)

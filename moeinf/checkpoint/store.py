@@ -8,21 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import os
-import weakref
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from moeinf import _core
 from moeinf.checkpoint import config as configuration
+from moeinf.checkpoint import memory
+from moeinf.checkpoint.extent import Extent
 from moeinf.checkpoint.families import NAMINGS, family_of, find_experts
 from moeinf.checkpoint.folder import Checkpoint, read_bytes, read_multiplier
-from moeinf.checkpoint.formats import BIAS, MULTIPLIER, SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.formats import BIAS, FORMATS, MULTIPLIER, SCALES, VALUES, WeightFormat
 from moeinf.checkpoint.headers import DTYPE_NAMES, FileState, TensorEntry
+from moeinf.checkpoint.held import hold_tensor
 from moeinf.checkpoint.index import (
+    Expert,
     Index,
     Slice,
     build_index,
@@ -32,23 +35,13 @@ from moeinf.checkpoint.index import (
 )
 from moeinf.checkpoint.layout import Layout, Segment
 from moeinf.checkpoint.packed import PackedEntry
-from moeinf.errors import CheckpointError, ReadError
+from moeinf.errors import CheckpointError
 from moeinf.kernels.forms import ExpertForm
 
 FLOATS = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
 
 
 SAMPLES = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """A run of bytes of one expert: where it lies in a file, and where in the slot it goes."""
-
-    entry: TensorEntry
-    file_offset: int  # bytes from the start of the file
-    nbytes: int
-    slot_offset: int
 
 
 class ExpertStore:
@@ -134,6 +127,88 @@ class ExpertStore:
             raise CheckpointError(f"{down}: config.json says hidden_size is {hidden}")
         return store
 
+    @classmethod
+    def from_tensors(
+        cls,
+        layers: Mapping[int, Mapping[str, Any]] | Sequence[Mapping[str, Any]],
+        *,
+        form: ExpertForm | None = None,
+        formats: WeightFormat | tuple[WeightFormat, WeightFormat] | None = None,
+        top_k: int | None = None,
+        interleaved: bool = False,
+        transposed: bool = False,
+    ) -> ExpertStore:
+        """A store of experts that the caller holds in RAM. They are read in place, and kept alive.
+
+        The caller changes no byte of them while the store lives. The cache copies into its slots
+        what it needs of them.
+
+        Args:
+            layers: for each MoE layer, by its number in the model, the tensors of its experts by
+                name: gate_up [E, 2I, H], or gate and up [E, I, H] each, and down [E, H, I]; with
+                ".scales", ".multiplier" and ".bias" behind the name where the form or the format
+                has them (shapes: `WeightFormat.segments`). Each is a tensor, an array (numpy, or
+                anything with its interface), raw memory as (address, shape, dtype), or a list of
+                these, one for each expert. An expert's elements lie side by side.
+            formats: how weights are stored, of all matrices or of gate and up and of down; without
+                it, what the dtypes say. Other dtypes of the same width pass as bytes.
+            top_k: experts a token is routed to, where known.
+            interleaved: rows of gate and up alternate in gate_up; else gate comes first.
+            transposed: gate_up is [E, H, 2I] and down [E, I, H].
+
+        Raises:
+            ValueError: tensors that are missing, left over, or do not fit together; the message
+                names tensor, expected and found.
+        """
+        form = form or ExpertForm()
+        held = memory.from_tensors(
+            layers, form=form, formats=formats, interleaved=interleaved, transposed=transposed
+        )
+        return _MemoryStore(held, form, top_k)
+
+    @classmethod
+    def from_callback(
+        cls,
+        read: Callable[[int, int, str, memoryview], int],
+        *,
+        layers: int | Sequence[int],
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        formats: WeightFormat | tuple[WeightFormat, WeightFormat] = FORMATS["bf16"],
+        form: ExpertForm | None = None,
+        top_k: int | None = None,
+        interleaved: bool = False,
+        bias: torch.dtype = torch.bfloat16,
+    ) -> ExpertStore:
+        """A store of experts that the caller's function writes into slots.
+
+        Args:
+            read: read(layer, expert, segment, destination) writes all bytes of a segment (see
+                `layout`) into the memoryview, and returns their number. `layer` counts from 0.
+                Threads of the cache call it, several at once. What it raises, and a short write,
+                become a ReadError of the step that wanted the expert. Nothing may
+                use the destination after the call.
+            layers: how many MoE layers there are, or their numbers in the model.
+            hidden, intermediate: H and I.
+            bias: dtype of the biases, where the form has them.
+
+        The other arguments and the errors are those of `from_tensors`.
+        """
+        form = form or ExpertForm()
+        held = memory.from_callback(
+            read,
+            layers=layers,
+            num_experts=num_experts,
+            hidden=hidden,
+            intermediate=intermediate,
+            form=form,
+            formats=formats,
+            interleaved=interleaved,
+            bias=bias,
+        )
+        return _MemoryStore(held, form, top_k)
+
     @property
     def num_layers(self) -> int:
         """MoE layers."""
@@ -188,14 +263,22 @@ class ExpertStore:
             for piece in expert.values()
         }
 
-    def extents(self, layer: int, expert: int) -> list[Extent]:
-        """The byte ranges that make up one expert, in slot order."""
+    def check_expert(self, layer: int, expert: int) -> None:
+        """Raises IndexError where there is no such layer or expert."""
         if not (0 <= layer < self.num_layers and 0 <= expert < self.num_experts):
             raise IndexError(
                 f"layer {layer}, expert {expert}: this store has {self.num_layers} MoE layers "
                 f"of {self.num_experts} experts"
             )
-        parts = self._index[self.modules[layer]][expert]
+
+    def slices(self, layer: int, expert: int) -> Expert:
+        """The tensors, or the parts of tensors, that one expert lies in."""
+        self.check_expert(layer, expert)
+        return self._index[self.modules[layer]][expert]
+
+    def extents(self, layer: int, expert: int) -> list[Extent]:
+        """The byte ranges that make up one expert, in slot order."""
+        parts = self.slices(layer, expert)
         extents = []
         for segment, matrices, piece in self._places:
             slot_offset = segment.offset
@@ -221,7 +304,7 @@ class ExpertStore:
 
     @cached_property
     def _multipliers(self) -> TensorEntry:
-        """The multipliers of gate, up and down of every expert, in a file in memory.
+        """The multipliers of gate, up and down of every expert, in memory.
 
         In the checkpoint each is a tensor of its own, that may divide. Here they are read like all
         other bytes of an expert, and cost no read from the disk.
@@ -237,11 +320,7 @@ class ExpertStore:
                         for place, name in enumerate(("gate", "up", "down")):
                             if name in matrix.split("_"):
                                 numbers[layer, expert, place] = number
-        memory = os.memfd_create("moeinf multipliers", os.MFD_CLOEXEC)
-        weakref.finalize(self, os.close, memory)
-        os.write(memory, numbers.numpy().tobytes())
-        file = FileState.of(Path(f"/proc/self/fd/{memory}"), os.fstat(memory))
-        return TensorEntry("multipliers", file, "F32", shape, 0, 4 * numbers.numel())
+        return hold_tensor("multipliers", numbers)
 
     def read(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
         """Reads one expert into fresh memory: its segments by name.
@@ -290,17 +369,16 @@ class ExpertStore:
     def _checks(self) -> list[tuple[int, int, _core.ScaleType, bool]]:
         """Where a slot has numbers that must be finite: see WeightFormat.number_types."""
         found = []
-        for segment, matrices, piece in self._places:
-            types = self._format(matrices).number_types()
-            if piece in types:
-                kind, negative = types[piece]
+        for segment in self.layout.segments:
+            matrix, _, piece = segment.name.partition(".")
+            held = self.layout.down if matrix == "down" else self.layout.gate
+            types = held.format.number_types()
+            if (piece or VALUES) in types:
+                kind, negative = types[piece or VALUES]
                 found.append(
                     (segment.offset, segment.nbytes, getattr(_core.ScaleType, kind), negative)
                 )
         return found
-
-    def _format(self, matrices: tuple[str, ...]) -> WeightFormat:
-        return (self.layout.down if matrices == ("down",) else self.layout.gate).format
 
     @cached_property
     def catalog(self) -> _core.Catalog:
@@ -328,6 +406,7 @@ class ExpertStore:
                             entry = entry.pieces[VALUES]
                         tensors[paths[entry.file], entry.offset] = entry.name
         files = [(str(file.path), file.nbytes) for file in paths]
+        sources = {i: file.source for i, file in enumerate(paths) if file.source is not None}
         return _core.Catalog(
             self.num_layers,
             self.num_experts,
@@ -337,6 +416,7 @@ class ExpertStore:
             self._transposes(),
             checks,
             [(*place, name) for place, name in tensors.items()],
+            sources,
         )
 
     def check_unchanged(self) -> None:
@@ -345,10 +425,7 @@ class ExpertStore:
         A cache asks once its own descriptors are open. Later changes are seen through these.
         """
         for file in self._files:
-            try:
-                file.check(file.path.stat())
-            except FileNotFoundError as error:
-                raise ReadError(f"{file.path}: is gone") from error
+            file.check_path()
 
     @cached_property
     def _files(self) -> set[FileState]:
@@ -402,6 +479,36 @@ class ExpertStore:
                         f"{found}: expected {dtype} {list(expected)}, to go with {down}"
                     )
         return layout
+
+
+class _MemoryStore(ExpertStore):
+    """Of experts in no file. Their owner keeps the bytes as they are."""
+
+    def __init__(self, held: memory.Held, form: ExpertForm, top_k: int | None):
+        from moeinf.kernels.gates import check_form
+
+        check_form(form)
+        self._held = held
+        self.layout = held.layout
+        self.form = form
+        self.modules = list(held.places)
+        self.num_experts = len(held.places[self.modules[0]])
+        self.top_k = top_k
+        if top_k is not None and not 0 < top_k <= self.num_experts:
+            raise ValueError(f"top_k: expected 1 to {self.num_experts}, found {top_k}")
+
+    def tensor_names(self) -> set[str]:
+        return set()
+
+    def extents(self, layer: int, expert: int) -> list[Extent]:
+        self.check_expert(layer, expert)
+        return self._held.places[self.modules[layer]][expert]
+
+    def _transposes(self) -> list[tuple[int, int, int, int]]:
+        return list(self._held.transposes)
+
+    def check_unchanged(self) -> None:
+        """Nothing can be asked."""
 
 
 def _places(

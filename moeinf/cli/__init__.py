@@ -14,6 +14,7 @@ COMMANDS = {
     "run": "moeinf.cli.run",
     "chat": "moeinf.cli.chat",
     "info": "moeinf.cli.info",
+    "pack": "moeinf.cli.pack",
     "trace": "moeinf.cli.trace",
     "simulate": "moeinf.cli.simulate",
     "report": "moeinf.cli.report",

@@ -26,6 +26,10 @@ _library.define(
     "fused_experts(Tensor hidden, Tensor topk_ids, Tensor topk_weights, str cache, int layer)"
     " -> Tensor"
 )
+_library.define(
+    "fused_experts_out(Tensor hidden, Tensor topk_ids, Tensor topk_weights, str cache, int layer,"
+    " Tensor(a!) out) -> ()"
+)
 _operator = torch.ops.moeinf.fused_experts.default  # half as much Python per call as by its name
 
 
@@ -90,6 +94,43 @@ def fused_experts(
         return _operator(hidden, topk_ids, topk_weights, cache.name, layer)
 
 
+def fused_experts_out(
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    cache: ExpertCache,
+    layer: int,
+    *,
+    out: torch.Tensor,
+) -> None:
+    """`fused_experts` into `out`, [T, H] in the dtype of `hidden`, for runtimes whose graphs need
+    results at fixed addresses. `out` may be `hidden`. Inference only: ValueError with gradients."""
+    if torch.is_grad_enabled() and (hidden.requires_grad or topk_weights.requires_grad):
+        raise ValueError("fused_experts_out has no gradients: call fused_experts")
+    torch.ops.moeinf.fused_experts_out(hidden, topk_ids, topk_weights, cache.name, layer, out)
+
+
+def _fused_experts_out(
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    weights: torch.Tensor,
+    cache: str,
+    layer: int,
+    out: torch.Tensor,
+) -> None:
+    _fused_experts_out_fake(hidden, ids, weights, cache, layer, out)
+    out.copy_(backend_of(cache).run(hidden, ids, weights, layer))
+
+
+def _fused_experts_out_fake(hidden: torch.Tensor, *others: Any) -> None:
+    out = others[-1]
+    found, wanted = (
+        f"{str(one.dtype)[6:]} {list(one.shape)} on {one.device}" for one in (out, hidden)
+    )
+    if found != wanted:
+        raise ValueError(f"out: expected {wanted}, as hidden is, found {found}")
+
+
 def _fused_experts(
     hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, cache: str, layer: int
 ) -> torch.Tensor:
@@ -110,5 +151,8 @@ def _fused_experts_fake(
 
 _library.impl("fused_experts", _fused_experts, "CPU")
 _library.impl("fused_experts", _fused_experts, "CUDA")
+for device in ("CPU", "CUDA"):
+    _library.impl("fused_experts_out", _fused_experts_out, device)
+torch.library.register_fake("moeinf::fused_experts_out", _fused_experts_out_fake, lib=_library)
 torch.library.register_fake("moeinf::fused_experts", _fused_experts_fake, lib=_library)
 backward.register(_library)

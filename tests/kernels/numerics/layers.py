@@ -16,7 +16,7 @@ from textbook import gate_value
 from moeinf.kernels import ExpertForm, ExpertMatrices, Gate, Matrix
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# ||found - expected|| / ||expected||, see error(). The interpreter rounds as a GPU does: see rounding.py.
+# Of error(). The interpreter rounds as a GPU does: see rounding.py.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 5e-3}
 # The largest error in a token's row over the root mean square of that row (or of all rows, if that
 # is more: a row may be small by cancellation). One wrong element among thousands cannot hide.

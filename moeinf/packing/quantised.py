@@ -1,0 +1,165 @@
+"""One expert in another format: its tensors, and what the rounding does to its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from moeinf.checkpoint.formats import MULTIPLIER
+from moeinf.checkpoint.layout import MatrixLayout
+from moeinf.checkpoint.store import ExpertStore
+from moeinf.errors import CheckpointError, UnsupportedError
+from moeinf.kernels.forms import Gate
+from moeinf.kernels.gates import reference
+from moeinf.packing.shards import Part, Spec
+from moeinf.packing.targets import SHAPE, Pieces, Target
+
+TOKENS = 16  # random ones, with elements of size 1, on which the error is judged
+JUDGED = 4  # experts of each layer
+# What most families call the matrices. Without a gate, the only matrix before the activation is up.
+WORDS = {True: {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"},
+         False: {"gate": "up_proj", "down": "down_proj"}}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Sums of squares over the outputs of an expert: of the changes, and of what they were."""
+
+    change: float = 0.0
+    size: float = 0.0
+
+    def __add__(self, other: Judged) -> Judged:
+        return Judged(self.change + other.change, self.size + other.size)
+
+    @property
+    def error(self) -> float:
+        return float((self.change / self.size) ** 0.5) if self.size else 0.0
+
+
+@dataclass(frozen=True)
+class QuantisedExpert(Part):
+    """An expert of a store, to be written as `target`. bases: matrix -> its name in the pack."""
+
+    store: ExpertStore
+    layer: int
+    expert: int
+    target: Target
+    bases: Mapping[str, str]
+
+    @property
+    def module(self) -> str:
+        return self.store.modules[self.layer]
+
+    @property
+    def specs(self) -> Sequence[Spec]:  # type: ignore[override]
+        """In slot order: the values of gate and up, then their scales, then those of down."""
+        found = []
+        for group in (("gate", "up"), ("down",)):
+            for piece, end in self.target.names.items():
+                for name in group:
+                    if name in self.bases and piece != MULTIPLIER:
+                        kind = self._specs[name][piece]
+                        found.append(Spec.of(self.bases[name] + end, *kind))
+        return found
+
+    @property
+    def small(self) -> Sequence[Spec]:  # type: ignore[override]
+        found = []
+        for name, base in self.bases.items():
+            if self.target.words is not None:
+                found.append(Spec.of(base + SHAPE, torch.int64, (2,)))
+            if MULTIPLIER in self.target.names:
+                kind = self._specs[name][MULTIPLIER]
+                found.append(Spec.of(base + self.target.names[MULTIPLIER], *kind))
+        return found
+
+    @property
+    def _specs(self) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
+        """Matrix -> piece -> dtype and shape."""
+        matrices = self._matrices()
+        return {name: self.target.specs(one.rows, one.cols) for name, one in matrices.items()}
+
+    def _matrices(self) -> dict[str, MatrixLayout]:
+        layout = self.store.layout
+        found = {"gate": layout.gate, "up": layout.up, "down": layout.down}
+        return {name: matrix for name, matrix in found.items() if matrix is not None}
+
+    def make(self) -> tuple[dict[str, torch.Tensor], Judged | None]:
+        """The tensors by name, and the error where this is one of the experts that are judged.
+
+        Raises:
+            CheckpointError: a weight that is no finite number.
+        """
+        segments = self.store.read(self.layer, self.expert)
+        weights = {}
+        for name, matrix in self._matrices().items():
+            rows = matrix.values
+            part = segments[rows.segment.name][rows.first :: rows.step][: rows.count]
+            weights[name] = part.float()
+            if not weights[name].isfinite().all():
+                raise CheckpointError(
+                    f"{self.module}, expert {self.expert}, {name}: expected finite numbers"
+                )
+        pieces: dict[str, Pieces] = {}
+        for group in (("gate", "up"), ("down",)):
+            names = [name for name in group if name in weights]
+            made = self.target.quantise(self.target.row, [weights[name] for name in names])
+            pieces |= dict(zip(names, made, strict=True))
+        tensors: dict[str, torch.Tensor] = {}
+        for name, base in self.bases.items():
+            stored = self.target.stored(pieces[name])
+            tensors |= {base + end: stored[piece] for piece, end in self.target.names.items()}
+            if self.target.words is not None:
+                tensors[base + SHAPE] = torch.tensor(weights[name].shape)
+        step = max(1, self.store.num_experts // JUDGED)
+        return tensors, None if self.expert % step else self._judge(weights, pieces)
+
+    def _judge(self, weights: dict[str, torch.Tensor], pieces: dict[str, Pieces]) -> Judged:
+        draw = torch.Generator().manual_seed(self.layer * self.store.num_experts + self.expert)
+        x = torch.randn(TOKENS, self.store.layout.hidden, generator=draw)
+        decoded = {name: self.target.row.dequantise(one).float() for name, one in pieces.items()}
+        before, after = (_ffn(x, one, self.store.form.gate) for one in (weights, decoded))
+        return Judged(
+            float((after - before).double().square().sum()), float(before.double().square().sum())
+        )
+
+
+def _ffn(x: torch.Tensor, weights: dict[str, torch.Tensor], gate: Gate) -> torch.Tensor:
+    up = F.linear(x, weights["up"]) if "up" in weights else None
+    return F.linear(reference(gate, F.linear(x, weights["gate"]), up), weights["down"])
+
+
+def quantised(store: ExpertStore, target: Target) -> list[QuantisedExpert]:
+    """Every expert of a store, each matrix under a name of its own.
+
+    Tensors of all experts are taken apart, into the names that most families have.
+
+    Raises:
+        UnsupportedError: experts that the target cannot hold.
+    """
+    layout, words = store.layout, WORDS[store.form.has_gate]
+    if store.form.has_bias:
+        raise UnsupportedError(
+            f"{store.modules[0]}: experts with biases are not quantised: they lie in tensors of "
+            "all experts, and no other names are known for them"
+        )
+    try:
+        target = target.for_sizes((layout.hidden, layout.intermediate))
+    except ValueError as error:
+        raise UnsupportedError(f"{store.modules[0]}: {target.row.name}: {error}") from error
+    found = []
+    for layer in range(store.num_layers):
+        for expert in range(store.num_experts):
+            bases = {}
+            for (matrix, _), part in store.slices(layer, expert).items():
+                name = part.entry.name.removesuffix(".weight")
+                for one in ("gate", "up") if matrix == "gate_up" else (matrix,):
+                    bases[one] = name
+                    if matrix == "gate_up" or part.nbytes != part.entry.nbytes:
+                        bases[one] = f"{name.rpartition('.')[0]}.{expert}.{words[one]}"
+            bases = {one: bases[one] for one in words}
+            found.append(QuantisedExpert(store, layer, expert, target, bases))
+    return found
