@@ -5,7 +5,8 @@ the tests read it. The fast decoders stand beside it, under the same name: one h
 csrc/compute/formats/ for the CPU, one tile loader in kernels/formats.py for the GPU.
 
 A matrix of a row with `scaled` may have scales, one for each block of its elements, and one
-multiplier for all of them. Integers may have a zero point beside each scale. They are no part of the row: see `with_scales`.
+multiplier for all of them. Integers may have a zero point beside each scale. They are no part of
+the row: see `with_scales`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class WeightFormat:
     block       (rows, cols) that share one scale, or None; 0 columns are all columns. Blocks at the
                 edges may be smaller
     scales      how scales are stored, one of SCALE_TYPES, or None
-    zeros       whether an int8 for each block is subtracted from its integers before they are scaled
+    zeros       whether an int8 for each block is subtracted from its integers before scaling
     multiplier  whether the whole matrix has one more scale, a float32
     signed      whether scales may be negative: quantisers of integers may turn the sign of a group
     suffixes    end of a tensor's name in a checkpoint -> the piece it holds
