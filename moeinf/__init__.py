@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         TraceError,
         UnsupportedError,
     )
+    from moeinf.experts.linear import linear
     from moeinf.experts.op import fused_experts, fused_experts_out
     from moeinf.integrations.transformers.load import load
     from moeinf.kernels.forms import ExpertForm, Gate
@@ -62,6 +63,7 @@ _HOMES = {
     "WeightFormat": "moeinf.checkpoint.formats",
     "fused_experts": "moeinf.experts.op",
     "fused_experts_out": "moeinf.experts.op",
+    "linear": "moeinf.experts.linear",
     "load": "moeinf.integrations.transformers",
     "pack": "moeinf.packing.pack",
     "simulate": "moeinf.traces.simulator",
@@ -87,6 +89,7 @@ __all__ = [
     "WeightFormat",
     "fused_experts",
     "fused_experts_out",
+    "linear",
     "load",
     "pack",
     "policies",

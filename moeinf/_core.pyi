@@ -514,6 +514,22 @@ def fused_experts_raw(
 def gate_functions() -> list[str]:
     """The gate functions that the CPU computes."""
 
+def linear(
+    engine: CpuEngine,
+    dtype: DType,
+    weight: int,
+    rows: int,
+    cols: int,
+    stride: int,
+    bias: int,
+    x: int,
+    tokens: int,
+    x_stride: int,
+    out: int,
+) -> None:
+    """Writes x @ weight^T + bias to [tokens, rows] at the address `out`, all of one dtype. Strides
+    are in elements; a bias of 0 is none."""
+
 def policy_names() -> list[str]:
     """What `policy` may be."""
 
@@ -565,3 +581,5 @@ def time_cache_misses(
 
 def weight_formats() -> list[str]:
     """The weight formats that the CPU computes with."""
+
+LINEAR_TOKENS: int = 16

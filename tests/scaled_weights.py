@@ -7,12 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from moeinf.checkpoint.blocks import BLOCKS
 from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
 from moeinf.checkpoint.layout import Layout
 from moeinf.kernels.forms import ExpertForm, Matrix
 
 E4M3, E2M1, INT4, INT8 = (FORMATS[name] for name in ("e4m3", "e2m1", "int4", "int8"))
-EVERY = {
+SCALED = {
     "fp8-128x128-f32": E4M3.with_scales("f32", (128, 128)),
     "fp8-128x128-bf16": E4M3.with_scales("bf16", (128, 128)),
     "fp8-32x32-f16": E4M3.with_scales("f16", (32, 32)),
@@ -33,6 +34,23 @@ EVERY = {
     "int8-32-zeros": INT8.with_scales("bf16", (1, 32), zeros=True),
     "int8-channel-zeros": INT8.with_scales("f16", (1, 0), zeros=True),
 }
+EVERY = {**SCALED, **{f"gguf-{name}": FORMATS[name] for name in BLOCKS}}
+
+
+def whole(row: WeightFormat, columns: int) -> int:
+    """At least so many columns as blocks of the format."""
+    return -(-columns // row.pack) * row.pack
+
+
+def block_scales(row: WeightFormat, raw: torch.Tensor, size: float, rng: torch.Generator) -> None:
+    """Gives blocks, uint8 [..., row.unit], scales of around `size`."""
+    if row.name == "mxfp4":
+        around = 127 + round(math.log2(size))
+        raw[..., 0] = torch.randint(around - 2, around + 2, raw.shape[:-1], generator=rng)
+        return
+    for first in {"q6_k": [208], "q4_k": [0, 2], "q5_k": [0, 2]}.get(row.name, [0]):
+        drawn = (torch.rand(*raw.shape[:-1], 1, generator=rng) + 0.5) * size
+        raw[..., first : first + 2] = drawn.half().view(torch.uint8)
 
 
 @dataclass
@@ -80,6 +98,13 @@ def fill(matrix: Matrix, row: WeightFormat, e: int, rng: torch.Generator) -> tor
     """Gives slot e random weights, whose products with x of size 1 have size 1."""
     parts = {VALUES: matrix.values[e]}
     random_bytes(matrix.values[e], rng)
+    if row.unit > 1:
+        blocks = matrix.values[e].unflatten(-1, (-1, row.unit))
+        block_scales(row, blocks, 1.0, rng)
+        numbers = row.decode(matrix.values[e])
+        size = 1 / math.sqrt(float(numbers.square().mean()) * numbers.shape[1])
+        block_scales(row, blocks, size, rng)
+        return row.decode(matrix.values[e])
     decoded = row.decode(matrix.values[e])
     size = 1 / math.sqrt(float(decoded.square().mean()) * decoded.shape[1])
     rest = 1.0
@@ -137,6 +162,12 @@ def every_code(row: WeightFormat, rows: int, cols: int, seed: int) -> dict[str, 
     for piece, (dtype, shape) in row.segments(rows, cols).items():
         count = math.prod(shape)
         codes = torch.randperm(count, generator=rng) % 256
+        if row.unit > 1:
+            blocks = parts[piece] = codes.to(torch.uint8).view(shape)
+            block_scales(row, blocks.unflatten(-1, (-1, row.unit)), 1.0, rng)
+            if row.name == "mxfp4":
+                blocks[:, :: row.unit] = (codes.view(shape)[:, 1 :: row.unit] % 241).to(torch.uint8)
+            continue
         if piece == VALUES:
             assert count >= 256
             if dtype == torch.float8_e4m3fn:

@@ -107,7 +107,11 @@ def write_unknown(folder: Path) -> Path:
     "write, family, reason",
     [
         (write_dense, "llama", "LlamaForCausalLM has no experts"),
-        (write_unknown, "tomorrow_moe", "does not know it; code that comes with a checkpoint"),
+        (
+            write_unknown,
+            "tomorrow_moe",
+            "does not know it; to run code that comes with it: trust_remote_code=True",
+        ),
     ],
 )
 def test_a_checkpoint_that_is_not_served_is_described_with_the_reason(

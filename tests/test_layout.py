@@ -55,6 +55,8 @@ def test_matrices_are_views_of_the_bytes_of_their_segments(
     form = ExpertForm(Gate("glu" if has_gate else "plain"), has_gate, has_bias)
     formats = (row, FORMATS["f32"]) if seed % 2 else row
     hidden, intermediate = 2 * random.Random(seed).randint(10, 30), 50
+    if row.unit > 1:  # whole blocks
+        hidden, intermediate = row.pack, 2 * row.pack
     if interleaved and has_gate and row is BLOCKS:
         with pytest.raises(ValueError, match="cannot alternate where"):
             Layout.of(form, formats, hidden, intermediate, interleaved=True)

@@ -32,11 +32,12 @@ CORE = {
     "tier": "base layout memory device policy transfer",
     "cache": "base layout memory device policy prefetch transfer tier",
     "trace": "base policy",
-    "compute": "base layout",
+    "threads": "base",
+    "compute": "base layout threads",
     "cuda": "base memory device",
-    "probe": "base layout memory device policy prefetch transfer tier cache compute",
-    "bindings": "base layout memory device policy prefetch transfer tier cache trace compute cuda "
-    "probe",
+    "probe": "base layout memory device policy prefetch transfer tier cache threads",
+    "bindings": "base layout memory device policy prefetch transfer tier cache trace threads "
+    "compute cuda probe",
 }
 # Room of Python: the other rooms that it may import. `_core` is the compiled csrc/.
 PYTHON = {

@@ -8,7 +8,7 @@ import random
 
 import pytest
 import torch
-from scaled_weights import EVERY, random_experts
+from scaled_weights import EVERY, random_experts, whole
 
 from moeinf.checkpoint.formats import PLAIN_FORMATS
 from moeinf.checkpoint.layout import Layout
@@ -74,8 +74,8 @@ def test_routes_are_down_of_the_gate_of_gate_and_up(format_, has_bias, interleav
 def test_weights_with_scales(row):
     seed = random.SystemRandom().randrange(2**31)
     print(f"seed {seed}")
-    experts = random_experts(row, 70, 34, 3, seed)
-    x = torch.randn(5, 70, generator=torch.Generator().manual_seed(seed))
+    experts = random_experts(row, whole(row, 70), whole(row, 34), 3, seed)
+    x = torch.randn(5, whole(row, 70), generator=torch.Generator().manual_seed(seed))
     ids, weights = torch.tensor([[0, 2], [2, 1], [1, 0], [2, 0], [1, 1]]), torch.ones(5, 2)
     routes = torch_products.expert_routes(
         x, ids, experts.layout.matrices(experts.pool), experts.form, expert_map=torch.arange(3)

@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from scaled_weights import EVERY, Experts, every_code, random_experts
+from scaled_weights import EVERY, Experts, every_code, random_experts, whole
 
 from moeinf import _core
 from moeinf.checkpoint.formats import FORMATS, VALUES, WeightFormat
@@ -70,7 +70,7 @@ def test_every_value_and_every_scale_is_exact(engine, seed, row: WeightFormat, d
 
     Also subnormal values and scales. A multiplier is applied to a number that was rounded before.
     """
-    rows, cols = 80, 176
+    rows, cols = 80, whole(row, 176)
     parts = every_code(row, rows, cols, seed)
     form = ExpertForm(Gate("plain", "relu"), has_gate=False)
     layout = Layout.of(form, (FORMATS["f32"], row), rows, cols)
@@ -99,8 +99,8 @@ def test_every_value_and_every_scale_is_exact(engine, seed, row: WeightFormat, d
 def test_matches_the_float64_reference(engine, seed, row: WeightFormat):
     rng = random.Random(seed)
     for dtype, tokens in ((d, t) for d in DTYPES for t in (1, rng.choice([2, 3, 4, 7]), 40)):
-        hidden = 2 * rng.choice([32, 35, 352, rng.randint(8, 300)])
-        intermediate = 2 * rng.choice([8, 33, 352, rng.randint(8, 200)])
+        hidden = whole(row, 2 * rng.choice([32, 35, 352, rng.randint(8, 300)]))
+        intermediate = whole(row, 2 * rng.choice([8, 33, 352, rng.randint(8, 200)]))
         experts = random_experts(row, hidden, intermediate, 3, rng.randrange(2**31))
         call = random_call(seed, tokens, hidden, 3, dtype)
         found, (expected, size) = run(engine, experts, *call), experts.expected(*call)
@@ -111,8 +111,8 @@ def test_matches_the_float64_reference(engine, seed, row: WeightFormat):
 @pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
 def test_bits_do_not_depend_on_company_waves_or_threads(engine, seed, row: WeightFormat):
     """A token's bits are the same alone and among 45, for weights decoded once and many times."""
-    experts = random_experts(row, 352, 224, 2, seed)
-    hidden, ids, weights = random_call(seed, 45, 352, 2, torch.bfloat16)
+    experts = random_experts(row, whole(row, 352), whole(row, 224), 2, seed)
+    hidden, ids, weights = random_call(seed, 45, experts.layout.hidden, 2, torch.bfloat16)
     together = run(engine, experts, hidden, ids, weights)
     assert torch.equal(run(engine, experts, hidden, ids, weights, waves=True), together)
     single = _core.CpuEngine(threads=1, kernels=engine.kernels)
@@ -148,7 +148,7 @@ def number(row: WeightFormat, code: int) -> float:
     return sign * (1 + mantissa) * 2.0 ** (exponent - bias)
 
 
-@pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize("row", [row for row in EVERY.values() if row.unit == 1], ids=str)
 def test_dequantise_is_the_definition_of_the_format(seed, row: WeightFormat):
     rows, cols = 37, 70
     parts = every_code(row, rows, cols, seed)

@@ -45,8 +45,7 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
                                       const ExtentArray& extents,
                                       const std::vector<std::array<uint64_t, 4>>& transposes,
                                       const std::vector<Check>& checks, std::vector<Tensor> tensors,
-                                      const Sources& sources,
-                                      const std::vector<Recoded>& recodes) {
+                                      const Sources& sources, const std::vector<Recoded>& recodes) {
     if (extents.ndim() != 3 || extents.shape(2) != 4 ||
         extents.shape(0) != static_cast<py::ssize_t>(num_layers) * num_experts) {
         std::string found = "[";
@@ -128,7 +127,8 @@ void bind_catalog(py::module_& module) {
              "the slot they lie as columns x rows. checks: (slot offset, bytes, type, negative) of "
              "numbers that may not be NaN or infinite, and below zero only if negative. tensors: "
              "(file, file offset, name), for messages. sources: by index of `files`, of those that "
-             "are none. recodes: (kind, slot offset, rows, columns, bits, plus) of integers that are "
+             "are none. recodes: (kind, slot offset, rows, columns, bits, plus) of integers that "
+             "are "
              "written again in the slot.")
         .def_property_readonly("num_layers", &Catalog::num_layers)
         .def_property_readonly("num_experts", &Catalog::num_experts)

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "compute/kernels.h"
-#include "compute/thread_pool.h"
+#include "threads/thread_pool.h"
 
 namespace moeinf {
 

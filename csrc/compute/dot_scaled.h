@@ -45,12 +45,36 @@ struct ScaledPanel {
     int64_t ahead = 0;             // bytes to the memory that is prefetched
     int64_t group = 0;             // columns that share a scale
     int64_t span = 0;
-    int32_t lanes[F::kLanes];
+    int32_t lanes[2][F::kLanes];    // the second ones only where parts have scales of their own
     typename P::X* kept = nullptr;  // decoded rows of whole steps
     // A vector is read from any scale on.
     alignas(64) float scales[kScaleOutputs][kMaxScales + F::kLanes];
     alignas(64) float zeros[P::kZeros ? kScaleOutputs : 1][P::kZeros ? kMaxScales + F::kLanes : 1];
+    alignas(64) float minima[P::kMinima ? kScaleOutputs : 1][P::kMinima ? kMaxScales : 1];
 };
+
+template <class P>
+constexpr int64_t padded_depth(int64_t depth) {
+    return (depth + P::kStep - 1) / P::kStep * P::kStep;
+}
+
+// The sums of the lanes of a tile, times a multiplier.
+template <class F, int kRows, int kOutputs>
+inline void write_sums(const typename F::Vec (&acc)[kRows][kOutputs], float multiplier,
+                       int64_t stride, float* y) {
+    for (int r = 0; r < kRows; ++r) {
+        for (int n = 0; n < kOutputs; n += 4) {
+            const auto none = F::splat(0.0f);
+            float sums[4];
+            F::sum4(acc[r][n], n + 1 < kOutputs ? acc[r][n + 1] : none,
+                    n + 2 < kOutputs ? acc[r][n + 2] : none,
+                    n + 3 < kOutputs ? acc[r][n + 3] : none, sums);
+            for (int i = 0; i < 4 && n + i < kOutputs; ++i) {
+                y[r * stride + n + i] = sums[i] * multiplier;
+            }
+        }
+    }
+}
 
 template <class F>
 inline void widen_scales(const std::byte* from, ScaleType type, int64_t count, float* to) {
@@ -77,7 +101,8 @@ inline void begin_panels(const DotJob& job, ScaledPanel<P>& panel) {
     panel.span = !grouped || panel.group > kSpan ? kSpan : panel.group;
     if (panel.span < P::kStep) panel.span = P::kStep;
     for (int64_t l = 0; l < P::F::kLanes; ++l) {
-        panel.lanes[l] = panel.group < P::kStep ? static_cast<int32_t>(l * kCols / panel.group) : 0;
+        panel.lanes[0][l] =
+            panel.group < P::kStep ? static_cast<int32_t>(l * kCols / panel.group) : 0;
     }
 }
 
@@ -116,8 +141,8 @@ inline void scaled_tile(const DotJob& job, const ScaledPanel<P>& panel, const vo
     using F = typename P::F;
     using X = typename P::X;
     constexpr int64_t kPart = P::kStep / P::kParts;
-    const int64_t padded = (job.depth + P::kStep - 1) / P::kStep * P::kStep;
-    const auto lanes = F::lanes(panel.lanes);
+    const int64_t padded = padded_depth<P>(job.depth);
+    const auto lanes = F::lanes(panel.lanes[0]);
     typename F::Vec acc[kRows][kOutputs];
     typename F::Vec partial[kRows][kOutputs];
     const X* rows[kRows];
@@ -197,32 +222,36 @@ inline void scaled_tile(const DotJob& job, const ScaledPanel<P>& panel, const vo
         }
         scale = end / panel.group;
     }
-
-    for (int r = 0; r < kRows; ++r) {
-        for (int n = 0; n < kOutputs; n += 4) {
-            const auto none = F::splat(0.0f);
-            float sums[4];
-            F::sum4(acc[r][n], n + 1 < kOutputs ? acc[r][n + 1] : none,
-                    n + 2 < kOutputs ? acc[r][n + 2] : none,
-                    n + 3 < kOutputs ? acc[r][n + 3] : none, sums);
-            for (int i = 0; i < 4 && n + i < kOutputs; ++i) {
-                y[r * job.y_stride + n + i] = sums[i] * job.multiplier;
-            }
-        }
-    }
+    write_sums<F, kRows, kOutputs>(acc, job.multiplier, job.y_stride, y);
 }
 
+// How the loops below compute one tile of a product with scales beside the weights.
+template <class P>
+struct ScaledTiles {
+    static int64_t row_bytes(int64_t depth) { return (depth + P::kPack - 1) / P::kPack; }
+    static void begin(const DotJob& job, ScaledPanel<P>& panel) { begin_panels<P>(job, panel); }
+    static void load_scales(const DotJob& job, int64_t output, int count, ScaledPanel<P>& panel) {
+        moeinf::load_scales<P>(job, output, count, panel);
+    }
+    template <int kRows, int kOutputs, From kFrom>
+    static void tile(const DotJob& job, const ScaledPanel<P>& panel, const void* const* x,
+                     float* y) {
+        scaled_tile<P, kRows, kOutputs, kFrom>(job, panel, x, y);
+    }
+};
+
 // All activations by kOutputs rows of weights.
-template <class P, int kOutputs>
+template <class P, class Tiles, int kOutputs>
 inline void scaled_panel(const DotJob& job, const ScaledPanel<P>& panel, float* y) {
     int64_t r = 0;
     const auto tiles = [&]<From kFrom>(int64_t end) {
         for (; r + P::kRows <= end; r += P::kRows) {
-            scaled_tile<P, P::kRows, kOutputs, kFrom>(job, panel, job.x + r, y + r * job.y_stride);
+            Tiles::template tile<P::kRows, kOutputs, kFrom>(job, panel, job.x + r,
+                                                            y + r * job.y_stride);
         }
     };
     const auto last = [&]<int kRows, From kFrom>() {
-        scaled_tile<P, kRows, kOutputs, kFrom>(job, panel, job.x + r, y + r * job.y_stride);
+        Tiles::template tile<kRows, kOutputs, kFrom>(job, panel, job.x + r, y + r * job.y_stride);
         r += kRows;
     };
     if (panel.kept != nullptr && job.rows >= 2 * P::kRows) {
@@ -236,14 +265,14 @@ inline void scaled_panel(const DotJob& job, const ScaledPanel<P>& panel, float* 
     if (job.rows - r == 1) last.template operator()<1, From::kStored>();
 }
 
-template <class P>
+template <class P, class Tiles = ScaledTiles<P>>
 inline void dot_scaled(const DotJob& job) {
     constexpr int kOutputs = P::kOutputs;
     static_assert(kOutputs <= kScaleOutputs && P::kRows <= 4);
     ScaledPanel<P> panel;
-    begin_panels<P>(job, panel);
-    const int64_t padded = (job.depth + P::kStep - 1) / P::kStep * P::kStep;
-    const int64_t row_bytes = (job.depth + P::kPack - 1) / P::kPack;
+    Tiles::begin(job, panel);
+    const int64_t padded = padded_depth<P>(job.depth);
+    const int64_t row_bytes = Tiles::row_bytes(job.depth);
     alignas(64) typename P::X kept[kPanelBytes / sizeof(typename P::X)];
     if (kOutputs * padded <= kPanelBytes / static_cast<int64_t>(sizeof(typename P::X))) {
         panel.kept = kept;
@@ -254,12 +283,12 @@ inline void dot_scaled(const DotJob& job) {
                                                 : kPrefetch;
     int64_t n = 0;
     for (; n + kOutputs <= job.outputs; n += kOutputs, panel.w += kOutputs * job.w_stride) {
-        load_scales(job, n, kOutputs, panel);
-        scaled_panel<P, kOutputs>(job, panel, job.y + n);
+        Tiles::load_scales(job, n, kOutputs, panel);
+        scaled_panel<P, Tiles, kOutputs>(job, panel, job.y + n);
     }
     for (; n < job.outputs; ++n, panel.w += job.w_stride) {
-        load_scales(job, n, 1, panel);
-        scaled_panel<P, 1>(job, panel, job.y + n);
+        Tiles::load_scales(job, n, 1, panel);
+        scaled_panel<P, Tiles, 1>(job, panel, job.y + n);
     }
 }
 
@@ -315,6 +344,7 @@ struct ScaledFloatProduct {
     using WVec = typename F::Vec;
     using Zero = NoZero;
     static constexpr bool kZeros = false;
+    static constexpr bool kMinima = false;
     static constexpr bool kNibbles = Decoder::kPack == 2;
     static constexpr int64_t kPack = Decoder::kPack;
     static constexpr size_t kParts = kNibbles ? 8 : 1;

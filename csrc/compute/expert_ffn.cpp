@@ -1,14 +1,13 @@
 #include "compute/expert_ffn.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <string>
 
 #include "base/error.h"
 #include "base/ranges.h"
 #include "base/sizes.h"
-#include "compute/formats/formats.h"
+#include "compute/matrix_product.h"
 
 namespace moeinf {
 namespace {
@@ -32,8 +31,6 @@ constexpr int64_t kMaxTopK = 64;
 constexpr size_t kAlign = 64;
 // Bytes of activations that one task arranges. A call for a single token stays on its thread.
 constexpr int64_t kArrangeBytes = int64_t{64} << 10;
-// Values of a bias that are widened at a time.
-constexpr int64_t kBiasValues = 256;
 
 [[noreturn]] void invalid(const std::string& message) {
     throw Error(ErrorCode::kInvalid, "expert FFN: " + message);
@@ -56,19 +53,10 @@ int32_t check(const FfnInput& input) {
     return input.num_experts;
 }
 
-const Product& product_of(const KernelSet& kernels, const Matrix& matrix, DType dtype) {
-    const FormatKernels& format = kernels.formats[static_cast<size_t>(matrix.format)];
-    return dtype == DType::kBF16 ? format.bf16 : format.f32;
-}
-
 // Whether this matrix multiplies the tokens' bf16 without widening them.
 bool as_it_is(const KernelSet& kernels, const FfnInput& input, const Matrix& matrix) {
     return input.hidden_dtype == DType::kBF16 &&
            product_of(kernels, matrix, DType::kBF16).dot != nullptr;
-}
-
-int64_t row_bytes(const Matrix& matrix) {
-    return facts(matrix.format).row_bytes(matrix.cols);
 }
 
 }  // namespace
@@ -145,7 +133,7 @@ ExpertFfnCall::Activations ExpertFfnCall::reserve(const Matrix& matrix, DType dt
                                                   size_t& size) const {
     Activations x{.product = &product_of(kernels_, matrix, dtype), .offset = size};
     const auto cols = static_cast<size_t>(matrix.cols);
-    x.row_bytes = round_up(cols, static_cast<size_t>(x.product->step)) * dtype_bytes(dtype);
+    x.row_bytes = activation_row_bytes(*x.product, cols, dtype);
     if (x.product->arrange != nullptr) {
         size += round_up(static_cast<size_t>(rows) * x.row_bytes, kAlign);
     }
@@ -263,44 +251,6 @@ void ExpertFfnCall::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows
     });
 }
 
-// One product of the rows of `matrix` from row `first`, and its bias.
-void ExpertFfnCall::dot(const Matrix& matrix, const Activations& x, DotJob& job,
-                        const std::byte* slot, int64_t first) const noexcept {
-    job.w = slot + matrix.values.offset + static_cast<size_t>(first * matrix.values.stride);
-    job.w_stride = matrix.values.stride;
-    job.first = first;
-    if (matrix.scales) {
-        job.how = &*matrix.scales;
-        job.scales = slot + matrix.scales->rows.offset;
-        if (matrix.scales->zeros) job.zeros = slot + matrix.scales->zeros->offset;
-    }
-    if (matrix.multiplier) {
-        std::memcpy(&job.multiplier, slot + *matrix.multiplier, sizeof job.multiplier);
-    }
-    x.product->dot(job);
-    if (matrix.bias) add_bias(matrix, job, slot);
-}
-
-void ExpertFfnCall::add_bias(const Matrix& matrix, const DotJob& job,
-                             const std::byte* slot) const noexcept {
-    const size_t unit = dtype_bytes(matrix.bias_dtype);
-    std::byte packed[kBiasValues * sizeof(float)];
-    float bias[kBiasValues];
-    for (int64_t n = 0; n < job.outputs; n += kBiasValues) {
-        const int64_t count = std::min(kBiasValues, job.outputs - n);
-        const std::byte* from = slot + matrix.bias->offset;
-        from += static_cast<size_t>((job.first + n) * matrix.bias->stride);
-        for (int64_t i = 0; i < count; ++i, from += matrix.bias->stride) {
-            std::memcpy(packed + static_cast<size_t>(i) * unit, from, unit);
-        }
-        kernels_.widen(packed, matrix.bias_dtype, count, bias);
-        for (int64_t r = 0; r < job.rows; ++r) {
-            float* y = job.y + r * job.y_stride + n;
-            for (int64_t i = 0; i < count; ++i) y[i] += bias[i];
-        }
-    }
-}
-
 // `count` rows of inner, from row `first` of gate and of up.
 void ExpertFfnCall::gate_up(const SlotOfExpert& expert, int64_t first,
                             int64_t count) const noexcept {
@@ -322,7 +272,7 @@ void ExpertFfnCall::gate_up(const SlotOfExpert& expert, int64_t first,
                        .y = y,
                        .y_stride = count,
                        .from_memory = row == begin_[p]};
-            dot(matrix, x, job, expert.slot, first);
+            multiply(kernels_, matrix, *x.product, job, expert.slot, first);
         };
         product(expert_.gate, gate_x_, gate);
         if (expert_.up) product(*expert_.up, up_x_, up);
@@ -349,7 +299,7 @@ void ExpertFfnCall::down(const SlotOfExpert& expert, int64_t first, int64_t coun
                    .y = y_ + row * expert_.hidden() + first,
                    .y_stride = expert_.hidden(),
                    .from_memory = row == begin_[p]};
-        dot(expert_.down, down_x_, job, expert.slot, first);
+        multiply(kernels_, expert_.down, *down_x_.product, job, expert.slot, first);
     }
 }
 

@@ -104,9 +104,6 @@ private:
     [[nodiscard]] Activations reserve(const Matrix& matrix, DType dtype, int64_t rows,
                                       size_t& size) const;
     void arrange_inner(std::span<const SlotOfExpert> ready);
-    void dot(const Matrix& matrix, const Activations& x, DotJob& job, const std::byte* slot,
-             int64_t first) const noexcept;
-    void add_bias(const Matrix& matrix, const DotJob& job, const std::byte* slot) const noexcept;
     template <class Block>
     void run_blocks(std::span<const SlotOfExpert> ready, int64_t rows, int64_t row_bytes,
                     int64_t most_values, const Block& block);

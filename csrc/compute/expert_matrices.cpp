@@ -60,7 +60,11 @@ void check_matrix(const Matrix& matrix, int64_t rows, int64_t cols, const std::s
         invalid(name + ": a row of " + std::string(format.name) + " needs a multiple of " +
                 number(format.pack) + " columns, got " + number(cols));
     }
-    check_rows(matrix.values, format.row_bytes(cols), format.stored_bytes, name);
+    check_rows(matrix.values, format.row_bytes(cols), format.alignment, name);
+    if (format.group != 0 && cols / format.group > kMaxScales) {
+        invalid(name + ": expected at most " + number(kMaxScales * format.group) +
+                " columns, got " + number(cols));
+    }
     if (!format.scaled && (matrix.scales || matrix.multiplier)) {
         invalid(name + ": " + std::string(format.name) + " has no scales, got some");
     }

@@ -7,6 +7,7 @@
 #include <array>
 #include <utility>
 
+#include "compute/dot_blocks.h"
 #include "compute/dot_scaled.h"
 #include "compute/dot_tile.h"
 #include "compute/formats/decoders.h"
@@ -50,7 +51,13 @@ struct FloatKernels {
 
     template <class Decoder>
     static constexpr Product float_product() {
-        if constexpr (has_zeros<Decoder>) {
+        if constexpr (requires { Decoder::kBlock; }) {
+            if constexpr (Decoder::kPack == Decoder::kCodes) {
+                return block_product<ByteBlocksProduct<F>>();
+            } else {
+                return block_product<BlockFloatProduct<F, Decoder>>();
+            }
+        } else if constexpr (has_zeros<Decoder>) {
             return scaled_product<IntegerFloatProduct<F, Decoder>>();
         } else if constexpr (Decoder::kScaled) {
             return scaled_product<ScaledFloatProduct<F, Decoder>>();

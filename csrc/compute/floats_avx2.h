@@ -67,6 +67,16 @@ struct Floats256 {
         for (int64_t i = 0; i < nbytes; ++i) buffer[i] = p[i];
         return load_words(buffer);
     }
+    // Twice 16 bytes, at a distance; or the first n of them. And 32 bytes, shifted to the right.
+    static Words load_quarters(const std::byte* p, int64_t stride) {
+        return _mm256_inserti128_si256(_mm256_castsi128_si256(halves(p)), halves(p + stride), 1);
+    }
+    static Words load_quarters_first(const std::byte* p, int64_t stride, int64_t n) {
+        return n > 1 ? load_quarters(p, stride) : _mm256_zextsi128_si256(halves(p));
+    }
+    static Words load_shifted(const std::byte* p, int shift) {
+        return _mm256_srli_epi32(load_words(p), shift);
+    }
     template <int kShift>
     static Vec look_up(Words words, const float (&table)[16]) {
         const __m256i at = _mm256_srli_epi32(words, kShift);

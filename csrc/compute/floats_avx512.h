@@ -74,6 +74,27 @@ struct Floats512 {
     static Words load_words_first(const std::byte* p, int64_t nbytes) {  // nbytes < 64
         return _mm512_maskz_loadu_epi8((uint64_t{1} << nbytes) - 1, p);
     }
+    // Four times 16 bytes, at equal distances; or the first n of them.
+    static Words load_quarters_first(const std::byte* p, int64_t stride, int64_t n) {
+        __m512i words = _mm512_castsi128_si512(bytes(p));
+        if (n > 1) words = _mm512_mask_broadcast_i32x4(words, 0x00f0, bytes(p + stride));
+        if (n > 2) words = _mm512_mask_broadcast_i32x4(words, 0x0f00, bytes(p + 2 * stride));
+        if (n > 3) words = _mm512_mask_broadcast_i32x4(words, 0xf000, bytes(p + 3 * stride));
+        return _mm512_maskz_mov_epi32(static_cast<__mmask16>((1u << 4 * n) - 1u), words);
+    }
+    static Words load_quarters(const std::byte* p, int64_t stride) {
+        __m512i words = _mm512_castsi128_si512(bytes(p));
+        words = _mm512_mask_broadcast_i32x4(words, 0x00f0, bytes(p + stride));
+        words = _mm512_mask_broadcast_i32x4(words, 0x0f00, bytes(p + 2 * stride));
+        return _mm512_mask_broadcast_i32x4(words, 0xf000, bytes(p + 3 * stride));
+    }
+    // 32 bytes twice, the words shifted to the right; the second ones by two bits more.
+    static Words load_shifted(const std::byte* p, int shift) {
+        const __m512i twice =
+            _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+        const __m512i more = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
+        return _mm512_srlv_epi32(twice, _mm512_add_epi32(more, _mm512_set1_epi32(shift)));
+    }
     template <int kShift>
     static Vec look_up(Words words, const float (&table)[16]) {
         return _mm512_permutexvar_ps(_mm512_srli_epi32(words, kShift), _mm512_loadu_ps(table));

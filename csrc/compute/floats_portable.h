@@ -105,6 +105,13 @@ struct Floats128 {
         __builtin_memcpy(&words, p, static_cast<size_t>(nbytes));
         return words;
     }
+    static Words load_quarters(const std::byte* p, int64_t /*stride*/) { return load_words(p); }
+    static Words load_quarters_first(const std::byte* p, int64_t /*stride*/, int64_t /*n*/) {
+        return load_words(p);
+    }
+    static Words load_shifted(const std::byte* p, int shift) {
+        return load_words(p) >> static_cast<uint32_t>(shift);
+    }
     template <int kShift>
     static Vec look_up(Words words, const float (&table)[16]) {
         const Words at = words >> kShift & 15u;

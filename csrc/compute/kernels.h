@@ -57,11 +57,12 @@ struct CombineJob {
 
 // The product of one weight format with activations of one type. `arrange` writes `count` elements
 // in the order that the product wants, and zeros up to a multiple of `step`; null where the product
-// takes them as they are.
+// takes them as they are. With `sums`, a row of floats follows: the sum of each `sums` elements.
 struct Product {
     void (*dot)(const DotJob& job) = nullptr;
     void (*arrange)(const void* from, int64_t count, void* to) = nullptr;
     int64_t step = 1;
+    int64_t sums = 0;
 };
 
 // `bf16` multiplies bf16 activations without widening them and without loss. Its functions are null

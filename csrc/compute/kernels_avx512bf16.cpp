@@ -49,6 +49,7 @@ struct ScaledBf16Product {
     using Packed = __m512i;  // 32 words of 16 bits
     using Zero = NoZero;
     static constexpr bool kZeros = false;
+    static constexpr bool kMinima = false;
     static constexpr int kRows = 4;
     static constexpr int kOutputs = 6;
 
@@ -57,6 +58,20 @@ struct ScaledBf16Product {
     static void store_w(BF16* p, WVec w) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(w)); }
     static __m512 madd(__m512 acc, XVec x, WVec w) { return _mm512_dpbf16_ps(acc, x, w); }
 };
+
+// 16 floats as bf16.
+inline __m256i bf16_table(const float (&table)[16]) {
+    const __m512i bits = _mm512_castps_si512(_mm512_loadu_ps(table));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
+}
+
+inline __m512i table_twice(const float (&table)[16]) {
+    return _mm512_broadcast_i64x4(bf16_table(table));
+}
+
+inline __m512bh look_up(__m512i words, __m512i table) {
+    return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(words, table));
+}
 
 // Each part takes the same four bits of all words. The table holds every value twice, so that the
 // fifth bit does not matter.
@@ -71,15 +86,9 @@ struct NibbleProduct : ScaledBf16Product {
     static Packed load_first(const std::byte* row, int64_t k, int64_t n) {
         return F::load_words_first(row + k / 2, n / 2);
     }
-    static __m512i table() {
-        const __m512i bits = _mm512_castps_si512(_mm512_loadu_ps(Decoder::kTable));
-        const __m256i values = _mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16));
-        return _mm512_broadcast_i64x4(values);
-    }
     template <size_t kPart>
     static WVec decode(Packed packed) {
-        return reinterpret_cast<__m512bh>(
-            _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 4 * kPart), table()));
+        return look_up(_mm512_srli_epi16(packed, 4 * kPart), table_twice(Decoder::kTable));
     }
 };
 
@@ -149,6 +158,55 @@ struct E4M3Product : ScaledBf16Product {
     }
 };
 
+// Weights in blocks. A code of five or six bits is put together, and looked up in 32 or 64 numbers.
+template <class D>
+struct NibbleBlocksProduct : NibbleBlocks<Floats512, D, 2> {
+    using Base = NibbleBlocks<Floats512, D, 2>;
+    using X = BF16;
+    using XVec = __m512bh;
+    using WVec = __m512bh;
+    static constexpr int kRows = 4;
+    static constexpr int kOutputs = D::kHighBits == 0 ? 6 : 4;
+
+    static XVec load_x(const BF16* p) { return Bf16Product::load(p); }
+    static WVec load_w(const BF16* p) { return Bf16Product::load(p); }
+    static void store_w(BF16* p, WVec w) { ScaledBf16Product::store_w(p, w); }
+    static __m512 madd(__m512 acc, XVec x, WVec w) { return _mm512_dpbf16_ps(acc, x, w); }
+
+    // The table with the number of some high bits added.
+    template <int kHigh>
+    static __m256i table_of() {
+        float sums[16];
+        for (int i = 0; i < 16; ++i) sums[i] = D::kTable[i] + D::kHighTable[kHigh];
+        return bf16_table(sums);
+    }
+    template <int kHigh>
+    static __m512i two_tables() {
+        return _mm512_inserti64x4(_mm512_castsi256_si512(table_of<kHigh>()), table_of<kHigh + 1>(),
+                                  1);
+    }
+    template <size_t kPart>
+    static WVec decode(const typename Base::Packed& packed) {
+        constexpr int kAt = static_cast<int>(kPart);
+        const __m512i low = _mm512_srli_epi16(packed.codes, 4 * kAt);
+        if constexpr (D::kHighBits == 0) {
+            return look_up(low, table_twice(D::kTable));
+        } else {
+            constexpr int kShift = 8 * (kAt / 2) + D::kHalfShift * (kAt % 2) - 4;
+            const __m512i high = kShift < 0 ? _mm512_slli_epi16(packed.high, -kShift & 15)
+                                            : _mm512_srli_epi16(packed.high, kShift & 15);
+            // The lower four bits of `low`, all others of `high`.
+            const __m512i code = _mm512_ternarylogic_epi32(_mm512_set1_epi16(15), low, high, 0xca);
+            if constexpr (D::kHighBits == 1) {
+                return look_up(code, two_tables<0>());
+            } else {
+                return reinterpret_cast<__m512bh>(
+                    _mm512_permutex2var_epi16(two_tables<0>(), code, two_tables<2>()));
+            }
+        }
+    }
+};
+
 struct Bf16 {
     static constexpr bool kGates = true;
     template <class Decoder>
@@ -162,6 +220,18 @@ template <>
 constexpr Product Bf16::kProduct<E2M1Weights> = scaled_product<NibbleProduct<E2M1Weights>>();
 template <>
 constexpr Product Bf16::kProduct<Int4Weights> = scaled_product<Int4Product>();
+template <>
+constexpr Product Bf16::kProduct<Q40Weights> = block_product<NibbleBlocksProduct<Q40Weights>>();
+template <>
+constexpr Product Bf16::kProduct<Iq4NlWeights> = block_product<NibbleBlocksProduct<Iq4NlWeights>>();
+template <>
+constexpr Product Bf16::kProduct<Mxfp4Weights> = block_product<NibbleBlocksProduct<Mxfp4Weights>>();
+template <>
+constexpr Product Bf16::kProduct<Q4KWeights> = block_product<NibbleBlocksProduct<Q4KWeights>>();
+template <>
+constexpr Product Bf16::kProduct<Q5KWeights> = block_product<NibbleBlocksProduct<Q5KWeights>>();
+template <>
+constexpr Product Bf16::kProduct<Q6KWeights> = block_product<NibbleBlocksProduct<Q6KWeights>>();
 
 }  // namespace
 

@@ -37,8 +37,9 @@ struct Transpose {
     [[nodiscard]] uint64_t nbytes() const noexcept { return rows * cols * element; }
 };
 
-// Integers of every slot that files hold in another code. They are written again where they lie, once
-// an expert is there in full and its matrices are turned. `bits` are those of a stored integer.
+// Integers of every slot that files hold in another code. They are written again where they lie,
+// once an expert is there in full and its matrices are turned. `bits` are those of a stored
+// integer.
 struct Recode {
     enum class Kind : uint8_t {
         kSigns,     // rows x cols bytes, stored with 128 added
@@ -90,8 +91,8 @@ public:
     // `extents` holds `extents_per_expert` entries for each flat expert id (layer * num_experts +
     // expert), in order. Throws Error(kInvalid) if an extent exceeds its file or its slot, if two
     // extents of one expert overlap in the slot, if a transpose, a check or a recode exceeds the
-    // slot, or if transposes overlap or are out of order. `tensors` are what messages name; they may
-    // be none, or not all.
+    // slot, or if transposes overlap or are out of order. `tensors` are what messages name; they
+    // may be none, or not all.
     Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
             std::vector<Extent> extents, std::vector<Transpose> transposes = {},
             std::vector<NumberCheck> checks = {}, std::vector<CatalogTensor> tensors = {},

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "compute/thread_pool.h"
+#include "threads/thread_pool.h"
 
 namespace moeinf {
 

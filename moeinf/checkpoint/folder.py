@@ -15,7 +15,13 @@ import torch
 from moeinf.checkpoint import hub
 from moeinf.checkpoint.config import check_counts, quantization
 from moeinf.checkpoint.formats import MULTIPLIER
-from moeinf.checkpoint.headers import TensorEntry, check_is_file, read_header
+from moeinf.checkpoint.gguf import GgufFile, is_gguf, read_gguf
+from moeinf.checkpoint.headers import (
+    TensorEntry,
+    check_is_file,
+    check_is_no_pointer,
+    read_header,
+)
 from moeinf.checkpoint.integers import check_groups
 from moeinf.checkpoint.packed import PackedEntry, join
 from moeinf.errors import CheckpointError, ReadError
@@ -31,50 +37,77 @@ class Checkpoint:
         self.config = config
         self.tensors = tensors
         self.has_weights = True
+        self.trust_remote_code = False
+        self.gguf: GgufFile | None = None
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Checkpoint:
         """Reads `config.json` and the headers of every safetensors shard.
 
         Args:
             path: a folder, or a name on the Hub where there is no such folder.
             revision: branch, tag or commit on the Hub; without it, the main branch.
+            trust_remote_code: code that comes with it may run.
 
         Raises:
             CheckpointError: a file is missing, damaged, or disagrees with another.
             ValueError: a revision of a folder.
         """
         folder = Path(path)
+        if is_gguf(folder):
+            return cls.of_gguf(folder)
         if not folder.is_dir():
-            folder = hub.fetch(os.fspath(path), revision)
+            folder = hub.fetch(os.fspath(path), revision, with_code=trust_remote_code)
             missing = _missing(folder)
             if missing:
                 hub.fetch(os.fspath(path), folder.name, missing)
         elif revision is not None:
             raise ValueError(f"{folder} is a folder: revision={revision!r} is for names on the Hub")
-        return cls.of_folder(folder)
+        return cls.of_folder(folder, trust_remote_code)
 
     @classmethod
     @contextmanager
     def peek(
-        cls, path: str | os.PathLike[str], revision: str | None = None
+        cls,
+        path: str | os.PathLike[str],
+        revision: str | None = None,
+        trust_remote_code: bool = False,
     ) -> Iterator[Checkpoint]:
         """The same without fetching weights from the Hub; `has_weights` says if they are here."""
-        if Path(path).is_dir():
-            yield cls.open(path, revision)
+        if Path(path).is_dir() or is_gguf(Path(path)):
+            yield cls.open(path, revision, trust_remote_code)
             return
-        folder = hub.fetch(os.fspath(path), revision)
+        folder = hub.fetch(os.fspath(path), revision, with_code=trust_remote_code)
         missing = _missing(folder)
         if not missing:
-            yield cls.of_folder(folder)
+            yield cls.of_folder(folder, trust_remote_code)
             return
         with hub.headers(os.fspath(path), folder, missing) as made:
-            headers = cls.of_folder(made)
+            headers = cls.of_folder(made, trust_remote_code)
             headers.has_weights = False
             yield headers
 
     @classmethod
-    def of_folder(cls, folder: Path) -> Checkpoint:
+    def of_gguf(cls, path: Path) -> Checkpoint:
+        """The same for a GGUF file, or for any part of a split one. Its keys are the configuration:
+        here under the names that other configurations have for them."""
+        file = read_gguf(path)
+        keys = ("block_count", "expert_count", "expert_used_count", "embedding_length")
+        names = ("num_hidden_layers", "num_experts", "num_experts_per_tok", "hidden_size")
+        found = (file.metadata.get(f"{file.architecture}.{key}") for key in keys)
+        config = {"model_type": file.architecture, **dict(zip(names, found, strict=True))}
+        check_counts(config, file.tensors.values(), path)
+        made = cls(file.path, config, file.tensors)
+        made.gguf = file
+        return made
+
+    @classmethod
+    def of_folder(cls, folder: Path, trust_remote_code: bool = False) -> Checkpoint:
         """The same for a folder that is there."""
         config = _read_json(folder / "config.json")
         quantization(config, folder / "config.json")  # before the other files are looked at
@@ -94,11 +127,13 @@ class Checkpoint:
                     )
                 tensors[name] = entry
         check_counts(config, tensors.values(), folder / "config.json")
-        return cls(folder, config, join(tensors, config, folder / "config.json"))
+        made = cls(folder, config, join(tensors, config, folder / "config.json"))
+        made.trust_remote_code = trust_remote_code
+        return made
 
     @property
     def config_file(self) -> Path:
-        return self.path / "config.json"
+        return self.path if self.gguf is not None else self.path / "config.json"
 
     def text_config(self) -> dict[str, Any]:
         """The part of the configuration that describes the language model."""
@@ -109,9 +144,13 @@ class Checkpoint:
 def _read_json(path: Path) -> dict[str, Any]:
     check_is_file(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        check_is_no_pointer(path, raw)
+        value = json.loads(raw.decode("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except CheckpointError:
+        raise
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: is not JSON: {error}") from error
     if not isinstance(value, dict):

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from moeinf.checkpoint.blocks import BLOCKS, E2M1, decode_rows
 from moeinf.errors import ReadError
 
 # The pieces of a matrix, in the order in which they lie in a slot.
@@ -46,7 +47,8 @@ class WeightFormat:
 
     name        the same word on the CPU, on the GPU and here
     values      dtype of the stored values
-    pack        elements of a row in one stored value
+    pack        elements of a row in one stored value, or in one block of stored values
+    unit        stored values in a block
     scaled      whether a matrix may have scales and a multiplier
     block       (rows, cols) that share one scale, or None; 0 columns are all columns. Blocks at the
                 edges may be smaller
@@ -55,12 +57,13 @@ class WeightFormat:
     multiplier  whether the whole matrix has one more scale, a float32
     signed      whether scales may be negative: quantisers of integers may turn the sign of a group
     suffixes    end of a tensor's name in a checkpoint -> the piece it holds
-    decode      stored values [rows, stored] -> float64 [rows, stored * pack]
+    decode      stored values [rows, stored] -> float64 [rows, elements]
     """
 
     name: str
     values: torch.dtype
     pack: int = 1
+    unit: int = 1
     scaled: bool = False
     block: tuple[int, int] | None = None
     scales: str | None = None
@@ -86,7 +89,7 @@ class WeightFormat:
         if cols % self.pack:
             raise ValueError(f"{self.name}: expected a multiple of {self.pack} columns, got {cols}")
         pieces: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            VALUES: (self.values, (rows, cols // self.pack))
+            VALUES: (self.values, (rows, cols // self.pack * self.unit))
         }
         if self.block is not None and self.scales is not None:
             grid = (-(-rows // self.block[0]), -(-cols // (self.block[1] or cols)))
@@ -144,8 +147,6 @@ def nibbles(values: torch.Tensor, table: list[float]) -> torch.Tensor:
     return torch.tensor(table, dtype=torch.float64, device=values.device)[codes.long()]
 
 
-_E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-
 FORMATS = {
     row.name: row
     for row in (
@@ -155,15 +156,21 @@ FORMATS = {
         WeightFormat("e4m3", torch.float8_e4m3fn, scaled=True),
         WeightFormat(
             "e2m1", torch.uint8, pack=2, scaled=True,
-            decode=lambda values: nibbles(values, _E2M1 + [-value for value in _E2M1]),
+            decode=lambda values: nibbles(values, E2M1 + [-value for value in E2M1]),
         ),
         WeightFormat("int8", torch.int8, scaled=True, signed=True),
         WeightFormat(
             "int4", torch.uint8, pack=2, scaled=True, signed=True,
             decode=lambda values: nibbles(values, [float(code - 8) for code in range(16)]),
         ),
+        *(
+            WeightFormat(name, torch.uint8, pack=pack, unit=unit, decode=decode_rows(name))
+            for name, (pack, unit, _) in BLOCKS.items()
+        ),
     )
 }  # fmt: skip
 
 # Formats without scales or packing, by the dtype that a checkpoint's header says.
-PLAIN_FORMATS = {row.values: row for row in FORMATS.values() if not row.scaled}
+PLAIN_FORMATS = {
+    row.values: row for row in FORMATS.values() if row.values.is_floating_point and not row.scaled
+}

@@ -142,6 +142,15 @@ def check_is_file(path: Path) -> None:
     raise CheckpointError(f"{path}: cannot be read: expected a file, found {found}")
 
 
+def check_is_no_pointer(path: Path, start: bytes) -> None:
+    """Raises CheckpointError for a file that begins as Git LFS leaves it before it is fetched."""
+    if start.startswith(LFS_POINTER):
+        raise CheckpointError(
+            f"{path}: expected the file itself, found a Git LFS pointer to it: get the file with "
+            "`git lfs pull`"
+        )
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Every tensor of `path` by name.
 
@@ -154,11 +163,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
             state = FileState.of(path.absolute(), os.fstat(file.fileno()))
             size = state.nbytes
             prefix = file.read(8)
-            if prefix + file.read(len(LFS_POINTER) - 8) == LFS_POINTER:
-                raise CheckpointError(
-                    f"{path}: expected a safetensors file, found a Git LFS pointer to it: "
-                    "get the file with `git lfs pull`"
-                )
+            check_is_no_pointer(path, prefix + file.read(len(LFS_POINTER) - 8))
             file.seek(8)
             if len(prefix) < 8:
                 raise CheckpointError(

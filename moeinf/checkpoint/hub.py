@@ -19,13 +19,17 @@ from moeinf.errors import CheckpointError
 
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt")
+CODE = ("*.py",)
 SUBFOLDERS = "*/*"  # original/, metal/, onnx/ have the weights again; `*` matches a slash too
 
 
-def fetch(name: str, revision: str | None, files: Sequence[str] = SMALL_FILES) -> Path:
+def fetch(
+    name: str, revision: str | None, files: Sequence[str] = (), *, with_code: bool = False
+) -> Path:
     """The folder in the cache where those files of a repository lie; downloads what is missing.
 
-    Without `files`: the configuration, the tokenizer and the index of the weights.
+    Without `files`: the configuration, the tokenizer and the index of the weights, and code that
+    comes with them.
 
     Raises:
         CheckpointError: they can be had neither from the cache nor from the Hub.
@@ -42,19 +46,20 @@ def fetch(name: str, revision: str | None, files: Sequence[str] = SMALL_FILES) -
             f"{name}: expected a checkpoint folder, found none; to get it from the Hub: "
             "pip install 'moeinf[hf]'"
         ) from None
+    patterns = [*SMALL_FILES, *(CODE if with_code else ())]
     with _one_sentence(name, revision, files):
         try:
             return Path(
                 snapshot_download(
                     name,
                     revision=revision,
-                    allow_patterns=[*files] if files is SMALL_FILES else [*map(escape, files)],
+                    allow_patterns=[*map(escape, files)] if files else patterns,
                     ignore_patterns=[SUBFOLDERS],
                 )
             )
         except FileNotFoundError as error:
             # A part of the small files: those who need one that is missing name it.
-            if files is not SMALL_FILES or not hasattr(error, "snapshot_path"):
+            if files or not hasattr(error, "snapshot_path"):
                 raise
             return Path(error.snapshot_path)
 
@@ -101,7 +106,7 @@ def _one_sentence(name: str, revision: str | None, files: Sequence[str]) -> Iter
     from huggingface_hub import constants, errors
 
     hub, wanted = constants.ENDPOINT, "a copy"
-    if files is not SMALL_FILES:
+    if files:
         wanted = f"{files[0]} and {len(files) - 1} more" if files[1:] else files[0]
     try:
         yield

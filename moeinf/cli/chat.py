@@ -26,10 +26,12 @@ def command(
         str | None, typer.Option(help="What the model is told before the conversation.")
     ] = None,
     revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer.")] = 1024,
     memory: options.Memory = "auto",
     policy: options.Policy = "learned",
     prefetch: options.Prefetch = "off",
+    linear: options.Linear = "auto",
     device: options.Device = "auto",
     host_memory: options.HostMemory = None,
     temperature: options.OwnTemperature = None,
@@ -45,7 +47,7 @@ def command(
         from moeinf.integrations.transformers.conversation import Conversation
         from moeinf.integrations.transformers.generation import read_tokenizer
         from moeinf.integrations.transformers.load import load, open_checkpoint
-    opened = open_checkpoint(checkpoint, revision)
+    opened = open_checkpoint(checkpoint, revision, trust_remote_code, to_generate=True)
     model: Any = load(
         opened,
         device=device,
@@ -53,8 +55,10 @@ def command(
         host_memory=host_memory,
         policy=policy,
         prefetch=prefetch,
+        linear=linear,
     )
-    chat = Conversation(model, read_tokenizer(opened.path), system and utf8("--system", system))
+    tokenizer = read_tokenizer(opened.path, trust_remote_code)
+    chat = Conversation(model, tokenizer, system and utf8("--system", system))
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if not chat.has_template:
         _note("The tokenizer has no chat template: the model continues the text of all messages.")

@@ -18,10 +18,11 @@ from moeinf.pocket import POCKET
 def command(
     checkpoint: options.Checkpoint = POCKET,
     revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
     """Shows a checkpoint's family, experts and sizes, from its headers alone."""
-    with Checkpoint.peek(checkpoint, revision) as opened:
+    with Checkpoint.peek(checkpoint, revision, trust_remote_code) as opened:
         facts = {"path": str(checkpoint), **describe(opened)}
     if json:
         print_json(facts)
@@ -37,7 +38,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     with quiet_interrupts():
         from moeinf.integrations.transformers.caches import slots_that_fit
         from moeinf.integrations.transformers.load import computing_dtype
-        from moeinf.integrations.transformers.models import model_class, read_config
+        from moeinf.integrations.transformers.models import model_of
         from moeinf.integrations.transformers.plan import make_plan
     stored: Counter[str] = Counter()
     for entry in checkpoint.tensors.values():
@@ -49,7 +50,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes_by_dtype": dict(stored.most_common()),
     }
     try:
-        base, config = model_class(read_config(checkpoint), checkpoint)
+        base, config = model_of(checkpoint)
         plan = make_plan(base, config, checkpoint)
     except (CheckpointError, UnsupportedError) as error:
         return {**facts, "served": False, "reason": str(error)}

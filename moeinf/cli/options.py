@@ -18,12 +18,15 @@ def _finite(value: float | None) -> float | None:
 Checkpoint = Annotated[
     Path,
     typer.Argument(
-        help="A checkpoint folder, or a name on the Hub; the built-in model without it.",
+        help="A folder, a GGUF file, or a name on the Hub; the built-in model without it.",
         show_default=False,
     ),
 ]
 Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit, where the checkpoint is on the Hub.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with the checkpoint.")
 ]
 Traces = Annotated[list[Path], typer.Argument(help="Trace files.")]
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write for each prompt.")]
@@ -39,6 +42,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N: where the 
 HostMemory = Annotated[
     str | None,
     typer.Option(help="What experts may take of the RAM below a GPU; all of them without it."),
+]
+Linear = Annotated[
+    str,
+    typer.Option(help="What computes linear layers of a few tokens on the CPU: auto or torch."),
 ]
 OwnTemperature = Annotated[
     float | None,

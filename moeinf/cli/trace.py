@@ -17,6 +17,7 @@ from moeinf.pocket import POCKET, model_name
 def command(
     checkpoint: options.Checkpoint = POCKET,
     revision: options.Revision = None,
+    trust_remote_code: options.TrustRemoteCode = False,
     prompts: Annotated[
         Path | None,
         typer.Option(help="A text file, one prompt a line.", exists=True, dir_okay=False),
@@ -39,8 +40,8 @@ def command(
 
         from moeinf.integrations.transformers.generation import continue_prompt, read_tokenizer
         from moeinf.integrations.transformers.load import load, open_checkpoint
-    opened = open_checkpoint(checkpoint, revision)
-    tokenizer = read_tokenizer(opened.path)
+    opened = open_checkpoint(checkpoint, revision, trust_remote_code, to_generate=True)
+    tokenizer = read_tokenizer(opened.path, trust_remote_code)
     model: Any = load(opened, memory=memory)
     torch.manual_seed(seed)
     with (

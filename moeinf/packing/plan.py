@@ -140,12 +140,12 @@ class PackPlan:
 
 
 def stores_of(checkpoint: Checkpoint) -> list[ExpertStore]:
-    from moeinf.integrations.transformers.models import model_class, read_config
+    from moeinf.integrations.transformers.models import model_of
     from moeinf.integrations.transformers.plan import make_plan
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tensors that the model has no use for: they are copied
-        base, config = model_class(read_config(checkpoint), checkpoint)
+        base, config = model_of(checkpoint)
         return make_plan(base, config, checkpoint).stores
 
 

@@ -10,6 +10,7 @@
 #include "compute/formats/e4m3.h"
 #include "compute/formats/f16.h"
 #include "compute/formats/f32.h"
+#include "compute/formats/ggml.h"
 #include "compute/formats/int4.h"
 #include "compute/formats/int8.h"
 
@@ -17,7 +18,8 @@ namespace moeinf {
 namespace {
 
 using Decoders = std::tuple<Bf16Weights, F16Weights, F32Weights, E4M3Weights, E2M1Weights,
-                            Int8Weights, Int4Weights>;
+                            Int8Weights, Int4Weights, Q80Weights, Q40Weights, Iq4NlWeights,
+                            Mxfp4Weights, Q4KWeights, Q5KWeights, Q6KWeights>;
 
 }  // namespace
 }  // namespace moeinf

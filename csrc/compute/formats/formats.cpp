@@ -10,8 +10,11 @@ namespace {
 
 template <class Decoder>
 constexpr FormatFacts facts_of() {
-    return {Decoder::kName, sizeof(typename Decoder::Stored), Decoder::kPack, Decoder::kScaled,
-            has_zeros<Decoder>};
+    using Stored = typename Decoder::Stored;
+    int64_t group = 0;
+    if constexpr (requires { Decoder::kGroup; }) group = Decoder::kGroup;
+    return {Decoder::kName, sizeof(Stored),   alignof(Stored),   Decoder::kPack,
+            group,          Decoder::kScaled, has_zeros<Decoder>};
 }
 
 template <class... Rows>

@@ -12,8 +12,10 @@ namespace moeinf {
 
 struct FormatFacts {
     std::string_view name;
-    int64_t stored_bytes;  // of one stored value
+    int64_t stored_bytes;  // of one stored value, or block
+    int64_t alignment;     // of it
     int64_t pack;          // elements in it
+    int64_t group;         // elements that share a scale of the block; 0 without such scales
     bool scaled;           // whether a matrix may have scales
     bool zeros;            // and zero points
 

@@ -13,7 +13,10 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
+from moeinf.checkpoint.gguf import is_gguf
+from moeinf.checkpoint.headers import check_is_no_pointer
 from moeinf.errors import CheckpointError
+from moeinf.integrations.transformers import gguf
 from moeinf.integrations.transformers.load import load, open_checkpoint
 from moeinf.pocket import model_name
 from moeinf.traces.eam import EAMC
@@ -27,6 +30,7 @@ class Request:
     prompt: str
     max_new_tokens: int
     revision: str | None = None  # on the Hub
+    trust_remote_code: bool = False
     raw: bool = False  # the prompt as it is, also where the tokenizer has a chat template
     temperature: float = 0.0
     seed: int = 0
@@ -34,6 +38,7 @@ class Request:
     host_memory: str | None = None
     policy: str = "learned"
     prefetch: str = "off"
+    linear: str = "auto"
     keep_logits: bool = False
     record: Path | None = None  # where to save the routing as a trace
     router: bool = False  # with the router's probabilities of all experts
@@ -79,8 +84,10 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             does not fit the model or that nothing would use.
         CheckpointError, CapacityError, ReadError: see `moeinf.load`.
     """
-    checkpoint = open_checkpoint(request.path, request.revision)
-    tokenizer: Any = read_tokenizer(checkpoint.path)
+    checkpoint = open_checkpoint(
+        request.path, request.revision, request.trust_remote_code, to_generate=True
+    )
+    tokenizer: Any = read_tokenizer(checkpoint.path, request.trust_remote_code)
     chat = bool(tokenizer.chat_template) and not request.raw
     if chat:
         messages = [{"role": "user", "content": request.prompt}]
@@ -103,6 +110,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         host_memory=request.host_memory,
         policy=request.policy,
         prefetch=request.prefetch,
+        linear=request.linear,
         eamc=EAMC.load(request.eamc) if request.eamc and request.eamc.exists() else None,
     )
     if request.eamc:
@@ -158,18 +166,22 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     )
 
 
-def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint folder.
+def read_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint folder, or of a GGUF file.
 
     Raises:
         CheckpointError: the folder has none, or one that needs code of its own.
     """
+    if is_gguf(path):
+        return gguf.read_tokenizer(path)
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
     except ValueError as error:
+        for file in path.glob("*token*"):
+            check_is_no_pointer(file, file.read_bytes())
         why = str(error).splitlines()[0]
         if "trust_remote_code" in str(error):
-            why = "it needs code that comes with the checkpoint, which is not run"
+            why = "to run code that comes with it: trust_remote_code=True"
         raise CheckpointError(f"{path}: no tokenizer can be made: {why}") from error
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:
         raise CheckpointError(f"{path}: expected a tokenizer such as tokenizer.json, found none")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,29 +22,32 @@ from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
 from moeinf.cache.group import CacheGroup
 from moeinf.checkpoint.folder import Checkpoint, read_tensor
-from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.experts.checks import check_routes
+from moeinf.experts.linear import serve_linear
 from moeinf.integrations.transformers.caches import make_caches
 from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
 from moeinf.integrations.transformers.experts import experts_modules, leave_out_experts
 from moeinf.integrations.transformers.families import adapt
 from moeinf.integrations.transformers.lookahead import GateLookahead
-from moeinf.integrations.transformers.models import DTYPES, model_class, read_config
+from moeinf.integrations.transformers.models import DTYPES, model_of
 from moeinf.integrations.transformers.passes import PassReader, generating
 from moeinf.integrations.transformers.plan import Plan, make_plan, missing_tensors
 from moeinf.integrations.transformers.routers import listen
 from moeinf.integrations.transformers.served import IMPLEMENTATION, serve
+from moeinf.integrations.transformers.torch_threads import TorchThreads
 from moeinf.integrations.transformers.whole import make_whole_experts, whole_model
 
 GATE = "gate"
+LINEAR = ("auto", "torch")
 
 
 def load(
     path: str | os.PathLike[str] | Checkpoint,
     *,
     revision: str | None = None,
+    trust_remote_code: bool = False,
     device: str | torch.device = "auto",
     device_map: DeviceMap | str | None = None,
     memory: str | int | None = None,
@@ -51,14 +55,17 @@ def load(
     policy: str = "learned",
     prefetch: str = "off",
     dtype: torch.dtype | str = "auto",
+    linear: str = "auto",
     **cache_options: Any,
 ) -> PreTrainedModel:
     """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
 
     Args:
-        path: a checkpoint folder (safetensors), a name on the Hugging Face Hub such as
+        path: a checkpoint folder (safetensors), a GGUF file, a name on the Hugging Face Hub such as
             Qwen/Qwen3-30B-A3B, or a checkpoint already opened.
         revision: branch, tag or commit on the Hub; without it, the main branch.
+        trust_remote_code: run code that comes with the checkpoint, where `auto_map` of its
+            configuration names it. Its experts must use transformers' experts interface.
         device: where the model computes and the slots lie: "cpu", "cuda", "cuda:N", or "auto", a
             GPU where torch and the core can both use one. `stats()["device"]` says which it was.
         device_map: instead of `device`, module paths and their devices, as accelerate writes them,
@@ -73,6 +80,8 @@ def load(
             early) or what `ExpertCache` takes.
         dtype: of activations and of all weights but the experts', which stay as they are stored;
             "auto" takes the checkpoint's own.
+        linear: which kernels compute linear layers of a few tokens on the CPU: "auto", those of the
+            experts, or "torch".
         cache_options: passed to `ExpertCache`, `eamc`, `host_memory` and `exclusive` among them.
 
     Returns:
@@ -90,8 +99,12 @@ def load(
     known = [*_core.prefetch_names(), GATE]
     if prefetch not in known:
         raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
-    checkpoint = path if isinstance(path, Checkpoint) else open_checkpoint(path, revision)
-    base, config = model_class(read_config(checkpoint), checkpoint)
+    if linear not in LINEAR:
+        raise ValueError(f"linear={linear!r}: expected one of {', '.join(LINEAR)}")
+    checkpoint = (
+        path if isinstance(path, Checkpoint) else open_checkpoint(path, revision, trust_remote_code)
+    )
+    base, config = model_of(checkpoint)
     plan = make_plan(base, config, checkpoint)
     # Before the model, so that a budget that cannot work says so before anything large is read.
     options = {
@@ -129,17 +142,33 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     model.config.name_or_path = str(checkpoint.path)
     model.moeinf = ServedExperts(model, caches, plan.tied, gate_lookahead=prefetch == GATE)
+    if linear == "auto" and caches[0].device.type == "cpu":
+        serve_linear(model)
+        model.moeinf.torch_threads = TorchThreads(model)
     return model
 
 
-def open_checkpoint(path: str | os.PathLike[str], revision: str | None = None) -> Checkpoint:
-    """Opens a checkpoint; fetches it from the Hub only if its headers say that it can be served."""
-    with Checkpoint.peek(path, revision) as found:
+def open_checkpoint(
+    path: str | os.PathLike[str],
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    *,
+    to_generate: bool = False,
+) -> Checkpoint:
+    """Opens a checkpoint; fetches it from the Hub only if its headers say that it can be served.
+
+    `to_generate`: refuses a model that does not write text.
+    """
+    with Checkpoint.peek(path, revision, trust_remote_code) as found:
+        base, config = model_of(found)
+        if to_generate and not base.can_generate():
+            raise UnsupportedError(
+                f"{found.config_file}: {base.__name__} does not write text; moeinf.load serves it"
+            )
         if found.has_weights:
             return found
-        base, config = model_class(read_config(found), found)
         make_plan(base, config, found)
-    return Checkpoint.open(path, revision)
+    return Checkpoint.open(path, revision, trust_remote_code)
 
 
 class ServedExperts:
@@ -176,6 +205,7 @@ class ServedExperts:
         if model.config.is_encoder_decoder:  # the passes of a text are those of the decoder
             modules = [path for path in modules if "decoder" in path.split(".")] or modules
         decoder = stack_of(modules).rpartition(".")[0]
+        self.torch_threads: TorchThreads | None = None
         self.passes = PassReader(model.get_submodule(decoder), caches)
 
     def stats(self) -> dict[str, Any]:
@@ -194,11 +224,11 @@ class ServedExperts:
 class _OnDemand:
     """A tensor that is read when indexed: what the library's loader does with each in turn."""
 
-    def __init__(self, entry: TensorEntry):
-        self.entry = entry
+    def __init__(self, read: Callable[[], torch.Tensor]):
+        self.read = read
 
     def __getitem__(self, _: Any) -> torch.Tensor:
-        return read_tensor(self.entry)
+        return self.read()
 
 
 def _load_dense(base: type[PreTrainedModel], config: Any, plan: Plan, dtype: torch.dtype) -> Any:
@@ -208,7 +238,10 @@ def _load_dense(base: type[PreTrainedModel], config: Any, plan: Plan, dtype: tor
         CheckpointError: a tensor that is missing or of another shape than the model's.
     """
     checkpoint = plan.stores[0].checkpoint
-    state = {name: _OnDemand(entry) for name, entry in plan.dense.items()}
+    state = {
+        name: _OnDemand(plan.readers.get(name) or partial(read_tensor, entry))
+        for name, entry in plan.dense.items()
+    }
     try:
         loaded: Any = _without_experts(base).from_pretrained(
             None,
@@ -249,7 +282,7 @@ def computing_dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -
         dtype = (
             getattr(config, "dtype", None)
             or getattr(config.get_text_config(), "dtype", None)
-            or (torch.bfloat16 if stored.scaled else stored.values)
+            or (stored.values if str(stored.values)[6:] in DTYPES else torch.bfloat16)
         )
     found = DTYPES.get(str(dtype).removeprefix("torch."))
     if found is None:

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 import transformers
 from transformers import AutoConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto import CONFIG_MAPPING, modeling_auto
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
 
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.errors import CheckpointError
+from moeinf.integrations.transformers import gguf
 
 # Of activations: what the kernels of experts take.
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -29,29 +32,63 @@ MAPPINGS = (
 )
 
 
+def model_of(checkpoint: Checkpoint) -> tuple[type[PreTrainedModel], Any]:
+    """The class of the model, and the configuration that it takes.
+
+    Raises:
+        CheckpointError: transformers does not know the model, or refuses a value.
+    """
+    config = read_config(checkpoint)
+    if checkpoint.trust_remote_code:
+        for auto, name in (getattr(config, "auto_map", None) or {}).items():
+            if auto.startswith("AutoModel"):
+                return _class_in_folder(name, checkpoint), config
+    return model_class(config, checkpoint)
+
+
+def _class_in_folder(name: str, checkpoint: Checkpoint) -> type[PreTrainedModel]:
+    """A class of the code that comes with the checkpoint."""
+    try:
+        found: Any = get_class_from_dynamic_module(name, checkpoint.path)
+        return add_generation_mixin_to_remote_model(found)  # type: ignore[no-any-return]
+    except Exception as error:
+        raise CheckpointError(
+            f"{checkpoint.config_file}: auto_map names {name}, which fails: "
+            f"{in_words(error, checkpoint.config)}"
+        ) from error
+
+
 def read_config(checkpoint: Checkpoint) -> Any:
     """The configuration object, with the defaults of its class.
 
     Raises:
         CheckpointError: transformers does not know the model, or refuses a value.
     """
+    if checkpoint.gguf is not None:
+        return gguf.read_config(checkpoint)
     config, file = checkpoint.config, checkpoint.config_file
     kind = config.get("model_type")
     if not isinstance(kind, str):
         raise CheckpointError(f"{file}: model_type is {kind!r}, expected a name")
+    names = config.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{file}: architectures is {names!r}, expected a list of names")
     for part in (config, checkpoint.text_config()):
         for key in ("dtype", "torch_dtype"):
             name = part.get(key)
             if name is not None and not isinstance(getattr(torch, str(name), None), torch.dtype):
                 raise CheckpointError(f"{file}: {key} is {name!r}, which is no dtype of torch")
-    if kind not in CONFIG_MAPPING:
-        code = "; code that comes with a checkpoint is not run" if "auto_map" in config else ""
+    own = isinstance(config.get("auto_map"), dict)
+    if kind not in CONFIG_MAPPING and not (own and checkpoint.trust_remote_code):
+        code = "; to run code that comes with it: trust_remote_code=True" if own else ""
         raise CheckpointError(
             f"{file}: transformers refuses model_type {kind!r}: {transformers.__version__} does "
             f"not know it{code}"
         )
     try:
-        loaded = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+        loaded = AutoConfig.from_pretrained(
+            checkpoint.path, trust_remote_code=checkpoint.trust_remote_code
+        )
         # The checkpoint's entries say how they are stored. Transformers would build modules of its
         # own, or refuse what it does not know.
         for part in (loaded, loaded.get_text_config()):

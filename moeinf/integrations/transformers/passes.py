@@ -21,7 +21,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import wraps
 from itertools import count, pairwise
@@ -409,7 +409,11 @@ class _Generates:
         prompt = next(
             (one for one in (*known, kwargs.get("inputs_embeds")) if one is not None), None
         )
-        with self.moeinf.passes.generation(None if prompt is None else prompt.shape[1]):
+        threads = self.moeinf.torch_threads
+        with (
+            self.moeinf.passes.generation(None if prompt is None else prompt.shape[1]),
+            nullcontext() if threads is None else threads.generation(),
+        ):
             return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:

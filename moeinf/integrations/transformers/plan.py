@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from moeinf.checkpoint.config import TOP_K_KEYS
@@ -20,6 +21,7 @@ from moeinf.checkpoint.index import Expert
 from moeinf.checkpoint.packed import PackedEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
+from moeinf.integrations.transformers import gguf
 from moeinf.integrations.transformers.experts import (
     experts_modules,
     find_experts,
@@ -49,12 +51,14 @@ class Plan:
             The store with the most bytes comes first.
         dense: every other tensor that the model uses, by its name in the files.
         tied: experts modules that have the weights of another one, by path, and which that is.
+        readers: how tensors of `dense` are read that are not as the model has them.
     """
 
     skeleton: PreTrainedModel
     stores: list[ExpertStore]
     dense: dict[str, TensorEntry]
     tied: dict[str, str]
+    readers: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
 
 
 def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) -> Plan:
@@ -73,6 +77,8 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
             f"{checkpoint.config_file}: {base.__name__} has no experts modules; moeinf serves "
             "models whose experts use transformers' experts interface"
         )
+    if checkpoint.gguf is not None:
+        return _plan_of_gguf(checkpoint, skeleton, modules)
     sources, unknown = find_sources(skeleton, checkpoint.tensors.values())
     shapes = {
         f"{path}.{name}": shape
@@ -103,17 +109,82 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
         if entry.name not in served
     }
     _check_unknown(skeleton, checkpoint, unknown, sources)
-    _check_dtypes(skeleton, sources)
+    _check_dense(skeleton, checkpoint, sources, shapes)
     tied = _tied(modules, traced)
     own = {path: module for path, module in modules.items() if path not in tied}
-    stores = _stores(checkpoint, own, traced, skeleton.config)
+    forms: list[ExpertForm] = []
+    found = {}
+    for path, module in own.items():
+        form = form_of(module, forms)
+        mine = {name: traced[f"{path}.{name}"] for name in parameters_of(module)}
+        found[path] = form, *find_experts(path, module, form, mine)
+    stores = _stores(checkpoint, found, _top_k(own, skeleton.config))
     leave_out_experts(skeleton)
     return Plan(skeleton, stores, dense, tied)
 
 
-def _check_dtypes(model: PreTrainedModel, sources: Mapping[str, Sources]) -> None:
-    """Refuses integers in place of floats, and names floats that are wider than every model's."""
+def _plan_of_gguf(
+    checkpoint: Checkpoint, skeleton: PreTrainedModel, modules: Mapping[str, Any]
+) -> Plan:
+    """Names and bytes are those of a GGUF file; the keys of `dense` are the model's names."""
+    counts, served = {}, set()
+    for path, module in modules.items():
+        shapes = parameters_of(module)
+        counts[path] = next(iter(shapes.values()))[0]
+        served |= {f"{path}.{name}" for name in shapes}
+    dense, unknown = gguf.find_dense(checkpoint, skeleton, served)
+    tied: dict[str, str] = getattr(skeleton, "all_tied_weights_keys", {})
+    missing = skeleton.state_dict().keys() - dense.keys() - served - tied.keys()
+    if missing:
+        raise missing_tensors(checkpoint, missing)
+    _check_unknown(skeleton, checkpoint, unknown, {})
+    forms: list[ExpertForm] = []
+    experts = gguf.find_experts(checkpoint, counts)
+    found = {
+        path: (form_of(module, forms), experts[path], False) for path, module in modules.items()
+    }
+    stores = _stores(checkpoint, found, _top_k(modules, skeleton.config))
+    leave_out_experts(skeleton)
+    entries = {name: one.entry for name, one in dense.items()}
+    return Plan(skeleton, stores, entries, {}, {name: one.read for name, one in dense.items()})
+
+
+def _check_dense(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, Sources],
+    experts: Collection[str],
+) -> None:
+    """Every tensor of the model but those of experts is there, of its shape and of floats if it is.
+
+    What an operation makes of several tensors is checked when it is loaded. Names floats that are
+    wider than every model's.
+    """
+    there = {*sources, *experts} | {
+        path.replace(one, other)
+        for path, made in sources.items()
+        if made.converter is not None
+        for one in made.converter.target_patterns
+        for other in made.converter.target_patterns
+    }
+    tied: dict[str, set[str]] = {}
+    for name, source in model.all_tied_weights_keys.items():
+        tied.setdefault(source, {source}).add(name)
+    for alike in tied.values():
+        there |= alike if alike & there else set()
+    optional = [*(model._keys_to_ignore_on_load_missing or ())]
+    missing = [
+        name
+        for name in model.state_dict()
+        if name not in there and not any(re.search(one, name) for one in optional)
+    ]
+    if missing:
+        raise missing_tensors(checkpoint, missing)
     for path, parameter in model.state_dict().items():
+        if path in sources and path not in experts and sources[path].converter is None:
+            entry = sources[path].all()[0]
+            if entry.shape != tuple(parameter.shape):
+                raise CheckpointError(f"{entry.path}: {entry}: expected {list(parameter.shape)}")
         for entry in sources[path].all() if path in sources else ():
             if parameter.is_floating_point() and entry.dtype in INTEGERS:
                 raise CheckpointError(f"{entry.path}: {entry}: expected floating-point numbers")
@@ -149,15 +220,13 @@ def missing_tensors(checkpoint: Checkpoint, names: Iterable[str]) -> CheckpointE
 
 
 def _stores(
-    checkpoint: Checkpoint, modules: Mapping[str, Any], traced: Mapping[str, Traced], config: Any
+    checkpoint: Checkpoint,
+    found: Mapping[str, tuple[ExpertForm, Sequence[Expert], bool]],
+    top_k: int | None,
 ) -> list[ExpertStore]:
-    """One store for the layers whose experts are alike."""
+    """One store for the layers whose experts are alike: form, experts and order of rows by path."""
     groups: dict[Any, dict[str, Sequence[Expert]]] = {}
-    forms: list[ExpertForm] = []
-    for path, module in modules.items():
-        form = form_of(module, forms)
-        mine = {name: traced[f"{path}.{name}"] for name in parameters_of(module)}
-        experts, interleaved = find_experts(path, module, form, mine)
+    for path, (form, experts, interleaved) in found.items():
         alike = (
             len(experts),
             form,
@@ -166,9 +235,7 @@ def _stores(
         )
         groups.setdefault(alike, {})[path] = experts
     stores = [
-        ExpertStore(
-            checkpoint, index, form=form, top_k=_top_k(modules, config), interleaved=interleaved
-        )
+        ExpertStore(checkpoint, index, form=form, top_k=top_k, interleaved=interleaved)
         for (_, form, interleaved, _), index in groups.items()
     ]
     return sorted(stores, key=lambda store: -store.nbytes)

@@ -234,7 +234,13 @@ def _does_not_fit(
         if len(entries) > 1:
             numbers = [EXPERT_NUMBER.search(entry.name) for entry in entries]
             there = {int(number[1]) for number in numbers if number is not None}
-            missing = sorted(set(range(shapes[target][0])) - there)
+            experts = shapes[target][0]
+            if max(there, default=0) >= experts:
+                return CheckpointError(
+                    f"{where}: config.json says there are {experts} experts, found a tensor of "
+                    f"expert {max(there)} beside {entries[0]}"
+                )
+            missing = sorted(set(range(experts)) - there)
             if missing:
                 return CheckpointError(
                     f"{where}: no tensor of expert {missing[0]} beside {entries[0]}"

@@ -14,7 +14,8 @@ import triton.language as tl
 from layers import DEVICE, ROW_TOLERANCE, TOLERANCE, error, row_error
 
 sys.path.append(str(Path(__file__).parents[2]))
-from scaled_weights import EVERY, every_code, random_experts
+from scaled_weights import SCALED as EVERY
+from scaled_weights import every_code, random_experts
 
 from moeinf.checkpoint.formats import FORMATS, WeightFormat
 from moeinf.checkpoint.layout import Layout

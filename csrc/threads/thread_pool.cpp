@@ -1,4 +1,4 @@
-#include "compute/thread_pool.h"
+#include "threads/thread_pool.h"
 
 #include <sched.h>
 

@@ -1,0 +1,184 @@
+// The block formats of GGUF files. A row is blocks, and a block has its own scales. A decoder has,
+// beside what plain.h names:
+//
+//   kBlock        true
+//   Stored        the bytes of a block
+//   kPack         columns of a block
+//   kFirst        bytes before the codes of a block
+//   kCodes        bytes of codes
+//   kGroup        columns that share a scale
+//   kMinima       whether a group has a minimum too, which is subtracted
+//   kTable        numbers of the lower four bits of a code
+//   kHighBits     other bits of a code; those lie in 32 bytes from kHigh on
+//   column(b, h)  of the lower (h = 0) or upper half of byte b of the codes
+//   scales<F>()   the scales and minima of a row
+//
+// q8_0 has a byte for each code, and neither table nor halves.
+#pragma once
+
+#include <cstring>
+
+#include "compute/float_math.h"
+#include "compute/formats/plain.h"
+#include "compute/kernels.h"
+
+namespace moeinf {
+namespace {
+
+template <size_t kBytes>
+struct BlockOf {
+    std::byte bytes[kBytes];
+};
+
+// Copies a number of each block of a row, and makes floats of them.
+template <class F, class Block, class Number>
+inline void widen_each(const std::byte* row, int64_t blocks, int64_t first, float* to) {
+    constexpr int64_t kAtOnce = 64;
+    Number numbers[kAtOnce];
+    for (int64_t i = 0; i < blocks; i += kAtOnce) {
+        const int64_t count = blocks - i < kAtOnce ? blocks - i : kAtOnce;
+        const std::byte* from = row + i * static_cast<int64_t>(sizeof(Block)) + first;
+        for (int64_t j = 0; j < count; ++j, from += sizeof(Block)) {
+            std::memcpy(numbers + j, from, sizeof(Number));
+        }
+        widen_row<F>(numbers, count, to + i);
+    }
+}
+
+// Blocks of 32 columns with one scale.
+template <class Number, size_t kSize>
+struct SmallBlocks {
+    using Stored = BlockOf<kSize>;
+    static constexpr bool kScaled = false;
+    static constexpr bool kBlock = true;
+    static constexpr int64_t kPack = 32;
+    static constexpr int64_t kGroup = 32;
+    static constexpr int64_t kFirst = sizeof(Number);
+    static constexpr int64_t kCodes = kSize - sizeof(Number);
+    static constexpr bool kMinima = false;
+    static constexpr int kHighBits = 0;
+    static constexpr int64_t column(int64_t byte, int64_t half) { return byte + 16 * half; }
+    template <class F>
+    static void scales(const std::byte* row, int64_t cols, float* scales, float* /*minima*/) {
+        widen_each<F, Stored, Number>(row, cols / kPack, 0, scales);
+    }
+};
+
+struct Q80Weights : SmallBlocks<F16, 34> {
+    static constexpr std::string_view kName = "q8_0";
+};
+
+struct Q40Weights : SmallBlocks<F16, 18> {
+    static constexpr std::string_view kName = "q4_0";
+    static constexpr float kTable[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
+};
+
+struct Iq4NlWeights : SmallBlocks<F16, 18> {
+    static constexpr std::string_view kName = "iq4_nl";
+    static constexpr float kTable[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                         1,    13,   25,  38,  53,  69,  89,  113};
+};
+
+struct Mxfp4Weights : SmallBlocks<E8M0, 17> {
+    static constexpr std::string_view kName = "mxfp4";
+    static constexpr float kTable[16] = {0,     0.5f,  1,  1.5f,  2,  3,  4,  6,
+                                         -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+};
+
+// Blocks of 256 columns. The scales of their groups are whole numbers, times a float.
+template <size_t kSize>
+struct LargeBlocks {
+    using Stored = BlockOf<kSize>;
+    static constexpr bool kScaled = false;
+    static constexpr bool kBlock = true;
+    static constexpr int64_t kPack = 256;
+    static constexpr int64_t kCodes = 128;
+    static constexpr float kTable[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+    // Whole numbers of all groups, times the float of each block at `first`.
+    template <class F>
+    static void times(const int8_t* whole, const std::byte* row, int64_t blocks, int64_t first,
+                      int64_t groups, float* to) {
+        float factors[kMaxScales / 8];
+        widen_each<F, Stored, F16>(row, blocks, first, factors);
+        widen_row<F>(whole, blocks * groups, to);
+        for (int64_t i = 0; i < blocks * groups; ++i) to[i] *= factors[i / groups];
+    }
+};
+
+// Eight groups with scales and minima of six bits in 12 bytes.
+template <size_t kSize>
+struct SixBitScales : LargeBlocks<kSize> {
+    static constexpr int64_t kGroup = 32;
+    static constexpr bool kMinima = true;
+    static constexpr int64_t column(int64_t byte, int64_t half) {
+        return 64 * (byte / 32) + byte % 32 + 32 * half;
+    }
+    template <class F>
+    static void scales(const std::byte* row, int64_t cols, float* scales, float* minima) {
+        constexpr uint32_t kLow4 = 0x0f0f0f0f;
+        constexpr uint32_t kLow6 = 0x3f3f3f3f;
+        constexpr uint32_t kTop2 = 0x30303030;
+        const int64_t blocks = cols / 256;
+        int8_t whole[2][kMaxScales];
+        const std::byte* from = row + 4;
+        for (int64_t i = 0; i < blocks; ++i, from += kSize) {
+            uint32_t in[3];
+            std::memcpy(in, from, sizeof in);
+            const uint32_t first[2] = {in[0] & kLow6, (in[2] & kLow4) | (in[0] >> 2 & kTop2)};
+            const uint32_t second[2] = {in[1] & kLow6, (in[2] >> 4 & kLow4) | (in[1] >> 2 & kTop2)};
+            std::memcpy(whole[0] + 8 * i, first, sizeof first);
+            std::memcpy(whole[1] + 8 * i, second, sizeof second);
+        }
+        using Base = LargeBlocks<kSize>;
+        Base::template times<F>(whole[0], row, blocks, 0, 8, scales);
+        Base::template times<F>(whole[1], row, blocks, 2, 8, minima);
+    }
+};
+
+struct Q4KWeights : SixBitScales<144> {
+    static constexpr std::string_view kName = "q4_k";
+    static constexpr int64_t kFirst = 16;
+    static constexpr int kHighBits = 0;
+};
+
+// Bit 2c + h of byte j of the high bits belongs to byte 32c + j of the codes, half h.
+struct Q5KWeights : SixBitScales<176> {
+    static constexpr std::string_view kName = "q5_k";
+    static constexpr int64_t kFirst = 48;
+    static constexpr int64_t kHigh = 16;
+    static constexpr int kHighBits = 1;
+    static constexpr int kHalfShift = 1;
+    static constexpr int64_t high_byte(int64_t byte) { return byte % 32; }
+    static constexpr int high_shift(int64_t byte) { return static_cast<int>(2 * (byte / 32)); }
+    static constexpr float kHighTable[16] = {0, 16, 0, 16, 0, 16, 0, 16,
+                                             0, 16, 0, 16, 0, 16, 0, 16};
+};
+
+// Two bits from bit 2c + 4h of byte 32n + j belong to byte 64n + 32c + j of the codes, half h.
+struct Q6KWeights : LargeBlocks<210> {
+    static constexpr std::string_view kName = "q6_k";
+    static constexpr int64_t kFirst = 0;
+    static constexpr int64_t kGroup = 16;
+    static constexpr bool kMinima = false;
+    static constexpr int64_t kHigh = 128;
+    static constexpr int kHighBits = 2;
+    static constexpr int kHalfShift = 4;
+    static constexpr int64_t high_byte(int64_t byte) { return 32 * (byte / 64) + byte % 32; }
+    static constexpr int high_shift(int64_t byte) { return static_cast<int>(byte / 32 % 2 * 2); }
+    static constexpr float kHighTable[16] = {-32, -16, 0, 16, -32, -16, 0, 16,
+                                             -32, -16, 0, 16, -32, -16, 0, 16};
+    static constexpr int64_t column(int64_t byte, int64_t half) {
+        return 128 * (byte / 64) + byte % 64 + 64 * half;
+    }
+    template <class F>
+    static void scales(const std::byte* row, int64_t cols, float* scales, float* /*minima*/) {
+        const int64_t blocks = cols / 256;
+        int8_t whole[kMaxScales];
+        for (int64_t i = 0; i < blocks; ++i) std::memcpy(whole + 16 * i, row + 210 * i + 192, 16);
+        times<F>(whole, row, blocks, 208, 16, scales);
+    }
+};
+
+}  // namespace
+}  // namespace moeinf

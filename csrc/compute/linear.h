@@ -1,0 +1,35 @@
+// A linear layer for a few tokens, with the kernels and the threads of the experts:
+//
+//   out[t] = W x[t] + bias
+//
+// Its limit is the time to read W once, so the rows of W are read in long blocks, which the threads
+// share. Every output is one dot product in 32-bit floats, summed in one fixed order. So the result
+// has the same bits for every number of threads and of tokens in a call.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "compute/cpu_engine.h"
+#include "layout/matrix.h"
+
+namespace moeinf {
+
+// Beyond, the product is bound by arithmetic, and other libraries pack W for it.
+constexpr int64_t kLinearTokens = 16;
+
+struct LinearCall {
+    const void* x = nullptr;  // [tokens, cols], elements of a row beside each other
+    DType x_dtype = DType::kF32;
+    int64_t x_stride = 0;  // elements from one token to the next
+    int64_t tokens = 0;
+    const std::byte* bias = nullptr;  // [rows], contiguous; null: the matrix's own, or none
+    DType bias_dtype = DType::kF32;
+    void* out = nullptr;  // [tokens, rows], contiguous, of the type of x
+};
+
+// The offsets of `weight` count from `base`. Throws Error(kInvalid) for more than kLinearTokens
+// tokens and for sizes that make no sense.
+void linear(CpuEngine& engine, const Matrix& weight, const std::byte* base, const LinearCall& call);
+
+}  // namespace moeinf
