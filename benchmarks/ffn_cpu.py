@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.common import print_table, write_json
 from moeinf import _core
+from moeinf.checkpoint.blocks import BLOCKS
 from moeinf.checkpoint.formats import FORMATS, WeightFormat
 from moeinf.checkpoint.layout import Layout
 from moeinf.experts.cpu import core_expert
@@ -198,6 +199,7 @@ SCALED = {
     "nvfp4": FORMATS["e2m1"].with_scales("e4m3", (1, 16), multiplier=True),
     "int4-32": FORMATS["int4"].with_scales("bf16", (1, 32)),
     "int4-128": FORMATS["int4"].with_scales("bf16", (1, 128)),
+    **{name if name != "mxfp4" else "gguf-mxfp4": FORMATS[name] for name in BLOCKS},
 }
 
 

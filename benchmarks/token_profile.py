@@ -3,10 +3,10 @@
     python -m benchmarks.token_profile --json benchmarks/results/token_profile.json
 
 Models: the built-in one, and random weights with the geometry of Qwen3-30B-A3B, 5 of its 48 layers,
-at two sizes of the vocabulary. One round decodes the same tokens twice, with torch's linear layers
-and with ours, and measures how fast the threads read memory. The result is of each side's fastest
-token. Timers stand around modules and functions; a part's time is its own, less that of the parts
-inside it. `rest` is what no timer sees: Python, and operators between modules.
+at two sizes of the vocabulary. One round decodes the same tokens twice, as `linear="torch"` and as
+`linear="auto"` do, and measures how fast the threads read memory. The result is of each side's
+fastest token. Timers stand around modules and functions; a part's time is its own, less that of the
+parts inside it. `rest` is what no timer sees: Python, and operators between modules.
 
 Bytes that must move: every dense matrix of the decoder once, and the experts of the token.
 """
@@ -30,11 +30,14 @@ from benchmarks.common import print_table, write_json
 from benchmarks.random_checkpoint import Geometry, folder_for, write_random_checkpoint
 from moeinf.experts import linear
 from moeinf.experts.cpu import default_engine
+from moeinf.integrations.transformers import torch_threads
 from moeinf.memory_read import HugeArea, ReadLimit
 from moeinf.pocket import POCKET
 
 PARTS = ("lm_head", "linear", "router", "experts", "attention", "kv cache", "norms", "rest")
 PROMPT = 32
+PAUSE = 0.02  # seconds: torch's threads spin for a moment
+FEW_TOKENS = torch_threads.FEW_TOKENS
 
 
 class Timers:
@@ -145,10 +148,12 @@ def profile(name: str, folder: Path, rounds: int, tokens: int) -> list[dict[str,
         for side, kind in SIDES.items():
             for one in layers:
                 one.__class__ = kind
+            torch_threads.FEW_TOKENS = 0 if side == "torch" else FEW_TOKENS
+            time.sleep(PAUSE)
             seconds[side] = min(seconds[side], decode(model, tokens, None)[0])
             with timed(model, timers):
                 parts[side] = min(parts[side], decode(model, tokens, timers), key=lambda x: x[0])
-        time.sleep(0.02)  # torch's threads spin for a moment
+        time.sleep(PAUSE)
         limit.measure()
     nbytes = bytes_of_a_token(model)
     return [

@@ -69,7 +69,8 @@ def check_arguments(
                 f"{name}: expected {ndim} dimensions, found shape {tuple(tensor.shape)}"
             )
     (T, H), k, (S, _, stored) = hidden.shape, ids.shape[1], down.values.shape
-    I = stored * FORMATS[down.format].pack if down.format in FORMATS else stored  # noqa: E741
+    row = FORMATS.get(down.format)
+    I = stored if row is None else stored // row.unit * row.pack  # noqa: E741
     if T == 0:
         raise ValueError("hidden: expected at least 1 token, found 0")
     if not 1 <= k <= MAX_TOP_K:
@@ -105,7 +106,7 @@ def check_matrix(
     row = FORMATS[matrix.format]
     slots, rows, cols = shape
     check_dtype("hidden", hidden, row.tokens)
-    stored = (slots, rows, cols // row.pack)
+    stored = (slots, rows, cols // row.pack * row.unit)
     check_tensor(name, matrix.values, stored, (row.values,), hidden.device)
     for kind, tensor in (("scales", matrix.scales), ("multiplier", matrix.multiplier)):
         if tensor is not None and not row.scaled:

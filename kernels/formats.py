@@ -1,7 +1,7 @@
 # mypy: ignore-errors
 """How stored weights become numbers: the one place where kernels know weight formats.
 
-A new format is one row of `FORMATS` and one branch of `load_values`. No kernel changes: every
+A new format is one row of `FORMATS` and one branch of `load_values`, or of blocks.py. No kernel changes: every
 kernel hands the pointers and strides of a matrix to `load_tile` or `add_product`. Matrices without
 scales pass None for their pointer and strides. None is a constant to Triton: the machine code has
 no trace of it.
@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .blocks import load_blocks
 from .product import multiply
 
 TOKENS = (torch.bfloat16, torch.float16, torch.float32)
@@ -33,13 +34,15 @@ SCALE_TYPES = {
 class Format:
     """One row: the dtype of `Matrix.values`, and the dtypes of tokens that it is computed with.
 
-    pack: elements in one stored value. scaled: a matrix may have scales and a multiplier. zeros:
-    and zero points, which leave integers that are exact in bfloat16.
+    pack: elements in one stored value, or in a block of `unit` bytes that has its own scales.
+    scaled: a matrix may have scales and a multiplier. zeros: and zero points, which leave integers
+    that are exact in bfloat16.
     """
 
     values: torch.dtype
     tokens: tuple[torch.dtype, ...] = TOKENS
     pack: int = 1
+    unit: int = 1
     scaled: bool = True
     zeros: bool = False
 
@@ -52,6 +55,13 @@ FORMATS = {
     "e2m1": Format(torch.uint8, pack=2),
     "int8": Format(torch.int8, zeros=True),
     "int4": Format(torch.uint8, pack=2, zeros=True),
+    "q8_0": Format(torch.uint8, pack=32, unit=34, scaled=False),
+    "q4_0": Format(torch.uint8, pack=32, unit=18, scaled=False),
+    "iq4_nl": Format(torch.uint8, pack=32, unit=18, scaled=False),
+    "mxfp4": Format(torch.uint8, pack=32, unit=17, scaled=False),
+    "q4_k": Format(torch.uint8, pack=256, unit=144, scaled=False),
+    "q5_k": Format(torch.uint8, pack=256, unit=176, scaled=False),
+    "q6_k": Format(torch.uint8, pack=256, unit=210, scaled=False),
 }
 
 
@@ -199,16 +209,20 @@ def load_tile(
     | slot | int64, one or a block | which slot |
     | n, in_n | int32 block and mask, their last size 1 | row (output) of the matrix |
     | k0, K | | first column (summed) of the tile; columns of the matrix |
-    | FORMAT, SCALE_TYPE | | how values and scales are stored |
+    | FORMAT, SCALE_TYPE | | how values and scales are stored; "blocks": see blocks.py |
     | SCALE_N, SCALE_K | | rows and columns that share a scale; 0 columns: all |
 
     The shapes of slot, n and in_n broadcast; the columns are the last dimension of the tile.
     Columns beyond the matrix, and rows whose mask is false, are 0 in formats without scales; else
     they are numbers of no meaning, but finite.
     """
-    tile = load_values(
-        values_ptr, slot, n, in_n, k0, K, stride_ws, stride_wn, stride_wk, FORMAT, COUNT, False
-    )
+    if SCALE_TYPE == "blocks":
+        row = values_ptr + slot * stride_ws + n.to(tl.int64) * stride_wn
+        tile = load_blocks(row, in_n, k0, K, stride_wk, FORMAT, COUNT)
+    else:
+        tile = load_values(
+            values_ptr, slot, n, in_n, k0, K, stride_ws, stride_wn, stride_wk, FORMAT, COUNT, False
+        )
     if scales_ptr is not None:
         if (SCALE_K == 0) or (SCALE_K >= COUNT):
             if zeros_ptr is not None:
@@ -249,7 +263,7 @@ def add_product(
     sums. UPCAST: see multiply.
     """
     # The parentheses are for Triton 3.2.
-    if (scales_ptr is None) or ((not FOLD) and (not UPCAST)):
+    if ((scales_ptr is None) and (SCALE_TYPE != "blocks")) or ((not FOLD) and (not UPCAST)):
         w = load_values(
             values_ptr, slot, n, in_n, k0, K, stride_ws, stride_wn, stride_wk, FORMAT, COUNT,
             K_FIRST,

@@ -37,9 +37,10 @@ def has_tensor_cores_for(dtype: torch.dtype, device: torch.device) -> bool:
 
 def must_upcast(matrix: Matrix, dtype: torch.dtype, device: torch.device) -> bool:
     # Interpreters before Triton 3.7 multiply the bit patterns of bfloat16. The range of float16 is
-    # too small for sums without their scales.
+    # too small for sums without their scales. Numbers of blocks are exact in float32 alone.
     return (
-        not has_tensor_cores_for(dtype, device)
+        FORMATS[matrix.format].unit > 1
+        or not has_tensor_cores_for(dtype, device)
         or (INTERPRETED and dtype == torch.bfloat16)
         or (matrix.scales is not None and dtype == torch.float16)
     )
@@ -94,6 +95,12 @@ def config_of(kernel: str, a: Arguments, rows_per_tile: int = 0) -> Mapping[str,
     return {**config, summed: min(config[summed], cols)}
 
 
+def scale_type(matrix: Matrix) -> str | None:
+    if FORMATS[matrix.format].unit > 1:
+        return "blocks"
+    return None if matrix.scales is None else SCALE_TYPES[matrix.scales.dtype]
+
+
 def matrix_values(matrix: Matrix) -> dict[str, Any]:
     """Its format and scales, and the strides of each tensor: None for those it has not."""
 
@@ -108,7 +115,7 @@ def matrix_values(matrix: Matrix) -> dict[str, Any]:
         **strides(matrix.multiplier, "stride_ms"),
         **strides(matrix.bias, "stride_bs", "stride_bn"),
         "FORMAT": matrix.format,
-        "SCALE_TYPE": None if matrix.scales is None else SCALE_TYPES[matrix.scales.dtype],
+        "SCALE_TYPE": scale_type(matrix),
         "SCALE_N": matrix.block[0] if matrix.block else 1,
         "SCALE_K": matrix.block[1] if matrix.block else 0,
     }
@@ -207,8 +214,9 @@ def rows_per_tile(a: Arguments) -> int:
     if experts is None:
         experts = 64 if a.expert_map is None else a.expert_map.numel()
     mean = a.T * a.k / experts
-    scaled = any(FORMATS[matrix.format].scaled for matrix in (a.matrices.gate, a.matrices.down))
-    return next((rows for rows in (16, 32, 64) if mean <= rows), 64 if scaled else 128)
+    rows = [FORMATS[matrix.format] for matrix in (a.matrices.gate, a.matrices.down)]
+    scaled = any(row.scaled or row.unit > 1 for row in rows)
+    return next((count for count in (16, 32, 64) if mean <= count), 64 if scaled else 128)
 
 
 def run_grouped(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moeinf import _core
+from moeinf.cpus import usable_cpus
 from moeinf.errors import CapacityError, UnsupportedError
 from moeinf.memory_read import memory_read_bandwidth
 
@@ -24,6 +25,7 @@ def describe(folder: Path) -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
+        "threads": usable_cpus(),
         "cpu_kernels": kernels,
         "cpu_kernel_used": next(name for name, supported in kernels.items() if supported),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),

@@ -116,6 +116,8 @@ def test_two_ids_mean_no_expert(
     assert torch.isfinite(found).all()
     traced = torch.from_numpy(recorder.trace().experts[:, 0].astype(int))
     assert torch.equal(traced, ids.masked_fill(absent, -1).repeat(2, 1))
+    used = sum(len(set(one[one >= 0].tolist())) for one in [ids.masked_fill(absent, -1)])
+    assert cache.stats()["accesses"] == 6 * used  # in three layers, twice: nothing else is read
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

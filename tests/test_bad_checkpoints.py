@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -62,8 +63,11 @@ REFUSED: list[tuple[Change, str]] = [
     (tensors("model.norm"), "no tensor for model.norm.weight, which the model needs"),
     (tensors(model__norm__weight=torch.ones(7)), "model.norm.weight (model.safetensors: F32 [7])"),
     (tensors("model.layers.1.mlp.experts.5."), "no tensor of expert 5"),
-    (config(num_local_experts=5), "says there are 5 experts, found a tensor of expert 5"),
-    (config(num_local_experts=7), "no tensor of expert 6"),
+    (
+        config(num_experts=5, num_local_experts=5),
+        "says there are 5 experts, found a tensor of expert 5",
+    ),
+    (config(num_experts=7, num_local_experts=7), "no tensor of expert 6"),
     (config(num_experts_per_tok=7), "config.json: routes to 7 experts per token, there are 6"),
     (config(tie_word_embeddings=False), "no tensor for lm_head.weight"),
     (pointer("model.safetensors"), "model.safetensors: expected the file itself, found a Git LFS"),
@@ -185,3 +189,40 @@ def test_a_router_that_is_told_to_choose_more_after_loading(
         assert_equals_transformers(model, reference)
     assert not torch.allclose(before, logits_of(reference))
     assert recorder.trace().experts.shape[-1] == 4
+
+
+ODD = ["two words", "größe-模型", "a[b]*?{c}", "--json", "100%", "a\nb", "quo'te\"", ".hidden"]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_a_folder_may_have_any_name(cli: Any, good: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    shutil.copytree(good, folder)
+    for file in folder.iterdir():
+        file.chmod(0o444)
+    folder.chmod(0o555)
+    assert torch.equal(logits_of(moeinf.load(os.fsencode(folder))), logits_of(moeinf.load(good)))
+    _, ended = cli("run", "--max-new-tokens", "1", "--record", f"{name}.trace", "--", name)
+    assert not ended and moeinf.Trace.load(tmp_path / f"{name}.trace").model == name
+    out, ended = cli("info", "--json", "--", name)
+    assert not ended and json.loads(out)["path"] == name
+    moeinf.load(folder).save_pretrained(tmp_path / "saved" / name)
+    saved = moeinf.load(tmp_path / "saved" / name)
+    assert torch.equal(logits_of(saved), logits_of(moeinf.load(good)))
+
+
+def test_a_path_that_is_not_utf8_is_refused(cli: Any, good: Path, tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/caf\xe9"
+    shutil.copytree(good, os.fsdecode(folder))
+    for command in ("run", "trace", "chat", "info"):
+        _, ended = cli(command, os.fsdecode(folder))
+        assert ended.endswith(
+            r"caf\udce9': expected a path in UTF-8, as tokenizers need it: make a link to it"
+        )
+    for opened in (moeinf.load, moeinf.ExpertStore.open):
+        with pytest.raises(moeinf.CheckpointError, match="expected a path in UTF-8"):
+            opened(folder)
+        with pytest.raises(TypeError, match=r"expected str, bytes or .*, not int"):
+            opened(7)  # type: ignore[arg-type]
+    (tmp_path / "link").symlink_to(os.fsdecode(folder))
+    assert torch.equal(logits_of(moeinf.load(tmp_path / "link")), logits_of(moeinf.load(good)))

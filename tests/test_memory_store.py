@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import subprocess
 import sys
 import threading
@@ -55,11 +56,12 @@ def run(store: ExpertStore, inputs: tuple[torch.Tensor, ...], **options: Any) ->
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
 def test_every_format_passes_through(row: moeinf.WeightFormat, device: str, seed: int) -> None:
-    experts = random_experts(row, H, I, E, seed)
+    width = math.lcm(H, row.pack)
+    experts = random_experts(row, width, math.lcm(I, row.pack), E, seed)
     tensors = experts.layout.views(experts.pool)
     store = ExpertStore.from_tensors([tensors], formats=row)
     assert store.layout == experts.layout
-    x, ids, weights = step(seed)
+    x, ids, weights = step(seed, width)
     found = run(store, (x, ids, weights), slots=2, device=device)
     assert torch.equal(found, run(store, (x, ids, weights), slots=E, device=device))
     expected, size = experts.expected(x, ids, weights)

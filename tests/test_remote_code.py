@@ -43,7 +43,7 @@ def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def tomorrow(known: Path, tmp_path: Path) -> Path:
     """The same weights, of a family that transformers does not know."""
-    folder = tmp_path / "tomorrow"
+    folder = tmp_path / f"tomorrow_{tmp_path.name}"  # transformers knows modules by this name
     folder.mkdir()
     for file in known.iterdir():
         (folder / file.name).symlink_to(file)

@@ -46,6 +46,7 @@ PYTHON = {
     "kernels": "kernels/forms kernels/gates",
     "moeinf/_core": "",
     "moeinf/errors": "",
+    "moeinf/cpus": "",
     "moeinf/pocket": "",
     "moeinf/checkpoint": "moeinf/_core moeinf/errors kernels/forms kernels/gates",
     "moeinf/share": "",
@@ -53,15 +54,15 @@ PYTHON = {
     "moeinf/traces": "moeinf/_core moeinf/errors moeinf/share moeinf/output_files",
     "moeinf/cache": "moeinf/_core moeinf/errors moeinf/share moeinf/checkpoint moeinf/traces "
     "moeinf/output_files",
-    "moeinf/experts": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/cache kernels "
-    "kernels/forms kernels/gates",
+    "moeinf/experts": "moeinf/_core moeinf/errors moeinf/cpus moeinf/checkpoint moeinf/cache "
+    "kernels kernels/forms kernels/gates",
     "moeinf/integrations": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces "
     "moeinf/cache moeinf/experts moeinf/pocket kernels/forms kernels/gates",
     "moeinf/packing": "moeinf/errors moeinf/checkpoint moeinf/cache moeinf/integrations "
     "moeinf/output_files moeinf/memory_read kernels/forms kernels/gates",
     "moeinf/report": "moeinf/errors moeinf/traces moeinf/output_files",
     "moeinf/memory_read": "moeinf/_core",
-    "moeinf/machine": "moeinf/_core moeinf/errors moeinf/memory_read",
+    "moeinf/machine": "moeinf/_core moeinf/errors moeinf/cpus moeinf/memory_read",
     "moeinf/cli": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
     "moeinf/integrations moeinf/packing moeinf/report moeinf/pocket moeinf/machine "
     "moeinf/output_files",
@@ -77,6 +78,7 @@ LIBRARIES = {
     "safetensors": {"moeinf/traces"},
     "huggingface_hub": {"moeinf/checkpoint", "moeinf/integrations"},
     "transformers": {"moeinf/integrations", "moeinf/cli"},
+    "vllm": {"moeinf/integrations"},
     "accelerate": {"moeinf/integrations"},
     "peft": {"moeinf/integrations"},
     "jinja2": {"moeinf/integrations"},

@@ -160,11 +160,10 @@ struct BlockTiles {
     static void load_scales(const DotJob& job, int64_t /*output*/, int count,
                             ScaledPanel<P>& panel) {
         const int64_t scales = job.depth / D::kGroup;
-        for (int n = 0; n < count; ++n) {
-            D::template scales<F>(panel.w + n * job.w_stride, job.depth, panel.scales[n],
-                                  panel.minima[n]);
-            F::store(panel.scales[n] + scales, F::splat(0.0f));
-        }
+        D::scales(ScaleJob<F>{panel.w, job.w_stride, count, job.depth / D::kPack, panel.scales[0],
+                              panel.minima[0]});
+        // Lanes beyond the depth have sums of zero; their scales must be numbers.
+        for (int n = 0; n < count; ++n) F::store(panel.scales[n] + scales, F::splat(0.0f));
     }
 
     template <int kRows, int kOutputs, From kFrom>

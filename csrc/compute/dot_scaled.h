@@ -32,7 +32,6 @@ namespace {
 constexpr int64_t kSpan = 128;  // the most columns whose products share one scale at a time
 constexpr int64_t kPrefetch = 8192;
 constexpr int64_t kPanelBytes = 384 << 10;
-constexpr int kScaleOutputs = 8;  // at least the kOutputs of every product
 
 // Where the weights of a tile come from.
 enum class From { kStored, kStoredAndKept, kPanel };
@@ -48,9 +47,9 @@ struct ScaledPanel {
     int32_t lanes[2][F::kLanes];    // the second ones only where parts have scales of their own
     typename P::X* kept = nullptr;  // decoded rows of whole steps
     // A vector is read from any scale on.
-    alignas(64) float scales[kScaleOutputs][kMaxScales + F::kLanes];
-    alignas(64) float zeros[P::kZeros ? kScaleOutputs : 1][P::kZeros ? kMaxScales + F::kLanes : 1];
-    alignas(64) float minima[P::kMinima ? kScaleOutputs : 1][P::kMinima ? kMaxScales : 1];
+    alignas(64) float scales[kScaleOutputs][kMaxScales + 64];
+    alignas(64) float minima[P::kMinima ? kScaleOutputs : 1][P::kMinima ? kMaxScales + 64 : 1];
+    alignas(64) float zeros[P::kZeros ? kScaleOutputs : 1][P::kZeros ? kMaxScales + 64 : 1];
 };
 
 template <class P>

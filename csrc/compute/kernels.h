@@ -16,6 +16,7 @@
 namespace moeinf {
 
 constexpr int64_t kMaxScales = 2048;  // in a row of scales
+constexpr int kScaleOutputs = 8;      // rows of weights of a tile, at most
 
 // y[r * y_stride + n] = sum over k of x[r][k] * w[n][k], for r < rows and n < outputs. Rows of w
 // hold `depth` elements in one weight format; nothing outside them is read.

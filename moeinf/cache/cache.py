@@ -310,6 +310,16 @@ class ExpertCache:
         """
         return self.core.prefetch(layer, experts)
 
+    def fill(self) -> int:
+        """Starts reading every absent expert, layer by layer, if the slots hold all experts.
+
+        Returns how many it started. Never waits: a step reads what it lacks before these.
+        """
+        layers, experts = self.store.num_layers, self.store.num_experts
+        if self.slots < layers * experts:
+            return 0
+        return sum(self.prefetch(layer, range(experts)) for layer in range(layers))
+
     @property
     def on_gpu(self) -> bool:
         """Do the slots lie in GPU memory?"""

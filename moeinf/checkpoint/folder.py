@@ -33,6 +33,11 @@ class Checkpoint:
     """The configuration and the tensor index of one checkpoint folder. Holds no tensor data."""
 
     def __init__(self, path: Path, config: dict[str, Any], tensors: dict[str, TensorEntry]):
+        if any("\ud800" <= one <= "\udfff" for one in str(path.absolute())):
+            raise CheckpointError(
+                f"{str(path.absolute())!a}: expected a path in UTF-8, as tokenizers need it: "
+                "make a link to it"
+            )
         self.path = path
         self.config = config
         self.tensors = tensors
@@ -43,7 +48,7 @@ class Checkpoint:
     @classmethod
     def open(
         cls,
-        path: str | os.PathLike[str],
+        path: str | bytes | os.PathLike[str],
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Checkpoint:
@@ -58,14 +63,15 @@ class Checkpoint:
             CheckpointError: a file is missing, damaged, or disagrees with another.
             ValueError: a revision of a folder.
         """
-        folder = Path(path)
+        name = os.fsdecode(path)
+        folder = Path(name)
         if is_gguf(folder):
             return cls.of_gguf(folder)
         if not folder.is_dir():
-            folder = hub.fetch(os.fspath(path), revision, with_code=trust_remote_code)
+            folder = hub.fetch(name, revision, with_code=trust_remote_code)
             missing = _missing(folder)
             if missing:
-                hub.fetch(os.fspath(path), folder.name, missing)
+                hub.fetch(name, folder.name, missing)
         elif revision is not None:
             raise ValueError(f"{folder} is a folder: revision={revision!r} is for names on the Hub")
         return cls.of_folder(folder, trust_remote_code)
@@ -74,20 +80,21 @@ class Checkpoint:
     @contextmanager
     def peek(
         cls,
-        path: str | os.PathLike[str],
+        path: str | bytes | os.PathLike[str],
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Iterator[Checkpoint]:
         """The same without fetching weights from the Hub; `has_weights` says if they are here."""
-        if Path(path).is_dir() or is_gguf(Path(path)):
-            yield cls.open(path, revision, trust_remote_code)
+        name = os.fsdecode(path)
+        if Path(name).is_dir() or is_gguf(Path(name)):
+            yield cls.open(name, revision, trust_remote_code)
             return
-        folder = hub.fetch(os.fspath(path), revision, with_code=trust_remote_code)
+        folder = hub.fetch(name, revision, with_code=trust_remote_code)
         missing = _missing(folder)
         if not missing:
             yield cls.of_folder(folder, trust_remote_code)
             return
-        with hub.headers(os.fspath(path), folder, missing) as made:
+        with hub.headers(name, folder, missing) as made:
             headers = cls.of_folder(made, trust_remote_code)
             headers.has_weights = False
             yield headers

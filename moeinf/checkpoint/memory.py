@@ -187,7 +187,7 @@ def _layout_of(
     rows, stored = heads[1].shape[::-1] if transposed else heads[1].shape
     bias = _experts_of("down.bias", tensors["down.bias"])[0].dtype if form.has_bias else None
     return Layout.of(
-        form, pair, rows, stored * pair[1].pack,
+        form, pair, rows, stored // pair[1].unit * pair[1].pack,
         interleaved=interleaved, bias=bias or torch.bfloat16,
     )  # fmt: skip
 

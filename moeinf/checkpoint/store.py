@@ -37,7 +37,7 @@ from moeinf.checkpoint.index import (
 from moeinf.checkpoint.layout import Layout, Segment
 from moeinf.checkpoint.packed import PackedEntry
 from moeinf.checkpoint.stored import Stored
-from moeinf.errors import CheckpointError
+from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.kernels.forms import ExpertForm
 
 FLOATS = {DTYPE_NAMES[dtype]: dtype for dtype in (torch.bfloat16, torch.float16, torch.float32)}
@@ -97,7 +97,7 @@ class ExpertStore:
 
     @classmethod
     def open(
-        cls, path: str | os.PathLike[str] | Checkpoint, revision: str | None = None
+        cls, path: str | bytes | os.PathLike[str] | Checkpoint, revision: str | None = None
     ) -> ExpertStore:
         """Opens a Hugging Face checkpoint (safetensors, one file or many): see `Checkpoint.open`.
 
@@ -106,6 +106,10 @@ class ExpertStore:
                 known way; the message names file, tensor, expected and found.
         """
         checkpoint = path if isinstance(path, Checkpoint) else Checkpoint.open(path, revision)
+        if checkpoint.gguf is not None:
+            raise UnsupportedError(
+                f"{checkpoint.path}: experts of a GGUF file are found with its model: moeinf.load"
+            )
         config, file = checkpoint.text_config(), checkpoint.config_file
         found = find_experts(checkpoint.tensors.values(), configuration.num_layers(config, file))
         if not found:

@@ -56,6 +56,7 @@ def command(
         policy=policy,
         prefetch=prefetch,
         linear=linear,
+        fill=True,
     )
     tokenizer = read_tokenizer(opened.path, trust_remote_code)
     chat = Conversation(model, tokenizer, system and utf8("--system", system))

@@ -36,7 +36,8 @@ def command(
     print_facts(
         "This machine",
         {
-            "processor": f"{facts['cpu']}, {facts['cores']} cores",
+            "processor": f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads for "
+            "experts and linear layers",
             "CPU kernels": ", ".join(
                 f"{name}{'' if supported else ' (not here)'}"
                 for name, supported in facts["cpu_kernels"].items()

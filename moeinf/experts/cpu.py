@@ -11,6 +11,7 @@ from moeinf import _core
 from moeinf.cache.cache import ExpertCache
 from moeinf.checkpoint.formats import SCALE_TYPES, WeightFormat
 from moeinf.checkpoint.layout import Layout, MatrixLayout, Rows
+from moeinf.cpus import usable_cpus
 from moeinf.experts.checks import DTYPES, check_tensors
 from moeinf.experts.marks import Marks
 from moeinf.kernels.forms import ExpertForm
@@ -21,8 +22,9 @@ SCALES = {name: getattr(_core.ScaleType, name) for name in SCALE_TYPES}
 
 @lru_cache(maxsize=1)
 def default_engine() -> _core.CpuEngine:
-    """The process's engine: the best instruction set, as many threads as torch uses."""
-    return _core.CpuEngine(threads=torch.get_num_threads())
+    """The process's engine: the best instruction set, as many threads as torch uses, and no more
+    than processors that may be used."""
+    return _core.CpuEngine(threads=min(torch.get_num_threads(), usable_cpus()))
 
 
 def core_expert(form: ExpertForm, layout: Layout) -> _core.ExpertFfn:

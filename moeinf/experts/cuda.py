@@ -22,7 +22,7 @@ from moeinf.cache.cache import ExpertCache
 from moeinf.experts import torch_products
 from moeinf.experts.checks import check_tensors
 from moeinf.experts.marks import Marks
-from moeinf.kernels.forms import ExpertMatrices
+from moeinf.kernels.forms import PLAIN_FORMATS, ExpertMatrices
 
 
 class CudaExperts:
@@ -42,7 +42,8 @@ class CudaExperts:
         self.device = cache.device
         self.hidden = self.store.layout.hidden
         down = self.store.layout.down.format
-        self.dtype = None if down.scaled else down.values  # None: tokens of any dtype
+        # None: tokens of any dtype.
+        self.dtype = down.values if down.values in PLAIN_FORMATS else None
         self._triton = _triton_kernels(on_cpu=self.is_fake)
         cache.kernels = "torch" if self._triton is None else "triton"
         self._lock = threading.Lock()  # of the matrices

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from moeinf.cache.budget import parse_bytes
 from moeinf.checkpoint.folder import Checkpoint
-from moeinf.errors import CapacityError, CheckpointError
+from moeinf.errors import CapacityError, CheckpointError, UnsupportedError
 from moeinf.output_files import replacing
 from moeinf.packing.making import Result, check_shard, write_shard
 from moeinf.packing.plan import PackPlan
@@ -95,6 +95,8 @@ def pack(
     dest = Path(dest)
     _check_folder(Path(source), dest)
     checkpoint = open_checkpoint(source, revision)
+    if checkpoint.gguf is not None:
+        raise UnsupportedError(f"{checkpoint.path}: expected safetensors files, found a GGUF file")
     _check_folder(checkpoint.path, dest)
     pack = PackPlan.of(checkpoint, format, parse_bytes(max_shard_size))
     pack.check_opens()

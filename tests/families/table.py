@@ -22,10 +22,8 @@ from moeinf.integrations.transformers.models import model_class
 
 FILE = Path(__file__).parents[2] / "docs" / "families.md"
 
-# Model types of served families that are not tried, and why.
-NOT_TRIED = {
-    "qwen3_omni_moe": "thinker and talker together have no forward pass; the thinker is tried",
-}
+# Model types without a forward pass of the whole model, and what their own tests compare.
+BY_ITSELF = {"qwen3_omni_moe": "thinker and talker: the text and the sound that they generate"}
 
 # Model types whose tokens are not compared, and why.
 NOT_GENERATED = {
@@ -41,7 +39,7 @@ def tried() -> Iterator[tuple[str, str, Any]]:
     for family in families():
         classes = set()
         for name in model_types(family):
-            if name in NOT_TRIED:
+            if name in BY_ITSELF:
                 continue
             config = CONFIG_MAPPING[name]
             try:
@@ -87,8 +85,11 @@ def table(found: list[tuple[str, str, Any]]) -> str:
     lines += ["| family | class that is replaced |", "|---|---|"]
     for replaced, adapter in ADAPTERS.items():
         lines.append(f"| {adapter.__module__.rpartition('.')[2]} | {replaced} |")
-    lines += ["", "# Not served, or not tried", "| family, model type | why |", "|---|---|"]
-    lines += [f"| {name} | {why} |" for name, why in sorted((NOT_SERVED | NOT_TRIED).items())]
+    lines += ["", "Without a forward pass of the whole model, with tests of their own:\n"]
+    lines += ["| model type | what is compared |", "|---|---|"]
+    lines += [f"| {name} | {what} |" for name, what in BY_ITSELF.items()]
+    lines += ["", "# Not served", "| family | why |", "|---|---|"]
+    lines += [f"| {name} | {why} |" for name, why in sorted(NOT_SERVED.items())]
     return "\n".join([*lines, ""])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -93,34 +95,40 @@ def logits_of(model: Any) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("family", [name for name in SIZES if name in CONFIG_MAPPING])
-def test_a_family_with_an_adapter(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(nllb.NllbMoeExperts, "forward", published_nllb)
+@pytest.fixture(scope="module", params=[name for name in SIZES if name in CONFIG_MAPPING])
+def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A random model of a family, and the folder where it is saved."""
+    family = request.param
     if family == "dbrx" and transformers.__version__.startswith("5.0."):
         pytest.skip("transformers 5.0 makes its router of the size of the experts, and fails")
     sizes = {**COMMON, **SIZES[family]}
     if "text_config" in sizes:
-        made = tiny(CONFIG_MAPPING[family])
-        sizes = {**made, **sizes, "text_config": made["text_config"] | sizes["text_config"]}
+        own = tiny(CONFIG_MAPPING[family])
+        sizes = {**own, **sizes, "text_config": own["text_config"] | sizes["text_config"]}
     config = AutoConfig.for_model(family, **sizes)
     base, config = model_class(config, SimpleNamespace(config_file="config.json"))
     torch.manual_seed(0)
     reference: Any = base(config).eval()
     for parameter in reference.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    reference.save_pretrained(tmp_path)
+    folder = tmp_path_factory.mktemp(family)
+    reference.save_pretrained(folder)
     if family == "longcat_flash":
-        as_published(tmp_path / "model.safetensors", config.n_routed_experts)
-    expected = logits_of(reference)
-    model = moeinf.load(tmp_path, device="cpu", dtype=torch.float32)
+        as_published(folder / "model.safetensors", config.n_routed_experts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nllb.NllbMoeExperts, "forward", published_nllb)
+        yield SimpleNamespace(family=family, reference=reference, folder=folder)
+
+
+def test_logits_and_tokens_are_those_of_transformers(made: Any) -> None:
+    reference, expected = made.reference, logits_of(made.reference)
+    model = moeinf.load(made.folder, device="cpu", dtype=torch.float32)
     found = logits_of(model)
     scale = expected.abs().max()
     assert (found - expected).abs().max() <= 1e-4 * scale
-    small = moeinf.load(tmp_path, device="cpu", slots=2)
+    small = moeinf.load(made.folder, device="cpu", slots=2)
     assert torch.equal(logits_of(small), found)
-    if config.is_encoder_decoder:
+    if reference.config.is_encoder_decoder:
         with pytest.raises(ValueError, match="expected a decoder alone for a conversation"):
             Conversation(model, None)
         with model.moeinf.cache.record() as recorder:
@@ -129,10 +137,65 @@ def test_a_family_with_an_adapter(
             recorder.trace()
     options: Any = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(IDS, **options), reference.generate(IDS, **options))
-    for name, parameter in reference.named_parameters():
+    without = copy.deepcopy(reference)
+    for name, parameter in without.named_parameters():
         if "experts." in name or "put_linear" in name:
             parameter.data.zero_()
-    assert (logits_of(reference) - expected).abs().max() > 1e-3 * scale
+    assert (logits_of(without) - expected).abs().max() > 1e-3 * scale
+
+
+def test_it_is_saved_whole(made: Any, tmp_path: Path) -> None:
+    model = moeinf.load(made.folder, device="cpu", slots=2)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(moeinf.load(tmp_path, device="cpu")), logits_of(model))
+    if made.family != "longcat_flash":  # transformers cannot read what is published
+        saved = type(made.reference).from_pretrained(tmp_path).eval()
+        assert torch.equal(logits_of(saved), logits_of(made.reference))
+
+
+def test_gradients_of_all_but_the_experts_are_those_of_transformers(made: Any) -> None:
+    model = moeinf.load(made.folder, device="cpu", dtype=torch.float32)
+    found, expected = gradients_of(model), gradients_of(made.reference)
+    served = [name for name in expected if "experts." in name or "put_linear" in name]
+    assert {*expected} - {*served} <= {*found}
+    size = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name in expected.keys() & found.keys():
+        assert (found[name] - expected[name]).abs().max() <= 1e-4 * size, name
+
+
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    more = {"decoder_input_ids": IDS[:, :5]} if model.config.is_encoder_decoder else {}
+    model.zero_grad()
+    model(input_ids=IDS, **more).logits.pow(2).mean().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def test_training_with_dropout_inside_experts_is_refused(made: Any) -> None:
+    model = moeinf.load(made.folder, device="cpu").train()
+    if made.family not in ("switch_transformers", "nllb-moe"):
+        assert gradients_of(model)
+        return
+    with pytest.raises(moeinf.UnsupportedError, match="dropout inside experts is 0"):
+        gradients_of(model)
+
+
+def test_its_router_runs_ahead_or_that_is_refused(made: Any) -> None:
+    model = moeinf.load(made.folder, device="cpu")
+    if made.family == "step3p7":
+        with model.moeinf.cache.record(router=True) as recorder:
+            logits_of(model)
+        assert recorder.trace().router is not None
+        ahead = moeinf.load(made.folder, device="cpu", slots=4, prefetch="gate")
+        assert torch.equal(logits_of(ahead), logits_of(model))
+        return
+    for asked in (
+        lambda: moeinf.load(made.folder, prefetch="gate"),
+        lambda: model.moeinf.cache.record(router=True),
+    ):
+        with pytest.raises(moeinf.UnsupportedError, match="router cannot be called alone, which"):
+            asked()
 
 
 def test_a_family_that_is_not_served(tmp_path: Path) -> None:

@@ -30,18 +30,27 @@ struct BlockOf {
     std::byte bytes[kBytes];
 };
 
-// Copies a number of each block of a row, and makes floats of them.
-template <class F, class Block, class Number>
-inline void widen_each(const std::byte* row, int64_t blocks, int64_t first, float* to) {
-    constexpr int64_t kAtOnce = 64;
-    Number numbers[kAtOnce];
-    for (int64_t i = 0; i < blocks; i += kAtOnce) {
-        const int64_t count = blocks - i < kAtOnce ? blocks - i : kAtOnce;
-        const std::byte* from = row + i * static_cast<int64_t>(sizeof(Block)) + first;
-        for (int64_t j = 0; j < count; ++j, from += sizeof(Block)) {
-            std::memcpy(numbers + j, from, sizeof(Number));
+// Some rows of weights, and where their scales go. All rows are gathered before any is converted:
+// a load of many numbers must wait until the stores of its parts have left the core's buffers.
+template <class F>
+struct ScaleJob {
+    static constexpr int64_t kRow = kMaxScales + 64;  // floats; a vector may end beyond the scales
+    const std::byte* w;
+    int64_t stride;
+    int count;
+    int64_t blocks;  // in a row
+    float* scales;
+    float* minima;
+};
+
+// A number of each block, gathered.
+template <class Block, class Number, class F>
+inline void gather(const ScaleJob<F>& job, int64_t first, Number* to, int64_t row) {
+    for (int n = 0; n < job.count; ++n) {
+        const std::byte* from = job.w + n * job.stride + first;
+        for (int64_t i = 0; i < job.blocks; ++i, from += sizeof(Block)) {
+            std::memcpy(to + n * row + i, from, sizeof(Number));
         }
-        widen_row<F>(numbers, count, to + i);
     }
 }
 
@@ -59,8 +68,13 @@ struct SmallBlocks {
     static constexpr int kHighBits = 0;
     static constexpr int64_t column(int64_t byte, int64_t half) { return byte + 16 * half; }
     template <class F>
-    static void scales(const std::byte* row, int64_t cols, float* scales, float* /*minima*/) {
-        widen_each<F, Stored, Number>(row, cols / kPack, 0, scales);
+    static void scales(const ScaleJob<F>& job) {
+        Number numbers[kScaleOutputs * ScaleJob<F>::kRow];
+        gather<Stored>(job, 0, numbers, ScaleJob<F>::kRow);
+        for (int64_t n = 0; n < job.count; ++n) {
+            const int64_t row = n * ScaleJob<F>::kRow;
+            widen_row<F>(numbers + row, job.blocks, job.scales + row);
+        }
     }
 };
 
@@ -95,14 +109,27 @@ struct LargeBlocks {
     static constexpr int64_t kCodes = 128;
     static constexpr float kTable[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
-    // Whole numbers of all groups, times the float of each block at `first`.
+    static constexpr int64_t kBlocks = kMaxScales / 8;  // in a row
+    static constexpr int64_t kFactors = kBlocks + 16;
+
+    // Whole numbers of all groups, times the float16 of each block at `first`.
     template <class F>
-    static void times(const int8_t* whole, const std::byte* row, int64_t blocks, int64_t first,
-                      int64_t groups, float* to) {
-        float factors[kMaxScales / 8];
-        widen_each<F, Stored, F16>(row, blocks, first, factors);
-        widen_row<F>(whole, blocks * groups, to);
-        for (int64_t i = 0; i < blocks * groups; ++i) to[i] *= factors[i / groups];
+    static void times(const ScaleJob<F>& job, const int8_t* whole, int64_t first, int64_t groups,
+                      float* to) {
+        F16 halves[kScaleOutputs * kFactors];
+        float factors[kFactors];
+        int32_t block_of[F::kLanes];
+        for (int64_t l = 0; l < F::kLanes; ++l) block_of[l] = static_cast<int32_t>(l / groups);
+        const auto lanes = F::lanes(block_of);
+        gather<Stored>(job, first, halves, kFactors);
+        for (int64_t n = 0; n < job.count; ++n) {
+            widen_row<F>(halves + n * kFactors, job.blocks, factors);
+            const int64_t row = n * ScaleJob<F>::kRow;
+            for (int64_t i = 0; i < job.blocks * groups; i += F::kLanes) {
+                const auto factor = F::spread(factors + i / groups, lanes);
+                F::store(to + row + i, F::mul(F::load(whole + row + i), factor));
+            }
+        }
     }
 };
 
@@ -115,24 +142,26 @@ struct SixBitScales : LargeBlocks<kSize> {
         return 64 * (byte / 32) + byte % 32 + 32 * half;
     }
     template <class F>
-    static void scales(const std::byte* row, int64_t cols, float* scales, float* minima) {
+    static void scales(const ScaleJob<F>& job) {
         constexpr uint32_t kLow4 = 0x0f0f0f0f;
         constexpr uint32_t kLow6 = 0x3f3f3f3f;
         constexpr uint32_t kTop2 = 0x30303030;
-        const int64_t blocks = cols / 256;
-        int8_t whole[2][kMaxScales];
-        const std::byte* from = row + 4;
-        for (int64_t i = 0; i < blocks; ++i, from += kSize) {
-            uint32_t in[3];
-            std::memcpy(in, from, sizeof in);
-            const uint32_t first[2] = {in[0] & kLow6, (in[2] & kLow4) | (in[0] >> 2 & kTop2)};
-            const uint32_t second[2] = {in[1] & kLow6, (in[2] >> 4 & kLow4) | (in[1] >> 2 & kTop2)};
-            std::memcpy(whole[0] + 8 * i, first, sizeof first);
-            std::memcpy(whole[1] + 8 * i, second, sizeof second);
+        int8_t whole[2][kScaleOutputs * ScaleJob<F>::kRow];
+        for (int n = 0; n < job.count; ++n) {
+            const std::byte* from = job.w + n * job.stride + 4;
+            for (int64_t i = 0; i < job.blocks; ++i, from += kSize) {
+                uint32_t in[3];
+                std::memcpy(in, from, sizeof in);
+                const uint32_t first[2] = {in[0] & kLow6, (in[2] & kLow4) | (in[0] >> 2 & kTop2)};
+                const uint32_t second[2] = {in[1] & kLow6,
+                                            (in[2] >> 4 & kLow4) | (in[1] >> 2 & kTop2)};
+                std::memcpy(whole[0] + n * ScaleJob<F>::kRow + 8 * i, first, sizeof first);
+                std::memcpy(whole[1] + n * ScaleJob<F>::kRow + 8 * i, second, sizeof second);
+            }
         }
         using Base = LargeBlocks<kSize>;
-        Base::template times<F>(whole[0], row, blocks, 0, 8, scales);
-        Base::template times<F>(whole[1], row, blocks, 2, 8, minima);
+        Base::template times<F>(job, whole[0], 0, 8, job.scales);
+        Base::template times<F>(job, whole[1], 2, 8, job.minima);
     }
 };
 
@@ -172,11 +201,16 @@ struct Q6KWeights : LargeBlocks<210> {
         return 128 * (byte / 64) + byte % 64 + 64 * half;
     }
     template <class F>
-    static void scales(const std::byte* row, int64_t cols, float* scales, float* /*minima*/) {
-        const int64_t blocks = cols / 256;
-        int8_t whole[kMaxScales];
-        for (int64_t i = 0; i < blocks; ++i) std::memcpy(whole + 16 * i, row + 210 * i + 192, 16);
-        times<F>(whole, row, blocks, 208, 16, scales);
+    static void scales(const ScaleJob<F>& job) {
+        int8_t whole[kScaleOutputs * ScaleJob<F>::kRow];
+        for (int n = 0; n < job.count; ++n) {
+            const std::byte* from = job.w + n * job.stride + 192;
+            int8_t* to = whole + n * ScaleJob<F>::kRow;
+            for (int64_t i = 0; i < job.blocks; ++i, from += 210) {
+                std::memcpy(to + 16 * i, from, 16);
+            }
+        }
+        times<F>(job, whole, 208, 16, job.scales);
     }
 };
 

@@ -111,6 +111,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         policy=request.policy,
         prefetch=request.prefetch,
         linear=request.linear,
+        fill=True,
         eamc=EAMC.load(request.eamc) if request.eamc and request.eamc.exists() else None,
     )
     if request.eamc:

@@ -44,7 +44,7 @@ LINEAR = ("auto", "torch")
 
 
 def load(
-    path: str | os.PathLike[str] | Checkpoint,
+    path: str | bytes | os.PathLike[str] | Checkpoint,
     *,
     revision: str | None = None,
     trust_remote_code: bool = False,
@@ -56,6 +56,7 @@ def load(
     prefetch: str = "off",
     dtype: torch.dtype | str = "auto",
     linear: str = "auto",
+    fill: bool = False,
     **cache_options: Any,
 ) -> PreTrainedModel:
     """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
@@ -82,6 +83,8 @@ def load(
             "auto" takes the checkpoint's own.
         linear: which kernels compute linear layers of a few tokens on the CPU: "auto", those of the
             experts, or "torch".
+        fill: where the slots hold every expert, read them all from now on, in the background; see
+            `ExpertCache.fill`. The commands do.
         cache_options: passed to `ExpertCache`, `eamc`, `host_memory` and `exclusive` among them.
 
     Returns:
@@ -130,6 +133,9 @@ def load(
         **options,
     )
     check_routes(plan.stores[0].top_k, caches[0].device.type, checkpoint.config_file)
+    for cache in caches:
+        if fill and isinstance(cache, ExpertCache):
+            cache.fill()
     model: Any = _load_dense(base, config, plan, computes_in)
     # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
     model.config._experts_implementation = IMPLEMENTATION
@@ -149,7 +155,7 @@ def load(
 
 
 def open_checkpoint(
-    path: str | os.PathLike[str],
+    path: str | bytes | os.PathLike[str],
     revision: str | None = None,
     trust_remote_code: bool = False,
     *,

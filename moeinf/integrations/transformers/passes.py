@@ -404,17 +404,16 @@ class _Generates:
     """Tells the reader of `generate`; a base of the classes of served models."""
 
     @wraps(GenerationMixin.generate)
-    def generate(self: Any, inputs: Any = None, *args: Any, **kwargs: Any) -> Any:
-        known = (kwargs.get("attention_mask"), inputs, kwargs.get("input_ids"))
-        prompt = next(
-            (one for one in (*known, kwargs.get("inputs_embeds")) if one is not None), None
-        )
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        names = ("inputs", "input_ids", "inputs_embeds")
+        known = [kwargs.get("attention_mask"), *args[:1], *(kwargs.get(name) for name in names)]
+        prompt = next((one for one in known if one is not None), None)
         threads = self.moeinf.torch_threads
         with (
             self.moeinf.passes.generation(None if prompt is None else prompt.shape[1]),
             nullcontext() if threads is None else threads.generation(),
         ):
-            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+            return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def _get_stopping_criteria(self: Any, *args: Any, **kwargs: Any) -> Any:
         criteria = super()._get_stopping_criteria(*args, **kwargs)  # type: ignore[misc]

@@ -76,6 +76,11 @@ class WholeModel(NotCopied):
             raise UnsupportedError("save_pretrained: push_to_hub=True: call model.push_to_hub")
         if options.get("distributed_checkpoint"):
             raise UnsupportedError("save_pretrained: a served model is saved by one process")
+        files = [store.checkpoint for store in _stores(self)]
+        if any(file.gguf is not None for file in files):
+            raise UnsupportedError(
+                f"save_pretrained: {files[0].path}: a GGUF file is no safetensors file; copy it"
+            )
         own = _tensors(self.state_dict())
         dense = own if state_dict is None else _tensors(state_dict)
         if dense.keys() != own.keys():

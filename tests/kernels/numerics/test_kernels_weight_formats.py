@@ -14,8 +14,7 @@ import triton.language as tl
 from layers import DEVICE, ROW_TOLERANCE, TOLERANCE, error, row_error
 
 sys.path.append(str(Path(__file__).parents[2]))
-from scaled_weights import SCALED as EVERY
-from scaled_weights import every_code, random_experts
+from scaled_weights import EVERY, SCALED, every_code, random_experts, whole
 
 from moeinf.checkpoint.formats import FORMATS, WeightFormat
 from moeinf.checkpoint.layout import Layout
@@ -27,6 +26,14 @@ def multiply_widened(a, b, acc, UPCAST: tl.constexpr):
     return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
 
 
+def use_blocks(patch: pytest.MonkeyPatch, row: WeightFormat) -> None:
+    """Tiles that are smaller than the matrices, and few: the interpreter is slow."""
+    if row.pack == 256:
+        small_blocks.use(patch, BLOCK_H=128, BLOCK_I=128)
+    else:
+        small_blocks.use(patch)
+
+
 PATHS = (("vector", 1), ("vector", 3), ("shared", 5), ("grouped", 19))
 
 
@@ -35,10 +42,11 @@ PATHS = (("vector", 1), ("vector", 3), ("shared", 5), ("grouped", 19))
 def test_matches_the_float64_reference(
     row: WeightFormat, path: str, T: int, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small_blocks.use(monkeypatch)
+    use_blocks(monkeypatch, row)
     draw = random.Random(seed)
     for dtype in (torch.bfloat16, draw.choice((torch.float16, torch.float32))):
-        H, I = 2 * draw.choice((32, 35, 88)), 2 * draw.choice((16, 33, 56))  # noqa: E741
+        H = whole(row, 2 * draw.choice((32, 35, 88)))
+        I = whole(row, 2 * draw.choice((16, 33, 56)))  # noqa: E741
         experts = random_experts(row, H, I, 3, seed)
         rng = torch.Generator().manual_seed(seed)
         hidden = torch.randn(T, H, generator=rng).to(dtype)
@@ -54,8 +62,12 @@ def test_matches_the_float64_reference(
 
 
 @pytest.mark.parametrize("path,T", [("vector", 8), ("shared", 16), ("grouped", 48)])
-@pytest.mark.parametrize("as_on_a_gpu", [False, True])
-@pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
+@pytest.mark.parametrize(
+    "row,as_on_a_gpu",
+    # Tiles of blocks are float32 on every device.
+    [(row, False) for row in EVERY.values()] + [(row, True) for row in SCALED.values()],
+    ids=[*EVERY, *(f"{name}-as-on-a-gpu" for name in SCALED)],
+)
 def test_every_value_and_every_scale_is_exact(
     row: WeightFormat,
     path: str,
@@ -68,11 +80,11 @@ def test_every_value_and_every_scale_is_exact(
 
     `as_on_a_gpu`: tiles of bf16, as for tensor cores; the interpreter can multiply floats alone.
     """
-    small_blocks.use(monkeypatch)
+    use_blocks(monkeypatch, row)
     if as_on_a_gpu:
         monkeypatch.setattr(paths, "must_upcast", lambda *_: False)
         monkeypatch.setattr(formats, "multiply", multiply_widened)
-    rows, cols = 80, 96
+    rows, cols = 80, whole(row, 96)
     parts = every_code(row, rows, cols, seed)
     form = ExpertForm(Gate("plain", "relu"), has_gate=False)
     dtype = torch.bfloat16 if as_on_a_gpu else torch.float32

@@ -1,0 +1,53 @@
+"""How many processors this process may use."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path, PurePosixPath
+
+
+def usable_cpus(proc: str = "/proc", cgroups: str = "/sys/fs/cgroup") -> int:
+    """Those that its affinity allows, and no more than the quota of its control groups pays for.
+
+    A quota of half a processor is one. `proc` and `cgroups` are the folders to ask.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1
+    return max(1, math.ceil(min(allowed, _quota(Path(proc), Path(cgroups)))))
+
+
+def _quota(proc: Path, cgroups: Path) -> float:
+    """Processors that the process's groups, and those above them, may use; infinity without one."""
+    least = math.inf
+    for line in _read(proc / "self" / "cgroup").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        inner = PurePosixPath(group.lstrip("/"))
+        for root in (cgroups, cgroups / "unified", cgroups / "cpu", cgroups / "cpu,cpuacct"):
+            # A container may see its own group as the root, so the root is asked in any case.
+            for part in (inner, *inner.parents):
+                least = min(least, _of_group(root / part))
+    return least
+
+
+def _of_group(folder: Path) -> float:
+    """By cpu.max of version 2 ("QUOTA PERIOD" or "max PERIOD"), or the two files of version 1."""
+    numbers = _read(folder / "cpu.max").split()
+    if not numbers:
+        numbers = _read(folder / "cpu.cfs_quota_us").split()
+        numbers += _read(folder / "cpu.cfs_period_us").split()
+    if len(numbers) != 2 or not all(number.isdigit() for number in numbers):
+        return math.inf  # "max", -1, or no such file
+    quota, period = map(int, numbers)
+    return quota / period if quota and period else math.inf
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
