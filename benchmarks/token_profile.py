@@ -14,6 +14,7 @@ Bytes that must move: every dense matrix of the decoder once, and the experts of
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -193,7 +194,7 @@ def main() -> None:
     columns |= {"limit_ms": ("limit", ".2f"), "share_of_limit": ("share", ".2f")}
     print_table(rows, columns | {part: (part, ".2f") for part in PARTS})
     if arguments.json:
-        write_json(arguments.json, "token_profile", rows=rows)
+        write_json(arguments.json, "token_profile", load_average=os.getloadavg(), rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 # mypy: ignore-errors
 """How stored weights become numbers: the one place where kernels know weight formats.
 
-A new format is one row of `FORMATS` and one branch of `load_values`, or of blocks.py. No kernel changes: every
-kernel hands the pointers and strides of a matrix to `load_tile` or `add_product`. Matrices without
-scales pass None for their pointer and strides. None is a constant to Triton: the machine code has
-no trace of it.
+A new format is one row of `FORMATS` and one branch of `load_values`, or of blocks.py. No kernel
+changes: every kernel hands the pointers and strides of a matrix to `load_tile` or `add_product`.
+Matrices without scales pass None for their pointer and strides. None is a constant to Triton: the
+machine code has no trace of it.
 
 Values without their scales are exact in bfloat16. Scales of one byte are too, and so are the
 products with values of four bits. All other scales multiply float32 sums.

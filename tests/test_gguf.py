@@ -16,6 +16,8 @@ gguf = pytest.importorskip("gguf")
 
 from gguf import GGMLQuantizationType as Kind  # noqa: E402
 from gguf_files import FAMILIES, write_gguf  # noqa: E402
+from hub_server import NAME, hub_of  # noqa: E402
+from test_hub import be_the_hub  # noqa: E402
 
 import moeinf  # noqa: E402
 from moeinf.checkpoint.blocks import BLOCKS  # noqa: E402
@@ -107,6 +109,18 @@ def test_the_same_logits_as_transformers(tmp_path: Path, seed: int) -> None:
     assert difference(model, expected, seed) < 1e-4
 
 
+def test_it_is_planned_with_and_not_packed(tmp_path: Path, seed: int) -> None:
+    from moeinf.checkpoint.folder import Checkpoint
+    from moeinf.planning.model import read_model
+
+    path = tmp_path / "model.gguf"
+    write_gguf(path, seed=seed, experts=Kind.Q8_0)
+    costs = read_model(Checkpoint.open(path))
+    assert list(costs.layouts()) == [costs.stores[0].layout.down.format.name]
+    with pytest.raises(UnsupportedError, match="expected safetensors files, found a GGUF file"):
+        moeinf.pack(path, tmp_path / "pack")
+
+
 def test_split_files(tmp_path: Path, seed: int) -> None:
     """Any part names the model; what is missing is named."""
     expected = write_gguf(tmp_path / "model.gguf", seed=seed, parts=3, experts=Kind.Q8_0)
@@ -118,6 +132,40 @@ def test_split_files(tmp_path: Path, seed: int) -> None:
     parts[1].unlink()
     with pytest.raises(CheckpointError, match=r"model-00002-of-00003\.gguf: missing"):
         moeinf.load(parts[0])
+
+
+def test_a_folder_or_a_file_on_the_hub(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of one model, also with a projector of images; and a split file of a repository."""
+    folder = tmp_path / "files"
+    folder.mkdir()
+    expected = write_gguf(folder / "model.gguf", seed=seed, parts=2, experts=Kind.Q8_0)
+    (folder / "mmproj-model.gguf").write_bytes(b"an image projector")
+    model = moeinf.load(folder, device="cpu", dtype=torch.float32)
+    assert difference(model, expected, seed) < 1e-4
+    with hub_of(folder) as hub:
+        be_the_hub(hub, tmp_path, monkeypatch)
+        model = moeinf.load(f"{NAME}/model-00001-of-00002.gguf", device="cpu", dtype=torch.float32)
+        assert {name for name, sent in hub.sent.items() if sent} == {
+            f"model-0000{number}-of-00002.gguf" for number in (1, 2)
+        }
+    assert difference(model, expected, seed) < 1e-4
+    (folder / "other.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"one GGUF model, found model-.*other\.gguf"):
+        moeinf.load(folder)
+
+
+def test_what_takes_safetensors_refuses_gguf(tmp_path: Path, seed: int) -> None:
+    path = tmp_path / "model.gguf"
+    write_gguf(path, seed=seed)
+    for refused in (
+        lambda: moeinf.ExpertStore.open(path),
+        lambda: moeinf.pack(path, tmp_path / "packed"),
+        lambda: moeinf.load(path, device="cpu").save_pretrained(tmp_path / "saved"),
+    ):
+        with pytest.raises(UnsupportedError, match="GGUF file"):
+            refused()
 
 
 def moeinf_command(*arguments: str) -> str:

@@ -34,12 +34,12 @@ def with_built_in_model(text: str) -> str:
     return re.sub(r"path/to/[\w.-]+|^Qwen/[\w.-]+", str(POCKET), text)
 
 
-@pytest.mark.timeout(900)  # eight programs, on a machine that may be busy
+@pytest.mark.timeout(900)  # nine programs, on a machine that may be busy
 def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     asked = commands()
     assert {command[1] for command in asked} == {
-        "run", "chat", "info", "doctor", "trace", "simulate", "report", "pack",
+        "run", "chat", "info", "doctor", "trace", "simulate", "report", "pack", "plan",
     }  # fmt: skip
     for command in asked:
         words = [with_built_in_model(word) for word in command[1:]]

@@ -60,12 +60,15 @@ PYTHON = {
     "moeinf/cache moeinf/experts moeinf/pocket kernels/forms kernels/gates",
     "moeinf/packing": "moeinf/errors moeinf/checkpoint moeinf/cache moeinf/integrations "
     "moeinf/output_files moeinf/memory_read kernels/forms kernels/gates",
+    "moeinf/planning": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
+    "moeinf/experts moeinf/integrations moeinf/packing moeinf/memory_read moeinf/pocket "
+    "kernels/forms",
     "moeinf/report": "moeinf/errors moeinf/traces moeinf/output_files",
     "moeinf/memory_read": "moeinf/_core",
     "moeinf/machine": "moeinf/_core moeinf/errors moeinf/cpus moeinf/memory_read",
     "moeinf/cli": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
-    "moeinf/integrations moeinf/packing moeinf/report moeinf/pocket moeinf/machine "
-    "moeinf/output_files",
+    "moeinf/integrations moeinf/packing moeinf/planning moeinf/report moeinf/pocket "
+    "moeinf/machine moeinf/output_files",
     # moeinf/__init__.py alone: the public names, each imported when it is first used.
     "moeinf": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
     "moeinf/experts moeinf/integrations moeinf/packing kernels kernels/forms",
@@ -77,10 +80,10 @@ LIBRARIES = {
     "triton": {"kernels", "kernels/gates"},
     "safetensors": {"moeinf/traces"},
     "huggingface_hub": {"moeinf/checkpoint", "moeinf/integrations"},
-    "transformers": {"moeinf/integrations", "moeinf/cli"},
-    "vllm": {"moeinf/integrations"},
+    "transformers": {"moeinf/integrations", "moeinf/planning", "moeinf/cli"},
     "accelerate": {"moeinf/integrations"},
     "peft": {"moeinf/integrations"},
+    "vllm": {"moeinf/integrations"},
     "jinja2": {"moeinf/integrations"},
     "matplotlib": {"moeinf/report"},
     "typer": {"moeinf/cli"},

@@ -15,7 +15,7 @@ import torch
 from moeinf.checkpoint import hub
 from moeinf.checkpoint.config import check_counts, quantization
 from moeinf.checkpoint.formats import MULTIPLIER
-from moeinf.checkpoint.gguf import GgufFile, is_gguf, read_gguf
+from moeinf.checkpoint.gguf import GgufFile, gguf_in, is_gguf, parts_of, read_gguf
 from moeinf.checkpoint.headers import (
     TensorEntry,
     check_is_file,
@@ -55,7 +55,9 @@ class Checkpoint:
         """Reads `config.json` and the headers of every safetensors shard.
 
         Args:
-            path: a folder, or a name on the Hub where there is no such folder.
+            path: a folder, a GGUF file, or where there is none of that name, a repository on the
+                Hub or a GGUF file of one, such as
+                Qwen/Qwen3-30B-A3B-GGUF/Qwen3-30B-A3B-Q4_K_M.gguf.
             revision: branch, tag or commit on the Hub; without it, the main branch.
             trust_remote_code: code that comes with it may run.
 
@@ -66,7 +68,9 @@ class Checkpoint:
         name = os.fsdecode(path)
         folder = Path(name)
         if is_gguf(folder):
-            return cls.of_gguf(folder)
+            return cls.of_gguf(_fetched(folder, revision))
+        if (model := gguf_in(folder)) is not None:
+            return cls.of_gguf(model)
         if not folder.is_dir():
             folder = hub.fetch(name, revision, with_code=trust_remote_code)
             missing = _missing(folder)
@@ -146,6 +150,14 @@ class Checkpoint:
         """The part of the configuration that describes the language model."""
         nested = self.config.get("text_config")
         return nested if isinstance(nested, dict) else self.config
+
+
+def _fetched(file: Path, revision: str | None) -> Path:
+    """A GGUF file, or where there is none, that file of a repository on the Hub."""
+    repository = os.fspath(file.parent)
+    if file.exists() or not hub.HUB_ID.fullmatch(repository):
+        return file
+    return hub.fetch(repository, revision, parts_of(file.name)) / file.name
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -68,6 +68,31 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and not path.is_dir()
 
 
+def parts_of(name: str) -> list[str]:
+    """The names of all files of the model that a file is of."""
+    found = PART.fullmatch(name)
+    if found is None:
+        return [name]
+    count = int(found["count"])
+    return [f"{found['stem']}-{number + 1:05}-of-{count:05}.gguf" for number in range(count)]
+
+
+def gguf_in(folder: Path) -> Path | None:
+    """The GGUF model in a folder without config.json; None where there is none.
+
+    Raises CheckpointError where there is more than one. Projectors of images are no models.
+    """
+    if not folder.is_dir() or (folder / "config.json").exists():
+        return None
+    files = [file for file in sorted(folder.glob("*.gguf")) if not file.name.startswith("mmproj")]
+    models = {parts_of(file.name)[0] for file in files}
+    if len(models) > 1:
+        raise CheckpointError(
+            f"{folder}: expected one GGUF model, found {', '.join(sorted(models))}"
+        )
+    return files[0] if files else None
+
+
 def read_gguf(path: Path) -> GgufFile:
     """The header of `path`, and of every other part if it is a part of a split file.
 
@@ -86,8 +111,8 @@ def read_gguf(path: Path) -> GgufFile:
             f"model-00001-of-{count:05}.gguf"
         )
     metadata, tensors = {}, {}
-    for number in range(count):
-        part = path.with_name(f"{named['stem']}-{number + 1:05}-of-{count:05}.gguf")
+    for number, name in enumerate(parts_of(path.name)):
+        part = path.with_name(name)
         if not part.exists():
             raise CheckpointError(f"{part}: missing, though {path.name} is one of {count} parts")
         keys, entries = _read_one(part)
@@ -97,11 +122,11 @@ def read_gguf(path: Path) -> GgufFile:
                 f"{part}: split.no and split.count are {found[0]} and {found[1]}, expected "
                 f"{number} and {count}"
             )
-        for name in entries.keys() & tensors.keys():
-            raise CheckpointError(f"{part}: tensor {name!r} is also in {tensors[name].path.name}")
+        for twice in entries.keys() & tensors.keys():
+            raise CheckpointError(f"{part}: tensor {twice!r} is also in {tensors[twice].path.name}")
         metadata = metadata or keys
         tensors |= entries
-    first = path.with_name(f"{named['stem']}-00001-of-{count:05}.gguf")
+    first = path.with_name(parts_of(path.name)[0])
     expected = _whole(first, metadata, "split.tensors.count", len(tensors))
     if expected != len(tensors):
         raise CheckpointError(

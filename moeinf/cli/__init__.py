@@ -15,6 +15,7 @@ COMMANDS = {
     "run": "moeinf.cli.run",
     "chat": "moeinf.cli.chat",
     "info": "moeinf.cli.info",
+    "plan": "moeinf.cli.plan",
     "pack": "moeinf.cli.pack",
     "trace": "moeinf.cli.trace",
     "simulate": "moeinf.cli.simulate",

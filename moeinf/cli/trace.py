@@ -38,7 +38,11 @@ def command(
     with quiet_interrupts():
         import torch
 
-        from moeinf.integrations.transformers.generation import continue_prompt, read_tokenizer
+        from moeinf.integrations.transformers.generation import (
+            continue_prompt,
+            read_tokenizer,
+            start_recording,
+        )
         from moeinf.integrations.transformers.load import load, open_checkpoint
     opened = open_checkpoint(checkpoint, revision, trust_remote_code, to_generate=True)
     tokenizer = read_tokenizer(opened.path, trust_remote_code)
@@ -46,7 +50,7 @@ def command(
     torch.manual_seed(seed)
     with (
         Progress(console=console(stderr=True)) as progress,
-        model.moeinf.cache.record(router=router) as recorder,
+        start_recording(model, router=router) as recorder,
     ):
         for line in progress.track(lines, description="Prompts"):
             continue_prompt(

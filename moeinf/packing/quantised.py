@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moeinf.checkpoint.formats import MULTIPLIER
-from moeinf.checkpoint.layout import MatrixLayout
+from moeinf.checkpoint.layout import Layout, MatrixLayout
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.kernels.forms import Gate
@@ -140,16 +140,7 @@ def quantised(store: ExpertStore, target: Target) -> list[QuantisedExpert]:
     Raises:
         UnsupportedError: experts that the target cannot hold.
     """
-    layout, words = store.layout, WORDS[store.form.has_gate]
-    if store.form.has_bias:
-        raise UnsupportedError(
-            f"{store.modules[0]}: experts with biases are not quantised: they lie in tensors of "
-            "all experts, and no other names are known for them"
-        )
-    try:
-        target = target.for_sizes((layout.hidden, layout.intermediate))
-    except ValueError as error:
-        raise UnsupportedError(f"{store.modules[0]}: {target.row.name}: {error}") from error
+    target, words = _fitting(store, target), WORDS[store.form.has_gate]
     found = []
     for layer in range(store.num_layers):
         for expert in range(store.num_experts):
@@ -163,3 +154,23 @@ def quantised(store: ExpertStore, target: Target) -> list[QuantisedExpert]:
             bases = {one: bases[one] for one in words}
             found.append(QuantisedExpert(store, layer, expert, target, bases))
     return found
+
+
+def quantised_layout(store: ExpertStore, target: Target) -> Layout:
+    """How an expert of the store would lie in a slot, as `target`. Raises UnsupportedError."""
+    layout = store.layout
+    row = _fitting(store, target).row
+    return Layout.of(store.form, row, layout.hidden, layout.intermediate)
+
+
+def _fitting(store: ExpertStore, target: Target) -> Target:
+    """The target for experts of these sizes."""
+    if store.form.has_bias:
+        raise UnsupportedError(
+            f"{store.modules[0]}: experts with biases are not quantised: they lie in tensors of "
+            "all experts, and no other names are known for them"
+        )
+    try:
+        return target.for_sizes((store.layout.hidden, store.layout.intermediate))
+    except ValueError as error:
+        raise UnsupportedError(f"{store.modules[0]}: {target.row.name}: {error}") from error

@@ -20,6 +20,7 @@ from transformers.models.nllb_moe import modeling_nllb_moe as nllb
 
 import moeinf
 from moeinf.integrations.transformers.conversation import Conversation
+from moeinf.integrations.transformers.generation import start_recording
 from moeinf.integrations.transformers.models import model_class
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -135,6 +136,8 @@ def test_logits_and_tokens_are_those_of_transformers(made: Any) -> None:
             logits_of(model)
         with pytest.raises(ValueError, match="an encoder and its decoder run apart"):
             recorder.trace()
+        with pytest.raises(moeinf.UnsupportedError, match="its encoder and its decoder run apart"):
+            start_recording(model, router=False)
     options: Any = {"max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(IDS, **options), reference.generate(IDS, **options))
     without = copy.deepcopy(reference)

@@ -117,16 +117,18 @@ struct LargeBlocks {
     static void times(const ScaleJob<F>& job, const int8_t* whole, int64_t first, int64_t groups,
                       float* to) {
         F16 halves[kScaleOutputs * kFactors];
-        float factors[kFactors];
+        float factors[kScaleOutputs * kFactors];
         int32_t block_of[F::kLanes];
         for (int64_t l = 0; l < F::kLanes; ++l) block_of[l] = static_cast<int32_t>(l / groups);
         const auto lanes = F::lanes(block_of);
         gather<Stored>(job, first, halves, kFactors);
         for (int64_t n = 0; n < job.count; ++n) {
-            widen_row<F>(halves + n * kFactors, job.blocks, factors);
+            widen_row<F>(halves + n * kFactors, job.blocks, factors + n * kFactors);
+        }
+        for (int64_t n = 0; n < job.count; ++n) {
             const int64_t row = n * ScaleJob<F>::kRow;
             for (int64_t i = 0; i < job.blocks * groups; i += F::kLanes) {
-                const auto factor = F::spread(factors + i / groups, lanes);
+                const auto factor = F::spread(factors + n * kFactors + i / groups, lanes);
                 F::store(to + row + i, F::mul(F::load(whole + row + i), factor));
             }
         }

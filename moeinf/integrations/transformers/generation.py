@@ -13,9 +13,10 @@ import torch
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, BatchEncoding, PreTrainedTokenizerBase, TextStreamer
 
+from moeinf.cache.recorder import Recorder
 from moeinf.checkpoint.gguf import is_gguf
 from moeinf.checkpoint.headers import check_is_no_pointer
-from moeinf.errors import CheckpointError
+from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.integrations.transformers import gguf
 from moeinf.integrations.transformers.load import load, open_checkpoint
 from moeinf.pocket import model_name
@@ -119,7 +120,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     torch.manual_seed(request.seed)
     clock = Clock(tokenizer, stream)
     cache = model.moeinf.cache
-    recorder = cache.record(router=request.router) if request.record else None
+    recorder = start_recording(model, router=request.router) if request.record else None
     if stream is not None:
         stream.write(request.prompt + ("\n\n" if chat else ""))
     start = time.perf_counter()
@@ -133,7 +134,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         return_dict_in_generate=True,
     )
     end = time.perf_counter()
-    if recorder is not None:
+    if recorder is not None and request.record is not None:
         recorder.trace(model=model_name(request.path), source="moeinf run").save(request.record)
     if request.eamc:
         cache.eamc().save(request.eamc)
@@ -226,6 +227,21 @@ def continue_prompt(
             max_new_tokens=max_new_tokens,
             **options,
         )
+
+
+def start_recording(model: Any, *, router: bool) -> Recorder:
+    """Like `model.moeinf.cache.record`.
+
+    Raises:
+        UnsupportedError: a model of which nothing would be recorded; better said before it runs.
+    """
+    modules = model.moeinf.cache.store.modules
+    if model.config.is_encoder_decoder and len({"decoder" in m.split(".") for m in modules}) > 1:
+        raise UnsupportedError(
+            f"{type(model).__name__}: its encoder and its decoder run apart: neither is recorded"
+        )
+    recorder: Recorder = model.moeinf.cache.record(router=router)
+    return recorder
 
 
 def _prefetch_metrics(stats: dict[str, Any]) -> dict[str, Any] | None:

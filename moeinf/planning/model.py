@@ -1,0 +1,89 @@
+"""What one token of a model needs: layers, experts, and bytes of everything else."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from moeinf.cache.budget import bytes_loaded_as
+from moeinf.checkpoint.folder import Checkpoint
+from moeinf.checkpoint.formats import PLAIN_FORMATS
+from moeinf.checkpoint.layout import Layout
+from moeinf.checkpoint.store import ExpertStore
+from moeinf.errors import UnsupportedError
+from moeinf.packing.quantised import quantised_layout
+from moeinf.packing.targets import TARGETS
+
+
+@dataclass(frozen=True)
+class ModelCosts:
+    """
+    stores       the experts
+    layers       of the decoder, those without experts among them
+    dense_bytes  that each token reads of all other weights, in the dtype they are computed in
+    loaded_bytes memory that these and the rest of the model take
+    top_k        experts of each layer that a token is routed to
+    dtype        of activations and of the other weights
+    """
+
+    stores: list[ExpertStore]
+    layers: int
+    dense_bytes: int
+    loaded_bytes: int
+    top_k: int
+    dtype: torch.dtype
+
+    @property
+    def total_experts(self) -> int:
+        return sum(store.num_layers * store.num_experts for store in self.stores)
+
+    def layouts(self) -> dict[str, Layout]:
+        """The layout of an expert of the first store, by format: its own, and those of a pack."""
+        store = self.stores[0]
+        own = store.layout.down.format
+        found = {own.name: store.layout}
+        if own in PLAIN_FORMATS.values():
+            for name in TARGETS:
+                try:
+                    layout = quantised_layout(store, TARGETS[name])
+                except UnsupportedError:
+                    continue
+                if layout.nbytes < store.layout.nbytes:
+                    found[name] = layout
+        return found
+
+
+def read_model(checkpoint: Checkpoint) -> ModelCosts:
+    """From the headers alone. Raises what `moeinf.load` would."""
+    from moeinf.integrations.transformers.device_map import stack_of
+    from moeinf.integrations.transformers.load import computing_dtype
+    from moeinf.integrations.transformers.models import model_of
+    from moeinf.integrations.transformers.plan import make_plan
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of tensors that the model has no use for
+        base, config = model_of(checkpoint)
+        plan = make_plan(base, config, checkpoint)
+    dtype = computing_dtype("auto", config, plan.stores[0])
+    modules = [path for store in plan.stores for path in store.modules]
+    stack = stack_of(modules)
+    model = plan.skeleton
+    looked_up = model.get_input_embeddings().weight
+    out = model.get_output_embeddings()
+    last = [] if out is None else [out.weight]
+    read = {
+        id(parameter): parameter.numel()
+        for path, parameter in model.named_parameters()
+        if path.startswith(f"{stack}.") and parameter is not looked_up
+    }
+    read |= {id(parameter): parameter.numel() for parameter in last}
+    return ModelCosts(
+        stores=plan.stores,
+        layers=len(model.get_submodule(stack)),  # type: ignore[arg-type]
+        dense_bytes=sum(read.values()) * dtype.itemsize,
+        loaded_bytes=bytes_loaded_as(dtype, plan.dense.values()),
+        top_k=plan.stores[0].top_k or plan.stores[0].num_experts,
+        dtype=dtype,
+    )
