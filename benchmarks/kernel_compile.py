@@ -55,6 +55,7 @@ class Scaled:
     scales: str
     block: tuple[int, int]
     multiplier: bool = False
+    zeros: bool = False
 
     def fold(self, dtype: str) -> bool:
         return dtype == "bfloat16" and self.scale_type in ("e8m0", "e4m3")
@@ -68,6 +69,8 @@ SCALED = {
     "nvfp4": Scaled("e2m1", "u8", "e4m3", "u8", (1, 16), multiplier=True),
     "int4": Scaled("int4", "u8", "float", "bf16", (1, 32)),
     "int8": Scaled("int8", "i8", "float", "fp32", (1, 0)),
+    "int4 zeros": Scaled("int4", "u8", "float", "fp16", (1, 128), zeros=True),
+    "int8 zeros": Scaled("int8", "i8", "float", "fp16", (1, 0), zeros=True),
 }
 
 
@@ -134,8 +137,10 @@ def constants(case: Case, arch: int) -> dict[str, Any]:
             values[summed] = min(values[summed], scaled.block[1])
     if scaled is None or not scaled.multiplier:
         absent += ["gate_multiplier_ptr", "up_multiplier_ptr", "down_multiplier_ptr", "stride_ms"]
+    if scaled is None or not scaled.zeros:
+        absent += ["gate_zeros_ptr", "up_zeros_ptr", "down_zeros_ptr"]
     absent += [] if form["map"] else ["map_ptr"]
-    absent += [] if form["has_gate"] else ["up_ptr", "up_scales_ptr", "up_bias_ptr"]
+    absent += [] if form["has_gate"] else ["up_ptr", "up_scales_ptr", "up_zeros_ptr", "up_bias_ptr"]
     if form["bias"]:
         values["stride_bn"] = 2 if form["interleaved"] and case.kernel.startswith("gate_up") else 1
     else:
@@ -159,6 +164,8 @@ def argument_type(kernel: str, name: str, dtype: str, scaled: Scaled | None = No
         return "*" + scaled.values
     if scaled is not None and stem.endswith("_scales"):
         return "*" + scaled.scales
+    if stem.endswith("_zeros"):
+        return "*i8"
     if stem == "weights" or (stem == "routes" and decode):
         return "*fp32"
     return "*" + SHORT[dtype]

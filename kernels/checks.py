@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from .formats import FORMATS, SCALE_TYPES
+from .formats import FORMATS, SCALE_TYPES, Format
 from .forms import ExpertForm, ExpertMatrices, Matrix
 from .gates import check_form
 from .route_sum import sum_routes
@@ -122,6 +122,10 @@ def check_matrix(
         high, wide = matrix.block[0], matrix.block[1] or cols
         grid = (slots, -(-rows // high), -(-cols // wide))
         check_tensor(f"{name} scales", matrix.scales, grid, tuple(SCALE_TYPES), hidden.device)
+        if matrix.zeros is not None:
+            check_zeros(name, matrix.zeros, matrix.scales, row)
+    if matrix.zeros is not None and matrix.scales is None:
+        raise ValueError(f"{name} zeros: expected scales to go with them, found None")
     if matrix.multiplier is not None:
         check_tensor(
             f"{name} multiplier", matrix.multiplier, (slots,), (torch.float32,), hidden.device
@@ -132,6 +136,18 @@ def check_matrix(
     if matrix.bias is not None:
         dtypes = tuple(dict.fromkeys((hidden.dtype, torch.float32)))
         check_tensor(f"{name} bias", matrix.bias, shape[:2], dtypes, hidden.device)
+
+
+def check_zeros(name: str, zeros: torch.Tensor, scales: torch.Tensor, row: Format) -> None:
+    """The kernels walk zero points with the strides of the scales."""
+    if not row.zeros:
+        raise ValueError(f"{name} zeros: expected None for floats, found {tuple(zeros.shape)}")
+    check_tensor(f"{name} zeros", zeros, tuple(scales.shape), (torch.int8,), scales.device)
+    slot, *rest = scales.stride()
+    expected = slot * scales.element_size(), *rest
+    places = zip(zeros.shape, zeros.stride(), expected, strict=True)
+    if any(size > 1 and found != wanted for size, found, wanted in places):
+        raise ValueError(f"{name} zeros: expected strides {expected}, found {zeros.stride()}")
 
 
 def check_block(name: str, block: tuple[int, int]) -> None:
@@ -154,6 +170,7 @@ def check_alike(gate: Matrix, up: Matrix) -> None:
     for name, one, other in (
         ("up", gate.values, up.values),
         ("up scales", gate.scales, up.scales),
+        ("up zeros", gate.zeros, up.zeros),
         ("up multiplier", gate.multiplier, up.multiplier),
         ("up bias", gate.bias, up.bias),
     ):

@@ -40,6 +40,7 @@ def write_groups(groups_ptr, ids_ptr, map_ptr, R, top_k, R_PAD: tl.constexpr):
 @triton.jit(do_not_specialize=["T"])
 def gate_up_shared(
     hidden_ptr, ids_ptr, map_ptr, gate_ptr, up_ptr, gate_scales_ptr, up_scales_ptr,
+    gate_zeros_ptr, up_zeros_ptr,
     gate_multiplier_ptr, up_multiplier_ptr, gate_bias_ptr, up_bias_ptr, act_ptr, groups_ptr,
     rows_ptr,
     T, top_k, H, I, stride_ht, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
@@ -57,6 +58,7 @@ def gate_up_shared(
     | ids, map | [T*k], [E] | int32/64 | contiguous | slot ids, or expert ids and their slots |
     | gate, up | [S, I, H] | by FORMAT | (stride_ws, stride_wn, stride_wk) | up may be None |
     | gate_scales, up_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | gate_zeros, up_zeros | | int8 | as the scales, see Matrix | or None |
     | gate_multiplier, up_multiplier | [S] | float32 | stride_ms | or None |
     | gate_bias, up_bias | [S, I] | X/float32 | (stride_bs, stride_bn) | or None |
     | act | [T*k, I] | X | contiguous | written at the first route of each token of a group |
@@ -94,13 +96,15 @@ def gate_up_shared(
             x_mask = (h < H)[:, None] & here[None, :]
             x = tl.load(hidden_ptr + t[None, :] * stride_ht + h[:, None], mask=x_mask, other=0.0)
             gate = add_product(
-                gate, x, gate_ptr, gate_scales_ptr, slot, i[:, None], in_i[:, None], h0, H,
+                gate, x, gate_ptr, gate_scales_ptr, gate_zeros_ptr, slot, i[:, None], in_i[:, None],
+                h0, H,
                 stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
                 FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_H, False,
             )  # fmt: skip
             if up_ptr is not None:
                 up = add_product(
-                    up, x, up_ptr, up_scales_ptr, slot, i[:, None], in_i[:, None], h0, H,
+                    up, x, up_ptr, up_scales_ptr, up_zeros_ptr, slot, i[:, None], in_i[:, None],
+                    h0, H,
                     stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
                     FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_H, False,
                 )  # fmt: skip
@@ -119,7 +123,8 @@ def gate_up_shared(
 
 @triton.jit(do_not_specialize=["T", "per_route"])
 def down_shared(
-    act_ptr, ids_ptr, map_ptr, weights_ptr, down_ptr, down_scales_ptr, down_multiplier_ptr,
+    act_ptr, ids_ptr, map_ptr, weights_ptr, down_ptr, down_scales_ptr, down_zeros_ptr,
+    down_multiplier_ptr,
     down_bias_ptr, groups_ptr, rows_ptr, routes_ptr, out_ptr,
     T, top_k, H, I, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
     stride_ms, stride_bs, stride_bn, stride_ot, per_route,
@@ -136,6 +141,7 @@ def down_shared(
     | weights | [T*k] | any float | contiguous | routing weights |
     | down | [S, H, I] | by FORMAT | (stride_ws, stride_wn, stride_wk) | |
     | down_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | down_zeros | | int8 | as the scales, see Matrix | or None |
     | down_multiplier | [S] | float32 | stride_ms | or None |
     | down_bias | [S, H] | X/float32 | (stride_bs, stride_bn) | or None |
     | routes | [T*k, H] | float32 | contiguous | one expert's output for one token; the whole
@@ -167,7 +173,7 @@ def down_shared(
         a_mask = (i < I)[:, None] & here[None, :]
         a = tl.load(act_ptr + row.to(tl.int64)[None, :] * I + i[:, None], mask=a_mask, other=0.0)
         acc = add_product(
-            acc, a, down_ptr, down_scales_ptr, slot, h[:, None], (h < H)[:, None],
+            acc, a, down_ptr, down_scales_ptr, down_zeros_ptr, slot, h[:, None], (h < H)[:, None],
             block * BLOCK_I, I,
             stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
             FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_I, False,

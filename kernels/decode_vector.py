@@ -17,6 +17,7 @@ from .lookup import slot_of
 @triton.jit
 def gate_up_vector(
     hidden_ptr, ids_ptr, map_ptr, gate_ptr, up_ptr, gate_scales_ptr, up_scales_ptr,
+    gate_zeros_ptr, up_zeros_ptr,
     gate_multiplier_ptr, up_multiplier_ptr, gate_bias_ptr, up_bias_ptr, act_ptr,
     top_k, H, I, stride_ht, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
     stride_ms, stride_bs, stride_bn, alpha, limit,
@@ -32,6 +33,7 @@ def gate_up_vector(
     | ids, map | [T*k], [E] | int32/64 | contiguous | slot ids, or expert ids and their slots |
     | gate, up | [S, I, H] | by FORMAT | (stride_ws, stride_wn, stride_wk) | up may be None |
     | gate_scales, up_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | gate_zeros, up_zeros | | int8 | as the scales, see Matrix | or None |
     | gate_multiplier, up_multiplier | [S] | float32 | stride_ms | or None |
     | gate_bias, up_bias | [S, I] | X/float32 | (stride_bs, stride_bn) | or None |
     | act | [T*k, I] | X | contiguous | written for present routes only |
@@ -62,14 +64,14 @@ def gate_up_vector(
             else:
                 x = tl.load(token + h, mask=h < H, other=0.0).to(tl.float32)[None, :]
             w = load_tile(
-                gate_ptr, gate_scales_ptr, slot, i[:, None], in_i[:, None], h0, H,
+                gate_ptr, gate_scales_ptr, gate_zeros_ptr, slot, i[:, None], in_i[:, None], h0, H,
                 stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
                 tl.float32, FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, BLOCK_H,
             )  # fmt: skip
             gate = tl.fma(w, x, gate)
             if up_ptr is not None:
                 w = load_tile(
-                    up_ptr, up_scales_ptr, slot, i[:, None], in_i[:, None], h0, H,
+                    up_ptr, up_scales_ptr, up_zeros_ptr, slot, i[:, None], in_i[:, None], h0, H,
                     stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
                     tl.float32, FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, BLOCK_H,
                 )  # fmt: skip
@@ -98,7 +100,8 @@ def add_route(out, y, ids_ptr, map_ptr, weights_ptr, r, valid):
 
 @triton.jit(do_not_specialize=["per_route"])
 def down_vector(
-    act_ptr, ids_ptr, map_ptr, weights_ptr, down_ptr, down_scales_ptr, down_multiplier_ptr,
+    act_ptr, ids_ptr, map_ptr, weights_ptr, down_ptr, down_scales_ptr, down_zeros_ptr,
+    down_multiplier_ptr,
     down_bias_ptr, routes_ptr, out_ptr,
     top_k, H, I, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
     stride_ms, stride_bs, stride_bn, stride_ot, per_route,
@@ -114,6 +117,7 @@ def down_vector(
     | weights | [T*k] | any float | contiguous | routing weights |
     | down | [S, H, I] | by FORMAT | (stride_ws, stride_wn, stride_wk) | |
     | down_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | down_zeros | | int8 | as the scales, see Matrix | or None |
     | down_multiplier | [S] | float32 | stride_ms | or None |
     | down_bias | [S, H] | X/float32 | (stride_bs, stride_bn) | or None |
     | routes | [T*k, H] | float32 | contiguous | written instead of out when per_route |
@@ -143,7 +147,7 @@ def down_vector(
             a_row = act_ptr + r.to(tl.int64)[None, :, None] * I
             a = tl.load(a_row + i[None, None, :], mask=in_act, other=0.0).to(tl.float32)
             w = load_tile(
-                down_ptr, down_scales_ptr, slot[None, :, None], h[:, None, None],
+                down_ptr, down_scales_ptr, down_zeros_ptr, slot[None, :, None], h[:, None, None],
                 (h < H)[:, None, None] & present[None, :, None], i0, I,
                 stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
                 tl.float32, FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, BLOCK_I,

@@ -35,7 +35,8 @@ class Format:
     """One row: the dtype of `Matrix.values`, and the dtypes of tokens that it is computed with.
 
     pack: elements in one stored value, or in a block of `unit` bytes that has its own scales.
-    scaled: a matrix may have scales and a multiplier.
+    scaled: a matrix may have scales and a multiplier. zeros: and zero points, which leave integers
+    that are exact in bfloat16.
     """
 
     values: torch.dtype
@@ -43,6 +44,7 @@ class Format:
     pack: int = 1
     unit: int = 1
     scaled: bool = True
+    zeros: bool = False
 
 
 FORMATS = {
@@ -51,8 +53,8 @@ FORMATS = {
     "f32": Format(torch.float32, (torch.float32,), scaled=False),
     "e4m3": Format(torch.float8_e4m3fn),
     "e2m1": Format(torch.uint8, pack=2),
-    "int8": Format(torch.int8),
-    "int4": Format(torch.uint8, pack=2),
+    "int8": Format(torch.int8, zeros=True),
+    "int4": Format(torch.uint8, pack=2, zeros=True),
     "q8_0": Format(torch.uint8, pack=32, unit=34, scaled=False),
     "q4_0": Format(torch.uint8, pack=32, unit=18, scaled=False),
     "iq4_nl": Format(torch.uint8, pack=32, unit=18, scaled=False),
@@ -159,24 +161,40 @@ def load_scales(
 
 
 @triton.jit
-def scaled(tile, scales, COUNT: tl.constexpr, BLOCKS: tl.constexpr):
-    """tile [..., COUNT] times scales [..., BLOCKS], each for COUNT / BLOCKS columns."""
+def load_zeros(
+    zeros_ptr, scales_ptr, slot, n, in_n, k0, K, stride_s, stride_n, stride_k,
+    SCALE_N: tl.constexpr, SCALE_K: tl.constexpr, COUNT: tl.constexpr, K_FIRST: tl.constexpr,
+):  # fmt: skip
+    """The same for zero points; the strides are those of the scales."""
+    bytes_of_scale: tl.constexpr = scales_ptr.dtype.element_ty.primitive_bitwidth // 8
+    return load_scales(
+        zeros_ptr, slot, n, in_n, k0, K, stride_s * bytes_of_scale, stride_n, stride_k,
+        "int8", SCALE_N, SCALE_K, COUNT, K_FIRST,
+    )  # fmt: skip
+
+
+@triton.jit
+def by_blocks(
+    tile, numbers, COUNT: tl.constexpr, BLOCKS: tl.constexpr, SUBTRACT: tl.constexpr = False
+):
+    """tile [..., COUNT] times (or minus) numbers [..., BLOCKS], each for COUNT / BLOCKS columns."""
     if len(tile.shape) == 3:
         A: tl.constexpr = tile.shape[0]
         B: tl.constexpr = tile.shape[1]
         parts = tl.reshape(tile, [A, B, BLOCKS, COUNT // BLOCKS])
-        spread = tl.broadcast_to(scales, [A, B, BLOCKS])
-        product = tl.reshape(parts * tl.expand_dims(spread, 3), [A, B, COUNT])
+        spread = tl.expand_dims(tl.broadcast_to(numbers, [A, B, BLOCKS]), 3)
+        found = tl.reshape(parts - spread if SUBTRACT else parts * spread, [A, B, COUNT])
     else:
         N: tl.constexpr = tile.shape[0]
         parts = tl.reshape(tile, [N, BLOCKS, COUNT // BLOCKS])
-        product = tl.reshape(parts * tl.expand_dims(scales, 2), [N, COUNT])
-    return product
+        spread = tl.expand_dims(numbers, 2)
+        found = tl.reshape(parts - spread if SUBTRACT else parts * spread, [N, COUNT])
+    return found
 
 
 @triton.jit
 def load_tile(
-    values_ptr, scales_ptr, slot, n, in_n, k0, K,
+    values_ptr, scales_ptr, zeros_ptr, slot, n, in_n, k0, K,
     stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
     DTYPE: tl.constexpr, FORMAT: tl.constexpr, SCALE_TYPE: tl.constexpr, SCALE_N: tl.constexpr,
     SCALE_K: tl.constexpr, COUNT: tl.constexpr,
@@ -187,6 +205,7 @@ def load_tile(
     |---|---|---|
     | values_ptr | [S, N, K] as stored, strides (stride_ws, stride_wn, stride_wk) | |
     | scales_ptr | [S, N / SCALE_N, K / SCALE_K], strides (stride_cs, ...) | or None |
+    | zeros_ptr | int8, where the scales are, see Matrix | or None |
     | slot | int64, one or a block | which slot |
     | n, in_n | int32 block and mask, their last size 1 | row (output) of the matrix |
     | k0, K | | first column (summed) of the tile; columns of the matrix |
@@ -206,22 +225,33 @@ def load_tile(
         )
     if scales_ptr is not None:
         if (SCALE_K == 0) or (SCALE_K >= COUNT):
+            if zeros_ptr is not None:
+                tile = tile - load_zeros(
+                    zeros_ptr, scales_ptr, slot, n, in_n, k0, K, stride_cs, stride_cn, stride_ck,
+                    SCALE_N, SCALE_K, 1, False,
+                )  # fmt: skip
             tile = tile * load_scales(
                 scales_ptr, slot, n, in_n, k0, K, stride_cs, stride_cn, stride_ck,
                 SCALE_TYPE, SCALE_N, SCALE_K, 1, False,
             )  # fmt: skip
         else:
+            if zeros_ptr is not None:
+                zeros = load_zeros(
+                    zeros_ptr, scales_ptr, slot, n, in_n, k0, K, stride_cs, stride_cn, stride_ck,
+                    SCALE_N, SCALE_K, COUNT // SCALE_K, False,
+                )  # fmt: skip
+                tile = by_blocks(tile, zeros, COUNT, COUNT // SCALE_K, True)
             scales = load_scales(
                 scales_ptr, slot, n, in_n, k0, K, stride_cs, stride_cn, stride_ck,
                 SCALE_TYPE, SCALE_N, SCALE_K, COUNT // SCALE_K, False,
             )  # fmt: skip
-            tile = scaled(tile, scales, COUNT, COUNT // SCALE_K)
+            tile = by_blocks(tile, scales, COUNT, COUNT // SCALE_K)
     return tile.to(DTYPE)
 
 
 @triton.jit
 def add_product(
-    acc, x, values_ptr, scales_ptr, slot, n, in_n, k0, K,
+    acc, x, values_ptr, scales_ptr, zeros_ptr, slot, n, in_n, k0, K,
     stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
     FORMAT: tl.constexpr, SCALE_TYPE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
     FOLD: tl.constexpr, UPCAST: tl.constexpr, COUNT: tl.constexpr, K_FIRST: tl.constexpr,
@@ -237,13 +267,19 @@ def add_product(
         w = load_values(
             values_ptr, slot, n, in_n, k0, K, stride_ws, stride_wn, stride_wk, FORMAT, COUNT,
             K_FIRST,
-        ).to(x.dtype)  # fmt: skip
+        )  # fmt: skip
+        if zeros_ptr is not None:
+            w = w - load_zeros(
+                zeros_ptr, scales_ptr, slot, n, in_n, k0, K, stride_cs, stride_cn, stride_ck,
+                SCALE_N, SCALE_K, 1, K_FIRST,
+            )  # fmt: skip
+        w = w.to(x.dtype)
     else:
         rows, in_rows = n, in_n
         if K_FIRST:
             rows, in_rows = tl.trans(n), tl.trans(in_n)
         w = load_tile(
-            values_ptr, scales_ptr, slot, rows, in_rows, k0, K,
+            values_ptr, scales_ptr, zeros_ptr, slot, rows, in_rows, k0, K,
             stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
             tl.float32 if UPCAST else x.dtype, FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, COUNT,
         )  # fmt: skip

@@ -63,6 +63,9 @@ class Matrix:
     format  name of the weight format: a row of moeinf/checkpoint/formats.py and of `formats.py`
     block   rows and columns that share a scale; 0 columns are all columns
     multiplier  [S] float32, any stride: one more scale for all of a slot's matrix, or None
+    zeros   int8, of the shape of the scales, or None: subtracted from stored integers before they
+            are scaled. In a slot it lies as the scales do: the strides of rows and columns are the
+            same in elements, that of slots in bytes
     """
 
     values: torch.Tensor
@@ -71,6 +74,7 @@ class Matrix:
     format: str = "bf16"
     block: tuple[int, int] | None = None
     multiplier: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -83,14 +87,14 @@ class ExpertMatrices:
 
     @cached_property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """The values of gate, up and down, then scales, multipliers and biases; None if absent.
+        """The values of gate, up and down, then the other parts in this order; None if absent.
 
         Floats of eight bits are bytes here: not every GPU knows them.
         """
         every = (self.gate, self.up, self.down)
         found = (
             None if matrix is None else getattr(matrix, part)
-            for part in ("values", "scales", "multiplier", "bias")
+            for part in ("values", "scales", "zeros", "multiplier", "bias")
             for matrix in every
         )
         return tuple(

@@ -26,6 +26,7 @@ from .forms import ExpertMatrices
 # parameter of a kernel has the name of its tensor and "_ptr".
 MATRICES = (
     "gate", "up", "down", "gate_scales", "up_scales", "down_scales",
+    "gate_zeros", "up_zeros", "down_zeros",
     "gate_multiplier", "up_multiplier", "down_multiplier", "gate_bias", "up_bias", "down_bias",
 )  # fmt: skip
 NAMES = (

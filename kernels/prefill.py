@@ -27,8 +27,9 @@ def place(tiles, columns, GROUP: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tiles"])
 def gate_up_grouped(
-    hidden_ptr, gate_ptr, up_ptr, gate_scales_ptr, up_scales_ptr, gate_multiplier_ptr,
-    up_multiplier_ptr, gate_bias_ptr, up_bias_ptr, act_ptr, order_ptr, slot_ptr, first_ptr, end_ptr,
+    hidden_ptr, gate_ptr, up_ptr, gate_scales_ptr, up_scales_ptr, gate_zeros_ptr, up_zeros_ptr,
+    gate_multiplier_ptr, up_multiplier_ptr, gate_bias_ptr, up_bias_ptr, act_ptr,
+    order_ptr, slot_ptr, first_ptr, end_ptr,
     tiles, top_k, H, I, stride_ht, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
     stride_ms, stride_bs, stride_bn, alpha, limit,
     FORMAT: tl.constexpr, SCALE_TYPE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
@@ -42,6 +43,7 @@ def gate_up_grouped(
     | hidden | [T, H] | X | (stride_ht, 1) | tokens |
     | gate, up | [S, I, H] | by FORMAT | (stride_ws, stride_wn, stride_wk) | up may be None |
     | gate_scales, up_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | gate_zeros, up_zeros | | int8 | as the scales, see Matrix | or None |
     | gate_multiplier, up_multiplier | [S] | float32 | stride_ms | or None |
     | gate_bias, up_bias | [S, I] | X/float32 | (stride_bs, stride_bn) | or None |
     | act | [R, I] | X | contiguous | rows in sorted order |
@@ -69,13 +71,15 @@ def gate_up_grouped(
             x_mask = in_tile[:, None] & (h < H)[None, :]
             x = tl.load(x_row + h[None, :], mask=x_mask, other=0.0)
             gate = add_product(
-                gate, x, gate_ptr, gate_scales_ptr, slot, i[None, :], in_i[None, :], h0, H,
+                gate, x, gate_ptr, gate_scales_ptr, gate_zeros_ptr, slot, i[None, :], in_i[None, :],
+                h0, H,
                 stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
                 FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_H, True,
             )  # fmt: skip
             if up_ptr is not None:
                 up = add_product(
-                    up, x, up_ptr, up_scales_ptr, slot, i[None, :], in_i[None, :], h0, H,
+                    up, x, up_ptr, up_scales_ptr, up_zeros_ptr, slot, i[None, :], in_i[None, :],
+                    h0, H,
                     stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
                     FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_H, True,
                 )  # fmt: skip
@@ -95,7 +99,8 @@ def gate_up_grouped(
 
 @triton.jit(do_not_specialize=["tiles"])
 def down_grouped(
-    act_ptr, down_ptr, down_scales_ptr, down_multiplier_ptr, down_bias_ptr, routes_ptr,
+    act_ptr, down_ptr, down_scales_ptr, down_zeros_ptr, down_multiplier_ptr,
+    down_bias_ptr, routes_ptr,
     order_ptr, slot_ptr, first_ptr, end_ptr,
     tiles, H, I, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
     stride_ms, stride_bs, stride_bn,
@@ -110,6 +115,7 @@ def down_grouped(
     | act | [R, I] | X | contiguous | from gate_up_grouped |
     | down | [S, H, I] | by FORMAT | (stride_ws, stride_wn, stride_wk) | |
     | down_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
+    | down_zeros | | int8 | as the scales, see Matrix | or None |
     | down_multiplier | [S] | float32 | stride_ms | or None |
     | down_bias | [S, H] | X/float32 | (stride_bs, stride_bn) | or None |
     | routes | [R, H] | X | contiguous | rows in the order of the router |
@@ -135,7 +141,8 @@ def down_grouped(
             a_mask = in_tile[:, None] & (i < I)[None, :]
             a = tl.load(a_row + i[None, :], mask=a_mask, other=0.0)
             acc = add_product(
-                acc, a, down_ptr, down_scales_ptr, slot, h[None, :], (h < H)[None, :], i0, I,
+                acc, a, down_ptr, down_scales_ptr, down_zeros_ptr, slot,
+                h[None, :], (h < H)[None, :], i0, I,
                 stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
                 FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_I, True,
             )  # fmt: skip

@@ -34,7 +34,14 @@ class ScaleType:
 class Scales:
     """A number for each block of rows and columns (0: all)."""
 
-    def __init__(self, rows: Rows, type: ScaleType, block_rows: int, block_cols: int) -> None: ...
+    def __init__(
+        self,
+        rows: Rows,
+        type: ScaleType,
+        block_rows: int,
+        block_cols: int,
+        zeros: Rows | None = None,
+    ) -> None: ...
 
 class Matrix:
     def __init__(
@@ -134,6 +141,7 @@ class Catalog:
         checks: collections.abc.Sequence[tuple[int, int, ScaleType, bool]] = [],
         tensors: collections.abc.Sequence[tuple[int, int, str]] = [],
         sources: collections.abc.Mapping[int, ByteSource] = {},
+        recodes: collections.abc.Sequence[tuple[str, int, int, int, int, int]] = [],
     ) -> None:
         """files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as (file,
         file offset, bytes, slot offset), experts by layer * num_experts + expert.
@@ -141,7 +149,8 @@ class Catalog:
         the slot they lie as columns x rows. checks: (slot offset, bytes, type, negative) of
         numbers that may not be NaN or infinite, and below zero only if negative. tensors:
         (file, file offset, name), for messages. sources: by index of `files`, of those that
-        are none."""
+        are none. recodes: (kind, slot offset, rows, columns, bits, plus) of integers that
+        are written again in the slot."""
 
     def extents(self, expert: int) -> numpy.typing.NDArray[numpy.uint64]:
         """uint64 [extents, 4] of one flat expert id, as given to the constructor."""

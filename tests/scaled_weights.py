@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from moeinf.checkpoint.blocks import BLOCKS
-from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
 from moeinf.checkpoint.layout import Layout
 from moeinf.kernels.forms import ExpertForm, Matrix
 
@@ -27,6 +27,12 @@ SCALED = {
     "int4-128": INT4.with_scales("f16", (1, 128)),
     "int4-channel": INT4.with_scales("bf16", (1, 0)),
     "int8-channel": INT8.with_scales("f32", (1, 0)),
+    "int8-64": INT8.with_scales("f16", (1, 64)),
+    "int4-32-zeros": INT4.with_scales("bf16", (1, 32), zeros=True),
+    "int4-128-zeros": INT4.with_scales("f16", (1, 128), zeros=True),
+    "int4-channel-zeros": INT4.with_scales("f32", (1, 0), zeros=True),
+    "int8-32-zeros": INT8.with_scales("bf16", (1, 32), zeros=True),
+    "int8-channel-zeros": INT8.with_scales("f16", (1, 0), zeros=True),
 }
 EVERY = {**SCALED, **{f"gguf-{name}": FORMATS[name] for name in BLOCKS}}
 
@@ -75,6 +81,11 @@ class Experts:
         return out, size
 
 
+def zero_points(row: WeightFormat) -> tuple[int, int]:
+    """The first one, and the one after the last."""
+    return (-8, 8) if row.name == "int4" else (-128, 128)
+
+
 def random_bytes(tensor: torch.Tensor, rng: torch.Generator) -> None:
     """Any bytes but those of the two NaN of e4m3."""
     raw = torch.randint(0, 256, tensor.shape, generator=rng, dtype=torch.uint8)
@@ -101,6 +112,9 @@ def fill(matrix: Matrix, row: WeightFormat, e: int, rng: torch.Generator) -> tor
         rest = 1.0 if matrix.scales is None else 20.0
         matrix.multiplier[e] = size / rest * float(torch.rand((), generator=rng) + 0.5)
         parts[MULTIPLIER] = matrix.multiplier[e]
+    if matrix.zeros is not None:
+        drawn = torch.randint(*zero_points(row), matrix.zeros[e].shape, generator=rng)
+        parts[ZEROS] = matrix.zeros[e].copy_(drawn)
     if matrix.scales is not None:
         scales = parts[SCALES] = matrix.scales[e]
         if scales.dtype == torch.uint8:
@@ -159,6 +173,9 @@ def every_code(row: WeightFormat, rows: int, cols: int, seed: int) -> dict[str, 
             if dtype == torch.float8_e4m3fn:
                 codes[(codes & 0x7F) == 0x7F] = 0x80
             parts[piece] = codes.to(torch.uint8).view(dtype).view(shape)
+        elif piece == ZEROS:
+            low, high = zero_points(row)
+            parts[piece] = (codes % (high - low) + low).to(dtype).view(shape)
         elif dtype == torch.uint8:
             parts[piece] = (codes % 241).to(dtype).view(shape)
         elif dtype == torch.float8_e4m3fn:

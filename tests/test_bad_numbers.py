@@ -182,7 +182,8 @@ def test_a_scale_of_zero_is_a_block_of_zeros(plain, tmp_path, seed, name):
     key = plant(packed, DOWN, SCALES, name, 0, seed)
     numbers = load_file(decoded / "model.safetensors")
     before = numbers[f"{DOWN}.weight"].clone()
-    flat = load_file(packed / "model.safetensors")[key].view(-1)
+    scales = load_file(packed / "model.safetensors")[key]
+    flat = (scales.T if key.endswith(".scales") else scales).reshape(-1)  # GPTQ, AWQ: by column
     block = int((flat.float() == 0).nonzero())
     high, wide = row.block[0], row.block[1] or before.shape[1]
     across = -(-before.shape[1] // wide)

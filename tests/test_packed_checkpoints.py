@@ -7,7 +7,7 @@ import json
 import math
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,10 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 from safetensors.torch import load_file, save_file
-from scaled_weights import E2M1, E4M3, INT4, INT8, random_bytes
+from scaled_weights import E2M1, E4M3, INT4, INT8, random_bytes, zero_points
 
 import moeinf
-from moeinf.checkpoint.formats import MULTIPLIER, SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.formats import MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 
@@ -33,6 +33,8 @@ def draw(row: WeightFormat, rows: int, cols: int, rng: torch.Generator) -> Parts
         parts[piece] = torch.empty(shape, dtype=dtype)
         if piece == VALUES:
             random_bytes(parts[piece], rng)
+        if piece == ZEROS:
+            parts[piece] = torch.randint(*zero_points(row), shape, generator=rng).to(dtype)
     size = 0.3 / math.sqrt(float(row.decode(parts[VALUES]).square().mean()))
     if SCALES in parts:
         drawn = torch.rand(parts[SCALES].shape, generator=rng) + 0.5
@@ -46,12 +48,76 @@ def draw(row: WeightFormat, rows: int, cols: int, rng: torch.Generator) -> Parts
     return parts
 
 
-def int4_words(parts: Parts) -> Parts:
-    rows, stored = parts[VALUES].shape
+def codes_of(parts: Parts, bits: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The unsigned integers of a matrix by row and column, and its zero points by row and group."""
+    stored = parts[VALUES].view(torch.uint8).tolist()
+    if bits == 4:
+        stored = [[half for byte in row for half in (byte & 15, byte >> 4)] for row in stored]
+    else:
+        stored = [[(byte + 128) % 256 for byte in row] for row in stored]
+    zeros = (parts[ZEROS].int() + (1 << (bits - 1))).tolist() if ZEROS in parts else []
+    return stored, zeros
+
+
+def words_of(integers: list[list[int]], bits: int, order: Sequence[int] | None = None):
+    """Packs integers of a row one after another, the first one lowest, into words of 32 bits.
+
+    `order`: integer i of a word is number order[i] of those that belong to it.
+    """
+    each = 32 // bits
+    order = range(each) if order is None else order
+    words = []
+    for row in integers:
+        words.append([])
+        for first in range(0, len(row), each):
+            word = sum(row[first + place] << (bits * i) for i, place in enumerate(order))
+            words[-1].append(word - (1 << 32) if word >= 1 << 31 else word)
+    return torch.tensor(words, dtype=torch.int32)
+
+
+def turned(integers: list[list[int]]) -> list[list[int]]:
+    return [list(column) for column in zip(*integers, strict=True)]
+
+
+def packed_words(bits: int) -> Callable[[Parts], Parts]:
+    """compressed-tensors: values packed along the columns, zero points along the rows."""
+
+    def store(parts: Parts) -> Parts:
+        values, zeros = codes_of(parts, bits)
+        found = {
+            ".weight_packed": words_of(values, bits),
+            ".weight_scale": parts[SCALES],
+            ".weight_shape": torch.tensor([len(values), len(values[0])]),
+        }
+        if zeros:
+            found[".weight_zero_point"] = words_of(turned(zeros), bits).T.contiguous()
+        return found
+
+    return store
+
+
+def gptq(bits: int, less: int) -> Callable[[Parts], Parts]:
+    def store(parts: Parts) -> Parts:
+        values, zeros = codes_of(parts, bits)
+        zeros = [[(zero - less) % (1 << bits) for zero in row] for row in zeros]
+        inputs, groups = len(values[0]), len(zeros[0])
+        return {
+            ".qweight": words_of(values, bits).T.contiguous(),
+            ".qzeros": words_of(turned(zeros), bits),
+            ".scales": parts[SCALES].T.contiguous(),
+            ".g_idx": torch.tensor([k // (inputs // groups) for k in range(inputs)]).int(),
+        }
+
+    return store
+
+
+def awq(parts: Parts) -> Parts:
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    values, zeros = codes_of(parts, 4)
     return {
-        ".weight_packed": parts[VALUES].view(torch.int32),
-        ".weight_scale": parts[SCALES],
-        ".weight_shape": torch.tensor([rows, 2 * stored]),
+        ".qweight": words_of(turned(values), 4, order),
+        ".qzeros": words_of(turned(zeros), 4, order),
+        ".scales": parts[SCALES].T.contiguous(),
     }
 
 
@@ -76,6 +142,14 @@ INT4_CONFIG = {
     "config_groups": {"group_0": {"targets": ["Linear"],
                                   "weights": {"num_bits": 4, "type": "int", "symmetric": True}}},
 }  # fmt: skip
+INT8_CONFIG = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8}}},
+}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
+GPTQ_V2 = {**GPTQ, "checkpoint_format": "gptq_v2"}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
 FP8 = {"quant_method": "fp8", "weight_block_size": [32, 32]}
 MODELOPT = {"quant_method": "modelopt"}
 TENSORS = {"quant_method": "compressed-tensors"}
@@ -111,8 +185,33 @@ STORED: dict[str, tuple[WeightFormat, dict[str, Any], Callable[[Parts], Parts]]]
                    ".weight_scale_2": p[MULTIPLIER][0], ".input_scale": torch.tensor(1.0)},
     ),
     "nvfp4, divided": (E2M1.with_scales("e4m3", (1, 16), multiplier=True), TENSORS, nvfp4_divided),
-    "int4": (INT4.with_scales("bf16", (1, 32)), INT4_CONFIG, int4_words),
-    "int4 channels": (INT4.with_scales("f16", (1, 0)), INT4_CONFIG, int4_words),
+    "int4": (INT4.with_scales("bf16", (1, 32)), INT4_CONFIG, packed_words(4)),
+    "int4 channels": (INT4.with_scales("f16", (1, 0)), INT4_CONFIG, packed_words(4)),
+    "int4 with zero points": (INT4.with_scales("bf16", (1, 32), zeros=True), INT4_CONFIG,
+                              packed_words(4)),
+    "int4 channels with zero points": (INT4.with_scales("f16", (1, 0), zeros=True), INT4_CONFIG,
+                                       packed_words(4)),
+    "int8 words": (INT8.with_scales("bf16", (1, 32)), INT8_CONFIG, packed_words(8)),
+    "int8 words with zero points": (INT8.with_scales("f16", (1, 0), zeros=True), INT8_CONFIG,
+                                    packed_words(8)),
+    "int8 with zero points": (
+        INT8.with_scales("f32", (1, 0), zeros=True), TENSORS,
+        lambda p: {".weight": p[VALUES], ".weight_scale": p[SCALES],
+                   ".weight_zero_point": p[ZEROS]},
+    ),
+    "gptq": (INT4.with_scales("f16", (1, 32), zeros=True), GPTQ, gptq(4, 1)),
+    "gptq, second version": (INT4.with_scales("f16", (1, 32), zeros=True), GPTQ_V2, gptq(4, 0)),
+    "gptq, one group": (INT4.with_scales("bf16", (1, 0), zeros=True), {**GPTQ, "group_size": -1},
+                        gptq(4, 1)),
+    "gptq of 8 bits": (INT8.with_scales("f16", (1, 32), zeros=True), {**GPTQ, "bits": 8},
+                       gptq(8, 1)),
+    "gptq of auto-round": (
+        INT4.with_scales("f16", (1, 32), zeros=True),
+        {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq", "group_size": 32},
+        gptq(4, 1),
+    ),
+    "awq": (INT4.with_scales("f16", (1, 32), zeros=True), AWQ, awq),
+    "awq, float32 scales": (INT4.with_scales("f32", (1, 32), zeros=True), AWQ, awq),
     "int8 channels": (INT8.with_scales("f32", (1, 0)), TENSORS,
                       scaled_as(".weight", ".weight_scale")),
 }  # fmt: skip
@@ -140,7 +239,8 @@ def quantised(
     packed: Parts = {}
     decoded: Parts = {}
     for key, tensor in load_file(plain / "model.safetensors").items():
-        if which in key and key.endswith("_proj.weight"):
+        fits = tensor.dim() == 2 and not (tensor.shape[0] % 8 or tensor.shape[1] % 32)
+        if which in key and key.endswith("_proj.weight") and fits:
             parts = draw(row, *tensor.shape, rng)
             stem = key.removesuffix(".weight")
             packed |= {stem + end: part.clone() for end, part in store(parts).items()}
@@ -186,14 +286,16 @@ def test_a_store_reads_each_piece_as_it_was_written(plain, tmp_path, seed, name)
         matrices = store.layout.matrices(pool)
         for matrix in ("gate", "up", "down"):
             view = getattr(matrices, matrix)
-            pieces = {VALUES: view.values, SCALES: view.scales, MULTIPLIER: view.multiplier}
+            pieces = {VALUES: view.values, SCALES: view.scales, ZEROS: view.zeros,
+                      MULTIPLIER: view.multiplier}  # fmt: skip
             found = row.dequantise({p: t[0] for p, t in pieces.items() if t is not None}).float()
             key = f"model.layers.{layer}.mlp.experts.{expert}.{matrix}_proj.weight"
             assert torch.equal(found, numbers[key])
 
 
-def test_dense_weights_may_be_packed_too(plain, tmp_path, seed):
-    packed, decoded = quantised(plain, tmp_path, "fp8 blocks", seed, which="_proj")
+@pytest.mark.parametrize("name", STORED)
+def test_dense_weights_may_be_packed_too(plain, tmp_path, seed, name):
+    packed, decoded = quantised(plain, tmp_path, name, seed, which="_proj")
     found, expected = logits(packed), logits(decoded)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
 
@@ -206,17 +308,19 @@ def test_a_model_with_packed_experts_is_not_saved(plain, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+GPT_OSS = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 96,
+    "head_dim": 16,
+    "layer_types": ["full_attention"] * 2,
+    "sliding_window": 8,
+}
+
+
 def test_gpt_oss(tmp_path, seed):
     """Fused, rows of gate and up in turn, biases; the module's own parameters are transposed."""
-    sizes = {
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "intermediate_size": 96,
-        "head_dim": 16,
-        "layer_types": ["full_attention"] * 2,
-        "sliding_window": 8,
-    }
-    plain = write_checkpoint(tmp_path / "plain", "gpt_oss", **{**SIZES, **sizes})
+    plain = write_checkpoint(tmp_path / "plain", "gpt_oss", **{**SIZES, **GPT_OSS})
     rng = torch.Generator().manual_seed(seed)
     row = E2M1.with_scales("e8m0", (1, 32))
     packed, decoded = {}, {}
@@ -273,10 +377,30 @@ DOWN = "model.layers.0.mlp.experts.0.down_proj"
          "expected a scale for each 64 x 64"),
         ("fp8 channels", ".weight_scale", torch.ones(64, 1, dtype=torch.int64), {},
          CheckpointError, "expected scales of F32"),
-        ("int4", ".weight_zero_point", torch.zeros(8, 3, dtype=torch.int32), {}, UnsupportedError,
-         "weight_zero_point.*zero points are not supported"),
+        ("int4", ".weight_zero_point", torch.zeros(7, 3, dtype=torch.int32), {}, CheckpointError,
+         r"weight_zero_point.*expected I8 \[64, 3\] or I32 \[8, 3\]"),
+        ("fp8 channels", ".weight_zero_point", torch.zeros(64, 1, dtype=torch.int8), {},
+         UnsupportedError, "zero points are supported of integers"),
+        ("gptq", ".g_idx", torch.arange(96, dtype=torch.int32) % 3, {}, UnsupportedError,
+         r"g_idx.*desc_act.*expected input 1 in group 0, found 1"),
+        ("gptq", ".g_idx", torch.zeros(95, dtype=torch.int32), {}, CheckpointError,
+         r"g_idx.*expected I32 \[96\]"),
+        ("awq", "", None, {"desc_act": True}, UnsupportedError, "desc_act is true"),
+        ("gptq", "", None, {"checkpoint_format": "marlin"}, UnsupportedError,
+         "checkpoint_format is 'marlin', expected gptq or gptq_v2"),
+        ("awq", "", None, {"version": "gemv"}, UnsupportedError, "version is 'gemv'"),
+        ("gptq of auto-round", "", None, {"packing_format": "auto_round"}, UnsupportedError,
+         "packing_format is 'auto_round', expected auto_round:auto_gptq"),
+        ("gptq", ".qzeros", torch.zeros(2, 8, dtype=torch.int32), {}, CheckpointError,
+         r"qzeros.*expected I32 \[3, 8\]"),
+        ("gptq", ".qweight", torch.zeros(13, 64, dtype=torch.int32), {}, CheckpointError,
+         "expected groups of a size that divides 104 inputs"),
+        ("awq", ".qweight", torch.zeros(96, 6, dtype=torch.int32), {}, UnsupportedError,
+         "expected integers of 4 bits"),
+        ("gptq", ".scales", torch.ones(3, 64, dtype=torch.int32), {}, CheckpointError,
+         "expected qzeros and scales of F16"),
         ("int4", "", None, {"config_groups": {"g": {"weights": {"num_bits": 3}}}},
-         UnsupportedError, "integers of 3 bits, expected 4"),
+         UnsupportedError, "integers of 3 bits, expected 4 or 8"),
         ("nvfp4", ".pre_quant_scale", torch.ones(96), {}, UnsupportedError,
          "scales of the inputs are not supported"),
         ("nvfp4", ".weight_scale_2", torch.tensor(-1.0), {}, CheckpointError,
@@ -300,3 +424,43 @@ def test_a_configuration_of_scales_that_no_tensor_has_is_refused(plain, tmp_path
     (folder / "config.json").write_text(json.dumps(described))
     with pytest.raises(CheckpointError, match="expected tensors with scales, found none"):
         ExpertStore.open(folder)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_fused_nvfp4_with_a_number_for_each_expert(tmp_path, seed, apart, by_columns):
+    """`apart`: gate and up have numbers of their own. `by_columns`: as ModelOpt writes experts that
+    the module holds so."""
+    family = "gpt_oss" if by_columns else "qwen3_moe"
+    sizes = GPT_OSS if by_columns else {}
+    plain = write_checkpoint(tmp_path / "plain", family, original_names=False, **{**SIZES, **sizes})
+    rng = torch.Generator().manual_seed(seed)
+    row = E2M1.with_scales("e4m3", (1, 16), multiplier=True)
+    packed, decoded = {}, {}
+    for key, tensor in load_file(plain / "model.safetensors").items():
+        if not key.endswith(("gate_up_proj", "down_proj")) or tensor.dim() != 3:
+            packed[key] = decoded[key] = tensor
+            continue
+        matrices = tensor.transpose(1, 2) if by_columns else tensor
+        experts, outputs, inputs = matrices.shape
+        parts = [draw(row, outputs, inputs, rng) for _ in range(experts)]
+        numbers = torch.stack([part[MULTIPLIER] for part in parts])
+        if apart and key.endswith("gate_up_proj"):
+            numbers = torch.cat([numbers, 2 * numbers], 1)
+        values, scales = (torch.stack([part[p] for part in parts]) for p in (VALUES, SCALES))
+        if by_columns:
+            values, scales = values.transpose(1, 2), scales.transpose(1, 2)
+        packed[key] = values.contiguous()
+        packed[f"{key}_weight_scale"] = scales.contiguous()
+        packed[f"{key}_weight_scale_2"] = numbers if numbers.shape[1] > 1 else numbers[:, 0].clone()
+        packed[f"{key}_input_scale"] = torch.ones(experts)
+        dense = torch.stack([row.dequantise(part).float() for part in parts])
+        if numbers.shape[1] > 1:
+            up = slice(1, None, 2) if by_columns else slice(outputs // 2, None)
+            dense[:, up] *= 2
+        decoded[key] = (dense.transpose(1, 2) if by_columns else dense).contiguous()
+    shutil.copytree(plain, tmp_path / "packed")
+    save_file(packed, tmp_path / "packed" / "model.safetensors", metadata={"format": "pt"})
+    save_file(decoded, plain / "model.safetensors", metadata={"format": "pt"})
+    found, expected = logits(tmp_path / "packed"), logits(plain)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4

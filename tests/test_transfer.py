@@ -173,9 +173,6 @@ def test_a_transpose_stays_in_the_slot(turn: tuple[int, ...], files: FileSet) ->
     _core.Catalog(*shape, transposes=[(0, 2, 3, 2), (12, 2, 1, 1)])
     with pytest.raises(ValueError, match=r"at slot offset 11: .*, from 12 on"):
         _core.Catalog(*shape, transposes=[(0, 2, 3, 2), (11, 2, 1, 1)])
-    with pytest.raises(ValueError, match="offset 8: expected bytes that no transpose moves"):
-        check = (8, 8, _core.ScaleType.f32, True)
-        _core.Catalog(*shape, transposes=[(0, 2, 3, 2)], checks=[check])
 
 
 def test_a_missing_file_is_an_error_at_once(files: FileSet) -> None:

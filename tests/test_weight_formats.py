@@ -160,6 +160,8 @@ def test_dequantise_is_the_definition_of_the_format(seed, row: WeightFormat):
             expected = number(row, byte if row.pack == 1 else (byte >> 4 * (k % 2)) & 15)
             if row.block is not None:
                 place = n // row.block[0], k // row.block[1] if row.block[1] else 0
+                if row.zeros:
+                    expected -= int(parts["zeros"][place])
                 scale = parts["scales"][place]
                 exponent = scale.dtype == torch.uint8
                 expected *= 2.0 ** (int(scale) - 127) if exponent else float(scale)

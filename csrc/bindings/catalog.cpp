@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/find_name.h"
 #include "bindings/bindings.h"
 #include "bindings/ids.h"
 
@@ -27,13 +28,24 @@ using ExtentArray = py::array_t<uint64_t, py::array::c_style | py::array::forcec
 
 using Check = std::tuple<uint64_t, uint64_t, ScaleType, bool>;
 using Tensor = std::tuple<uint32_t, uint64_t, std::string>;
+using Recoded = std::tuple<std::string, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>;
+
+std::vector<Recode> recodes_of(const std::vector<Recoded>& given) {
+    static const std::vector<std::string> kKinds = {"signs", "awq", "zeros", "awq_zeros"};
+    std::vector<Recode> found;
+    for (const auto& [kind, offset, rows, cols, bits, plus] : given) {
+        const auto row = static_cast<Recode::Kind>(find_name(kKinds, kind, "recode"));
+        found.push_back({row, offset, rows, cols, bits, plus});
+    }
+    return found;
+}
 
 std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, uint64_t slot_bytes,
                                       const std::vector<std::pair<std::string, uint64_t>>& files,
                                       const ExtentArray& extents,
                                       const std::vector<std::array<uint64_t, 4>>& transposes,
                                       const std::vector<Check>& checks, std::vector<Tensor> tensors,
-                                      const Sources& sources) {
+                                      const Sources& sources, const std::vector<Recoded>& recodes) {
     if (extents.ndim() != 3 || extents.shape(2) != 4 ||
         extents.shape(0) != static_cast<py::ssize_t>(num_layers) * num_experts) {
         std::string found = "[";
@@ -81,7 +93,7 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
     }
     return std::make_shared<Catalog>(ModelShape{num_layers, num_experts}, slot_bytes,
                                      std::move(catalog_files), std::move(flat), std::move(turned),
-                                     std::move(numbers), std::move(named));
+                                     std::move(numbers), std::move(named), recodes_of(recodes));
 }
 
 py::array_t<uint64_t> extents_of(const Catalog& catalog, ExpertId expert) {
@@ -108,14 +120,16 @@ void bind_catalog(py::module_& module) {
              py::arg("slot_bytes"), py::arg("files"), py::arg("extents"),
              py::arg("transposes") = std::vector<std::array<uint64_t, 4>>{},
              py::arg("checks") = std::vector<Check>{}, py::arg("tensors") = std::vector<Tensor>{},
-             py::arg("sources") = Sources{},
+             py::arg("sources") = Sources{}, py::arg("recodes") = std::vector<Recoded>{},
              "files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as "
              "(file, file offset, bytes, slot offset), experts by layer * num_experts + expert. "
              "transposes: (slot offset, rows, columns, bytes of an element), as they are read; in "
              "the slot they lie as columns x rows. checks: (slot offset, bytes, type, negative) of "
              "numbers that may not be NaN or infinite, and below zero only if negative. tensors: "
              "(file, file offset, name), for messages. sources: by index of `files`, of those that "
-             "are none.")
+             "are none. recodes: (kind, slot offset, rows, columns, bits, plus) of integers that "
+             "are "
+             "written again in the slot.")
         .def_property_readonly("num_layers", &Catalog::num_layers)
         .def_property_readonly("num_experts", &Catalog::num_experts)
         .def_property_readonly("slot_bytes", &Catalog::slot_bytes)

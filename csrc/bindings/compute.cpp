@@ -61,8 +61,9 @@ void bind_types(py::module_& module) {
         .value("e8m0", ScaleType::kE8M0)
         .value("e4m3", ScaleType::kE4M3);
     py::class_<Scales>(module, "Scales", "A number for each block of rows and columns (0: all).")
-        .def(py::init<Rows, ScaleType, int64_t, int64_t>(), py::arg("rows"), py::arg("type"),
-             py::arg("block_rows"), py::arg("block_cols"));
+        .def(py::init<Rows, ScaleType, int64_t, int64_t, std::optional<Rows>>(), py::arg("rows"),
+             py::arg("type"), py::arg("block_rows"), py::arg("block_cols"),
+             py::arg("zeros") = py::none());
     py::class_<Matrix>(module, "Matrix")
         .def(py::init([](const std::string& format, int64_t rows, int64_t cols, Rows values,
                          std::optional<Scales> scales, std::optional<Rows> bias, DType bias_dtype,

@@ -36,6 +36,7 @@ struct NibbleBlocks {
     static constexpr int64_t kStep = 2 * kBytes;
     static constexpr size_t kParts = 2 * kWord;
     static constexpr bool kMinima = D::kMinima;
+    static constexpr bool kZeros = false;
     static constexpr int kHalves = 2;
 
     // Position in an arranged row -> column.
@@ -111,6 +112,7 @@ struct ByteBlocksProduct {
     static constexpr int64_t kStep = 32;
     static constexpr size_t kParts = 32 / F::kLanes;
     static constexpr bool kMinima = false;
+    static constexpr bool kZeros = false;
     static constexpr int kHalves = 1;
     static constexpr int kRows = F::kTileRows;
     static constexpr int kOutputs = 4;

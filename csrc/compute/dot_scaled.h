@@ -13,9 +13,12 @@
 // of the depth, and lanes at the end. Where many activations share a panel of weight rows, the
 // first tile of them keeps the decoded weights, and the other tiles read those.
 //
+// Zero points are subtracted from the integers, which leaves integers that are exact in bf16.
+//
 // Product: F, the Floats type; X, the activations' type; XVec, WVec, Packed registers; kStep;
 // kParts; kRows, kOutputs; load(row, k), load_first(row, k, n), n < kStep columns; decode<part>;
-// load_x, load_w, store_w; madd(acc, x, w).
+// load_x, load_w, store_w; madd(acc, x, w). With kZeros: Zero, made by zero(floats) of the zero
+// points of a step's lanes; decode<part> takes it too. Zeroed is the product with kZeros.
 #pragma once
 
 #include <utility>
@@ -46,6 +49,7 @@ struct ScaledPanel {
     // A vector is read from any scale on.
     alignas(64) float scales[kScaleOutputs][kMaxScales + 64];
     alignas(64) float minima[P::kMinima ? kScaleOutputs : 1][P::kMinima ? kMaxScales + 64 : 1];
+    alignas(64) float zeros[P::kZeros ? kScaleOutputs : 1][P::kZeros ? kMaxScales + 64 : 1];
 };
 
 template <class P>
@@ -120,6 +124,12 @@ inline void load_scales(const DotJob& job, int64_t output, int count, ScaledPane
         }
         // Lanes beyond the depth have sums of zero; their scales must be numbers.
         F::store(to + scales, F::splat(0.0f));
+        if constexpr (P::kZeros) {
+            const int64_t row = (job.first + output + n) / job.how->block_rows;
+            const std::byte* from = job.zeros + row * job.how->zeros->stride;
+            widen_row<F>(reinterpret_cast<const int8_t*>(from), scales, panel.zeros[n]);
+            F::store(panel.zeros[n] + scales, F::splat(0.0f));
+        }
     }
 }
 
@@ -140,6 +150,7 @@ inline void scaled_tile(const DotJob& job, const ScaledPanel<P>& panel, const vo
         for (int n = 0; n < kOutputs; ++n) acc[r][n] = F::splat(0.0f);
     }
 
+    typename P::Zero zeros[kOutputs];
     const auto step = [&](int64_t k, const auto& load) __attribute__((always_inline)) {
         typename P::Packed packed[kOutputs];
         if constexpr (kFrom != From::kPanel) {
@@ -156,6 +167,8 @@ inline void scaled_tile(const DotJob& job, const ScaledPanel<P>& panel, const vo
                 typename P::WVec w;
                 if constexpr (kFrom == From::kPanel) {
                     w = P::load_w(panel.kept + n * padded + at);
+                } else if constexpr (P::kZeros) {
+                    w = P::template decode<kIndex>(packed[n], zeros[n]);
                 } else {
                     w = P::template decode<kIndex>(packed[n]);
                 }
@@ -181,6 +194,11 @@ inline void scaled_tile(const DotJob& job, const ScaledPanel<P>& panel, const vo
                     __builtin_prefetch(panel.w + n * job.w_stride + k / P::kPack + panel.ahead, 0,
                                        2);
                 }
+            }
+        }
+        if constexpr (P::kZeros && kFrom != From::kPanel) {
+            for (int n = 0; n < kOutputs; ++n) {
+                zeros[n] = P::zero(F::spread(panel.zeros[n] + scale, lanes));
             }
         }
 #pragma GCC unroll 8
@@ -297,9 +315,24 @@ inline void arrange(const void* from, int64_t count, void* to) {
 }
 
 template <class P>
-constexpr Product scaled_product() {
-    return {dot_scaled<P>, arrange<P>, P::kStep};
+void dot_with_or_without_zeros(const DotJob& job) {
+    if (job.zeros == nullptr) return dot_scaled<P>(job);
+    dot_scaled<typename P::Zeroed>(job);
 }
+
+template <class P>
+constexpr Product scaled_product() {
+    if constexpr (requires { typename P::Zeroed; }) {
+        return {dot_with_or_without_zeros<P>, arrange<P>, P::kStep};
+    } else {
+        return {dot_scaled<P>, arrange<P>, P::kStep};
+    }
+}
+
+struct NoZero {};
+
+template <class P>
+struct ZeroedFloatProduct;
 
 // A product in 32-bit floats, of weights in any format with scales.
 template <class Floats, class Decoder>
@@ -308,6 +341,8 @@ struct ScaledFloatProduct {
     using X = float;
     using XVec = typename F::Vec;
     using WVec = typename F::Vec;
+    using Zero = NoZero;
+    static constexpr bool kZeros = false;
     static constexpr bool kMinima = false;
     static constexpr bool kNibbles = Decoder::kPack == 2;
     static constexpr int64_t kPack = Decoder::kPack;
@@ -344,6 +379,22 @@ struct ScaledFloatProduct {
     static WVec load_w(const float* p) { return F::load(p); }
     static void store_w(float* p, WVec w) { F::store(p, w); }
     static typename F::Vec madd(typename F::Vec acc, XVec x, WVec w) { return F::fma(x, w, acc); }
+};
+
+template <class Floats, class Decoder>
+struct IntegerFloatProduct : ScaledFloatProduct<Floats, Decoder> {
+    using Zeroed = ZeroedFloatProduct<ScaledFloatProduct<Floats, Decoder>>;
+};
+
+template <class P>
+struct ZeroedFloatProduct : P {
+    using Zero = typename P::F::Vec;
+    static constexpr bool kZeros = true;
+    static Zero zero(Zero zeros) { return zeros; }
+    template <size_t kPart>
+    static typename P::WVec decode(typename P::Packed packed, Zero zero) {
+        return P::F::sub(P::template decode<kPart>(packed), zero);
+    }
 };
 
 }  // namespace

@@ -29,7 +29,8 @@ void check_rows(const Rows& rows, int64_t row_bytes, int64_t unit, const std::st
 }
 
 // A product takes whole groups or whole parts of a group at a time.
-void check_scales(const Scales& scales, int64_t cols, const std::string& name) {
+void check_scales(const Scales& scales, int64_t cols, const FormatFacts& format,
+                  const std::string& name) {
     const int64_t block = scales.block_cols;
     if (scales.block_rows < 1 || block < 0 ||
         (block != 0 && (block < 8 || (128 % block != 0 && block % 128 != 0)))) {
@@ -44,6 +45,9 @@ void check_scales(const Scales& scales, int64_t cols, const std::string& name) {
     }
     const int64_t unit = scale_bytes(scales.type);
     check_rows(scales.rows, scales.count(cols) * unit, unit, name);
+    if (!scales.zeros) return;
+    if (!format.zeros) invalid(name + ": " + std::string(format.name) + " has no zero points");
+    check_rows(*scales.zeros, scales.count(cols), 1, name + " zero points");
 }
 
 void check_matrix(const Matrix& matrix, int64_t rows, int64_t cols, const std::string& name) {
@@ -64,7 +68,7 @@ void check_matrix(const Matrix& matrix, int64_t rows, int64_t cols, const std::s
     if (!format.scaled && (matrix.scales || matrix.multiplier)) {
         invalid(name + ": " + std::string(format.name) + " has no scales, got some");
     }
-    if (matrix.scales) check_scales(*matrix.scales, cols, name + " scales");
+    if (matrix.scales) check_scales(*matrix.scales, cols, format, name + " scales");
     if (matrix.multiplier && *matrix.multiplier % sizeof(float) != 0) {
         invalid(name + " multiplier: its offset must be a multiple of 4 bytes, got " +
                 std::to_string(*matrix.multiplier));

@@ -57,6 +57,8 @@ struct FloatKernels {
             } else {
                 return block_product<BlockFloatProduct<F, Decoder>>();
             }
+        } else if constexpr (has_zeros<Decoder>) {
+            return scaled_product<IntegerFloatProduct<F, Decoder>>();
         } else if constexpr (Decoder::kScaled) {
             return scaled_product<ScaledFloatProduct<F, Decoder>>();
         } else {

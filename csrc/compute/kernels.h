@@ -28,6 +28,7 @@ struct DotJob {
     int64_t first = 0;                  // the row of the matrix that w begins at
     const Scales* how = nullptr;        // null: no scales
     const std::byte* scales = nullptr;  // of row 0 of the matrix
+    const std::byte* zeros = nullptr;   // the same, if there are any
     float multiplier = 1;
     int64_t outputs = 0;
     int64_t depth = 0;

@@ -1,6 +1,9 @@
 // AVX-512 with bf16 products. bf16 hidden states and weights are multiplied without conversion,
 // in pairs, into 32-bit sums. The activations between the two products are rounded to bf16. The
 // rest is the same as in kernels_avx512.cpp.
+#include <array>
+#include <bit>
+
 #include "compute/float_kernels.h"
 #include "compute/floats_avx512.h"
 #include "compute/kernels_isa.h"
@@ -44,6 +47,8 @@ struct ScaledBf16Product {
     using XVec = __m512bh;
     using WVec = __m512bh;
     using Packed = __m512i;  // 32 words of 16 bits
+    using Zero = NoZero;
+    static constexpr bool kZeros = false;
     static constexpr bool kMinima = false;
     static constexpr int kRows = 4;
     static constexpr int kOutputs = 6;
@@ -85,6 +90,41 @@ struct NibbleProduct : ScaledBf16Product {
     static WVec decode(Packed packed) {
         return look_up(_mm512_srli_epi16(packed, 4 * kPart), table_twice(Decoder::kTable));
     }
+};
+
+// Integers of four bits less integers of four bits: a table of the 31 differences.
+template <class Decoder>
+struct ZeroedNibbleProduct : NibbleProduct<Decoder> {
+    using Base = NibbleProduct<Decoder>;
+    using Zero = __m512i;  // for each code, the index of the difference
+    static constexpr bool kZeros = true;
+
+    static constexpr std::array<uint16_t, 32> differences() {
+        std::array<uint16_t, 32> table{};
+        for (int i = 0; i < 31; ++i) {
+            const auto value = static_cast<float>(i - 15);
+            table[static_cast<size_t>(i)] =
+                static_cast<uint16_t>(std::bit_cast<uint32_t>(value) >> 16);
+        }
+        return table;
+    }
+    // The zero point z, from -8 to 7, and the code c stand for c - 8 - z, at place c + 7 - z.
+    static Zero zero(__m512 zeros) {
+        const __m512i places = _mm512_sub_epi32(_mm512_set1_epi32(7), _mm512_cvtps_epi32(zeros));
+        return _mm512_or_si512(places, _mm512_slli_epi32(places, 16));
+    }
+    template <size_t kPart>
+    static __m512bh decode(__m512i packed, Zero zero) {
+        alignas(64) static constexpr std::array<uint16_t, 32> kTable = differences();
+        const __m512i code =
+            _mm512_and_si512(_mm512_srli_epi16(packed, 4 * kPart), _mm512_set1_epi16(15));
+        return reinterpret_cast<__m512bh>(_mm512_permutexvar_epi16(
+            _mm512_add_epi16(code, zero), _mm512_load_si512(kTable.data())));
+    }
+};
+
+struct Int4Product : NibbleProduct<Int4Weights> {
+    using Zeroed = ZeroedNibbleProduct<Int4Weights>;
 };
 
 // The lower bytes of all words, then the upper ones.
@@ -179,7 +219,7 @@ constexpr Product Bf16::kProduct<E4M3Weights> = scaled_product<E4M3Product>();
 template <>
 constexpr Product Bf16::kProduct<E2M1Weights> = scaled_product<NibbleProduct<E2M1Weights>>();
 template <>
-constexpr Product Bf16::kProduct<Int4Weights> = scaled_product<NibbleProduct<Int4Weights>>();
+constexpr Product Bf16::kProduct<Int4Weights> = scaled_product<Int4Product>();
 template <>
 constexpr Product Bf16::kProduct<Q40Weights> = block_product<NibbleBlocksProduct<Q40Weights>>();
 template <>

@@ -40,6 +40,7 @@ void multiply(const KernelSet& kernels, const Matrix& matrix, const Product& pro
     if (matrix.scales) {
         job.how = &*matrix.scales;
         job.scales = base + matrix.scales->rows.offset;
+        if (matrix.scales->zeros) job.zeros = base + matrix.scales->zeros->offset;
     }
     if (matrix.multiplier) {
         std::memcpy(&job.multiplier, base + *matrix.multiplier, sizeof job.multiplier);

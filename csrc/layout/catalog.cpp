@@ -87,13 +87,15 @@ bool comes_first(const CatalogTensor& left, const CatalogTensor& right) {
 
 Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
                  std::vector<Extent> extents, std::vector<Transpose> transposes,
-                 std::vector<NumberCheck> checks, std::vector<CatalogTensor> tensors)
+                 std::vector<NumberCheck> checks, std::vector<CatalogTensor> tensors,
+                 std::vector<Recode> recodes)
     : shape_(shape),
       slot_bytes_(slot_bytes),
       files_(std::move(files)),
       extents_(std::move(extents)),
       transposes_(std::move(transposes)),
       checks_(std::move(checks)),
+      recodes_(std::move(recodes)),
       tensors_(std::move(tensors)) {
     std::sort(tensors_.begin(), tensors_.end(), comes_first);
     const auto [num_layers, num_experts] = shape;
@@ -128,6 +130,18 @@ Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile>
         }
         end = one.slot_offset + one.nbytes();
     }
+    for (const Recode& one : recodes_) {
+        const bool words = one.kind != Recode::Kind::kSigns;
+        if (one.rows == 0 || one.cols == 0 || (one.bits != 4 && one.bits != 8) ||
+            one.rows > slot_bytes || one.cols > slot_bytes / one.rows * 2 ||
+            one.slot_offset > slot_bytes || one.nbytes() > slot_bytes - one.slot_offset ||
+            (words && (one.slot_offset % 4 != 0 || one.rows * one.bits % 32 != 0)) ||
+            (one.kind == Recode::Kind::kAwq && (one.cols % 8 != 0 || one.bits != 4))) {
+            invalid("recode of " + text_of(one.rows) + " x " + text_of(one.cols) + " integers of " +
+                    text_of(one.bits) + " bits at slot offset " + text_of(one.slot_offset) +
+                    ": expected whole words in a slot of " + text_of(slot_bytes) + " bytes");
+        }
+    }
     uint64_t unit = 1;
     for (const NumberCheck& check : checks_) {
         unit = std::max(unit, static_cast<uint64_t>(scale_bytes(check.type)));
@@ -140,8 +154,7 @@ Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile>
         for (const Transpose& one : transposes_) {
             if (one.slot_offset < check.slot_offset + check.nbytes &&
                 check.slot_offset < one.slot_offset + one.nbytes()) {
-                invalid("check of bytes at slot offset " + text_of(check.slot_offset) +
-                        ": expected bytes that no transpose moves");
+                cuts_numbers_ = true;
             }
         }
     }

@@ -37,6 +37,30 @@ struct Transpose {
     [[nodiscard]] uint64_t nbytes() const noexcept { return rows * cols * element; }
 };
 
+// Integers of every slot that files hold in another code. They are written again where they lie,
+// once an expert is there in full and its matrices are turned. `bits` are those of a stored
+// integer.
+struct Recode {
+    enum class Kind : uint8_t {
+        kSigns,     // rows x cols bytes, stored with 128 added
+        kAwq,       // for each 8 rows, `cols` words of 8 integers: one of each row, see kAwqOrder
+        kZeros,     // rows x cols bytes, of words [rows * bits / 32, cols]: the rows of a column
+        kAwqZeros,  // the same, the rows of a word in the order of AWQ
+    };
+    bool operator==(const Recode&) const = default;
+    Kind kind;
+    uint64_t slot_offset;
+    uint64_t rows;
+    uint64_t cols;
+    uint64_t bits = 4;  // 4 or 8; kAwq has 4
+    uint64_t plus = 0;  // added to zero points, without carry
+
+    // In the slot, after it was written again.
+    [[nodiscard]] uint64_t nbytes() const noexcept {
+        return kind == Kind::kAwq ? rows * cols / 2 : rows * cols;
+    }
+};
+
 // Bytes of every slot that are numbers of one type, none of which may be NaN or infinite.
 // `negative`: numbers below zero are allowed.
 struct NumberCheck {
@@ -66,12 +90,13 @@ class Catalog {
 public:
     // `extents` holds `extents_per_expert` entries for each flat expert id (layer * num_experts +
     // expert), in order. Throws Error(kInvalid) if an extent exceeds its file or its slot, if two
-    // extents of one expert overlap in the slot, if a transpose or a check exceeds the slot, or if
-    // transposes overlap, are out of order, or turn bytes that are checked. `tensors` are what
-    // messages name; they may be none, or not all.
+    // extents of one expert overlap in the slot, if a transpose, a check or a recode exceeds the
+    // slot, or if transposes overlap or are out of order. `tensors` are what messages name; they
+    // may be none, or not all.
     Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
             std::vector<Extent> extents, std::vector<Transpose> transposes = {},
-            std::vector<NumberCheck> checks = {}, std::vector<CatalogTensor> tensors = {});
+            std::vector<NumberCheck> checks = {}, std::vector<CatalogTensor> tensors = {},
+            std::vector<Recode> recodes = {});
 
     [[nodiscard]] ModelShape shape() const noexcept { return shape_; }
     [[nodiscard]] int32_t num_layers() const noexcept { return shape_.num_layers; }
@@ -84,7 +109,9 @@ public:
     // False if a source wants to be asked for whole segments.
     [[nodiscard]] bool may_cut() const noexcept { return may_cut_; }
     [[nodiscard]] const std::vector<NumberCheck>& checks() const noexcept { return checks_; }
-    // Whether a block of a file may end inside a number: some extent begins at an odd place.
+    [[nodiscard]] const std::vector<Recode>& recodes() const noexcept { return recodes_; }
+    // Whether numbers can be checked only once an expert is there in full: they are turned, or a
+    // block of a file may end inside one, because some extent begins at an odd place.
     [[nodiscard]] bool cuts_numbers() const noexcept { return cuts_numbers_; }
     // "file: tensor", or the file, of the byte that an expert has at `slot_offset`; and how many
     // bytes of the tensor, or of the file, come before it.
@@ -106,6 +133,7 @@ private:
     std::vector<Extent> extents_;
     std::vector<Transpose> transposes_;
     std::vector<NumberCheck> checks_;
+    std::vector<Recode> recodes_;
     bool cuts_numbers_ = false;
     std::vector<CatalogTensor> tensors_;  // by file, then by offset
 };

@@ -36,12 +36,14 @@ struct Rows {
 };
 
 // One number for each block of a matrix, by which its elements are multiplied. Blocks at the edges
-// may be smaller. A row of scales belongs to `block_rows` rows of the matrix.
+// may be smaller. A row of scales belongs to `block_rows` rows of the matrix. `zeros`: integers of
+// 8 bits, one beside each scale, that are subtracted from the stored integers before.
 struct Scales {
     Rows rows;
     ScaleType type = ScaleType::kF32;
     int64_t block_rows = 1;
     int64_t block_cols = 0;  // 0: all columns
+    std::optional<Rows> zeros = std::nullopt;
 
     // In a row of scales, for a matrix of `cols` columns.
     [[nodiscard]] constexpr int64_t count(int64_t cols) const {

@@ -17,6 +17,7 @@
 #include "memory/arena.h"
 #include "transfer/number_check.h"
 #include "transfer/read_plan.h"
+#include "transfer/recode.h"
 #include "transfer/source_file.h"
 
 namespace moeinf {
@@ -116,6 +117,7 @@ struct FileReader::Impl {
     }
 
     void work(const std::stop_token& stop, std::span<std::byte> buffer) {
+        std::vector<uint32_t> scratch;  // of recodes
         std::unique_lock lock(queues);
         const auto has_work = [this] { return !demands.empty() || !prefetches.empty(); };
         while (ready.wait(lock, stop, has_work)) {
@@ -136,7 +138,7 @@ struct FileReader::Impl {
             }
             if (job->queue == nullptr && job->chunks_in_flight == 0) {
                 lock.unlock();
-                check_whole(*job);
+                complete(*job, scratch);
                 conclude(job);
                 lock.lock();
             }
@@ -161,11 +163,14 @@ struct FileReader::Impl {
         return {};
     }
 
-    // Once the last chunk is there: numbers that chunks may cut.
-    void check_whole(Job& job) const {
-        if (!job.failure.empty() || job.cut_short || !catalog->cuts_numbers()) return;
+    // Once the last chunk is there: what needs more of an expert than a chunk has.
+    void complete(Job& job, std::vector<uint32_t>& scratch) const {
+        if (!job.failure.empty() || job.cut_short) return;
         try {
-            check_numbers(*catalog, job.expert(), job.slot, 0, catalog->slot_bytes());
+            if (catalog->cuts_numbers()) {
+                check_numbers(*catalog, job.expert(), job.slot, 0, catalog->slot_bytes());
+            }
+            recode(catalog->recodes(), job.slot, scratch);
         } catch (const std::exception& error) {
             job.failure = error.what();
         }

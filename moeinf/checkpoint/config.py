@@ -19,7 +19,8 @@ STACK_KEYS = (*NUM_LAYERS_KEYS, "n_layers", "encoder_layers", "decoder_layers", 
 NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation")
-METHODS = ("fp8", "mxfp8", "mxfp4", "modelopt", "compressed-tensors")  # of quantization_config
+# Of quantization_config; auto-round where its tensors are those of GPTQ or AWQ.
+METHODS = ("fp8", "mxfp8", "mxfp4", "modelopt", "compressed-tensors", "gptq", "awq", "auto-round")
 ACTIVATIONS = {  # transformers' name: ours
     "silu": "silu",
     "swish": "silu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from moeinf.checkpoint.headers import (
     check_is_no_pointer,
     read_header,
 )
+from moeinf.checkpoint.integers import check_groups
 from moeinf.checkpoint.packed import PackedEntry, join
 from moeinf.errors import CheckpointError, ReadError
 
@@ -227,37 +229,47 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
 
 def _dequantised(entry: PackedEntry) -> torch.Tensor:
     """float32, matrix by matrix."""
+    check_order(entry)
     *lead, rows, cols = entry.shape
     parts = {}
     for piece, (dtype, shape) in entry.format.segments(rows, cols).items():
         if piece == MULTIPLIER:
-            parts[piece] = read_multiplier(entry)
+            parts[piece] = read_multipliers(entry).view(-1, 1)
         else:
             stored = entry.pieces[piece]
             raw = read_bytes(stored, stored.offset, stored.nbytes)
+            if piece in entry.stored:
+                how, matrices = entry.stored[piece], raw.view(math.prod(lead), -1)
+                raw = torch.cat([how.read(one, stored.shape, rows) for one in matrices])
             parts[piece] = raw.view(dtype).view(-1, *shape)
     entry.format.refuse(parts, f"{entry.path}: {entry.name}")
     out = torch.empty(*lead, rows, cols)
     for i, matrix in enumerate(out.view(-1, rows, cols)):
-        one = {piece: part if piece == MULTIPLIER else part[i] for piece, part in parts.items()}
-        matrix.copy_(entry.format.dequantise(one))
+        matrix.copy_(entry.format.dequantise({piece: part[i] for piece, part in parts.items()}))
     return out
 
 
-def read_multiplier(entry: PackedEntry) -> torch.Tensor:
-    """float32 [1]: the number by which a packed matrix is multiplied.
+def check_order(entry: TensorEntry) -> None:
+    """Raises UnsupportedError for a packed matrix whose groups are not in the order of columns."""
+    if isinstance(entry, PackedEntry) and entry.groups is not None:
+        check_groups(entry, read_bytes(entry.groups, entry.groups.offset, entry.groups.nbytes))
+
+
+def read_multipliers(entry: PackedEntry) -> torch.Tensor:
+    """float32: the numbers by which packed matrices are multiplied, one or two for each matrix.
 
     Raises:
-        CheckpointError: it is not a finite number above zero.
+        CheckpointError: one is not a finite number above zero.
     """
     stored = entry.pieces[MULTIPLIER]
     raw = read_bytes(stored, stored.offset, stored.nbytes).view(stored.torch_dtype())
-    number = raw.double().view(1)
-    if not (number > 0 and number.isfinite()):
+    numbers = raw.double().view(-1)
+    bad = ~(numbers.isfinite() & (numbers > 0))
+    if bad.any():
         raise CheckpointError(
-            f"{stored.path}: {stored}: expected a number above zero, found {float(number)}"
+            f"{stored.path}: {stored}: expected a number above zero, found {float(numbers[bad][0])}"
         )
-    return (1 / number if entry.divides else number).float()
+    return (1 / numbers if entry.divides else numbers).float()
 
 
 def read_bytes(entry: TensorEntry, offset: int, nbytes: int) -> torch.Tensor:

@@ -5,7 +5,8 @@ the tests read it. The fast decoders stand beside it, under the same name: one h
 csrc/compute/formats/ for the CPU, one tile loader in kernels/formats.py for the GPU.
 
 A matrix of a row with `scaled` may have scales, one for each block of its elements, and one
-multiplier for all of them. They are no part of the row: see `with_scales`.
+multiplier for all of them. Integers may have a zero point beside each scale. They are no part of
+the row: see `with_scales`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from moeinf.checkpoint.blocks import BLOCKS, E2M1, decode_rows
 from moeinf.errors import ReadError
 
 # The pieces of a matrix, in the order in which they lie in a slot.
-VALUES, SCALES, MULTIPLIER, BIAS = "values", "scales", "multiplier", "bias"
+VALUES, SCALES, ZEROS, MULTIPLIER, BIAS = "values", "scales", "zeros", "multiplier", "bias"
 PLAIN_SUFFIXES = {".weight": VALUES, "": VALUES}
 BIAS_SUFFIXES = {".bias": BIAS, "_bias": BIAS}  # of every format: a bias is no part of the weights
 
@@ -52,6 +53,7 @@ class WeightFormat:
     block       (rows, cols) that share one scale, or None; 0 columns are all columns. Blocks at the
                 edges may be smaller
     scales      how scales are stored, one of SCALE_TYPES, or None
+    zeros       whether an int8 for each block is subtracted from its integers before scaling
     multiplier  whether the whole matrix has one more scale, a float32
     signed      whether scales may be negative: quantisers of integers may turn the sign of a group
     suffixes    end of a tensor's name in a checkpoint -> the piece it holds
@@ -65,16 +67,22 @@ class WeightFormat:
     scaled: bool = False
     block: tuple[int, int] | None = None
     scales: str | None = None
+    zeros: bool = False
     multiplier: bool = False
     signed: bool = False
     suffixes: Mapping[str, str] = field(default_factory=lambda: PLAIN_SUFFIXES, hash=False)
     decode: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.double
 
     def with_scales(
-        self, scales: str | None, block: tuple[int, int] | None, *, multiplier: bool = False
+        self,
+        scales: str | None,
+        block: tuple[int, int] | None,
+        *,
+        multiplier: bool = False,
+        zeros: bool = False,
     ) -> WeightFormat:
         """The same values with scales of one kind."""
-        return replace(self, scales=scales, block=block, multiplier=multiplier)
+        return replace(self, scales=scales, block=block, multiplier=multiplier, zeros=zeros)
 
     def segments(self, rows: int, cols: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """Piece -> dtype and shape, in slot order."""
@@ -86,6 +94,8 @@ class WeightFormat:
         if self.block is not None and self.scales is not None:
             grid = (-(-rows // self.block[0]), -(-cols // (self.block[1] or cols)))
             pieces[SCALES] = (SCALE_TYPES[self.scales], grid)
+            if self.zeros:
+                pieces[ZEROS] = (torch.int8, grid)
         if self.multiplier:
             pieces[MULTIPLIER] = (torch.float32, (1,))
         return pieces
@@ -120,8 +130,14 @@ class WeightFormat:
         rows, cols = numbers.shape
         if self.block is not None:
             high, wide = self.block[0], self.block[1] or cols
-            spread = numbers_of(parts[SCALES]).repeat_interleave(high, 0)
-            numbers = numbers * spread.repeat_interleave(wide, 1)[:rows, :cols]
+
+            def spread(blocks: torch.Tensor) -> torch.Tensor:
+                every = blocks.repeat_interleave(high, 0).repeat_interleave(wide, 1)
+                return every[:rows, :cols]
+
+            if self.zeros:
+                numbers = numbers - spread(parts[ZEROS].double())
+            numbers = numbers * spread(numbers_of(parts[SCALES]))
         return numbers * parts[MULTIPLIER].double() if self.multiplier else numbers
 
 

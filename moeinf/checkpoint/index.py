@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from moeinf.checkpoint.families import Address
-from moeinf.checkpoint.formats import BIAS, PLAIN_FORMATS, SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.formats import BIAS, PLAIN_FORMATS, VALUES, WeightFormat
 from moeinf.checkpoint.headers import DTYPE_NAMES, TensorEntry
 from moeinf.checkpoint.packed import PackedEntry
 from moeinf.errors import CheckpointError
@@ -166,19 +166,24 @@ def format_of(expert: Expert, matrix: str) -> WeightFormat:
     raise CheckpointError(f"{values}: expected one of the weight formats {names}, or scales")
 
 
-def scales_of(values: Slice) -> Slice:
-    """The scales that belong to the values of a packed matrix.
+def piece_of(values: Slice, piece: str) -> Slice:
+    """The scales or zero points that belong to the values of a packed matrix.
 
     Raises:
         CheckpointError: its rows begin within a block of rows that share their scales.
     """
     entry = values.entry
     assert isinstance(entry, PackedEntry) and entry.format.block is not None
-    stored = entry.pieces[SCALES]
+    stored = entry.pieces[piece]
     high, wide = entry.format.block
     *_, rows, cols = entry.shape
     matrix, first = divmod(values.offset // entry.row_bytes(), rows)
     count = values.shape[0]
+    if entry.stored and count != rows:
+        raise CheckpointError(f"{values}: expected all {rows} rows, for it is stored by columns")
+    if piece in entry.stored:
+        nbytes = stored.nbytes // math.prod(stored.shape[:-2])
+        return Slice(stored, matrix * nbytes, stored.shape[-2:])
     if first % high or (first + count < rows and count % high):
         raise CheckpointError(
             f"{values}: rows {first} to {first + count} do not fill blocks of {high} that share "

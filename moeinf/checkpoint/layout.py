@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moeinf.checkpoint.formats import BIAS, MULTIPLIER, SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.formats import BIAS, MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
 from moeinf.kernels.forms import ExpertForm, ExpertMatrices, Matrix
 
 SLOT_ALIGNMENT = 4096  # a page: what direct reads and huge pages want
@@ -70,6 +70,7 @@ class MatrixLayout:
     cols: int
     values: Rows
     scales: Rows | None
+    zeros: Rows | None
     multiplier: Rows | None
     bias: Rows | None
 
@@ -85,6 +86,7 @@ class MatrixLayout:
             format=self.format.name,
             block=self.format.block,
             multiplier=None if multiplier is None else multiplier[:, 0],
+            zeros=view(self.zeros),
         )
 
 
@@ -204,6 +206,7 @@ def _place(
             cols,
             values=found[VALUES][p],
             scales=found[SCALES][p] if SCALES in found else None,
+            zeros=found[ZEROS][p] if ZEROS in found else None,
             multiplier=found[MULTIPLIER][p] if MULTIPLIER in found else None,
             bias=found[BIAS][p] if BIAS in found else None,
         )

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from moeinf.checkpoint.config import Config, quantization
-from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
 from moeinf.checkpoint.headers import TensorEntry
+from moeinf.checkpoint.stored import Stored
 from moeinf.errors import CheckpointError, UnsupportedError
 
 SCALE_TYPES = {
@@ -38,9 +39,8 @@ _PARTS = re.compile(
 )
 _SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale")
 # Of the quantisation of activations, which are not quantised here; or known from the other shapes.
-_UNUSED = ("input_scale", "input_global_scale", "weight_shape")
+_UNUSED = ("input_scale", "input_global_scale", "weight_shape", "g_idx")
 _REFUSED = {
-    "weight_zero_point": "zero points are not supported",
     "weight_g_idx": "groups in another order than the columns are not supported",
     "pre_quant_scale": "scales of the inputs are not supported",
 }
@@ -52,11 +52,15 @@ class PackedEntry(TensorEntry):
 
     `offset` and `nbytes` are of the stored values. `dtype` is a word for the format.
     divides: the multiplier in the file is what the values are divided by.
+    stored: how the file holds the pieces that are otherwise in a slot.
+    groups: the group of each column, which must be in their order: see `check_groups`.
     """
 
     format: WeightFormat
     pieces: Mapping[str, TensorEntry] = field(hash=False)
     divides: bool = False
+    stored: Mapping[str, Stored] = field(default_factory=dict, hash=False)
+    groups: TensorEntry | None = None
 
     def row_bytes(self) -> int:
         return self.nbytes // math.prod(self.shape[:-1])
@@ -103,6 +107,10 @@ def _packed(
     """The entry of a packed matrix; None where the tensors are ordinary ones."""
     if "blocks" in parts and "scales" in parts:
         return _mxfp4_blocks(base, parts["blocks"], parts["scales"])
+    if "qweight" in parts and "scales" in parts:
+        from moeinf.checkpoint import integers  # makes entries like those here
+
+        return integers.entry(base, parts, config)
     name, values = base, parts.get("")
     if "weight_packed" in parts:
         name, values = f"{base}.weight", parts["weight_packed"]
@@ -119,35 +127,65 @@ def _packed(
     second = parts.get("weight_scale_2") or parts.get("weight_global_scale")
     row, columns = _values_row(values, scales, config)
     shape = (*values.shape[:-1], columns)
-    pieces = {VALUES: values}
-    if scales.shape in ((), (1,)) and second is None:
+    pieces, stored = {VALUES: values}, dict[str, Stored]()
+    if _by_columns(row, values, scales):
+        *lead, half, rows = values.shape
+        shape, pieces[SCALES] = (*lead, rows, 2 * half), scales
+        row = row.with_scales("e4m3", (1, 16), multiplier=second is not None)
+        stored = {VALUES: Stored(turned=1), SCALES: Stored(turned=1)}
+    elif scales.shape in ((), (1,)) and second is None:
         pieces[MULTIPLIER] = scales
         row = row.with_scales(None, None, multiplier=True)
     else:
         block = _block(row, values, scales, shape, config)
-        row = row.with_scales(SCALE_TYPES[scales.dtype], block, multiplier=second is not None)
+        zeros = parts.get("weight_zero_point")
+        row = row.with_scales(
+            SCALE_TYPES[scales.dtype], block, multiplier=second is not None, zeros=zeros is not None
+        )
         pieces[SCALES] = scales
+        if values.dtype == "I32" and row.name == "int8":
+            stored[VALUES] = Stored(code="signs")
+        if zeros is not None:
+            pieces[ZEROS] = zeros
+            stored |= _zero_points(row, zeros, scales, shape)
     if second is not None:
-        if second.dtype != "F32" or math.prod(second.shape) != 1:
-            raise CheckpointError(f"{second.path}: {second}: expected one F32 number")
+        numbers = (1,) if len(shape) == 2 else (shape[0], 2 * shape[0])
+        if second.dtype != "F32" or math.prod(second.shape) not in numbers:
+            raise CheckpointError(
+                f"{second.path}: {second}: expected one F32 number for each matrix of {values}"
+            )
         pieces[MULTIPLIER] = second
-    return _entry(name, row, shape, pieces, divides="weight_global_scale" in parts)
+    return make_entry(name, row, shape, pieces, "weight_global_scale" in parts, stored)
 
 
-def _entry(
+def _by_columns(row: WeightFormat, values: TensorEntry, scales: TensorEntry) -> bool:
+    """Whether the matrices of all experts are [experts, inputs, outputs], as ModelOpt writes those
+    that a module holds so: two inputs in a byte, 16 to a scale."""
+    if row.name != "e2m1" or scales.dtype != "F8_E4M3" or len(values.shape) != 3:
+        return False
+    experts, half, rows = values.shape
+    return scales.shape == (experts, half // 8, rows) and half % 8 == 0
+
+
+def make_entry(
     name: str,
     row: WeightFormat,
     shape: tuple[int, ...],
     pieces: Mapping[str, TensorEntry],
     divides: bool = False,
+    stored: Mapping[str, Stored] | None = None,
+    groups: TensorEntry | None = None,
 ) -> PackedEntry:
     values = pieces[VALUES]
     blocks = "" if row.block is None else f" / {row.scales} {row.block[0]}x{row.block[1] or 'all'}"
     number = (" / number" if divides else " * number") if row.multiplier else ""
-    word = f"{row.name}{blocks}{number}"
+    zeros = " - zeros" if row.zeros else ""
+    how = "".join(f", {piece} {one}" for piece, one in (stored or {}).items())
+    word = f"{row.name}{zeros}{blocks}{number}{how}"
     return PackedEntry(
-        name, values.file, word, shape, values.offset, values.nbytes, row, pieces, divides
-    )
+        name, values.file, word, shape, values.offset, values.nbytes, row, pieces, divides,
+        stored or {}, groups,
+    )  # fmt: skip
 
 
 def _mxfp4_blocks(base: str, blocks: TensorEntry, scales: TensorEntry) -> PackedEntry:
@@ -160,7 +198,7 @@ def _mxfp4_blocks(base: str, blocks: TensorEntry, scales: TensorEntry) -> Packed
         )
     row = FORMATS["e2m1"].with_scales("e8m0", (1, 32))
     shape = (*blocks.shape[:2], 32 * blocks.shape[2])
-    return _entry(base, row, shape, {VALUES: blocks, SCALES: scales})
+    return make_entry(base, row, shape, {VALUES: blocks, SCALES: scales})
 
 
 def _values_row(
@@ -176,11 +214,10 @@ def _values_row(
     if values.dtype == "F8_E4M3":
         return FORMATS["e4m3"], last
     if values.dtype == "I32":
-        if _bits(config) == 4:
-            return FORMATS["int4"], 8 * last
-        raise UnsupportedError(
-            f"{values.path}: {values}: integers of {_bits(config)} bits, expected 4"
-        )
+        bits = _bits(config)
+        if bits in (4, 8):
+            return FORMATS[f"int{bits}"], 32 // bits * last
+        raise UnsupportedError(f"{values.path}: {values}: integers of {bits} bits, expected 4 or 8")
     if kind in ("e8m0", "e4m3"):
         return FORMATS["e2m1"], 2 * last
     if values.dtype == "I8":
@@ -190,16 +227,46 @@ def _values_row(
     )
 
 
-def _bits(config: Mapping[str, Any]) -> int:
-    """Of the integers of a configuration of compressed-tensors."""
+def _stated(config: Mapping[str, Any], key: str) -> set[Any]:
+    """What a configuration of compressed-tensors says about its integers, group by group."""
     groups = config.get("config_groups")
-    found = {
-        group["weights"].get("num_bits")
+    return {
+        group["weights"].get(key)
         for group in (groups.values() if isinstance(groups, dict) else ())
         if isinstance(group, dict) and isinstance(group.get("weights"), dict)
         and group["weights"].get("type", "int") == "int"
     }  # fmt: skip
-    return int(found.pop()) if len(found) == 1 else 4
+
+
+def _bits(config: Mapping[str, Any]) -> int:
+    found = _stated(config, "num_bits")
+    if len(found) > 1:
+        raise UnsupportedError(
+            f"packed integers of {' and '.join(sorted(map(str, found)))} bits: expected one width"
+        )
+    return int(found.pop()) if found else 4
+
+
+def _zero_points(
+    row: WeightFormat, zeros: TensorEntry, scales: TensorEntry, shape: Sequence[int]
+) -> dict[str, Stored]:
+    """How they are stored: a byte beside each scale, or words of the rows of a column."""
+    bits = 8 // row.pack
+    rows, grid = shape[-2], (*scales.shape[:2], 1)[:2]
+    if len(shape) != 2 or row.name not in ("int4", "int8") or row.block is None or row.block[0] > 1:
+        raise UnsupportedError(
+            f"{zeros.path}: {zeros}: zero points are supported of integers in one matrix, with a "
+            f"scale for each row or group; found {list(shape)}"
+        )
+    if zeros.dtype == "I8" and (*zeros.shape, 1)[:2] == grid:
+        return {}
+    words, rest = divmod(rows * bits, 32)
+    if zeros.dtype == "I32" and not rest and (*zeros.shape, 1)[:2] == (words, grid[1]):
+        return {ZEROS: Stored(code="zeros", bits=bits)}
+    raise CheckpointError(
+        f"{zeros.path}: {zeros}: expected I8 {list(grid)} or I32 {[words, grid[1]]}, to go with "
+        f"{scales}"
+    )
 
 
 def _block(
@@ -216,6 +283,9 @@ def _block(
         return 1, 0
     stated = config.get("weight_block_size")
     candidates = [(1, 16), (1, 32), (1, 64), (1, 128)]
+    sizes = _stated(config, "group_size") - {None}
+    if row.name.startswith("int") and all(isinstance(one, int) and one > 0 for one in sizes):
+        candidates = [(1, one) for one in sorted(sizes)] or candidates
     if row.name == "e4m3":
         candidates = [(128, 128), (1, 32)]
         if isinstance(stated, list) and len(stated) == 2:

@@ -7,8 +7,9 @@ and copies nothing: the cache reads those ranges straight into slots.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +21,8 @@ from moeinf.checkpoint import config as configuration
 from moeinf.checkpoint import memory
 from moeinf.checkpoint.extent import Extent
 from moeinf.checkpoint.families import NAMINGS, family_of, find_experts
-from moeinf.checkpoint.folder import Checkpoint, read_bytes, read_multiplier
-from moeinf.checkpoint.formats import BIAS, FORMATS, MULTIPLIER, SCALES, VALUES, WeightFormat
+from moeinf.checkpoint.folder import Checkpoint, check_order, read_bytes, read_multipliers
+from moeinf.checkpoint.formats import BIAS, FORMATS, MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
 from moeinf.checkpoint.headers import DTYPE_NAMES, FileState, TensorEntry
 from moeinf.checkpoint.held import hold_tensor
 from moeinf.checkpoint.index import (
@@ -31,10 +32,11 @@ from moeinf.checkpoint.index import (
     build_index,
     check_alike,
     format_of,
-    scales_of,
+    piece_of,
 )
 from moeinf.checkpoint.layout import Layout, Segment
 from moeinf.checkpoint.packed import PackedEntry
+from moeinf.checkpoint.stored import Stored
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.kernels.forms import ExpertForm
 
@@ -287,8 +289,8 @@ class ExpertStore:
         for segment, matrices, piece in self._places:
             slot_offset = segment.offset
             for matrix in matrices:
-                if piece == SCALES:
-                    found = scales_of(parts[matrix, VALUES])
+                if piece in (SCALES, ZEROS):
+                    found = piece_of(parts[matrix, VALUES], piece)
                 elif piece == MULTIPLIER:
                     found = self._multiplier(layer, expert, matrix)
                 else:
@@ -298,7 +300,7 @@ class ExpertStore:
                         found.entry, found.entry.offset + found.offset, found.nbytes, slot_offset
                     )
                 )
-                slot_offset += found.nbytes
+                slot_offset += segment.nbytes // len(matrices)
         return extents
 
     def _multiplier(self, layer: int, expert: int, matrix: str) -> Slice:
@@ -314,16 +316,22 @@ class ExpertStore:
         other bytes of an expert, and cost no read from the disk.
         """
         shape = (self.num_layers, self.num_experts, 3)
-        numbers = torch.ones(shape)
+        numbers, read = torch.ones(shape), dict[str, torch.Tensor]()
         for layer, module in enumerate(self.modules):
             for expert, parts in enumerate(self._index[module]):
                 for matrix in self._matrices:
-                    entry = parts[matrix, VALUES].entry
+                    values = parts[matrix, VALUES]
+                    entry = values.entry
                     if isinstance(entry, PackedEntry) and entry.format.multiplier:
-                        number = float(read_multiplier(entry))
+                        if entry.name not in read:
+                            read[entry.name] = read_multipliers(entry)
+                        one = values.offset // (entry.nbytes // math.prod(entry.shape[:-2]))
+                        own = read[entry.name].view(math.prod(entry.shape[:-2]), -1)[one]
+                        if len(own) > 1 and matrix != "gate_up":
+                            raise CheckpointError(f"{entry}: expected one number for each expert")
                         for place, name in enumerate(("gate", "up", "down")):
                             if name in matrix.split("_"):
-                                numbers[layer, expert, place] = number
+                                numbers[layer, expert, place] = own[min(place, len(own) - 1)]
         return hold_tensor("multipliers", numbers)
 
     def read(self, layer: int, expert: int) -> dict[str, torch.Tensor]:
@@ -345,6 +353,12 @@ class ExpertStore:
         for offset, rows, cols, element in self._transposes():
             matrix = slot[0, offset : offset + rows * cols * element].view(rows, cols, element)
             matrix.view(cols, rows, element)[:] = matrix.transpose(0, 1).clone()
+        for code, offset, rows, cols, bits, plus in self._recodes():
+            raw = slot[0, offset : offset + rows * cols // (8 // bits if "zeros" in code else 1)]
+            if code == "awq":
+                raw = raw[: rows * cols // 2]
+            new = Stored(code=code, bits=bits, plus=plus).read(raw.clone(), (), rows)
+            slot[0, offset : offset + len(new)] = new
         found = {name: view[0] for name, view in self.layout.views(slot).items()}
         for name, layout in (("gate_up", self.layout.gate), ("down", self.layout.down)):
             pieces = {VALUES: layout.values, SCALES: layout.scales}
@@ -357,18 +371,40 @@ class ExpertStore:
     def _transposes(self) -> list[tuple[int, int, int, int]]:
         """Where a slot's bytes are read column by column: offset, rows and columns as they are
         read, bytes of an element."""
-        first, found = self._index[self.modules[0]][0], []
-        for segment, matrices, piece in self._places:
-            offset = segment.offset
-            for matrix in matrices:
-                part = first.get((matrix, piece))  # none of scales
-                if part is None:
-                    continue
-                if part.transposed:
-                    rows, cols = part.shape
-                    found.append((offset, cols, rows, segment.dtype.itemsize))
-                offset += part.nbytes
+        found = []
+        for offset, segment, part, stored in self._pieces():
+            if part.transposed:
+                rows, cols = part.shape
+                found.append((offset, cols, rows, segment.dtype.itemsize))
+            elif stored.turned:
+                _, _, piece = segment.name.partition(".")
+                assert isinstance(part.entry, PackedEntry)
+                rows, cols = part.entry.pieces[piece or VALUES].shape[-2:]
+                found.append((offset, rows, cols, stored.turned))
         return found
+
+    def _recodes(self) -> list[tuple[str, int, int, int, int, int]]:
+        """What is written again in a slot: code, offset, rows and columns there, bits, plus."""
+        found = []
+        for offset, segment, part, stored in self._pieces():
+            if stored.code:
+                rows, cols = part.shape
+                if segment.name.endswith(ZEROS):
+                    cols = segment.shape[1]
+                found.append((stored.code, offset, rows, cols, stored.bits, stored.plus))
+        return found
+
+    def _pieces(self) -> Iterator[tuple[int, Segment, Slice, Stored]]:
+        """Of the first expert: what lies at which offset of a slot, and how files hold it. Scales
+        and zero points come with the slice of their values."""
+        first = self._index[self.modules[0]][0]
+        for segment, matrices, piece in self._places:
+            for i, matrix in enumerate(matrices):
+                part = first.get((matrix, piece)) or first[matrix, VALUES]
+                entry = part.entry
+                stored = entry.stored.get(piece) if isinstance(entry, PackedEntry) else None
+                offset = segment.offset + i * segment.nbytes // len(matrices)
+                yield offset, segment, part, stored or Stored()
 
     def _checks(self) -> list[tuple[int, int, _core.ScaleType, bool]]:
         """Where a slot has numbers that must be finite: see WeightFormat.number_types."""
@@ -389,6 +425,7 @@ class ExpertStore:
         """The same ranges in the form the C++ core reads."""
         paths: dict[FileState, int] = {}
         rows, tensors, checks = [], {}, self._checks()
+        self._check_groups()
         for layer in range(self.num_layers):
             for expert in range(self.num_experts):
                 extents = self.extents(layer, expert)
@@ -421,7 +458,15 @@ class ExpertStore:
             checks,
             [(*place, name) for place, name in tensors.items()],
             sources,
+            self._recodes(),
         )
+
+    def _check_groups(self) -> None:
+        """Raises UnsupportedError for groups of columns in another order (desc_act)."""
+        for experts in self._index.values():
+            for expert in experts:
+                for part in expert.values():
+                    check_order(part.entry)
 
     def check_unchanged(self) -> None:
         """Raises ReadError if a file of experts is not what it was when the store was opened.
@@ -471,10 +516,12 @@ class ExpertStore:
             for matrix in matrices:
                 if piece == MULTIPLIER:
                     continue
-                found = (
-                    scales_of(first[matrix, VALUES]) if piece == SCALES else first[matrix, piece]
-                )
-                packed = piece == SCALES or isinstance(found.entry, PackedEntry)
+                beside = piece in (SCALES, ZEROS)
+                values = first[matrix, VALUES if beside else piece]
+                found = piece_of(values, piece) if beside else values
+                if beside and piece in getattr(values.entry, "stored", {}):
+                    continue  # the shapes in the file were compared with those of the values
+                packed = beside or isinstance(found.entry, PackedEntry)
                 dtype = found.entry.dtype if packed else DTYPE_NAMES[segment.dtype]
                 if piece == VALUES:  # in columns, packed or not
                     expected = expected[0], intermediate if matrix == "down" else hidden
@@ -510,6 +557,12 @@ class _MemoryStore(ExpertStore):
 
     def _transposes(self) -> list[tuple[int, int, int, int]]:
         return list(self._held.transposes)
+
+    def _recodes(self) -> list[tuple[str, int, int, int, int, int]]:
+        return []
+
+    def _check_groups(self) -> None:
+        """Columns have no order but their own."""
 
     def check_unchanged(self) -> None:
         """Nothing can be asked."""

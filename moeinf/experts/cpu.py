@@ -44,7 +44,8 @@ def _core_matrix(matrix: MatrixLayout) -> _core.Matrix:
 
     def core_scales(rows: Rows, row: WeightFormat) -> _core.Scales:
         assert row.block is not None and row.scales is not None
-        return _core.Scales(core_rows(rows), SCALES[row.scales], *row.block)
+        zeros = None if matrix.zeros is None else core_rows(matrix.zeros)
+        return _core.Scales(core_rows(rows), SCALES[row.scales], *row.block, zeros)
 
     return _core.Matrix(
         format=matrix.format.name,

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES
+from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, ZEROS
 from moeinf.kernels.forms import ExpertForm, ExpertMatrices, Matrix
 from moeinf.kernels.gates import reference
 
@@ -52,8 +52,14 @@ def product(x: torch.Tensor, matrices: list[Matrix], slot: int) -> torch.Tensor:
             FORMATS[matrix.format],
             block=matrix.block,
             multiplier=matrix.multiplier is not None,
+            zeros=matrix.zeros is not None,
         )
-        pieces = {VALUES: matrix.values, SCALES: matrix.scales, MULTIPLIER: matrix.multiplier}
+        pieces = {
+            VALUES: matrix.values,
+            SCALES: matrix.scales,
+            ZEROS: matrix.zeros,
+            MULTIPLIER: matrix.multiplier,
+        }
         parts = {name: piece[slot] for name, piece in pieces.items() if piece is not None}
         weights.append(row.dequantise(parts).float())
         if matrix.bias is not None:

@@ -13,8 +13,8 @@ constexpr FormatFacts facts_of() {
     using Stored = typename Decoder::Stored;
     int64_t group = 0;
     if constexpr (requires { Decoder::kGroup; }) group = Decoder::kGroup;
-    return {Decoder::kName, sizeof(Stored), alignof(Stored),
-            Decoder::kPack, group,          Decoder::kScaled};
+    return {Decoder::kName, sizeof(Stored),   alignof(Stored),   Decoder::kPack,
+            group,          Decoder::kScaled, has_zeros<Decoder>};
 }
 
 template <class... Rows>

@@ -17,6 +17,7 @@ struct FormatFacts {
     int64_t pack;          // elements in it
     int64_t group;         // elements that share a scale of the block; 0 without such scales
     bool scaled;           // whether a matrix may have scales
+    bool zeros;            // and zero points
 
     // Bytes of a row of `cols` elements.
     [[nodiscard]] int64_t row_bytes(int64_t cols) const { return cols / pack * stored_bytes; }

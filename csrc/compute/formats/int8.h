@@ -11,6 +11,7 @@ struct Int8Weights {
     static constexpr std::string_view kName = "int8";
     static constexpr int64_t kPack = 1;
     static constexpr bool kScaled = true;
+    static constexpr bool kZeros = true;
 };
 
 }  // namespace
