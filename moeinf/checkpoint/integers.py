@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from moeinf.checkpoint import packed
 from moeinf.checkpoint.formats import FORMATS, SCALES, VALUES, ZEROS
 from moeinf.checkpoint.headers import TensorEntry
+from moeinf.checkpoint.packed_entry import PackedEntry, make_entry
 from moeinf.checkpoint.stored import Stored
 from moeinf.errors import CheckpointError, UnsupportedError
 
@@ -28,9 +28,7 @@ FLOATS = {"F16": "f16", "BF16": "bf16", "F32": "f32"}
 PACKINGS = ("auto_round:auto_gptq", "auto_round:auto_awq")  # of auto-round
 
 
-def entry(
-    base: str, parts: Mapping[str, TensorEntry], config: Mapping[str, Any]
-) -> packed.PackedEntry:
+def entry(base: str, parts: Mapping[str, TensorEntry], config: Mapping[str, Any]) -> PackedEntry:
     """The matrix of these tensors.
 
     Raises:
@@ -94,7 +92,7 @@ def entry(
         raise CheckpointError(f"{order.path}: {order}: expected I32 [{inputs}]")
     pieces = {VALUES: values, SCALES: scales, ZEROS: zeros}
     name, shape = f"{base}.weight", (outputs, inputs)
-    return packed.make_entry(name, row, shape, pieces, stored=stored, groups=order)
+    return make_entry(name, row, shape, pieces, stored=stored, groups=order)
 
 
 def _group(where: str, inputs: int, groups: int, config: Mapping[str, Any]) -> int:
@@ -112,7 +110,7 @@ def _group(where: str, inputs: int, groups: int, config: Mapping[str, Any]) -> i
     return inputs // groups
 
 
-def check_groups(entry: packed.PackedEntry, raw: torch.Tensor) -> None:
+def check_groups(entry: PackedEntry, raw: torch.Tensor) -> None:
     """`raw`: the bytes of `entry.groups`.
 
     Raises:

@@ -12,13 +12,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moeinf.checkpoint import integers
 from moeinf.checkpoint.config import Config, quantization
 from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
 from moeinf.checkpoint.headers import TensorEntry
+from moeinf.checkpoint.packed_entry import PackedEntry, make_entry
 from moeinf.checkpoint.stored import Stored
 from moeinf.errors import CheckpointError, UnsupportedError
 
@@ -44,26 +45,6 @@ _REFUSED = {
     "weight_g_idx": "groups in another order than the columns are not supported",
     "pre_quant_scale": "scales of the inputs are not supported",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class PackedEntry(TensorEntry):
-    """A matrix, or the matrices of all experts, by its logical shape [..., rows, columns].
-
-    `offset` and `nbytes` are of the stored values. `dtype` is a word for the format.
-    divides: the multiplier in the file is what the values are divided by.
-    stored: how the file holds the pieces that are otherwise in a slot.
-    groups: the group of each column, which must be in their order: see `check_groups`.
-    """
-
-    format: WeightFormat
-    pieces: Mapping[str, TensorEntry] = field(hash=False)
-    divides: bool = False
-    stored: Mapping[str, Stored] = field(default_factory=dict, hash=False)
-    groups: TensorEntry | None = None
-
-    def row_bytes(self) -> int:
-        return self.nbytes // math.prod(self.shape[:-1])
 
 
 def join(tensors: Mapping[str, TensorEntry], config: Config, file: Path) -> dict[str, TensorEntry]:
@@ -108,8 +89,6 @@ def _packed(
     if "blocks" in parts and "scales" in parts:
         return _mxfp4_blocks(base, parts["blocks"], parts["scales"])
     if "qweight" in parts and "scales" in parts:
-        from moeinf.checkpoint import integers  # makes entries like those here
-
         return integers.entry(base, parts, config)
     name, values = base, parts.get("")
     if "weight_packed" in parts:
@@ -165,27 +144,6 @@ def _by_columns(row: WeightFormat, values: TensorEntry, scales: TensorEntry) -> 
         return False
     experts, half, rows = values.shape
     return scales.shape == (experts, half // 8, rows) and half % 8 == 0
-
-
-def make_entry(
-    name: str,
-    row: WeightFormat,
-    shape: tuple[int, ...],
-    pieces: Mapping[str, TensorEntry],
-    divides: bool = False,
-    stored: Mapping[str, Stored] | None = None,
-    groups: TensorEntry | None = None,
-) -> PackedEntry:
-    values = pieces[VALUES]
-    blocks = "" if row.block is None else f" / {row.scales} {row.block[0]}x{row.block[1] or 'all'}"
-    number = (" / number" if divides else " * number") if row.multiplier else ""
-    zeros = " - zeros" if row.zeros else ""
-    how = "".join(f", {piece} {one}" for piece, one in (stored or {}).items())
-    word = f"{row.name}{zeros}{blocks}{number}{how}"
-    return PackedEntry(
-        name, values.file, word, shape, values.offset, values.nbytes, row, pieces, divides,
-        stored or {}, groups,
-    )  # fmt: skip
 
 
 def _mxfp4_blocks(base: str, blocks: TensorEntry, scales: TensorEntry) -> PackedEntry:
