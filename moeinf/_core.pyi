@@ -138,7 +138,7 @@ class Catalog:
         transposes: collections.abc.Sequence[
             typing.Annotated[collections.abc.Sequence[int], "FixedSize(4)"]
         ] = [],
-        checks: collections.abc.Sequence[tuple[int, int, ScaleType, bool]] = [],
+        checks: collections.abc.Sequence[tuple[int, int, ScaleType, bool, int]] = [],
         tensors: collections.abc.Sequence[tuple[int, int, str]] = [],
         sources: collections.abc.Mapping[int, ByteSource] = {},
         recodes: collections.abc.Sequence[tuple[str, int, int, int, int, int]] = [],
@@ -146,11 +146,11 @@ class Catalog:
         """files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as (file,
         file offset, bytes, slot offset), experts by layer * num_experts + expert.
         transposes: (slot offset, rows, columns, bytes of an element), as they are read; in
-        the slot they lie as columns x rows. checks: (slot offset, bytes, type, negative) of
-        numbers that may not be NaN or infinite, and below zero only if negative. tensors:
-        (file, file offset, name), for messages. sources: by index of `files`, of those that
-        are none. recodes: (kind, slot offset, rows, columns, bits, plus) of integers that
-        are written again in the slot."""
+        the slot they lie as columns x rows. checks: (slot offset, bytes, type, negative,
+        step) of numbers that may not be NaN or infinite, and below zero only if negative.
+        tensors: (file, file offset, name), for messages. sources: by index of `files`, of
+        those that are none. recodes: (kind, slot offset, rows, columns, bits, plus) of
+        integers that are written again in the slot."""
 
     def extents(self, expert: int) -> numpy.typing.NDArray[numpy.uint64]:
         """uint64 [extents, 4] of one flat expert id, as given to the constructor."""

@@ -46,20 +46,23 @@ def all_or_many(bits: Any, rng: np.random.Generator) -> np.ndarray:
 @pytest.mark.parametrize("odd", [0, 1])  # odd: a block of the file may end inside a number
 @pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize("negative", [True, False])
+@pytest.mark.parametrize("apart", [1, 17])  # 17: other bytes lie between the numbers, as in blocks
 @pytest.mark.parametrize("name", TYPES)
-def test_a_reader_finds_every_bad_code_anywhere(tmp_path, seed, name, negative, direct, odd):
+def test_a_reader_finds_every_bad_code_anywhere(tmp_path, seed, name, apart, negative, direct, odd):
     rng = np.random.default_rng(seed)
     bits, dtype = TYPES[name]
     codes = all_or_many(bits, rng)
-    unit, begin, count = np.dtype(bits).itemsize, 64, int(rng.integers(40_000, 50_000))
-    nbytes = begin + count * unit + 9
+    unit, begin, count = np.dtype(bits).itemsize, 64, int(rng.integers(40_000, 50_000)) // apart
+    step = apart * unit
+    nbytes = begin + count * step + 9
     # Around the numbers anything may lie.
     experts = rng.integers(0, 256, (len(codes), nbytes), np.uint8)
-    experts[:, begin : begin + count * unit] = 1
+    inside = experts[:, begin : begin + count * step].reshape(len(codes), count, step)
+    inside[:, :, :unit] = 1
     places = rng.integers(0, count, len(codes))
     places[:2] = 0, count - 1
     for expert, place, code in zip(experts, places, codes, strict=True):
-        at = begin + place * unit
+        at = begin + place * step
         expert[at : at + unit] = np.array([code], bits).view(np.uint8)
     stride = -(-nbytes // 4) * 4
     path, extents, data = tmp_path / "weights.bin", [], bytearray(odd)
@@ -67,7 +70,7 @@ def test_a_reader_finds_every_bad_code_anywhere(tmp_path, seed, name, negative, 
         extents.append([[0, len(data), nbytes, 0]])
         data += expert.tobytes() + bytes(stride - nbytes)
     path.write_bytes(data)
-    checks = [(begin, count * unit, getattr(_core.ScaleType, name), negative)]
+    checks = [(begin, count * step, getattr(_core.ScaleType, name), negative, step)]
     tensors = [(0, extent[0][1], f"tensor {i}") for i, extent in enumerate(extents)]
     catalog = _core.Catalog(
         1, len(codes), -(-nbytes // 4096) * 4096, [(str(path), len(data))],
@@ -84,7 +87,7 @@ def test_a_reader_finds_every_bad_code_anywhere(tmp_path, seed, name, negative, 
         else:
             assert ticket.state == "failed", number
             shown = f"0x{int(codes[e]):0{2 * unit}x}"
-            at = begin + int(places[e]) * unit
+            at = begin + int(places[e]) * step
             assert f"{path}: tensor {e}: expected finite numbers" in ticket.error
             assert f"{shown} at byte {at}" in ticket.error
 
@@ -94,9 +97,10 @@ def test_a_reader_finds_every_bad_code_anywhere(tmp_path, seed, name, negative, 
 def test_a_check_stays_in_the_slot_and_has_whole_numbers(tmp_path, check):
     (tmp_path / "a").write_bytes(bytes(64))
     offset, nbytes, name = check
+    kind = getattr(_core.ScaleType, name)
     with pytest.raises(ValueError, match="check of"):
         _core.Catalog(1, 1, 4096, [(str(tmp_path / "a"), 64)], [[[0, 0, 64, 0]]],
-                      checks=[(offset, nbytes, getattr(_core.ScaleType, name), True)])  # fmt: skip
+                      checks=[(offset, nbytes, kind, True, 4)])  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import random
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from scaled_weights import EVERY, random_experts
 
 import moeinf
 from moeinf import ExpertForm, ExpertStore, Gate
+from moeinf.checkpoint.blocks import NUMBERS
 from moeinf.errors import ReadError
 
 E, H, I, T = 5, 64, 96, 7  # noqa: E741
@@ -338,3 +340,24 @@ def test_the_example_without_transformers() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "experts were in slots" in done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(NUMBERS))
+def test_a_block_that_has_no_number_is_refused(name: str, seed: int) -> None:
+    row = EVERY[f"gguf-{name}"]
+    width = math.lcm(H, row.pack)
+    experts = random_experts(row, width, width, E, seed)
+    draw = random.Random(seed)
+    for place, kind in NUMBERS[name]:
+        pool = experts.pool.clone()
+        tensors = experts.layout.views(pool)
+        blocks = tensors["down"][3].view(-1, row.unit)
+        code = b"\xff" if kind == "e8m0" else draw.choice((b"\x00\x7c", b"\x00\xfc", b"\x01\x7e"))
+        block = blocks[draw.randrange(len(blocks))]
+        block[place : place + len(code)] = torch.frombuffer(bytearray(code), dtype=torch.uint8)
+        store = ExpertStore.from_tensors([tensors], formats=row)
+        with pytest.raises(ReadError, match=r"layer 0: down, expert 3.*expected finite numbers"):
+            moeinf.ExpertCache(store, slots=2).acquire(0, [3])
+        moeinf.ExpertCache(store, slots=2).acquire(0, [2]).release()
+        with pytest.raises(ReadError, match="expected finite numbers"):
+            row.refuse({"values": tensors["down"][3]}, "dense")

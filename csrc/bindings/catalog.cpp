@@ -26,7 +26,7 @@ namespace {
 using Sources = std::map<size_t, std::shared_ptr<ByteSource>>;
 using ExtentArray = py::array_t<uint64_t, py::array::c_style | py::array::forcecast>;
 
-using Check = std::tuple<uint64_t, uint64_t, ScaleType, bool>;
+using Check = std::tuple<uint64_t, uint64_t, ScaleType, bool, uint64_t>;
 using Tensor = std::tuple<uint32_t, uint64_t, std::string>;
 using Recoded = std::tuple<std::string, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>;
 
@@ -68,8 +68,8 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
     }
 
     std::vector<NumberCheck> numbers;
-    for (const auto& [offset, nbytes, type, negative] : checks) {
-        numbers.push_back({offset, nbytes, type, negative});
+    for (const auto& [offset, nbytes, type, negative, step] : checks) {
+        numbers.push_back({offset, nbytes, type, negative, step});
     }
     std::vector<CatalogTensor> named;
     named.reserve(tensors.size());
@@ -124,7 +124,8 @@ void bind_catalog(py::module_& module) {
              "files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as "
              "(file, file offset, bytes, slot offset), experts by layer * num_experts + expert. "
              "transposes: (slot offset, rows, columns, bytes of an element), as they are read; in "
-             "the slot they lie as columns x rows. checks: (slot offset, bytes, type, negative) of "
+             "the slot they lie as columns x rows. checks: (slot offset, bytes, type, negative, "
+             "step) of "
              "numbers that may not be NaN or infinite, and below zero only if negative. tensors: "
              "(file, file offset, name), for messages. sources: by index of `files`, of those that "
              "are none. recodes: (kind, slot offset, rows, columns, bits, plus) of integers that "

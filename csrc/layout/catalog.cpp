@@ -146,6 +146,7 @@ Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile>
     for (const NumberCheck& check : checks_) {
         unit = std::max(unit, static_cast<uint64_t>(scale_bytes(check.type)));
         if (check.slot_offset > slot_bytes || check.nbytes > slot_bytes - check.slot_offset ||
+            check.step < static_cast<uint64_t>(scale_bytes(check.type)) ||
             check.nbytes % static_cast<uint64_t>(scale_bytes(check.type)) != 0) {
             invalid("check of " + text_of(check.nbytes) + " bytes at slot offset " +
                     text_of(check.slot_offset) + ": expected whole numbers in a slot of " +

@@ -69,6 +69,7 @@ struct NumberCheck {
     uint64_t nbytes;
     ScaleType type;
     bool negative;
+    uint64_t step;  // bytes from one number to the next
 };
 
 struct CatalogFile {

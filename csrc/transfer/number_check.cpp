@@ -119,6 +119,16 @@ uint64_t first_broken(const NumberCheck& check, const std::byte* from, uint64_t 
                                       code + " at byte " + std::to_string(bytes_before));
 }
 
+void check_apart(const Catalog& catalog, ExpertId expert, const NumberCheck& check,
+                 const std::byte* slot, uint64_t from, uint64_t to) {
+    const auto unit = static_cast<uint64_t>(scale_bytes(check.type));
+    const uint64_t skipped = (from - check.slot_offset + check.step - 1) / check.step;
+    for (uint64_t at = check.slot_offset + skipped * check.step; at + unit <= to;
+         at += check.step) {
+        if (first_broken(check, slot + at, unit) == 0) refuse(catalog, expert, check, slot, at);
+    }
+}
+
 }  // namespace
 
 void check_numbers(const Catalog& catalog, ExpertId expert, const std::byte* slot, uint64_t begin,
@@ -128,6 +138,10 @@ void check_numbers(const Catalog& catalog, ExpertId expert, const std::byte* slo
         const uint64_t to = std::min(end, check.slot_offset + check.nbytes);
         if (from >= to) continue;
         const auto unit = static_cast<uint64_t>(scale_bytes(check.type));
+        if (check.step != unit) {
+            check_apart(catalog, expert, check, slot, from, to);
+            continue;
+        }
         const uint64_t broken = first_broken(check, slot + from, to - from);
         if (broken < (to - from) / unit) refuse(catalog, expert, check, slot, from + broken * unit);
     }

@@ -104,6 +104,18 @@ BLOCKS: dict[str, tuple[int, int, Callable[[Tensor], Tensor]]] = {
 }
 
 
+# Where the numbers of a block are that may not be NaN or infinite: byte and type.
+NUMBERS: dict[str, tuple[tuple[int, str], ...]] = {
+    "q8_0": ((0, "f16"),),
+    "q4_0": ((0, "f16"),),
+    "iq4_nl": ((0, "f16"),),
+    "mxfp4": ((0, "e8m0"),),
+    "q4_k": ((0, "f16"), (2, "f16")),
+    "q5_k": ((0, "f16"), (2, "f16")),
+    "q6_k": ((208, "f16"),),
+}
+
+
 def decode_rows(name: str) -> Callable[[Tensor], Tensor]:
     """From stored rows, uint8 [rows, bytes], to float64 [rows, elements]."""
     _, size, decode = BLOCKS[name]

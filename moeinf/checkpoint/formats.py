@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from moeinf.checkpoint.blocks import BLOCKS, E2M1, decode_rows
+from moeinf.checkpoint.blocks import BLOCKS, E2M1, NUMBERS, decode_rows
 from moeinf.errors import ReadError
 
 # The pieces of a matrix, in the order in which they lie in a slot.
@@ -114,9 +114,17 @@ class WeightFormat:
 
     def refuse(self, parts: Mapping[str, torch.Tensor], name: str) -> None:
         """Raises ReadError for NaN, for infinities, and for a sign where there may be none."""
+        found = []
         for piece, (_, negative) in self.number_types().items():
             stored = parts[piece]
             numbers = numbers_of(stored) if piece == SCALES else stored.double()
+            found.append((piece, numbers, negative))
+        for place, kind in NUMBERS.get(self.name, ()):
+            dtype = SCALE_TYPES[kind]
+            blocks = parts[VALUES].unflatten(-1, (-1, self.unit))
+            stored = blocks[..., place : place + dtype.itemsize].contiguous().view(dtype)
+            found.append((VALUES, numbers_of(stored), True))
+        for piece, numbers, negative in found:
             bad = ~numbers.isfinite() | (False if negative else numbers < 0)
             if bad.any():
                 wanted = "finite numbers" + ("" if negative else ", none of them negative")

@@ -19,10 +19,20 @@ import torch
 from moeinf import _core
 from moeinf.checkpoint import config as configuration
 from moeinf.checkpoint import memory
+from moeinf.checkpoint.blocks import NUMBERS
 from moeinf.checkpoint.extent import Extent
 from moeinf.checkpoint.families import NAMINGS, family_of, find_experts
 from moeinf.checkpoint.folder import Checkpoint, check_order, read_bytes, read_multipliers
-from moeinf.checkpoint.formats import BIAS, FORMATS, MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
+from moeinf.checkpoint.formats import (
+    BIAS,
+    FORMATS,
+    MULTIPLIER,
+    SCALE_TYPES,
+    SCALES,
+    VALUES,
+    ZEROS,
+    WeightFormat,
+)
 from moeinf.checkpoint.headers import DTYPE_NAMES, FileState, TensorEntry
 from moeinf.checkpoint.held import hold_tensor
 from moeinf.checkpoint.index import (
@@ -406,7 +416,7 @@ class ExpertStore:
                 offset = segment.offset + i * segment.nbytes // len(matrices)
                 yield offset, segment, part, stored or Stored()
 
-    def _checks(self) -> list[tuple[int, int, _core.ScaleType, bool]]:
+    def _checks(self) -> list[tuple[int, int, _core.ScaleType, bool, int]]:
         """Where a slot has numbers that must be finite: see WeightFormat.number_types."""
         found = []
         for segment in self.layout.segments:
@@ -415,9 +425,11 @@ class ExpertStore:
             types = held.format.number_types()
             if (piece or VALUES) in types:
                 kind, negative = types[piece or VALUES]
-                found.append(
-                    (segment.offset, segment.nbytes, getattr(_core.ScaleType, kind), negative)
-                )
+                step = SCALE_TYPES[kind].itemsize
+                found.append((segment.offset, segment.nbytes, _scale_type(kind), negative, step))
+            for place, kind in () if piece else NUMBERS.get(held.format.name, ()):
+                offset, nbytes = segment.offset + place, segment.nbytes - place
+                found.append((offset, nbytes, _scale_type(kind), True, held.format.unit))
         return found
 
     @cached_property
@@ -566,6 +578,11 @@ class _MemoryStore(ExpertStore):
 
     def check_unchanged(self) -> None:
         """Nothing can be asked."""
+
+
+def _scale_type(kind: str) -> _core.ScaleType:
+    found: _core.ScaleType = getattr(_core.ScaleType, kind)
+    return found
 
 
 def _places(
