@@ -130,12 +130,15 @@ def test_run_says_that_a_folder_has_no_tokenizer(tmp_path: Path) -> None:
 
 def test_output_has_every_letter_of_every_path_in_every_terminal(tmp_path: Path) -> None:
     """Names that rich takes for markup or that are not UTF-8, no width, and ASCII alone."""
-    folder = os.fsencode(tmp_path) + b"/a[/b]\xff\xc3\xa9"
+    folder = os.fsencode(tmp_path) + b"/a[/b]\xc3\xa9"
     shutil.copytree(os.fsencode(POCKET), folder)
     env = {**os.environ, "COLUMNS": "0", "PYTHONIOENCODING": "ascii"}
     shown = moeinf("info", folder, env=env).stdout
     assert "experts per layer" in shown and "[/b]" in shown
     assert json.loads(moeinf("info", folder, "--json", env=env).stdout)["num_layers"] > 0
+    os.symlink(folder, folder + b"\xff")
+    refused = moeinf("info", folder + b"\xff", env=env, expect=1)
+    assert r"a[/b]\xe9\udcff" in refused.stderr and "expected a path in UTF-8" in refused.stderr
 
 
 def test_a_reader_that_stops_early_is_no_error_message() -> None:

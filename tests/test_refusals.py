@@ -52,7 +52,7 @@ def test_a_value_of_the_configuration_is_named(
     assert str(folder) in str(caught.value)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "hqq", "no_such", None])
+@pytest.mark.parametrize("method", ["fp_quant", "bitsandbytes", "hqq", "no_such", None])
 @pytest.mark.parametrize("key", ["quantization_config", "text_config"])
 def test_quantized_weights_are_refused_by_name(folder: Path, method: str, key: str) -> None:
     file = folder / "config.json"
