@@ -195,6 +195,8 @@ TENSORS = plain(0, layers=1)[0]
         (TENSORS | {"down": (0, (E, H, I), torch.bfloat16)}, {}, "found 61440 at address 0"),
         (TENSORS, {"formats": moeinf.FORMATS["f16"]}, "expected torch.float16"),
         (TENSORS, {"formats": EVERY["mxfp4"]}, "layer 0"),
+        (TENSORS, {"formats": EVERY["gguf-q8_0"], "transposed": True}, "of one element a value"),
+        (TENSORS, {"formats": EVERY["fp8-tensor"], "transposed": True}, "without scales"),
         (TENSORS, {"top_k": E + 1}, "top_k: expected 1 to 5, found 6"),
         (TENSORS, {"form": ExpertForm(has_bias=True)}, "down.bias"),
         (as_gate_and_up(TENSORS), {"interleaved": True}, "gate and up in one tensor"),

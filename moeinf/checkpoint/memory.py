@@ -54,23 +54,18 @@ def from_tensors(
     layout = _layout_of(first, form, formats, interleaved, transposed)
     places = {}
     for number, tensors in numbered.items():
-        parts = [
-            part
-            for segment in layout.segments
-            for part in _parts_of(f"layer {number}", tensors, segment, transposed)
-        ]
-        known = {name for part in parts for name in part.names}
-        if left := sorted(set(tensors) - known):
+        parts: dict[str, list[Extent]] = {}
+        for segment in layout.segments:
+            parts |= _parts_of(f"layer {number}", tensors, segment, transposed)
+        if left := sorted(set(tensors) - set(parts)):
             raise ValueError(
                 f"layer {number}: {', '.join(left)}: expected "
                 + ", ".join(segment.name for segment in layout.segments)
             )
-        counts = {len(part.experts) for part in parts}
-        if len(counts) > 1 or not all(counts):
+        counts = {len(experts) for experts in parts.values()}
+        if len(counts) > 1:
             raise ValueError(f"layer {number}: found {sorted(counts)} experts in its tensors")
-        places[f"layers.{number}"] = [
-            list(one) for one in zip(*(part.experts for part in parts), strict=True)
-        ]
+        places[f"layers.{number}"] = [list(one) for one in zip(*parts.values(), strict=True)]
     sizes = {len(experts) for experts in places.values()}
     if len(sizes) > 1:
         raise ValueError(f"expected as many experts in every layer, found {sorted(sizes)}")
@@ -148,14 +143,6 @@ def from_callback(
     return Held(layout, places)
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What one tensor (or one list of tensors) gives to a segment of every expert."""
-
-    names: tuple[str, ...]
-    experts: list[Extent]
-
-
 def _layout_of(
     tensors: Mapping[str, Any],
     form: ExpertForm,
@@ -182,8 +169,8 @@ def _layout_of(
                 )
         formats = PLAIN_FORMATS[heads[0].dtype], PLAIN_FORMATS[heads[1].dtype]
     pair = formats if isinstance(formats, tuple) else (formats, formats)
-    if transposed and any(row.scaled for row in pair):
-        raise ValueError("transposed: expected formats without scales")
+    if transposed and any(row not in PLAIN_FORMATS.values() for row in pair):
+        raise ValueError("transposed: expected formats of one element a value, without scales")
     rows, stored = heads[1].shape[::-1] if transposed else heads[1].shape
     bias = _experts_of("down.bias", tensors["down.bias"])[0].dtype if form.has_bias else None
     return Layout.of(
@@ -194,8 +181,9 @@ def _layout_of(
 
 def _parts_of(
     where: str, tensors: Mapping[str, Any], segment: Segment, transposed: bool
-) -> list[_Part]:
-    """The tensors of a segment: one, or those of gate and of up, one after the other."""
+) -> dict[str, list[Extent]]:
+    """By name of a tensor, the place of each expert: of a segment there is one tensor, or that of
+    gate and that of up, one after the other."""
     matrix, dot, piece = segment.name.partition(".")
     names: tuple[str, ...] = (segment.name,)
     if segment.name not in tensors and matrix == "gate_up":
@@ -204,7 +192,7 @@ def _parts_of(
     shape = (rows // len(names), *width)
     if transposed and not piece:
         shape = shape[::-1]
-    parts, offset = [], segment.offset
+    parts, offset = {}, segment.offset
     for name in names:
         if name not in tensors:
             raise ValueError(f"{where}: expected a tensor {name!r}, found {', '.join(tensors)}")
@@ -223,7 +211,7 @@ def _parts_of(
                 raise ValueError(f"{label}: the elements of an expert do not lie side by side")
             entry = hold_tensor(f"{label}, expert {number}", one, tensors[name])
             experts.append(Extent(entry, 0, each, offset))
-        parts.append(_Part((name,), experts))
+        parts[name] = experts
         offset += each
     return parts
 
