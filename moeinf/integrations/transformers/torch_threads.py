@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from moeinf.integrations.transformers.passes import CACHE_NAMES
+
 FEW_TOKENS = 16
 # Attention reads all earlier tokens: where they are many, two threads are faster than one.
 SHORT_TEXT = 2048
@@ -90,7 +92,5 @@ def _is_small(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         tokens = args[0] if args else kwargs.get("input_ids")
     if not isinstance(tokens, torch.Tensor) or not 0 < tokens.numel() <= FEW_TOKENS:
         return False
-    past = kwargs.get("cache")
-    if past is None:
-        past = kwargs.get("past_key_values")
+    past = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
     return past is None or int(past.get_seq_length()) <= SHORT_TEXT
