@@ -45,9 +45,7 @@ FORMATS_TIMED = {
 class Packed:
     """All experts of one layer in slots: any bytes, the same in each expert but for its scale."""
 
-    def __init__(
-        self, row: WeightFormat, geometry: ffn_gpu.Geometry, device: torch.device
-    ) -> None:
+    def __init__(self, row: WeightFormat, geometry: ffn_gpu.Geometry, device: torch.device) -> None:
         self.row, self.geometry, self.device = row, geometry, device
         self.dtype = torch.bfloat16
         self.layout = Layout.of(ExpertForm(), row, geometry.hidden, geometry.intermediate)
