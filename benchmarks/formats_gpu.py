@@ -1,4 +1,4 @@
-"""Packed experts on a GPU, against its measured memory bandwidth and against bf16 of the same shape.
+"""Packed experts on a GPU, against its measured memory bandwidth and against bf16.
 
     python -m benchmarks.formats_gpu --json benchmarks/results/formats_gpu.json
 
@@ -45,9 +45,7 @@ FORMATS_TIMED = {
 class Packed:
     """All experts of one layer in slots: any bytes, the same in each expert but for its scale."""
 
-    def __init__(
-        self, row: WeightFormat, geometry: ffn_gpu.Geometry, device: torch.device
-    ) -> None:
+    def __init__(self, row: WeightFormat, geometry: ffn_gpu.Geometry, device: torch.device) -> None:
         self.row, self.geometry, self.device = row, geometry, device
         self.dtype = torch.bfloat16
         self.layout = Layout.of(ExpertForm(), row, geometry.hidden, geometry.intermediate)
