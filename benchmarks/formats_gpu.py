@@ -1,4 +1,4 @@
-"""Packed experts on a GPU, against its measured memory bandwidth and against bf16 of the same shape.
+"""Packed experts on a GPU, against its measured memory bandwidth and against bf16.
 
     python -m benchmarks.formats_gpu --json benchmarks/results/formats_gpu.json
 
