@@ -11,6 +11,7 @@ import typer
 
 from moeinf.cli import options, quiet_interrupts
 from moeinf.pocket import POCKET, model_name
+from moeinf.server.settings import Settings, bind
 
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -73,11 +74,6 @@ def command(
     for needed in NEEDS:
         if importlib.util.find_spec(needed) is None:
             raise ImportError(f"the server needs {needed}: pip install 'moeinf[serve]'")
-    with quiet_interrupts():
-        from moeinf.integrations.transformers.generation import read_tokenizer
-        from moeinf.integrations.transformers.load import load, open_checkpoint
-        from moeinf.server.run import bind, serve
-        from moeinf.server.settings import Settings
     settings = Settings(
         name=name or ("pocket" if checkpoint == POCKET else model_name(checkpoint)),
         host=host,
@@ -91,6 +87,10 @@ def command(
         drain_seconds=drain_seconds,
     )
     bound = bind(settings)
+    with quiet_interrupts():
+        from moeinf.integrations.transformers.generation import read_tokenizer
+        from moeinf.integrations.transformers.load import load, open_checkpoint
+        from moeinf.server.run import serve
     opened = open_checkpoint(checkpoint, revision, trust_remote_code, to_generate=True)
     model: Any = load(
         opened,

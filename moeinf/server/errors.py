@@ -15,9 +15,9 @@ class Refused(Exception):
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None
     ):
-        super().__init__(message)
+        super().__init__(_utf8(message))
         self.status = status
-        self.param = param
+        self.param = param and _utf8(param)
         self.code = code
 
     def body(self) -> dict[str, Any]:
@@ -38,3 +38,8 @@ class Refused(Exception):
         if self.status in (429, 503):
             return {"Retry-After": "1"}
         return {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+
+
+def _utf8(text: str) -> str:
+    """JSON can say halves of characters, which no encoding can."""
+    return text.encode("utf-8", "backslashreplace").decode()

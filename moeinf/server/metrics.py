@@ -30,26 +30,22 @@ class Metrics:
     """Thread-safe counters; `text` is what Prometheus reads."""
 
     def __init__(self, model: Any):
-        self._registry = CollectorRegistry()
+        self._registry = own = CollectorRegistry()
         self._requests = Counter(
-            "moeinf_requests", "Requests by route and status", ["route", "status"]
+            "moeinf_requests", "Requests by route and status", ["route", "status"], registry=own
         )
-        self._prompt = Counter("moeinf_prompt_tokens", "Tokens of the prompts that were read")
-        self._generated = Counter("moeinf_generated_tokens", "Tokens written")
+        self._prompt = Counter(
+            "moeinf_prompt_tokens", "Tokens of the prompts that were read", registry=own
+        )
+        self._generated = Counter("moeinf_generated_tokens", "Tokens written", registry=own)
         self._cancelled = Counter(
-            "moeinf_cancelled_requests", "Requests whose client left while they ran"
+            "moeinf_cancelled_requests", "Requests whose client left while they ran", registry=own
         )
-        self._first = Histogram("moeinf_first_token_seconds", "From the request to its first token")
-        for one in (
-            self._requests,
-            self._prompt,
-            self._generated,
-            self._cancelled,
-            self._first,
-            _Cache(model),
-        ):
-            self._registry.register(one)
-        ProcessCollector(registry=self._registry)
+        self._first = Histogram(
+            "moeinf_first_token_seconds", "From the request to its first token", registry=own
+        )
+        own.register(_Cache(model))
+        ProcessCollector(registry=own)
         self._latest: deque[float] = deque(maxlen=100_000)
 
     def watch(self, scheduler: Any) -> None:

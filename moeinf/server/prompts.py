@@ -26,7 +26,7 @@ class Prompts:
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str):
             prompt = prompt[0]
         if isinstance(prompt, str):
-            return self._checked(self.tokenizer(prompt)["input_ids"] if prompt else [], "prompt")
+            return self._checked(self._encode(prompt, "prompt"), "prompt")
         ids = [int(token) for token in prompt]
         if max(ids, default=0) >= self._vocabulary:
             raise Refused(
@@ -39,6 +39,8 @@ class Prompts:
     def of_messages(self, asked: ChatRequest) -> list[int]:
         """The tokens of a conversation. Without a chat template, texts one after another."""
         messages = [message.for_template() for message in asked.messages]
+        for message in messages:
+            _check_is_text(message["content"], "messages")
         if self.tokenizer.chat_template:
             try:
                 ids = as_chat(self.tokenizer, messages)["input_ids"]
@@ -49,8 +51,12 @@ class Prompts:
             raise Refused(400, why, param="messages")
         else:
             text = "\n".join(message["content"] for message in messages)
-            ids = self.tokenizer(text)["input_ids"] if text else []
+            ids = self._encode(text, "messages")
         return self._checked(ids, "messages")
+
+    def _encode(self, text: str, param: str) -> Any:
+        _check_is_text(text, param)
+        return self.tokenizer(text)["input_ids"] if text else []
 
     def room(self, ids: list[int], asked: int | None) -> int:
         """How many tokens may be written after these."""
@@ -86,3 +92,11 @@ class Prompts:
                 code="context_length_exceeded",
             )
         return list(ids)
+
+
+def _check_is_text(text: str, param: str) -> None:
+    """JSON can say halves of characters, which a tokenizer does not take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refused(400, f"{param}: expected text in Unicode: {error}", param=param) from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import h11
@@ -17,6 +18,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from moeinf.server.errors import Refused
 from moeinf.server.settings import Settings
 
+LINGER_SECONDS = 2.0
 PHRASES = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}
 
 
@@ -32,6 +34,7 @@ class _Protocol(H11Protocol):
         super().__init__(*args, **kwargs)
         self._deadline: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
+        self._refused = False
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -46,20 +49,19 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self.transport.is_closing():
+        if not self._refused:
             super().data_received(data)
-            self._watch_head()
+            if not self._refused:
+                self._watch_head()
 
     def _watch_head(self) -> None:
         """The clock runs while a head is incomplete, or while a refused body still comes."""
         waits = self.conn.their_state is h11.IDLE or (
             self.conn.their_state is h11.SEND_BODY and self.conn.our_state is h11.DONE
         )
-        if waits and self._deadline is None:
-            self._deadline = self.loop.call_later(self.settings.header_seconds, self._too_slow)
-        elif not waits and self._deadline is not None:
-            self._deadline.cancel()
-            self._deadline = None
+        if waits != (self._deadline is not None):
+            seconds = self.settings.header_seconds if waits else None
+            self._set_deadline(seconds, self._too_slow)
 
     def _too_slow(self) -> None:
         seconds = self.settings.header_seconds
@@ -69,15 +71,31 @@ class _Protocol(H11Protocol):
         self._refuse(400, msg)
 
     def _refuse(self, status: int, message: str) -> None:
-        """Without the application; an answer that has begun is only cut off."""
-        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            body = json.dumps(Refused(status, message).body()).encode()
-            head = (
-                f"HTTP/1.1 {status} {PHRASES[status]}\r\ncontent-type: application/json\r\n"
-                f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-            )
-            self.transport.write(head.encode() + body)
-        self.transport.close()
+        """Without the application; an answer that has begun is only cut off.
+
+        The connection stays half open for a moment, because closing it while the client still
+        sends would take the answer from it.
+        """
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        if self.cycle is not None:
+            self.cycle.disconnected = True  # it shall not answer too
+            self.cycle.message_event.set()
+        body = json.dumps(Refused(status, message).body()).encode()
+        head = (
+            f"HTTP/1.1 {status} {PHRASES[status]}\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self.transport.write(head.encode() + body)
+        self.transport.write_eof()
+        self._refused = True
+        self._set_deadline(LINGER_SECONDS, self.transport.abort)
+
+    def _set_deadline(self, seconds: float | None, then: Callable[[], None]) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        self._deadline = None if seconds is None else self.loop.call_later(seconds, then)
 
     def pause_writing(self) -> None:
         super().pause_writing()

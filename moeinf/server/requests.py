@@ -180,10 +180,19 @@ def _types_of(value: Any) -> tuple[type, ...]:
 
 
 def in_words(errors: Any) -> Refused:
-    """The first of pydantic's errors as the answer to the client."""
-    first = errors[0]
-    place = [str(part) for part in first["loc"] if part != "body"]
-    param = ".".join(place)[:200] or None
+    """One of pydantic's errors as the answer to the client.
+
+    A value that may be of several types has an error for each. One about the value itself says
+    more than those about types.
+    """
+    first = next((one for one in errors if not one["type"].endswith("_type")), errors[0])
+    param = ".".join(_place(first["loc"]))[:200] or None
     found = first.get("input")
     shown = "" if first["type"] in ("missing", "json_invalid") else f", found {found!r:.100}"
     return Refused(400, f"{param or 'body'}: {first['msg']}{shown}", param=param)
+
+
+def _place(parts: tuple[Any, ...]) -> list[str]:
+    """Without the names of types, by which pydantic tells apart the errors of several."""
+    named = [str(part) for part in parts if part not in ("body", "str")]
+    return [part for part in named if "[" not in part and "-" not in part]

@@ -25,24 +25,6 @@ from moeinf.server.settings import Settings
 CLOSING_SECONDS = 3.0  # for the last bytes of answers, and for threads between two layers
 
 
-def bind(settings: Settings) -> socket.socket:
-    """Takes the address, so that one that cannot be had is known before a model is loaded.
-
-    Nobody can connect before `serve` listens.
-    """
-    family, kind, proto, _, address = socket.getaddrinfo(
-        settings.host, settings.port, type=socket.SOCK_STREAM
-    )[0]
-    bound = socket.socket(family, kind, proto)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        bound.bind(address)
-    except OSError as error:
-        bound.close()
-        raise OSError(f"{settings.host} port {settings.port}: {error.strerror}") from error
-    return bound
-
-
 def serve(
     model: Any,
     tokenizer: Any,

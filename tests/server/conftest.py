@@ -22,8 +22,8 @@ import openai
 import moeinf
 from moeinf.integrations.transformers.generation import read_tokenizer
 from moeinf.pocket import POCKET
-from moeinf.server.run import Server, bind
-from moeinf.server.settings import Settings
+from moeinf.server.run import Server
+from moeinf.server.settings import Settings, bind
 
 NAME = "pocket"
 
