@@ -7,7 +7,7 @@ TRANSFORMERS_TESTS := $(addprefix tests/test_,passes.py switching.py transformer
 	router_recording.py)
 CPP := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp'
 
-.PHONY: demo test test-transformers test-packs test-vllm families lint stubs fmt sanitize bench clean
+.PHONY: demo test test-transformers test-packs test-vllm test-server families lint stubs fmt sanitize bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/moeinf run --memory 25% --max-new-tokens 120 --temperature 0.7 --verify
@@ -40,6 +40,10 @@ test-vllm:
 	build/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	build/vllm/bin/python -m pip install --quiet .
 	build/vllm/bin/python -m pytest tests/runtimes/test_vllm.py
+
+# `moeinf serve` with OpenAI's client and with hostile ones; a part of `make test`.
+test-server: $(VENV)/.test
+	$(BIN)/python -m pytest tests/server
 
 # The table of families, docs/families.md.
 families: $(VENV)/.test
@@ -86,7 +90,7 @@ $(VENV)/.demo: pyproject.toml setup.py CMakeLists.txt
 
 $(VENV)/.test: pyproject.toml setup.py CMakeLists.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e '.[hf,report,test]' cmake ninja
+	$(INSTALL) -e '.[hf,serve,report,test]' cmake ninja
 	touch $(VENV)/.demo $@
 
 $(VENV)/.lint: $(VENV)/.demo

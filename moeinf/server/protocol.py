@@ -19,6 +19,7 @@ from moeinf.server.errors import Refused
 from moeinf.server.settings import Settings
 
 LINGER_SECONDS = 2.0
+MOST_EARLY_BYTES = 1 << 16
 PHRASES = {400: "Bad Request", 408: "Request Timeout", 503: "Service Unavailable"}
 
 
@@ -35,6 +36,7 @@ class _Protocol(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
         self._stalled: asyncio.TimerHandle | None = None
         self._refused = False
+        self._early = 0  # bytes that came before the answer to the last request was over
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -49,7 +51,11 @@ class _Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self._refused:
+        # uvicorn keeps what a client sends during an answer, without a limit.
+        self._early = self._early + len(data) if self.conn.their_state is h11.DONE else 0
+        if self._early > MOST_EARLY_BYTES:
+            self.transport.abort()
+        elif not self._refused:
             super().data_received(data)
             if not self._refused:
                 self._watch_head()
