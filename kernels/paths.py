@@ -78,6 +78,7 @@ def tuning_key(kernel: str, a: Arguments, rows_per_tile: int = 0) -> dict[str, A
         "hidden": a.H,
         "intermediate": a.I,
         "order": "rows" if matrix.values.stride(2) == 1 else "columns",
+        "weights": "plain" if matrix.values.dtype == a.dtype else matrix.format,
         "rows_per_tile": rows_per_tile,
     }
 
