@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet -c constraints.txt
 TRANSFORMERS_TESTS := $(addprefix tests/test_,passes.py switching.py transformers.py \
 	router_recording.py)
-CPP := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp'
+CPP := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp' 'tests/*.c' 'examples/*.c' 'moeinf/include/*.h'
 
 .PHONY: demo test test-transformers test-packs test-vllm test-sglang families lint stubs fmt sanitize bench clean
 
