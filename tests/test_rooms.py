@@ -86,6 +86,8 @@ LIBRARIES = {
     "transformers": {"moeinf/integrations", "moeinf/planning", "moeinf/cli"},
     "accelerate": {"moeinf/integrations"},
     "peft": {"moeinf/integrations"},
+    "prometheus_client": {"moeinf/integrations"},
+    "sglang": {"moeinf/integrations"},
     "vllm": {"moeinf/integrations"},
     "jinja2": {"moeinf/integrations"},
     "matplotlib": {"moeinf/report"},
