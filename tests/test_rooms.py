@@ -87,6 +87,8 @@ LIBRARIES = {
     "transformers": {"moeinf/integrations", "moeinf/planning", "moeinf/cli", "moeinf/server"},
     "accelerate": {"moeinf/integrations"},
     "peft": {"moeinf/integrations"},
+    "prometheus_client": {"moeinf/integrations"},
+    "sglang": {"moeinf/integrations"},
     "vllm": {"moeinf/integrations"},
     "jinja2": {"moeinf/integrations"},
     "matplotlib": {"moeinf/report"},

@@ -21,6 +21,7 @@ COMMANDS = {
     "trace": "moeinf.cli.trace",
     "simulate": "moeinf.cli.simulate",
     "report": "moeinf.cli.report",
+    "top": "moeinf.cli.top",
     "doctor": "moeinf.cli.doctor",
 }
 
