@@ -87,7 +87,7 @@ LIBRARIES = {
     "transformers": {"moeinf/integrations", "moeinf/planning", "moeinf/cli", "moeinf/server"},
     "accelerate": {"moeinf/integrations"},
     "peft": {"moeinf/integrations"},
-    "prometheus_client": {"moeinf/integrations"},
+    "prometheus_client": {"moeinf/integrations", "moeinf/server"},
     "sglang": {"moeinf/integrations"},
     "vllm": {"moeinf/integrations"},
     "jinja2": {"moeinf/integrations"},
@@ -97,7 +97,6 @@ LIBRARIES = {
     "pydantic": {"moeinf/server"},
     "uvicorn": {"moeinf/server"},
     "h11": {"moeinf/server"},
-    "prometheus_client": {"moeinf/server"},
     "typer": {"moeinf/cli"},
     "rich": {"moeinf/cli"},
 }
