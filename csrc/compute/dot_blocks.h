@@ -9,6 +9,9 @@
 // its own. The sums of the activations of each group are made once, beside the arranged row.
 #pragma once
 
+#include <array>
+#include <cstring>
+
 #include "compute/dot_scaled.h"
 #include "compute/formats/ggml.h"
 
@@ -25,6 +28,24 @@ template <class F>
 struct Codes<F, 0> {
     typename F::Words codes;
 };
+
+// Four bytes of each of n blocks: bits j and j + 16 become bits 0 and 4 of byte j of 16 bytes.
+template <class F>
+inline typename F::Words load_bits(const std::byte* p, int64_t stride, int64_t n) {
+    std::array<uint64_t, F::kLanes / 2> bytes{};
+    // Bit j of eight is in byte j; what is added carries it to the top of the byte.
+    const auto spread = [](uint32_t bits) {
+        const uint64_t each = (bits & 0xff) * 0x0101010101010101 & 0x8040201008040201;
+        return (each + 0x00406070787c7e7f) >> 7 & 0x0101010101010101;
+    };
+    for (size_t i = 0; i < bytes.size() && static_cast<int64_t>(i) < 2 * n; ++i) {
+        uint32_t bits;
+        std::memcpy(&bits, p + static_cast<int64_t>(i / 2) * stride, sizeof bits);
+        bits >>= 8 * (i % 2);
+        bytes[i] = spread(bits) | spread(bits >> 16) << 4;
+    }
+    return F::load_words(reinterpret_cast<const std::byte*>(bytes.data()));
+}
 
 // What the products of one decoder share. kWord: bytes of the words that parts are cut from.
 template <class Floats, class D, int64_t kWord>
@@ -53,7 +74,7 @@ struct NibbleBlocks {
         const std::byte* block = row + byte / D::kCodes * kSize;
         if constexpr (D::kCodes == 16 && D::kHighBits != 0) {
             return {F::load_quarters(block + D::kFirst, kSize),
-                    F::load_bits(block + D::kHigh, kSize, 4)};
+                    load_bits<F>(block + D::kHigh, kSize, 4)};
         } else if constexpr (D::kCodes == 16) {
             return {F::load_quarters(block + D::kFirst, kSize)};
         } else if constexpr (D::kHighBits == 0) {
@@ -73,7 +94,7 @@ struct NibbleBlocks {
             if constexpr (D::kHighBits == 0) {
                 return {codes};
             } else {
-                return {codes, F::load_bits(block + D::kHigh, kSize, n / D::kPack)};
+                return {codes, load_bits<F>(block + D::kHigh, kSize, n / D::kPack)};
             }
         } else {
             return load(row, k);
