@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -15,7 +16,7 @@ ROOT = Path(__file__).parent.resolve()
 
 
 class CMakeBuild(build_ext):
-    """Configures and builds the one extension, `moeinf._core`, in a build folder that persists."""
+    """Configures and builds `moeinf._core` and libmoeinf.so in a build folder that persists."""
 
     def build_extension(self, ext: Extension) -> None:
         import pybind11
@@ -33,11 +34,19 @@ class CMakeBuild(build_ext):
             *os.environ.get("CMAKE_ARGS", "").split(),
         ]  # fmt: skip
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(folder), "--target", "_core"], check=True)
+        subprocess.run(
+            ["cmake", "--build", str(folder), "--target", "_core", "moeinf_c"], check=True
+        )
         target.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(
             ["cmake", "--install", str(folder), "--prefix", str(target.parent)], check=True
         )
+
+    def copy_extensions_to_source(self) -> None:
+        """In a source checkout the C library lies beside the Python module too."""
+        super().copy_extensions_to_source()
+        built = Path(self.build_lib) / "moeinf" / "lib"
+        shutil.copytree(built, ROOT / "moeinf" / "lib", dirs_exist_ok=True)
 
 
 def ninja_program() -> str:

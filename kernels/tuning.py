@@ -20,7 +20,7 @@ import torch
 TABLE = Path(__file__).with_name("tuning.json")
 FORMAT = "moeinf-tuning-1"
 # Conditions from least to most telling: a row that fixes a later one beats any that do not.
-CONDITIONS = ("rows", "dtype", "order", "intermediate", "hidden", "device")
+CONDITIONS = ("rows", "dtype", "order", "weights", "intermediate", "hidden", "device")
 
 
 @lru_cache(maxsize=1)
@@ -49,15 +49,17 @@ def config(
     hidden: int,
     intermediate: int,
     order: str = "rows",
+    weights: str = "plain",
     rows_per_tile: int = 0,
 ) -> Mapping[str, int]:
     """The configuration for a call: block sizes, num_warps, num_stages. Read-only: calls share it.
 
     `order` is "rows" where weights are contiguous along the summed dimension, else "columns";
+    `weights` is the name of their format, "plain" where it is the dtype of the tokens;
     `rows_per_tile` is BLOCK_M of the prefill kernels. Raises LookupError if no row matches.
     """
     asked = {
-        "rows": rows_per_tile, "dtype": dtype, "order": order,
+        "rows": rows_per_tile, "dtype": dtype, "order": order, "weights": weights,
         "intermediate": intermediate, "hidden": hidden,
     }  # fmt: skip
     best: tuple[int, dict[str, int]] | None = None

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from moeinf.experts.op import fused_experts, fused_experts_out
     from moeinf.integrations.transformers.load import load
     from moeinf.kernels.forms import ExpertForm, Gate
+    from moeinf.native import get_include, get_library
     from moeinf.packing.pack import pack
     from moeinf.traces.eam import EAMC
     from moeinf.traces.simulator import simulate
@@ -63,6 +64,8 @@ _HOMES = {
     "WeightFormat": "moeinf.checkpoint.formats",
     "fused_experts": "moeinf.experts.op",
     "fused_experts_out": "moeinf.experts.op",
+    "get_include": "moeinf.native",
+    "get_library": "moeinf.native",
     "linear": "moeinf.experts.linear",
     "load": "moeinf.integrations.transformers",
     "pack": "moeinf.packing.pack",
@@ -89,6 +92,8 @@ __all__ = [
     "WeightFormat",
     "fused_experts",
     "fused_experts_out",
+    "get_include",
+    "get_library",
     "linear",
     "load",
     "pack",

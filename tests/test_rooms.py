@@ -36,8 +36,10 @@ CORE = {
     "compute": "base layout threads",
     "cuda": "base memory device",
     "probe": "base layout memory device policy prefetch transfer tier cache threads",
+    "experts": "base layout device policy cache threads compute",
+    "capi": "base layout device policy tier cache compute cuda experts",
     "bindings": "base layout memory device policy prefetch transfer tier cache trace threads "
-    "compute cuda probe",
+    "compute cuda probe experts",
 }
 # Room of Python: the other rooms that it may import. `_core` is the compiled csrc/.
 PYTHON = {
@@ -64,14 +66,16 @@ PYTHON = {
     "moeinf/experts moeinf/integrations moeinf/packing moeinf/memory_read moeinf/pocket "
     "kernels/forms",
     "moeinf/report": "moeinf/errors moeinf/traces moeinf/output_files",
+    "moeinf/server": "moeinf/cache moeinf/integrations",
+    "moeinf/native": "",
     "moeinf/memory_read": "moeinf/_core",
     "moeinf/machine": "moeinf/_core moeinf/errors moeinf/cpus moeinf/memory_read",
     "moeinf/cli": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
     "moeinf/integrations moeinf/packing moeinf/planning moeinf/report moeinf/pocket "
-    "moeinf/machine moeinf/output_files",
+    "moeinf/server moeinf/machine moeinf/output_files",
     # moeinf/__init__.py alone: the public names, each imported when it is first used.
     "moeinf": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
-    "moeinf/experts moeinf/integrations moeinf/packing kernels kernels/forms",
+    "moeinf/experts moeinf/integrations moeinf/packing moeinf/native kernels kernels/forms",
 }
 ROOMS = {f"csrc/{room}": {f"csrc/{name}" for name in known.split()} for room, known in CORE.items()}
 ROOMS |= {room: set(known.split()) for room, known in PYTHON.items()}
@@ -80,12 +84,19 @@ LIBRARIES = {
     "triton": {"kernels", "kernels/gates"},
     "safetensors": {"moeinf/traces"},
     "huggingface_hub": {"moeinf/checkpoint", "moeinf/integrations"},
-    "transformers": {"moeinf/integrations", "moeinf/planning", "moeinf/cli"},
+    "transformers": {"moeinf/integrations", "moeinf/planning", "moeinf/cli", "moeinf/server"},
     "accelerate": {"moeinf/integrations"},
     "peft": {"moeinf/integrations"},
+    "prometheus_client": {"moeinf/integrations", "moeinf/server"},
+    "sglang": {"moeinf/integrations"},
     "vllm": {"moeinf/integrations"},
     "jinja2": {"moeinf/integrations"},
     "matplotlib": {"moeinf/report"},
+    "fastapi": {"moeinf/server"},
+    "starlette": {"moeinf/server"},
+    "pydantic": {"moeinf/server"},
+    "uvicorn": {"moeinf/server"},
+    "h11": {"moeinf/server"},
     "typer": {"moeinf/cli"},
     "rich": {"moeinf/cli"},
 }
@@ -222,7 +233,7 @@ def test_no_room_holds_more_than_a_quarter_of_the_core() -> None:
     lines: dict[str, int] = {}
     for file in c_sources():
         room = room_of(name_of(file))
-        if room != "csrc/bindings":
+        if room not in ("csrc/bindings", "csrc/capi"):
             count = len(file.read_text(encoding="utf-8").splitlines())
             lines[room] = lines.get(room, 0) + count
     largest = max(lines, key=lambda room: lines[room])

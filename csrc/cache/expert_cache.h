@@ -69,6 +69,9 @@ public:
     // staging slots, because the wait would never end.
     bool wait_ready(std::vector<ReadyExpert>& out);
 
+    // The same without waiting: appends the experts that are ready, none if there are none.
+    void take_ready(std::vector<ReadyExpert>& out);
+
     // The slot of that position was handed out; from now on it may be reused.
     void release(int32_t position);
 

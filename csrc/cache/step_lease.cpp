@@ -166,6 +166,19 @@ bool StepLease::wait_ready(std::vector<ReadyExpert>& out) {
     }
 }
 
+void StepLease::take_ready(std::vector<ReadyExpert>& out) {
+    CacheState& cache = *cache_;
+    cache.check_process();
+    std::unique_lock lock(cache.tier.mutex);
+    impl_->thread = std::this_thread::get_id();
+    cache.collect_fills(*impl_);
+    check_alive(*impl_);
+    cache.start_surplus(*impl_);
+    (void)cache.hand_out(*impl_, out);
+    lock.unlock();
+    cache.flush();
+}
+
 void StepLease::release(int32_t position) {
     CacheState& cache = *cache_;
     Impl& lease = *impl_;

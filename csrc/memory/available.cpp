@@ -1,9 +1,11 @@
 #include "memory/available.h"
 
 #include <algorithm>
+#include <array>
+#include <cstdio>
 #include <cstdlib>
-#include <fstream>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,14 +15,35 @@ namespace {
 
 constexpr uint64_t kUnknown = std::numeric_limits<uint64_t>::max();
 
+// The lines of a small file; none if it cannot be read. By the C library: the streams of C++ read
+// numbers through the locale facets of the process, which other libraries may have replaced.
+std::vector<std::string> lines(const std::string& path) {
+    std::vector<std::string> found;
+    const std::unique_ptr<FILE, int (*)(FILE*)> file(std::fopen(path.c_str(), "re"), std::fclose);
+    if (!file) return found;
+    std::array<char, 512> part;
+    bool begins = true;
+    while (std::fgets(part.data(), part.size(), file.get()) != nullptr) {
+        if (begins) found.emplace_back();
+        found.back() += part.data();
+        begins = found.back().back() == '\n';
+        if (begins) found.back().pop_back();
+    }
+    return found;
+}
+
+std::optional<uint64_t> number(const char* text) {
+    while (*text == ' ' || *text == '\t') ++text;
+    if (*text < '0' || *text > '9') return std::nullopt;
+    return std::strtoull(text, nullptr, 10);
+}
+
 // The number after `key` in a file of "key number" lines.
 std::optional<uint64_t> field(const std::string& path, const std::string& key) {
-    std::ifstream file(path);
-    std::string line;
-    while (std::getline(file, line)) {
+    for (const std::string& line : lines(path)) {
         if (line.compare(0, key.size(), key) == 0 && line.size() > key.size() &&
             (line[key.size()] == ' ' || line[key.size()] == '\t')) {
-            return std::strtoull(line.c_str() + key.size(), nullptr, 10);
+            return number(line.c_str() + key.size());
         }
     }
     return std::nullopt;
@@ -28,10 +51,8 @@ std::optional<uint64_t> field(const std::string& path, const std::string& key) {
 
 // The number in a file; none if the file is missing or says "max".
 std::optional<uint64_t> whole(const std::string& path) {
-    std::ifstream file(path);
-    uint64_t value = 0;
-    if (!(file >> value)) return std::nullopt;
-    return value;
+    const std::vector<std::string> text = lines(path);
+    return text.empty() ? std::nullopt : number(text[0].c_str());
 }
 
 // The names that one version of control groups gives to its files.
@@ -77,9 +98,7 @@ uint64_t available_up_to_root(const std::string& root, std::string group, const 
 uint64_t available_in_groups(const std::string& proc, const std::string& cgroups) {
     std::string version2;
     std::string version1;
-    std::ifstream membership(proc + "/self/cgroup");
-    std::string line;  // number:controllers:group
-    while (std::getline(membership, line)) {
+    for (const std::string& line : lines(proc + "/self/cgroup")) {  // number:controllers:group
         const size_t first = line.find(':');
         const size_t second = line.find(':', first + 1);
         if (first == std::string::npos || second == std::string::npos) continue;

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from moeinf import _core
 from moeinf.checkpoint import config as configuration
 from moeinf.checkpoint import memory
 from moeinf.checkpoint.blocks import NUMBERS
+from moeinf.checkpoint.description import Described
 from moeinf.checkpoint.extent import Extent
 from moeinf.checkpoint.families import NAMINGS, family_of, find_experts
 from moeinf.checkpoint.folder import Checkpoint, check_order, read_bytes, read_multipliers
@@ -472,6 +474,26 @@ class ExpertStore:
             sources,
             self._recodes(),
         )
+
+    def describe(self, path: str | os.PathLike[str]) -> None:
+        """Writes where all experts lie and what they compute, for `moeinf_store_open` of moeinf.h.
+
+        The text names the files by their paths, and is refused where one of them has changed.
+        Raises UnsupportedError for experts in no file.
+        """
+        self._check_groups()
+        self.check_unchanged()
+        experts = [
+            self.extents(layer, expert)
+            for layer in range(self.num_layers)
+            for expert in range(self.num_experts)
+        ]
+        described = Described(
+            self.form, self.layout, self.num_layers, experts,
+            self._transposes(), self._checks(), self._recodes(),
+        )  # fmt: skip
+        text = "\n".join([*described.lines(), ""])
+        Path(path).write_text(text, encoding="utf-8", errors="surrogateescape")
 
     def _check_groups(self) -> None:
         """Raises UnsupportedError for groups of columns in another order (desc_act)."""

@@ -11,10 +11,16 @@ pytest.importorskip("triton")
 
 import torch
 
-from benchmarks import ffn_gpu, tune
+from benchmarks import ffn_gpu, formats_gpu, tune
 from moeinf.kernels import tuning
 
-ASKED = {"dtype": "bfloat16", "hidden": 2048, "intermediate": 768, "order": "rows"}
+ASKED = {
+    "dtype": "bfloat16",
+    "hidden": 2048,
+    "intermediate": 768,
+    "order": "rows",
+    "weights": "plain",
+}
 
 
 def lookup(kernel: str, *devices: str, **asked: object) -> dict[str, int]:
@@ -99,13 +105,18 @@ def test_candidates_have_the_parameters_of_the_table(kernel: str, order: str) ->
         assert config.get("BLOCK_M", rows) == rows
 
 
-def test_the_tool_asks_what_a_call_asks() -> None:
-    layer = ffn_gpu.Layer(ffn_gpu.TINY[1], torch.device("cpu"), torch.bfloat16)
+@pytest.mark.parametrize(
+    "name,weights", [("bf16", "plain"), ("fp8", "e4m3"), ("gguf-q4_k", "q4_k")]
+)
+def test_the_tool_asks_what_a_call_asks(name: str, weights: str) -> None:
+    row, cpu = formats_gpu.FORMATS_TIMED[name], torch.device("cpu")
+    layer = formats_gpu.Packed(row, ffn_gpu.Geometry("tiny", 256, 512, 6, 2), cpu)
     for tokens, path in ((1, "vector"), (2, "shared"), (17, "grouped")):
         asked = tune.questions(layer, ffn_gpu.calls(layer, tokens, 1)[0])
         assert tuple(asked) == tune.kernels_of(path)
         for kernel, question in asked.items():
-            assert question["order"] == "rows" and question["hidden"] == 48
+            assert question["order"] == "rows" and question["hidden"] == 256
+            assert question["weights"] == weights
             assert lookup(kernel, "*", **question)
 
 

@@ -78,10 +78,11 @@ def test_every_value_and_every_scale_is_exact(
 ) -> None:
     """Token k is 1 at k and 0 elsewhere, and passes to down unchanged: its output is column k.
 
-    `as_on_a_gpu`: tiles of bf16, as for tensor cores; the interpreter can multiply floats alone.
+    `as_on_a_gpu`: tiles of bf16, as for tensor cores; the interpreter, which can multiply floats
+    alone, is given their widened product.
     """
     use_blocks(monkeypatch, row)
-    if as_on_a_gpu:
+    if as_on_a_gpu and DEVICE == "cpu":
         monkeypatch.setattr(paths, "must_upcast", lambda *_: False)
         monkeypatch.setattr(formats, "multiply", multiply_widened)
     rows, cols = 80, whole(row, 96)
