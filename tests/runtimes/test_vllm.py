@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.request import urlopen
 
@@ -117,22 +118,57 @@ def test_two_ranks_serve_their_own_experts() -> None:
 
 
 def test_experts_in_one_tensor_a_layer_are_not_read(tmp_path: Path) -> None:
-    """Granite-MoE's files hold [experts, 2I, H]; vLLM's own filter knows one tensor an expert."""
+    """vLLM reads these experts from a tensor each alone; its own filter knows no other names."""
+    whole = {"dtype": torch.bfloat16, "vocab_size": 128, "hidden_size": 128, "head_dim": 32}
+    whole |= {"max_position_embeddings": 512, "moe_intermediate_size": 64, "num_experts": 8}
+    each, fused = (
+        write_checkpoint(tmp_path / name, original_names=name == "each", seed=3, **whole)
+        for name in ("each", "fused")
+    )
+    ids = {"prompt_ids": [[1, 5, 9, 80], [7, 7, 3]]}
+    own = result(offline(model=str(each), **ids))
+    found = [result(offline(model=str(fused), **ids, **with_cache(m))) for m in ("25%", "100%")]
+    assert found[0]["tokens"] == found[1]["tokens"]
+    for mine, theirs in zip(found[0]["tokens"], own["tokens"], strict=True):
+        assert mine[:8] == theirs[:8]
+    store = moeinf.ExpertStore.open(fused)
+    assert any(name.endswith("experts.gate_up_proj") for name in store.tensor_names())
+    assert found[0]["parameters"] == own["parameters"] - store.nbytes
+
+
+def test_a_checkpoint_that_vllm_knows_and_we_do_not(tmp_path: Path) -> None:
     folder = write_checkpoint(
         tmp_path, "granitemoe", dtype=torch.bfloat16, vocab_size=128, hidden_size=128,
         num_local_experts=8, num_experts_per_tok=2, intermediate_size=64,
         max_position_embeddings=512,
     )  # fmt: skip
-    options = {"model": str(folder), "prompt_ids": [[1, 5, 9, 80], [7, 7, 3]]}
-    own, *found = [
-        result(offline(**options, **more)) for more in ({}, with_cache("25%"), with_cache("100%"))
-    ]
-    assert found[0]["tokens"] == found[1]["tokens"]
-    for mine, theirs in zip(found[0]["tokens"], own["tokens"], strict=True):
-        assert mine[:8] == theirs[:8]
-    store = moeinf.ExpertStore.open(folder)
-    assert any("input_linear" in name for name in store.tensor_names())
-    assert found[0]["parameters"] == own["parameters"] - store.nbytes
+    done = offline(model=str(folder), prompt_ids=[[1, 5]], **with_cache("25%"))
+    assert done.returncode != 0
+    assert "no experts found in a 'granitemoe' checkpoint" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "changed,message",
+    [
+        ({"global_num_experts": 33}, "33 experts of 160 inputs, the checkpoint 32 of 160"),
+        ({"activation": SimpleNamespace(value="gelu")}, "vLLM computes gelu, .* says silu"),
+        ({"apply_router_weight_on_input": True}, "routing weights on the inputs"),
+    ],
+)
+def test_a_layer_that_we_would_compute_in_another_way_is_refused(
+    changed: dict[str, Any], message: str
+) -> None:
+    from moeinf.integrations.vllm.experts import CachedMethod
+
+    cache = moeinf.ExpertCache(moeinf.ExpertStore.open(POCKET), slots=2)
+    layer = {
+        "layer_name": "model.layers.0.mlp.experts", "global_num_experts": 32, "hidden_size": 160,
+        "activation": SimpleNamespace(value="silu"), "apply_router_weight_on_input": False,
+    }  # fmt: skip
+    method = SimpleNamespace(cache=cache)
+    CachedMethod.create_weights(method, SimpleNamespace(**layer))
+    with pytest.raises(moeinf.UnsupportedError, match=message):
+        CachedMethod.create_weights(method, SimpleNamespace(**layer | changed))
 
 
 @pytest.mark.parametrize(
