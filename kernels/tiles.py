@@ -18,7 +18,7 @@ import triton.language as tl
 from .lookup import slot_of
 
 KEYS = 1024  # routes of a program of write_keys
-LONGEST = 8192  # routes that write_tiles takes at a time
+LONGEST = 4096  # routes that write_tiles takes at a time; more of them spill
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,6 @@ def make_tiles(
     block = min(max(triton.next_power_of_2(R), 128), LONGEST)
     write_tiles[(1,)](
         ordered, starts, slot, first, end, R, bound, ROWS=block_rows, BLOCK=block,
-        num_warps=16 if block > 2048 else 4,
+        num_warps=16 if block > 1024 else 4,
     )  # fmt: skip
     return Tiles(keys, order, slot, first, end)

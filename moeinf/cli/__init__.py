@@ -14,6 +14,7 @@ from contextlib import contextmanager
 COMMANDS = {
     "run": "moeinf.cli.run",
     "chat": "moeinf.cli.chat",
+    "serve": "moeinf.cli.serve",
     "info": "moeinf.cli.info",
     "plan": "moeinf.cli.plan",
     "pack": "moeinf.cli.pack",
