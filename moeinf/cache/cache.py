@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from moeinf.errors import UnsupportedError
 from moeinf.traces.eam import EAMC
 from moeinf.traces.priors import PriorsHook
 
+_logger = logging.getLogger("moeinf.cache")
 _named: weakref.WeakValueDictionary[str, ExpertCache] = weakref.WeakValueDictionary()
 _used_names: set[str] = set()
 _naming = threading.Lock()
@@ -198,6 +200,14 @@ class ExpertCache:
             self.observers.append(LivePriors(priors, self.core, shape))
         self.name = self._take_name(name or store.fingerprint)
         live.listen(_named)
+        _logger.info(
+            "cache %s: %d of %d experts in slots on %s, policy %s",
+            self.name,
+            self.slots,
+            store.num_layers * store.num_experts,
+            self.device_name,
+            policy,
+        )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UnsupportedError(
