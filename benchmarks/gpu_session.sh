@@ -19,6 +19,7 @@ import sys
 needed = {
     "setuptools": (77,), "pybind11": (3,), "cmake": (3, 24), "ninja": (), "torch": (2, 6),
     "triton": (3, 2), "safetensors": (), "numpy": (), "transformers": (5,), "pytest": (),
+    "pytest-timeout": (), "pytest-xdist": (),
 }
 missing = []
 for name, least in needed.items():
@@ -52,42 +53,26 @@ install() { # install SECONDS
     --no-deps -e .
 }
 # An nvcc that cannot compile here costs the gather kernel alone: DMA does the same work.
-install 60 || CMAKE_ARGS="${CMAKE_ARGS:-} -DMOEINF_CUDA=OFF" install 40
+install 100 || CMAKE_ARGS="${CMAKE_ARGS:-} -DMOEINF_CUDA=OFF" install 80
 
 status=0
 step() { # step SECONDS LOG COMMAND...: a step that fails, or runs out of time, stops no other
   local limit=$1 log=$2
   shift 2
-  timeout "$limit" "$@" >"$logs/$log.txt" 2>&1 || { status=$?; echo "$log: exit status $status" >&2; }
+  # Ctrl-C at the limit: pytest still says what failed, and a benchmark has written what it had.
+  timeout --signal=INT --kill-after=5 "$limit" "$@" >"$logs/$log.txt" 2>&1 || { status=$?; echo "$log: exit status $status" >&2; }
 }
 
 # Compiling is most of the tests' time and takes one core each: side by side, before anything is timed.
 # What the first benchmark will launch is compiled beside them.
-pids=()
-beside() { # beside STEP...: what it set ends with it, but for its exit status
-  { step "$@"; exit "$status"; } &
-  pids+=($!)
-}
-tests() { # tests NAME ARGUMENTS...
-  local name=$1
-  shift
-  beside 150 "tests-$name" "$python" -m pytest -q -p no:cacheprovider "$@"
-}
-beside 150 compile "$python" -m benchmarks.ffn_gpu --compile
-forms=tests/kernels/numerics/test_kernels_forms.py
-tests vector "$forms" -k "vector and not odd_sizes"
-tests shared "$forms" -k "shared and not odd_sizes"
-tests grouped "$forms" -k "grouped and not odd_sizes"
-tests forms "$forms" -k "not vector and not shared and not grouped or odd_sizes"
-tests residency tests/kernels/numerics/test_kernels_residency.py
-tests numerics tests/kernels/numerics --ignore="$forms" \
-  --ignore=tests/kernels/numerics/test_kernels_residency.py
-tests kernels tests/kernels --ignore=tests/kernels/numerics
-tests cache tests/test_cuda_real.py
-for pid in "${pids[@]}"; do wait "$pid" || status=1; done
+(step 150 compile "$python" -m benchmarks.ffn_gpu --compile; exit "$status") &
+step 170 tests-kernels "$python" -m pytest -q -p no:cacheprovider -n auto --tb=short \
+  tests/kernels tests/test_cuda_real.py
+wait $! || status=1
 
-step 150 ffn_gpu "$python" -m benchmarks.ffn_gpu --json "$out/ffn_gpu-$gpu.json"
-step 45 copy_gpu "$python" -m benchmarks.copy_gpu --json "$out/copy_gpu-$gpu.json"
-step 95 decode_gpu "$python" -m benchmarks.decode_gpu --json "$out/decode_gpu-$gpu.json"
+step 110 ffn_gpu "$python" -m benchmarks.ffn_gpu --json "$out/ffn_gpu-$gpu.json"
+step 40 formats_gpu "$python" -m benchmarks.formats_gpu --json "$out/formats_gpu-$gpu.json"
+step 30 copy_gpu "$python" -m benchmarks.copy_gpu --json "$out/copy_gpu-$gpu.json"
+step 70 decode_gpu "$python" -m benchmarks.decode_gpu --json "$out/decode_gpu-$gpu.json"
 "$python" -m benchmarks.gpu_summary "$out" "$gpu" | tee "$out/summary-$gpu.txt"
 exit "$status"

@@ -106,6 +106,20 @@ def decode_rows(result: Row) -> list[Row]:
     ]  # fmt: skip
 
 
+def format_rows(result: Row) -> list[Row]:
+    rows = result.get("rows", [])
+    failed = [f"{r['format']} T={r['tokens']}" for r in rows if "failed" in r]
+    table = [
+        row(f"packed formats, {tokens} tokens: bf16's time over theirs, least",
+            least_of([r for r in rows if r["tokens"] == tokens and r["format"] != "bf16"],
+                     "times_bf16"), mark)
+        for tokens, mark in ((1, 1.0), (512, 0.8))
+    ]  # fmt: skip
+    if failed:
+        table.append({"what": "failed: " + ", ".join(failed), "reached": "NO"})
+    return table
+
+
 def read(folder: Path, name: str, gpu: str) -> Row:
     try:
         found: Row = json.loads((folder / f"{name}-{gpu}.json").read_text())
@@ -128,6 +142,7 @@ def summary(folder: Path, gpu: str) -> list[Row]:
              "mark": "all pass", "reached": "yes" if good else "NO"}
         )  # fmt: skip
     table += ffn_rows(read(folder, "ffn_gpu", gpu))
+    table += format_rows(read(folder, "formats_gpu", gpu))
     table += copy_rows(read(folder, "copy_gpu", gpu))
     table += decode_rows(read(folder, "decode_gpu", gpu))
     return table

@@ -1,6 +1,6 @@
 """Processes that share experts in RAM, and are killed: is a byte ever wrong, does memory stay?
 
-`python -m benchmarks.shared_memory [--seconds 60] [--json FILE]`. Four processes open the same name,
+`python -m benchmarks.shared_memory [--seconds 60] [--json FILE]`. Four processes open one name,
 read every expert and compare it with the file. Once a second one of them is killed, at a random
 moment, and another one begins. The name changes often, so that reads, joins and ends go on all the
 time. Then four processes read all experts of one name, and their memory is summed.

@@ -231,11 +231,8 @@ def run_grouped(
     first, second = (config_of(name, a, rows) for name in ("gate_up_grouped", "down_grouped"))
     if first["BLOCK_M"] != second["BLOCK_M"]:
         raise LookupError(f"{tuning.TABLE.name}: BLOCK_M differs between {first} and {second}")
-    ids = a.ids.reshape(-1).long()
-    slots = ids
-    if a.expert_map is not None:
-        slots = torch.where(ids < 0, -1, a.expert_map.long()[ids.clamp(min=0)])
-    tiles = make_tiles(slots, a.S, first["BLOCK_M"])
+    with on_device(a.device):
+        tiles = make_tiles(a.ids, a.expert_map, a.S, first["BLOCK_M"])
     count = tiles.slot.numel()
     act = a.hidden.new_empty(a.T * a.k, a.I)
     every = a.hidden.new_empty(a.T, a.k, a.H) if routes is None else routes
@@ -256,7 +253,7 @@ def run_grouped(
         )  # fmt: skip
     if weights is None:
         return every
-    return run_combine(every, slots, weights, out, a.dtype)
+    return run_combine(every, tiles.keys.view_as(a.ids), weights, out, a.dtype)
 
 
 def run_combine(

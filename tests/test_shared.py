@@ -1,4 +1,4 @@
-"""RAM that processes share by name: one copy, read once, gone with its last user, however it ends."""
+"""RAM that processes share by name: one copy, read once, gone with its last user."""
 
 from __future__ import annotations
 

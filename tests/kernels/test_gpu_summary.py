@@ -58,3 +58,17 @@ def test_copies_and_decode_steps(tmp_path: Path) -> None:
     assert found["9 MB experts to the GPU: of the pinned peak"] == ("0.97", "yes")
     assert found["host us per resident step, most"] == ("31", "NO")
     assert found["decode step: time over its roofline, most"] == ("1.1", "yes")
+
+
+def test_packed_formats_are_held_against_bf16(tmp_path: Path) -> None:
+    rows = [
+        {"format": "bf16", "tokens": 1, "us": 10.0, "times_bf16": 1.0},
+        {"format": "fp8", "tokens": 1, "us": 8.0, "times_bf16": 1.25},
+        {"format": "mxfp4", "tokens": 1, "us": 5.0, "times_bf16": 2.0},
+        {"format": "fp8", "tokens": 512, "failed": "wrong result"},
+    ]
+    (tmp_path / "formats_gpu-x.json").write_text(json.dumps({"rows": rows}))
+    table = gpu_summary.summary(tmp_path, "x")
+    found = by_name(table)
+    assert found["packed formats, 1 tokens: bf16's time over theirs, least"] == ("1.25", "yes")
+    assert any(row["what"] == "failed: fp8 T=512" for row in table)
