@@ -66,7 +66,7 @@ PYTHON = {
     "moeinf/experts moeinf/integrations moeinf/packing moeinf/memory_read moeinf/pocket "
     "kernels/forms",
     "moeinf/report": "moeinf/errors moeinf/traces moeinf/output_files",
-    "moeinf/server": "moeinf/integrations",
+    "moeinf/server": "moeinf/cache moeinf/integrations",
     "moeinf/native": "",
     "moeinf/memory_read": "moeinf/_core",
     "moeinf/machine": "moeinf/_core moeinf/errors moeinf/cpus moeinf/memory_read",

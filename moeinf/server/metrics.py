@@ -8,22 +8,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
+from moeinf.cache.statistics import COUNTERS
 from moeinf.server.job import Job
 
 WINDOW = 10.0  # seconds that tokens/s are counted over
-# Counter of the cache: what it counts.
-_COUNTS = {
-    "hits": "Experts that sat in a slot when a step asked for them",
-    "misses": "Experts that had to be read when a step asked for them",
-    "evictions": "Experts that left a slot",
-    "demand_bytes": "Bytes read because a step asked for them",
-    "prefetch_bytes": "Bytes read ahead of a step",
-    "stall_seconds": "Seconds that steps waited for reads",
-}
 
 
 class Metrics:
@@ -44,7 +36,7 @@ class Metrics:
         self._first = Histogram(
             "moeinf_first_token_seconds", "From the request to its first token", registry=own
         )
-        own.register(_Cache(model))
+        own.register(_Caches(model.moeinf.caches))
         ProcessCollector(registry=own)
         self._latest: deque[float] = deque(maxlen=100_000)
 
@@ -73,29 +65,43 @@ class Metrics:
         return generate_latest(self._registry)
 
 
-class _Cache(Collector):
-    """The counters of a model's first cache, by layer."""
+class _Caches(Collector):
+    """The counters of a model's caches, by layer, under the names that vLLM's metrics have too."""
 
-    def __init__(self, model: Any):
-        self._model = model
+    def __init__(self, caches: list[Any]):
+        self._caches = caches
 
-    def describe(self) -> list[Any]:
+    def describe(self) -> list[Metric]:
         return []
 
-    def collect(self) -> Iterator[Any]:
-        stats, cache = self._model.moeinf.stats(), self._model.moeinf.cache
-        for name, what in _COUNTS.items():
-            family = CounterMetricFamily(f"moeinf_expert_{name}", what, labels=["layer"])
+    def collect(self) -> Iterator[Metric]:
+        counters = [
+            CounterMetricFamily(f"moeinf_{name}", f"Experts: {name}.", labels=["cache", "layer"])
+            for name in COUNTERS
+        ]
+        gauges = {
+            what: GaugeMetricFamily(f"moeinf_{what}", help, labels=["cache"])
+            for what, help in (
+                ("hit_rate", "Hits by accesses since the start"),
+                ("slots", "Experts that fit into the slots"),
+                ("slot_memory_bytes", "Bytes of all slots"),
+                ("total_experts", "Experts of the model"),
+            )
+        }
+        for cache in self._caches:
+            stats, store = cache.stats(), cache.store
             for layer, counts in enumerate(stats["layers"]):
-                family.add_metric([str(layer)], counts[name])
-            yield family
-        yield GaugeMetricFamily(
-            "moeinf_hit_rate", "Hits by accesses since the start", stats["hit_rate"]
-        )
-        yield GaugeMetricFamily("moeinf_slots", "Experts that fit into the slots", cache.slots)
-        yield GaugeMetricFamily("moeinf_slot_bytes", "Bytes of all slots", cache.nbytes)
-        total = cache.store.num_layers * cache.store.num_experts
-        yield GaugeMetricFamily("moeinf_experts", "Experts of the model", total)
+                for family, name in zip(counters, COUNTERS, strict=True):
+                    family.add_metric([cache.name, str(layer)], counts[name])
+            values = {
+                "hit_rate": stats["hit_rate"],
+                "slots": cache.slots,
+                "slot_memory_bytes": cache.nbytes,
+                "total_experts": store.num_layers * store.num_experts,
+            }
+            for what, value in values.items():
+                gauges[what].add_metric([cache.name], value)
+        yield from (*counters, *gauges.values())
 
 
 class _Queue(Collector):
@@ -103,10 +109,10 @@ class _Queue(Collector):
         self._scheduler = scheduler
         self._latest = latest
 
-    def describe(self) -> list[Any]:
+    def describe(self) -> list[Metric]:
         return []
 
-    def collect(self) -> Iterator[Any]:
+    def collect(self) -> Iterator[Metric]:
         yield GaugeMetricFamily(
             "moeinf_requests_running", "Requests that are being answered", self._scheduler.running
         )

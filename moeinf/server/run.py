@@ -61,7 +61,7 @@ class Server(uvicorn.Server):
                 http=protocol_for(settings),
                 ws="none",
                 lifespan="off",
-                log_level="warning",
+                log_level="error",
                 access_log=False,
                 proxy_headers=False,
                 server_header=False,

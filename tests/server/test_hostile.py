@@ -12,8 +12,8 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import NAME, Running, read_reply, request, running
 from fuzzing import fuzzed_request
+from running import NAME, Running, read_reply, request, running
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 LONG = {"model": NAME, "prompt": "import os\n", "max_tokens": 400, "ignore": None}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
 import pytest
 import torch
-from conftest import NAME, Running
+from running import NAME, Running
 
 import moeinf
 from moeinf.pocket import POCKET
@@ -236,7 +237,7 @@ def test_metrics_count_what_was_done(served: Running) -> None:
     assert [served.metric(name) for name in names] == [before[0] + 7, before[1] + 9]
     text = served.ask("GET", "/metrics").body.decode()
     for layer in range(8):
-        assert f'moeinf_expert_hits_total{{layer="{layer}"}}' in text
-    assert served.metric("moeinf_slots") == 64 and served.metric("moeinf_experts") == 256
+        assert re.search(rf'moeinf_hits_total{{cache=".+",layer="{layer}"}} [1-9]', text)
+    assert served.metric("moeinf_slots") == 64 and served.metric("moeinf_total_experts") == 256
     assert 0 < served.metric("moeinf_hit_rate") < 1
     assert served.metric("moeinf_requests_running") == served.metric("moeinf_requests_waiting") == 0

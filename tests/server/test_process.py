@@ -14,7 +14,7 @@ from typing import Any
 
 import openai
 import pytest
-from conftest import NAME
+from running import NAME
 
 from moeinf.cli import main
 
