@@ -21,6 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from moeinf.checkpoint.blocks import BLOCKS
 from moeinf.kernels import decode_shared, decode_vector, prefill, route_sum, tuning
 from moeinf.kernels.gates import ACTIVATIONS, GATES
 
@@ -52,7 +53,7 @@ class Scaled:
     format: str
     values: str
     scale_type: str
-    scales: str
+    scales: str | None  # None: in the blocks of the values
     block: tuple[int, int]
     multiplier: bool = False
     zeros: bool = False
@@ -71,6 +72,7 @@ SCALED = {
     "int8": Scaled("int8", "i8", "float", "fp32", (1, 0)),
     "int4 zeros": Scaled("int4", "u8", "float", "fp16", (1, 128), zeros=True),
     "int8 zeros": Scaled("int8", "i8", "float", "fp16", (1, 0), zeros=True),
+    **{f"gguf {name}": Scaled(name, "u8", "blocks", None, (1, 0)) for name in BLOCKS},
 }
 
 
@@ -124,17 +126,18 @@ def constants(case: Case, arch: int) -> dict[str, Any]:
     absent = []
     if scaled is None:
         values |= {"SCALE_TYPE": None, "SCALE_N": 1, "SCALE_K": 0, "FOLD": False}
-        absent += ["gate_scales_ptr", "up_scales_ptr", "down_scales_ptr", *STRIDES_OF_SCALES]
     else:
         fold = scaled.fold(case.dtype)
         values |= {
             "FORMAT": scaled.format, "SCALE_TYPE": scaled.scale_type, "SCALE_N": scaled.block[0],
             "SCALE_K": scaled.block[1], "FOLD": fold, "stride_ck": 1,
-            "UPCAST": upcast(case.dtype, arch) or case.dtype == "float16",
+            "UPCAST": upcast(case.dtype, arch) or case.dtype == "float16" or not scaled.scales,
         }  # fmt: skip
         summed = "BLOCK_H" if case.kernel.startswith("gate_up") else "BLOCK_I"
         if scaled.block[1] and not fold and not case.kernel.endswith("vector"):
             values[summed] = min(values[summed], scaled.block[1])
+    if scaled is None or scaled.scales is None:
+        absent += ["gate_scales_ptr", "up_scales_ptr", "down_scales_ptr", *STRIDES_OF_SCALES]
     if scaled is None or not scaled.multiplier:
         absent += ["gate_multiplier_ptr", "up_multiplier_ptr", "down_multiplier_ptr", "stride_ms"]
     if scaled is None or not scaled.zeros:
@@ -162,7 +165,7 @@ def argument_type(kernel: str, name: str, dtype: str, scaled: Scaled | None = No
         return "*fp32"
     if scaled is not None and stem in ("gate", "up", "down"):
         return "*" + scaled.values
-    if scaled is not None and stem.endswith("_scales"):
+    if scaled is not None and scaled.scales and stem.endswith("_scales"):
         return "*" + scaled.scales
     if stem.endswith("_zeros"):
         return "*i8"
@@ -295,8 +298,11 @@ def effective(row: dict[str, Any], arch: int, dtype: str, order: str) -> Mapping
     )
 
 
-def default_cases(arch: int, rows: int = 64) -> list[Case]:
-    """One case per kernel: bfloat16 (float16 on Turing), weights by rows."""
+def default_cases(arch: int, rows: int = 64, blocks: bool = False) -> list[Case]:
+    """One case per kernel: bfloat16 (float16 on Turing), weights by rows.
+
+    `blocks`: tiles that are multiplied in float32, as kernels/paths.py chooses them.
+    """
     dtype = "bfloat16" if arch >= 80 else "float16"
     cases = []
     for kernel in KERNELS:
@@ -304,7 +310,8 @@ def default_cases(arch: int, rows: int = 64) -> list[Case]:
             config = {"BLOCK_H": 512, "num_warps": 4}
         else:
             config = tuning.config(
-                kernel, (f"sm_{arch}", "*"), dtype=dtype,
+                kernel, (f"sm_{arch}", "*"),
+                dtype="float32" if blocks and kernel != "gate_up_vector" else dtype,
                 hidden=2048, intermediate=768,
                 rows_per_tile=rows if kernel.endswith("grouped") else 0,
             )  # fmt: skip
@@ -332,7 +339,8 @@ def with_form(cases: list[Case], **form: Any) -> list[Case]:
 def form_cases(arch: int) -> list[Case]:
     """Every form of a model on the default configurations, and on the largest prefill tiles.
 
-    Formats with scales take no tiles of 128 rows: see kernels/paths.py.
+    Formats with scales take no tiles of 128 rows, with zero points none of 64: see
+    kernels/paths.py.
     """
     cases = default_cases(arch) + default_cases(arch, rows=128)[-3:-1]
     forms: list[dict[str, Any]] = [
@@ -343,8 +351,9 @@ def form_cases(arch: int) -> list[Case]:
     forms += [{"ACTIVATION": name} for name in ACTIVATIONS if name != "silu"]
     forms += [{"FUNCTION": name} for name, row in GATES.items() if row.has_up and name != "glu"]
     formed = [case for form in forms for case in with_form(cases, **form)]
-    for name in SCALED:
-        formed += with_form(default_cases(arch), weights=name)
+    for name, scaled in SCALED.items():
+        cases = default_cases(arch, 32 if scaled.zeros else 64, blocks=scaled.scales is None)
+        formed += with_form(cases, weights=name)
     return formed
 
 

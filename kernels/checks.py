@@ -108,6 +108,8 @@ def check_matrix(
     check_dtype("hidden", hidden, row.tokens)
     stored = (slots, rows, cols // row.pack * row.unit)
     check_tensor(name, matrix.values, stored, (row.values,), hidden.device)
+    if row.unit > 1:
+        check_places(name, matrix.values, row.unit & -row.unit)
     for kind, tensor in (("scales", matrix.scales), ("multiplier", matrix.multiplier)):
         if tensor is not None and not row.scaled:
             raise ValueError(
@@ -136,6 +138,17 @@ def check_matrix(
     if matrix.bias is not None:
         dtypes = tuple(dict.fromkeys((hidden.dtype, torch.float32)))
         check_tensor(f"{name} bias", matrix.bias, shape[:2], dtypes, hidden.device)
+
+
+def check_places(name: str, blocks: torch.Tensor, whole: int) -> None:
+    """Blocks are read in words, which begin at multiples of what divides a block."""
+    check_unit_stride(name, blocks)
+    address, strides = blocks.data_ptr(), blocks.stride()[:-1]
+    if any(place % whole for place in (address, *strides)):
+        raise ValueError(
+            f"{name}: expected blocks at multiples of {whole} bytes, found them at {address} with "
+            f"strides {strides}"
+        )
 
 
 def check_zeros(name: str, zeros: torch.Tensor, scales: torch.Tensor, row: Format) -> None:

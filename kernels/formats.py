@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import load_blocks
+from .blocks import load_blocks, row_at
 from .product import multiply
 
 TOKENS = (torch.bfloat16, torch.float16, torch.float32)
@@ -57,6 +57,8 @@ FORMATS = {
     "int4": Format(torch.uint8, pack=2, zeros=True),
     "q8_0": Format(torch.uint8, pack=32, unit=34, scaled=False),
     "q4_0": Format(torch.uint8, pack=32, unit=18, scaled=False),
+    "q5_0": Format(torch.uint8, pack=32, unit=22, scaled=False),
+    "q5_1": Format(torch.uint8, pack=32, unit=24, scaled=False),
     "iq4_nl": Format(torch.uint8, pack=32, unit=18, scaled=False),
     "mxfp4": Format(torch.uint8, pack=32, unit=17, scaled=False),
     "q4_k": Format(torch.uint8, pack=256, unit=144, scaled=False),
@@ -217,8 +219,8 @@ def load_tile(
     they are numbers of no meaning, but finite.
     """
     if SCALE_TYPE == "blocks":
-        row = values_ptr + slot * stride_ws + n.to(tl.int64) * stride_wn
-        tile = load_blocks(row, in_n, k0, K, stride_wk, FORMAT, COUNT)
+        row = values_ptr + slot * stride_ws + row_at(n, stride_wn, FORMAT)
+        tile = load_blocks(row, in_n, k0, K, FORMAT, COUNT)
     else:
         tile = load_values(
             values_ptr, slot, n, in_n, k0, K, stride_ws, stride_wn, stride_wk, FORMAT, COUNT, False

@@ -73,8 +73,14 @@ def routes_dtype(a: Arguments, path: str) -> torch.dtype:
 def tuning_key(kernel: str, a: Arguments, rows_per_tile: int = 0) -> dict[str, Any]:
     """What the tuning table is asked for this kernel."""
     matrix = a.matrices.gate if kernel.startswith("gate_up") else a.matrices.down
+    # Blocks are multiplied in float32, whose tiles need more registers: all but those of
+    # gate_up_vector are smaller. Both products of a prefill have tiles of the same rows.
+    multiplied = (a.matrices.gate, a.matrices.down) if kernel.endswith("grouped") else (matrix,)
+    in_floats = kernel != "gate_up_vector" and any(
+        FORMATS[each.format].unit > 1 for each in multiplied
+    )
     return {
-        "dtype": str(a.dtype).removeprefix("torch."),
+        "dtype": "float32" if in_floats else str(a.dtype).removeprefix("torch."),
         "hidden": a.H,
         "intermediate": a.I,
         "order": "rows" if matrix.values.stride(2) == 1 else "columns",
@@ -209,15 +215,18 @@ def decode_plan(a: Arguments, path: str, per_route: bool, out: torch.Tensor | No
 def rows_per_tile(a: Arguments) -> int:
     """BLOCK_M for the mean number of rows per expert; never a function of the number of slots.
 
-    Scaled formats keep a second tile of sums, for which tiles of 128 rows have no registers.
+    Scaled formats keep a second tile of sums, for which tiles of 128 rows have no registers; zero
+    points make weights of floats, for which those of 64 have none.
     """
     experts = a.num_experts
     if experts is None:
         experts = 64 if a.expert_map is None else a.expert_map.numel()
     mean = a.T * a.k / experts
-    rows = [FORMATS[matrix.format] for matrix in (a.matrices.gate, a.matrices.down)]
-    scaled = any(row.scaled or row.unit > 1 for row in rows)
-    return next((count for count in (16, 32, 64) if mean <= count), 64 if scaled else 128)
+    both = a.matrices.gate, a.matrices.down
+    rows = [FORMATS[matrix.format] for matrix in both]
+    most = 64 if any(row.scaled or row.unit > 1 for row in rows) else 128
+    most = 32 if any(matrix.zeros is not None for matrix in both) else most
+    return min(next((count for count in (16, 32, 64) if mean <= count), most), most)
 
 
 def run_grouped(

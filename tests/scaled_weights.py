@@ -48,7 +48,8 @@ def block_scales(row: WeightFormat, raw: torch.Tensor, size: float, rng: torch.G
         around = 127 + round(math.log2(size))
         raw[..., 0] = torch.randint(around - 2, around + 2, raw.shape[:-1], generator=rng)
         return
-    for first in {"q6_k": [208], "q4_k": [0, 2], "q5_k": [0, 2]}.get(row.name, [0]):
+    two = [0, 2]
+    for first in {"q6_k": [208], "q4_k": two, "q5_k": two, "q5_1": two}.get(row.name, [0]):
         drawn = (torch.rand(*raw.shape[:-1], 1, generator=rng) + 0.5) * size
         raw[..., first : first + 2] = drawn.half().view(torch.uint8)
 

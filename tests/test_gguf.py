@@ -193,7 +193,8 @@ def test_decoders_are_those_of_the_gguf_package(seed: int, name: str) -> None:
     """All bytes of codes and of scales; the numbers of a block that are float16 stay finite."""
     kind, (_, size, decode) = Kind[name.upper()], BLOCKS[name]
     raw = np.random.default_rng(seed).integers(0, 256, (200, size), dtype=np.uint8)
-    halves = {"q6_k": [208], "q4_k": [0, 2], "q5_k": [0, 2], "mxfp4": []}.get(name, [0])
+    two = [0, 2]
+    halves = {"q6_k": [208], "q4_k": two, "q5_k": two, "q5_1": two, "mxfp4": []}.get(name, [0])
     for first in halves:
         raw[:, first + 1] &= 0xBF  # no infinity, no NaN
     if name == "mxfp4":

@@ -51,7 +51,10 @@ struct NibbleBlocks {
         constexpr auto kSize = static_cast<int64_t>(sizeof(typename D::Stored));
         const int64_t byte = k / 2;
         const std::byte* block = row + byte / D::kCodes * kSize;
-        if constexpr (D::kCodes == 16) {
+        if constexpr (D::kCodes == 16 && D::kHighBits != 0) {
+            return {F::load_quarters(block + D::kFirst, kSize),
+                    F::load_bits(block + D::kHigh, kSize, 4)};
+        } else if constexpr (D::kCodes == 16) {
             return {F::load_quarters(block + D::kFirst, kSize)};
         } else if constexpr (D::kHighBits == 0) {
             return {F::load_words(block + D::kFirst + byte % D::kCodes)};
@@ -65,8 +68,13 @@ struct NibbleBlocks {
     static Packed load_first(const std::byte* row, int64_t k, int64_t n) {
         constexpr auto kSize = static_cast<int64_t>(sizeof(typename D::Stored));
         if constexpr (D::kCodes == 16) {
-            const std::byte* first = row + k / D::kPack * kSize + D::kFirst;
-            return {F::load_quarters_first(first, kSize, n / D::kPack)};
+            const std::byte* block = row + k / D::kPack * kSize;
+            const auto codes = F::load_quarters_first(block + D::kFirst, kSize, n / D::kPack);
+            if constexpr (D::kHighBits == 0) {
+                return {codes};
+            } else {
+                return {codes, F::load_bits(block + D::kHigh, kSize, n / D::kPack)};
+            }
         } else {
             return load(row, k);
         }
@@ -243,7 +251,7 @@ struct BlockTiles {
             }(std::make_index_sequence<kHalves>());
         }
         if constexpr (D::kMinima) {
-            const int64_t groups = job.depth / D::kGroup;  // a multiple of 8
+            const int64_t groups = job.depth / D::kGroup;
             for (int r = 0; r < kRows; ++r) {
                 const auto* sums = reinterpret_cast<const float*>(rows[r] + padded);
                 for (int n = 0; n < kOutputs; ++n) {

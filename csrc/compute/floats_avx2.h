@@ -77,6 +77,25 @@ struct Floats256 {
     static Words load_shifted(const std::byte* p, int shift) {
         return _mm256_srli_epi32(load_words(p), shift);
     }
+    // Twice four bytes, at a distance, or the first of them: bits j and j + 16 become bits 0 and 4
+    // of byte j.
+    static int32_t word(const std::byte* p) {
+        int32_t value;
+        __builtin_memcpy(&value, p, sizeof value);
+        return value;
+    }
+    static Words load_bits(const std::byte* p, int64_t stride, int64_t n) {
+        const __m256i four = _mm256_inserti128_si256(
+            _mm256_set1_epi32(word(p)), _mm_set1_epi32(n > 1 ? word(p + stride) : 0), 1);
+        const __m256i bit = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+        const __m256i eights = _mm256_setr_epi64x(0, 0x0101010101010101, 0, 0x0101010101010101);
+        const auto bits = [&](int8_t first, int8_t set) {
+            const __m256i at = _mm256_add_epi8(eights, _mm256_set1_epi8(first));
+            const __m256i one = _mm256_and_si256(_mm256_shuffle_epi8(four, at), bit);
+            return _mm256_and_si256(_mm256_cmpeq_epi8(one, bit), _mm256_set1_epi8(set));
+        };
+        return _mm256_or_si256(bits(0, 1), bits(2, 16));
+    }
     template <int kShift>
     static Vec look_up(Words words, const float (&table)[16]) {
         const __m256i at = _mm256_srli_epi32(words, kShift);

@@ -95,6 +95,27 @@ struct Floats512 {
         const __m512i more = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
         return _mm512_srlv_epi32(twice, _mm512_add_epi32(more, _mm512_set1_epi32(shift)));
     }
+    // Four times four bytes, at equal distances, or the first n of them: bits j and j + 16 become
+    // bits 0 and 4 of byte j.
+    static Words load_bits(const std::byte* p, int64_t stride, int64_t n) {
+        const auto word = [&](int64_t i) {
+            int32_t value = 0;
+            if (i < n) __builtin_memcpy(&value, p + i * stride, sizeof value);
+            return value;
+        };
+        __m512i four = _mm512_set1_epi32(word(0));
+        four = _mm512_mask_set1_epi32(four, 0x00f0, word(1));
+        four = _mm512_mask_set1_epi32(four, 0x0f00, word(2));
+        four = _mm512_mask_set1_epi32(four, 0xf000, word(3));
+        const __m512i bit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201u));
+        const __m512i eights = _mm512_broadcast_i32x4(_mm_set_epi64x(0x0101010101010101, 0));
+        const auto bits = [&](int8_t first, int8_t set) {
+            const __m512i at = _mm512_add_epi8(eights, _mm512_set1_epi8(first));
+            return _mm512_maskz_set1_epi8(_mm512_test_epi8_mask(_mm512_shuffle_epi8(four, at), bit),
+                                          set);
+        };
+        return _mm512_or_si512(bits(0, 1), bits(2, 16));
+    }
     template <int kShift>
     static Vec look_up(Words words, const float (&table)[16]) {
         return _mm512_permutexvar_ps(_mm512_srli_epi32(words, kShift), _mm512_loadu_ps(table));

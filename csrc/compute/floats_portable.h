@@ -112,6 +112,17 @@ struct Floats128 {
     static Words load_shifted(const std::byte* p, int shift) {
         return load_words(p) >> static_cast<uint32_t>(shift);
     }
+    static Words load_bits(const std::byte* p, int64_t /*stride*/, int64_t /*n*/) {
+        uint32_t bits;
+        __builtin_memcpy(&bits, p, sizeof bits);
+        uint8_t spread[16];
+        for (uint32_t j = 0; j < 16; ++j) {
+            spread[j] = static_cast<uint8_t>((bits >> j & 1u) | (bits >> j >> 12 & 16u));
+        }
+        Words words;
+        __builtin_memcpy(&words, spread, sizeof words);
+        return words;
+    }
     template <int kShift>
     static Vec look_up(Words words, const float (&table)[16]) {
         const Words at = words >> kShift & 15u;

@@ -223,6 +223,10 @@ constexpr Product Bf16::kProduct<Int4Weights> = scaled_product<Int4Product>();
 template <>
 constexpr Product Bf16::kProduct<Q40Weights> = block_product<NibbleBlocksProduct<Q40Weights>>();
 template <>
+constexpr Product Bf16::kProduct<Q50Weights> = block_product<NibbleBlocksProduct<Q50Weights>>();
+template <>
+constexpr Product Bf16::kProduct<Q51Weights> = block_product<NibbleBlocksProduct<Q51Weights>>();
+template <>
 constexpr Product Bf16::kProduct<Iq4NlWeights> = block_product<NibbleBlocksProduct<Iq4NlWeights>>();
 template <>
 constexpr Product Bf16::kProduct<Mxfp4Weights> = block_product<NibbleBlocksProduct<Mxfp4Weights>>();

@@ -39,6 +39,23 @@ def q4_0(blocks: Tensor) -> Tensor:
     return _half(blocks, 0) * (_nibbles(blocks[..., 2:], 16).double() - 8)
 
 
+def _fifth_bits(word: Tensor) -> Tensor:
+    """Bit j of four bytes, 16 for 1, belongs to element j."""
+    return torch.cat([(word[..., j // 8, None] >> j % 8 & 1) << 4 for j in range(32)], -1)
+
+
+def q5_0(blocks: Tensor) -> Tensor:
+    """d, the fifth bits, 32 codes, which have 16 added."""
+    codes = _nibbles(blocks[..., 6:], 16) | _fifth_bits(blocks[..., 2:6])
+    return _half(blocks, 0) * (codes.double() - 16)
+
+
+def q5_1(blocks: Tensor) -> Tensor:
+    """d, m, which is added, the fifth bits, 32 codes."""
+    codes = _nibbles(blocks[..., 8:], 16) | _fifth_bits(blocks[..., 4:8])
+    return _half(blocks, 0) * codes.double() + _half(blocks, 2)
+
+
 def iq4_nl(blocks: Tensor) -> Tensor:
     """d, 32 places in a table."""
     table = torch.tensor(IQ4_NL, dtype=torch.float64, device=blocks.device)
@@ -96,6 +113,8 @@ def q6_k(blocks: Tensor) -> Tensor:
 BLOCKS: dict[str, tuple[int, int, Callable[[Tensor], Tensor]]] = {
     "q8_0": (32, 34, q8_0),
     "q4_0": (32, 18, q4_0),
+    "q5_0": (32, 22, q5_0),
+    "q5_1": (32, 24, q5_1),
     "iq4_nl": (32, 18, iq4_nl),
     "mxfp4": (32, 17, mxfp4),
     "q4_k": (256, 144, q4_k),
@@ -108,6 +127,8 @@ BLOCKS: dict[str, tuple[int, int, Callable[[Tensor], Tensor]]] = {
 NUMBERS: dict[str, tuple[tuple[int, str], ...]] = {
     "q8_0": ((0, "f16"),),
     "q4_0": ((0, "f16"),),
+    "q5_0": ((0, "f16"),),
+    "q5_1": ((0, "f16"), (2, "f16")),
     "iq4_nl": ((0, "f16"),),
     "mxfp4": ((0, "e8m0"),),
     "q4_k": ((0, "f16"), (2, "f16")),

@@ -85,6 +85,22 @@ def test_every_load_of_decode_weights_is_16_bytes_wide(form: dict[str, bool]) ->
                 assert machine.loads[name].keys() == {16}, (formed.label(), machine.loads)
 
 
+# What the place of a block in a row allows, of the bytes of codes: see kernels/blocks.py.
+WIDTHS = {"mxfp4": 1, "q5_1": 4, "q4_k": 8, "q5_k": 8}
+
+
+@pytest.mark.parametrize("weights", [name for name in compiling.SCALED if "gguf" in name])
+def test_blocks_are_read_as_wide_as_they_lie(weights: str) -> None:
+    """Codes, and the scales of all formats but those whose scale is one byte."""
+    (case, *_) = compiling.with_form(compiling.default_cases(90, blocks=True), weights=weights)
+    loads = compiling.compile_case(case, 90).loads["gate"]
+    name = weights.removeprefix("gguf ")
+    assert max(loads) >= WIDTHS.get(name, 2), loads
+    # The scales of q6_k are bytes, one for each group of columns.
+    narrow = {"mxfp4": None, "q6_k": 1}.get(name, 0)
+    assert narrow is None or loads.get(1, 0) == narrow, loads
+
+
 @pytest.mark.parametrize("kernel", ["gate_up_vector", "down_vector"])
 def test_lanes_find_their_operand_in_place(kernel: str) -> None:
     """Inside the loops no thread passes data to another one; that would need a tile of float32.

@@ -9,7 +9,8 @@
 //   kGroup        columns that share a scale
 //   kMinima       whether a group has a minimum too, which is subtracted
 //   kTable        numbers of the lower four bits of a code
-//   kHighBits     other bits of a code; those lie in 32 bytes from kHigh on
+//   kHighBits     other bits of a code; those lie in 32 bytes from kHigh on, or in four bytes
+//                 where there are 16 bytes of codes
 //   column(b, h)  of the lower (h = 0) or upper half of byte b of the codes
 //   scales<F>()   the scales and minima of a row
 //
@@ -68,13 +69,17 @@ struct SmallBlocks {
     static constexpr int kHighBits = 0;
     static constexpr int64_t column(int64_t byte, int64_t half) { return byte + 16 * half; }
     template <class F>
-    static void scales(const ScaleJob<F>& job) {
+    static void numbers(const ScaleJob<F>& job, int64_t first, float* to) {
         Number numbers[kScaleOutputs * ScaleJob<F>::kRow];
-        gather<Stored>(job, 0, numbers, ScaleJob<F>::kRow);
+        gather<Stored>(job, first, numbers, ScaleJob<F>::kRow);
         for (int64_t n = 0; n < job.count; ++n) {
             const int64_t row = n * ScaleJob<F>::kRow;
-            widen_row<F>(numbers + row, job.blocks, job.scales + row);
+            widen_row<F>(numbers + row, job.blocks, to + row);
         }
+    }
+    template <class F>
+    static void scales(const ScaleJob<F>& job) {
+        numbers(job, 0, job.scales);
     }
 };
 
@@ -97,6 +102,40 @@ struct Mxfp4Weights : SmallBlocks<E8M0, 17> {
     static constexpr std::string_view kName = "mxfp4";
     static constexpr float kTable[16] = {0,     0.5f,  1,  1.5f,  2,  3,  4,  6,
                                          -0.0f, -0.5f, -1, -1.5f, -2, -3, -4, -6};
+};
+
+// The same with a fifth bit for each code: bit j + 16h of four bytes belongs to byte j, half h.
+template <size_t kSize>
+struct FiveBits : SmallBlocks<F16, kSize> {
+    static constexpr int64_t kFirst = kSize - 16;
+    static constexpr int64_t kCodes = 16;
+    static constexpr int64_t kHigh = kSize - 20;
+    static constexpr int kHighBits = 1;
+    static constexpr int kHalfShift = 4;
+    static constexpr float kTable[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+};
+
+struct Q50Weights : FiveBits<22> {
+    static constexpr std::string_view kName = "q5_0";
+    static constexpr float kHighTable[16] = {-16, 0, -16, 0, -16, 0, -16, 0,
+                                             -16, 0, -16, 0, -16, 0, -16, 0};
+};
+
+// Its second number is added, and not subtracted as a minimum is.
+struct Q51Weights : FiveBits<24> {
+    static constexpr std::string_view kName = "q5_1";
+    static constexpr bool kMinima = true;
+    static constexpr float kHighTable[16] = {0, 16, 0, 16, 0, 16, 0, 16,
+                                             0, 16, 0, 16, 0, 16, 0, 16};
+    template <class F>
+    static void scales(const ScaleJob<F>& job) {
+        numbers(job, 0, job.scales);
+        numbers(job, 2, job.minima);
+        for (int64_t n = 0; n < job.count; ++n) {
+            float* minima = job.minima + n * ScaleJob<F>::kRow;
+            for (int64_t i = 0; i < job.blocks; ++i) minima[i] = -minima[i];
+        }
+    }
 };
 
 // Blocks of 256 columns. The scales of their groups are whole numbers, times a float.

@@ -232,3 +232,24 @@ def test_combine_refuses_what_does_not_fit() -> None:
         combine(routes, ids, weights, dtype=torch.float32, out=zeros(T, H, dtype=torch.float16))
     with pytest.raises(ValueError, match=r"routes: expected \[T, k, H\]"):
         combine(zeros(T, H), ids, weights)
+
+
+@pytest.mark.parametrize(
+    ("name", "bytes_", "view"),
+    [
+        ("q8_0", 34, lambda raw: raw[:, :, 1:35]),
+        ("q4_k", 144, lambda raw: raw[:, :, 8:152]),
+        ("q5_1", 24, lambda raw: raw[:, :, ::2][:, :, :24]),
+    ],
+)
+def test_blocks_at_places_that_words_do_not_have(
+    name: str, bytes_: int, view: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    columns = 256 if name == "q4_k" else 32
+    gate = view(torch.zeros(S, I, 4 * bytes_, dtype=torch.uint8, device=DEVICE))
+    arguments = good() | {
+        "hidden": zeros(T, columns), "gate": gate, "up": gate, "down": zeros(S, columns, I),
+        "formats": {"gate": name, "up": name},
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=r"gate: expected (blocks at multiples of|unit stride)"):
+        fused_experts(**arguments_of(arguments))
