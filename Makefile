@@ -7,7 +7,7 @@ TRANSFORMERS_TESTS := $(addprefix tests/test_,passes.py switching.py transformer
 	router_recording.py)
 CPP := 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.h' 'tests/*.cpp' 'tests/*.c' 'examples/*.c' 'moeinf/include/*.h'
 
-.PHONY: demo test test-transformers test-packs test-vllm families lint stubs fmt sanitize bench clean
+.PHONY: demo test test-transformers test-packs test-vllm test-sglang test-server families lint stubs fmt sanitize bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/moeinf run --memory 25% --max-new-tokens 120 --temperature 0.7 --verify
@@ -40,6 +40,24 @@ test-vllm:
 	build/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	build/vllm/bin/python -m pip install --quiet .
 	build/vllm/bin/python -m pytest tests/runtimes/test_vllm.py
+
+# `moeinf serve` with OpenAI's client and with hostile ones; a part of `make test`.
+test-server: $(VENV)/.test
+	$(BIN)/python -m pytest tests/server
+
+# SGLang's own engine, on the CPU, in an environment of its own (3 GB). SGLang's pins are of CUDA
+# packages that its CPU engine does not import; torch and torchvision are a pair.
+test-sglang:
+	$(PYTHON) -m venv build/sglang
+	build/sglang/bin/python -m pip install --quiet --no-deps sglang==0.5.23 torchvision==0.28.0
+	build/sglang/bin/python -m pip install --quiet torch==2.13.0 transformers==5.19.0 \
+		compressed-tensors==0.18.0 aiohttp einops fastapi gguf IPython llguidance msgspec interegular \
+		openai openai-harmony==0.0.4 orjson outlines==0.1.11 partial_json_parser pillow \
+		prometheus-client psutil pybase64 pydantic python-multipart pyzmq requests scipy sentencepiece \
+		setproctitle tiktoken uvicorn uvloop watchfiles xgrammar==0.2.7 xxhash zstandard dill \
+		pytest pytest-timeout
+	build/sglang/bin/python -m pip install --quiet .
+	build/sglang/bin/python -m pytest tests/runtimes/test_sglang.py
 
 # The table of families, docs/families.md.
 families: $(VENV)/.test
@@ -86,7 +104,7 @@ $(VENV)/.demo: pyproject.toml setup.py CMakeLists.txt
 
 $(VENV)/.test: pyproject.toml setup.py CMakeLists.txt
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) -e '.[hf,report,test]' cmake ninja
+	$(INSTALL) -e '.[hf,serve,report,test]' cmake ninja
 	touch $(VENV)/.demo $@
 
 $(VENV)/.lint: $(VENV)/.demo

@@ -12,12 +12,19 @@ from typing import Any
 import pytest
 import torch
 
+import moeinf
 import moeinf.cli
 from moeinf.pocket import POCKET
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ["README.md", "CONTRIBUTING.md", "docs/architecture.md", "tools/pocket/README.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "docs/runtimes.md",
+    "tools/pocket/README.md",
+]
 PAGES += [f"benchmarks/notes/{page.name}" for page in (ROOT / "benchmarks/notes").glob("*.md")]
 
 
@@ -39,20 +46,27 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     asked = commands()
     assert {command[1] for command in asked} == {
-        "run", "chat", "info", "doctor", "trace", "simulate", "report", "pack", "plan",
+        "run", "chat", "serve", "info", "doctor", "trace", "simulate", "report", "pack", "plan",
+        "top",
     }  # fmt: skip
+    running = moeinf.ExpertCache(moeinf.ExpertStore.open(POCKET), slots=2)
     for command in asked:
+        if command[1] == "serve":  # it runs until a signal: tests/server
+            continue
         words = [with_built_in_model(word) for word in command[1:]]
         if command[1] == "run":  # the built-in model is smaller than the README's budget
             words[words.index("--memory") + 1] = "25%"
             words[words.index("--max-new-tokens") + 1] = "5"
         if command[1] == "chat":
             words += ["--max-new-tokens", "5"]
+        if command[1] == "top":
+            words += ["--once"]
         monkeypatch.setattr(sys, "argv", ["moeinf", *words])
         monkeypatch.setattr(sys, "stdin", io.StringIO("import os\n"))
         with pytest.raises(SystemExit) as ended:
             moeinf.cli.main()
         assert not ended.value.code, words
+    assert running.name  # for moeinf top to see
     assert (tmp_path / "report.html").stat().st_size > 10_000
 
 

@@ -66,12 +66,13 @@ PYTHON = {
     "moeinf/experts moeinf/integrations moeinf/packing moeinf/memory_read moeinf/pocket "
     "kernels/forms",
     "moeinf/report": "moeinf/errors moeinf/traces moeinf/output_files",
+    "moeinf/server": "moeinf/cache moeinf/integrations",
     "moeinf/native": "",
     "moeinf/memory_read": "moeinf/_core",
     "moeinf/machine": "moeinf/_core moeinf/errors moeinf/cpus moeinf/memory_read",
     "moeinf/cli": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
     "moeinf/integrations moeinf/packing moeinf/planning moeinf/report moeinf/pocket "
-    "moeinf/machine moeinf/output_files",
+    "moeinf/server moeinf/machine moeinf/output_files",
     # moeinf/__init__.py alone: the public names, each imported when it is first used.
     "moeinf": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
     "moeinf/experts moeinf/integrations moeinf/packing moeinf/native kernels kernels/forms",
@@ -83,12 +84,19 @@ LIBRARIES = {
     "triton": {"kernels", "kernels/gates"},
     "safetensors": {"moeinf/traces"},
     "huggingface_hub": {"moeinf/checkpoint", "moeinf/integrations"},
-    "transformers": {"moeinf/integrations", "moeinf/planning", "moeinf/cli"},
+    "transformers": {"moeinf/integrations", "moeinf/planning", "moeinf/cli", "moeinf/server"},
     "accelerate": {"moeinf/integrations"},
     "peft": {"moeinf/integrations"},
+    "prometheus_client": {"moeinf/integrations", "moeinf/server"},
+    "sglang": {"moeinf/integrations"},
     "vllm": {"moeinf/integrations"},
     "jinja2": {"moeinf/integrations"},
     "matplotlib": {"moeinf/report"},
+    "fastapi": {"moeinf/server"},
+    "starlette": {"moeinf/server"},
+    "pydantic": {"moeinf/server"},
+    "uvicorn": {"moeinf/server"},
+    "h11": {"moeinf/server"},
     "typer": {"moeinf/cli"},
     "rich": {"moeinf/cli"},
 }

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from checkpoints import COMMON, FAMILIES, OWN_GATES, write_checkpoint
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import moeinf
@@ -159,7 +159,7 @@ def test_a_configuration_that_names_the_implementation(
     if OLD:  # does not read it
         torch.testing.assert_close(logits_of(model, ids), expected, rtol=1e-4, atol=1e-4)
         return
-    with pytest.raises(UnsupportedError, match=r"serves models that moeinf\.load loaded"):
+    with pytest.raises(UnsupportedError, match=r"call moeinf\.load\(path\) in place of"):
         logits_of(model, ids)
 
 
@@ -194,3 +194,13 @@ def test_two_models_in_one_process(qwen3_folder: Path, tmp_path: Path, seed: int
     assert torch.equal(logits_of(first, ids), expected)
     del second
     assert torch.equal(logits_of(first, ids), expected)
+
+
+@pytest.mark.skipif(OLD, reason="5.0 takes names from a list of its own")
+def test_a_caller_of_from_pretrained_is_sent_to_load(qwen3_folder: Path) -> None:
+    config = AutoConfig.from_pretrained(qwen3_folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        qwen3_folder, config=config, experts_implementation="moeinf"
+    )
+    with pytest.raises(UnsupportedError, match=r"call moeinf\.load\(path\) in place of"):
+        logits_of(model, torch.tensor([[1, 2]]))

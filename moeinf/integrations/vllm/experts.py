@@ -1,5 +1,10 @@
 """Replaces vLLM's experts of a layer: no weights, and a forward out of the cache.
 
+    the model is built      CachedMethod instead of vLLM's own: no weights are made
+    its weights are read    tensors of experts are skipped, fused ones too
+    the model is loaded     fails where no layer became ours
+    a pass runs             an operator, opaque for compiled models too: says the pass, computes
+
 Two ways in. `RoutedExperts` is replaced for models of any quantisation where --additional-config
 speaks of moeinf. --quantization moeinf says it openly, for checkpoints without one.
 """
@@ -20,14 +25,18 @@ from vllm.model_executor.layers.linear import LinearBase, UnquantizedLinearMetho
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader import weight_utils
+from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-from moeinf.cache.cache import ExpertCache
+from moeinf.cache.cache import ExpertCache, named
 from moeinf.cache.passes import ForwardPass
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
 from moeinf.experts.op import fused_experts
+from moeinf.integrations.options import checked
+from moeinf.integrations.vllm import metrics
 
-OPTIONS = ("memory", "slots", "policy", "prefetch", "host_memory", "threads")
+_library = torch.library.Library("moeinf_vllm", "DEF")
+_library.define("experts(Tensor x, Tensor ids, Tensor weights, str cache, int layer) -> Tensor")
 _caches: dict[str, ExpertCache] = {}
 _never_read: set[str] = set()
 
@@ -39,19 +48,35 @@ def install() -> None:
     register_quantization_config("moeinf")(CachedQuantization)
     if RoutedExperts.__name__ not in op_registry_oot:
         RoutedExperts.register_oot(CachedExperts)
-    original = weight_utils.should_skip_weight
-    weight_utils.should_skip_weight = lambda name, ids: name in _never_read or original(name, ids)
+    metrics.install()
+    skips = weight_utils.should_skip_weight
+    weight_utils.should_skip_weight = lambda name, ids: name in _never_read or skips(name, ids)
+    loads = BaseModelLoader.load_model
+
+    def load(self: BaseModelLoader, vllm_config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        model: torch.nn.Module = loads(self, vllm_config, *args, **kwargs)
+        if options(vllm_config) is not None:
+            check_served(model)
+        return model
+
+    BaseModelLoader.load_model = load
 
 
-def options() -> dict[str, Any] | None:
+def check_served(model: torch.nn.Module) -> None:
+    """Raises UnsupportedError where the cache computes no layer of the model."""
+    methods = (getattr(layer, "quant_method", None) for layer in model.modules())
+    if not any(isinstance(one, CachedMethod) for one in methods):
+        raise UnsupportedError(
+            f"moeinf: {type(model).__name__}: no layer of experts is vLLM's RoutedExperts: leave "
+            "moeinf out of --additional-config"
+        )
+
+
+def options(config: Any = None) -> dict[str, Any] | None:
     """What --additional-config says of moeinf. ValueError for what nobody knows."""
-    given = get_current_vllm_config().additional_config
+    given = (config or get_current_vllm_config()).additional_config
     found = given.get("moeinf") if isinstance(given, dict) else None
-    if found is None:
-        return None
-    if not isinstance(found, dict) or set(found) - set(OPTIONS):
-        raise ValueError(f"moeinf in --additional-config: expected {', '.join(OPTIONS)}, {found=}")
-    return found
+    return None if found is None else checked(found, "--additional-config")
 
 
 def cache_of_model() -> ExpertCache:
@@ -73,6 +98,14 @@ def _check(config: Any) -> None:
         raise UnsupportedError("moeinf: experts are not split: add --enable-expert-parallel")
     if parallel.enable_eplb:
         raise UnsupportedError("moeinf: experts do not move between ranks: leave out --enable-eplb")
+    if config.speculative_config is not None:
+        raise UnsupportedError("moeinf: one model a process: leave out --speculative-config")
+    extra = config.load_config.model_loader_extra_config
+    if isinstance(extra, dict) and extra.get("enable_multithread_load"):
+        raise UnsupportedError(
+            "moeinf: experts are not to be read: leave enable_multithread_load out of "
+            "--model-loader-extra-config"
+        )
     graphs = config.compilation_config.cudagraph_mode
     if torch.get_default_device().type == "cuda" and graphs not in (None, CUDAGraphMode.NONE):
         raise UnsupportedError(
@@ -86,6 +119,26 @@ def _pass_of(attention: Any) -> ForwardPass:
     one = next(iter(attention.values())) if isinstance(attention, dict) else attention
     prompt = getattr(one, "max_query_len", 1) > 1
     return ForwardPass(prefill=prompt, new_sequence=prompt)
+
+
+def _experts(
+    x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, name: str, layer: int
+) -> torch.Tensor:
+    cache = named(name)
+    if is_forward_context_available():
+        attention = get_forward_context().attn_metadata
+        if attention is None:
+            return torch.zeros_like(x)  # a run that measures memory, of no text
+        if layer == 0:
+            cache.begin_pass(_pass_of(attention))
+    return fused_experts(x, ids, weights, cache, layer)
+
+
+for _device in ("CPU", "CUDA"):
+    _library.impl("experts", _experts, _device)
+torch.library.register_fake(
+    "moeinf_vllm::experts", lambda x, *_: x.new_empty(x.shape), lib=_library
+)
 
 
 class CachedMethod(FusedMoEMethodBase):  # type: ignore[misc]
@@ -125,16 +178,12 @@ class CachedMethod(FusedMoEMethodBase):  # type: ignore[misc]
         *_: Any,
         **__: Any,
     ) -> torch.Tensor:
-        if not torch.compiler.is_compiling() and is_forward_context_available():
-            attention = get_forward_context().attn_metadata
-            if attention is None:
-                return torch.zeros_like(x)  # a run that measures memory, of no text
-            if self.number == 0:
-                self.cache.begin_pass(_pass_of(attention))
         if layer.expert_map is not None:  # of this rank's experts: the others add theirs
             here = layer.expert_map[topk_ids.long()] >= 0
             topk_ids = torch.where(here, topk_ids, -1)
-        return fused_experts(x, topk_ids, topk_weights, self.cache, self.number)
+        return torch.ops.moeinf_vllm.experts(
+            x, topk_ids, topk_weights, self.cache.name, self.number
+        )
 
 
 class CachedExperts(RoutedExperts):  # type: ignore[misc]
