@@ -86,7 +86,7 @@ bench: $(VENV)/.test
 	set -e; \
 	measure() { file=$$1; shift; $(BIN)/python -m benchmarks."$$@" --json benchmarks/results/$$file.json; }; \
 	for name in ffn_cpu transfer cache_overhead end_to_end time_model link_busy host_time \
-		kernel_evidence pack plan token_profile; do measure $$name $$name; done; \
+		kernel_evidence pack plan token_profile shared_memory; do measure $$name $$name; done; \
 	measure ffn_cpu_formats ffn_cpu --format all --tokens 1 512; \
 	measure policies policies $(TRACES); \
 	measure prefetch prefetch moeinf/pocket --policy learned --prompts 8 --tokens 96; \

@@ -125,8 +125,35 @@ def transformers_experts(
     return lambda call: module(call.x, call.ids, call.weights)
 
 
+# The upper byte of each float in a block, and the exponent of MXFP4: products with scales as small
+# as random bytes give (subnormal floats) take many times as long.
+SCALE_BYTES = {
+    "mxfp4": {0: 118},
+    "q4_k": {1: 24, 3: 24},
+    "q5_k": {1: 24, 3: 24},
+    "q6_k": {209: 24},
+}
+
+
+def fill_like_weights(piece: str, row: WeightFormat, view: torch.Tensor) -> None:
+    """One piece of an expert: random codes, and scales of the size of trained weights'."""
+    if piece.endswith((".scales", ".multiplier")):
+        view.copy_(torch.full_like(view, 110) if row.scales == "e8m0" else 0.01)
+        return
+    stored = view.view(torch.uint8)
+    if row.name == "e4m3":
+        values = (torch.randn(stored.shape) * 64).clamp(-448, 448)
+        stored.copy_(values.to(torch.float8_e4m3fn).view(torch.uint8))
+        return
+    stored.copy_(torch.randint(0, 256, stored.shape, dtype=torch.uint8))
+    if row.name in BLOCKS:
+        blocks = stored.view(-1, row.unit)
+        for place, value in SCALE_BYTES.get(row.name, {1: 24}).items():
+            blocks[:, place] = value
+
+
 class Scaled:
-    """All experts in one format with scales: any bytes, and scales that keep the sums small."""
+    """All experts in one format with scales that keep the sums small."""
 
     def __init__(self, engine: _core.CpuEngine, row: WeightFormat) -> None:
         self.engine = engine
@@ -134,11 +161,9 @@ class Scaled:
         self.expert = core_expert(ExpertForm(), self.layout)
         self.arena = HugeArea(EXPERTS * self.layout.slot_bytes).bytes
         slots = self.arena.view(EXPERTS, -1)
-        # No byte is a NaN of e4m3.
-        slots.copy_(torch.randint(0, 120, slots.shape[1:], dtype=torch.uint8).expand_as(slots))
-        for name, view in self.layout.views(slots).items():
-            if name.endswith((".scales", ".multiplier")):
-                view.copy_(torch.full_like(view, 110) if row.scales == "e8m0" else 0.01)
+        for piece, view in self.layout.views(slots).items():
+            fill_like_weights(piece, row, view[0])
+        slots[1:] = slots[0]
         self.slots = [slot.data_ptr() for slot in slots]
 
     def __call__(self, call: Call) -> None:

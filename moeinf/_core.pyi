@@ -352,6 +352,7 @@ class ExpertCache:
         gather_below: int = 0,
         eamc: Eamc | None = None,
         host_tier: HostTier | None = None,
+        shared: str = "",
     ) -> None: ...
     def acquire(self, layer: int, experts: typing.Any) -> tuple[StepLease, list]:
         """Starts a step, waits until all its experts sit in slots at once, and returns the lease

@@ -12,6 +12,8 @@ import torch
 from checkpoints import COMMON
 
 import moeinf
+from moeinf.integrations.transformers.passes import CACHE_NAMES
+from moeinf.integrations.transformers.torch_threads import _is_small
 
 WHOLE = 3
 
@@ -49,6 +51,13 @@ def test_a_pass_of_few_tokens_has_one_thread(qwen3_folder: Path) -> None:
             assert torch.get_num_threads() == WHOLE
         model(input_ids=prompt(1))
     assert seen == [(1, 1), (16, 1), (17, WHOLE), (2, 1), (1, 1)]
+
+
+def test_pages_of_several_texts_leave_torch_its_threads() -> None:
+    pages = object()  # as continuous batching hands to the model: it has no one length
+    for name in CACHE_NAMES:
+        assert not _is_small((), {"input_ids": prompt(3), name: pages})
+    assert _is_small((), {"input_ids": prompt(3)})
 
 
 def test_a_generation_keeps_one_thread_between_its_passes(qwen3_folder: Path) -> None:

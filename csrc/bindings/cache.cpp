@@ -61,7 +61,7 @@ std::shared_ptr<ExpertCache> make_cache(std::shared_ptr<Catalog> catalog, int32_
                                         std::shared_ptr<Device> device, int32_t host_slots,
                                         bool exclusive, size_t gather_below,
                                         std::optional<Eamc> eamc,
-                                        std::shared_ptr<HostTier> host_tier) {
+                                        std::shared_ptr<HostTier> host_tier, std::string shared) {
     ExpertCacheOptions options;
     options.slots = slots;
     options.policy = std::move(policy);
@@ -71,6 +71,7 @@ std::shared_ptr<ExpertCache> make_cache(std::shared_ptr<Catalog> catalog, int32_
     options.device = std::move(device);
     options.host_tier = std::move(host_tier);
     options.host_slots = host_slots;
+    options.shared = std::move(shared);
     options.exclusive = exclusive;
     options.gather_below = gather_below;
     if (eamc) options.eamc = std::make_shared<const Eamc>(*std::move(eamc));
@@ -227,7 +228,7 @@ void bind_cache(py::module_& module) {
              py::arg("device") = py::none(), py::arg("host_slots") = 0,
              py::arg("exclusive") = false, py::arg("gather_below") = 0,
              py::arg("eamc") = py::none(), py::arg("host_tier") = py::none(),
-             py::call_guard<py::gil_scoped_release>())
+             py::arg("shared") = "", py::call_guard<py::gil_scoped_release>())
         .def(
             "begin_step",
             [](ExpertCache& cache, LayerId layer, py::handle experts) {

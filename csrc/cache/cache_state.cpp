@@ -7,11 +7,27 @@
 #include "base/error.h"
 #include "tier/device_link.h"
 #include "tier/file_source.h"
+#include "tier/shared_source.h"
 
 namespace moeinf {
 namespace {
 
-std::shared_ptr<SlotPool> make_pool(const Catalog& catalog, int32_t slots, Device* device) {
+std::shared_ptr<SharedSegment> make_segment(const Catalog& catalog,
+                                            const ExpertCacheOptions& options) {
+    if (options.shared.empty()) return nullptr;
+    if (options.device != nullptr) {
+        throw Error(ErrorCode::kInvalid, "shared: expected slots in RAM, found a device");
+    }
+    if (options.slots != catalog.total_experts()) {
+        throw Error(ErrorCode::kInvalid, "shared: expected a slot for each of " +
+                                             std::to_string(catalog.total_experts()) +
+                                             " experts, found " + std::to_string(options.slots));
+    }
+    return std::make_shared<SharedSegment>(options.shared, catalog, ExpertCache::kStagingSlots);
+}
+
+std::shared_ptr<SlotPool> make_pool(const Catalog& catalog, int32_t slots, Device* device,
+                                    const SharedSegment* segment) {
     const int32_t total = catalog.total_experts();
     if (slots < 1 || slots > total) {
         throw Error(ErrorCode::kInvalid, "a cache for " + std::to_string(total) +
@@ -21,6 +37,9 @@ std::shared_ptr<SlotPool> make_pool(const Catalog& catalog, int32_t slots, Devic
     const int32_t capacity = total + ExpertCache::kStagingSlots;
     const uint64_t slot_bytes = catalog.slot_bytes();
     const uint64_t nbytes = static_cast<uint64_t>(capacity) * slot_bytes;
+    if (segment != nullptr) {
+        return std::make_shared<SlotPool>(segment->arena(), slot_bytes, capacity, capacity);
+    }
     return std::make_shared<SlotPool>(device ? device->make_arena(nbytes) : make_host_arena(nbytes),
                                       slot_bytes, capacity, slots + ExpertCache::kStagingSlots);
 }
@@ -59,9 +78,10 @@ CacheState::CacheState(std::shared_ptr<const Catalog> catalog, ExpertCacheOption
       stats(checked(catalog).num_layers()),
       prefetched_unused(catalog->total_experts()),
       seen(catalog->total_experts()),
-      tier(catalog, make_pool(*catalog, options.slots, options.device.get()),
+      segment(make_segment(*catalog, options)),
+      tier(catalog, make_pool(*catalog, options.slots, options.device.get(), segment.get()),
            make_policy(options.policy, catalog->shape(), checked_eamc(options, catalog->shape())),
-           options.slots, ExpertCache::kStagingSlots, *this) {
+           options.slots, ExpertCache::kStagingSlots, *this, segment != nullptr) {
     if (options.host_tier != nullptr && options.device == nullptr) {
         throw Error(ErrorCode::kInvalid, "a RAM tier is for a cache whose slots lie on a device");
     }
@@ -76,10 +96,18 @@ CacheState::CacheState(std::shared_ptr<const Catalog> catalog, ExpertCacheOption
         delay_bytes = static_cast<int64_t>(DeviceLink::kWindowBytes);
         tier.connect(std::move(source));
     } else {
-        auto source = std::make_unique<FileSource>(tier, options.copy);
+        auto source = segment == nullptr
+                          ? std::make_unique<FileSource>(tier, options.copy)
+                          : std::make_unique<SharedSource>(tier, options.copy, segment);
         files = &source->files();
         delay_bytes = source->delay_bytes();
         tier.connect(std::move(source));
+    }
+    for (const ExpertId expert : catalog->shape().experts()) {
+        Placement placement{};
+        if (segment != nullptr && segment->filled(expert)) {
+            (void)tier.residency().place(expert, placement);
+        }
     }
     const Prefetcher::Costs costs{static_cast<int64_t>(catalog->expert_bytes()), delay_bytes};
     prefetcher = make_prefetcher(options.prefetch, catalog->shape(), costs, options.eamc.get());
@@ -110,7 +138,7 @@ void CacheState::on_fill_ended(Fill& fill) {
     }
     if (!complete) return;
     LayerStats& layer = stats_of(fill.expert);
-    const auto nbytes = static_cast<int64_t>(catalog().expert_bytes());
+    const auto nbytes = fill.moved_nothing ? 0 : static_cast<int64_t>(catalog().expert_bytes());
     (prefetched ? layer.prefetch_bytes : layer.demand_bytes) += nbytes;
     if (prefetched && fill.demanded) layer.prefetch_useful_bytes += nbytes;
     if (fill.staging < 0) prefetched_unused[fill.expert] = prefetched && !fill.demanded;

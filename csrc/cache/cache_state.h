@@ -25,6 +25,7 @@
 #include "base/fork.h"
 #include "cache/expert_cache.h"
 #include "prefetch/prefetcher.h"
+#include "tier/shared_segment.h"
 #include "tier/tier.h"
 
 namespace moeinf {
@@ -119,9 +120,10 @@ struct CacheState final : Tier::Owner {
     std::vector<int32_t> ones;       // scratch
     StepPlan plan;                   // scratch
 
-    DeviceLink* link = nullptr;         // the tier's source, where slots lie on a device
-    const FileReader* files = nullptr;  // what reads the files in the end
-    Tier tier;                          // last: its threads use what is above
+    std::shared_ptr<SharedSegment> segment;  // null: the slots are this cache's own
+    DeviceLink* link = nullptr;              // the tier's source, where slots lie on a device
+    const FileReader* files = nullptr;       // what reads the files in the end
+    Tier tier;                               // last: its threads use what is above
 };
 
 }  // namespace moeinf

@@ -190,6 +190,9 @@ void ExpertCache::resize(int32_t slots) {
                                              " experts needs 1 to " + std::to_string(total) +
                                              " slots, not " + std::to_string(slots));
     }
+    if (cache.segment != nullptr) {
+        throw Error(ErrorCode::kInvalid, "shared memory always has a slot for each expert");
+    }
     std::unique_lock lock(tier.mutex);
     while (tier.resizing) cache.wait(lock);
     const int32_t before = tier.residency().frames();

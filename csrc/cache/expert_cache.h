@@ -104,6 +104,10 @@ struct ExpertCacheOptions {
     // What "eam", as policy or prefetch, starts from; null: nothing. Not kept.
     std::shared_ptr<const Eamc> eamc;
 
+    // The name of memory that caches of several processes share, see SharedSegment. It has a slot
+    // for each expert, so `slots` must be all experts. Empty: the slots are this cache's own.
+    std::string shared;
+
     // With a device the slots lie in its memory. They are filled from pinned RAM, and it from the
     // files.
     std::shared_ptr<Device> device;

@@ -73,6 +73,7 @@ moeinf_status moeinf_cache_create(moeinf_store* store, const moeinf_cache_option
         own.slots = given.slots == 0 ? all : given.slots;
         own.policy = text_or(given.policy, "learned");
         own.prefetch = text_or(given.prefetch, "off");
+        own.shared = text_or(given.shared, "");
         own.copy = {given.reader_threads, given.chunk_bytes, given.through_page_cache == 0};
         own.device = open_device(text_or(given.device, "cpu"));
         own.host_slots = given.host_slots == 0 && own.device != nullptr ? all : given.host_slots;

@@ -7,10 +7,10 @@
 namespace moeinf {
 
 FileSource::FileSource(Tier& tier, FileReaderOptions options)
-    : Source(false), tier_(tier), reader_(tier.catalog(), options) {}
+    : Source(false), tier_(tier), reader_(std::make_unique<FileReader>(tier.catalog(), options)) {}
 
 int64_t FileSource::delay_bytes() const noexcept {
-    const FileReaderOptions& options = reader_.options();
+    const FileReaderOptions& options = reader_->options();
     return static_cast<int64_t>(options.threads) * static_cast<int64_t>(options.chunk_bytes);
 }
 
@@ -19,7 +19,7 @@ void FileSource::execute(std::span<const Command> commands) noexcept {
         if (command.kind == Command::Kind::kFill) {
             start(command.fill);
         } else if (command.fill->job != nullptr) {
-            reader_.promote(std::static_pointer_cast<ReadJob>(command.fill->job));
+            reader_->promote(std::static_pointer_cast<ReadJob>(command.fill->job));
         }
     }
 }
@@ -27,7 +27,7 @@ void FileSource::execute(std::span<const Command> commands) noexcept {
 void FileSource::start(const FillPtr& fill) noexcept {
     try {
         // The tier holds the fill until it has ended. A callback this small is not allocated.
-        fill->job = reader_.submit(
+        fill->job = reader_->submit(
             fill->expert, tier_.pool().slot(fill->slot), fill->priority,
             [this, fill = fill.get()](const ReadJobPtr& transfer) { on_read(*fill, *transfer); });
     } catch (const std::exception& error) {

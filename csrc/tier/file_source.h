@@ -11,21 +11,25 @@ namespace moeinf {
 
 class Tier;
 
-class FileSource final : public Source {
+class FileSource : public Source {
 public:
     FileSource(Tier& tier, FileReaderOptions options);
 
-    [[nodiscard]] const FileReader& files() const noexcept { return reader_; }
+    [[nodiscard]] const FileReader& files() const noexcept { return *reader_; }
     // The bytes of prefetches that a demand may have to wait for.
     [[nodiscard]] int64_t delay_bytes() const noexcept;
 
-private:
-    void execute(std::span<const Command> commands) noexcept override;
-    void start(const FillPtr& fill) noexcept;
-    void on_read(Fill& fill, const ReadJob& transfer) noexcept;
+protected:
+    virtual void start(const FillPtr& fill) noexcept;
+    virtual void on_read(Fill& fill, const ReadJob& transfer) noexcept;
+    void stop_reading() { reader_.reset(); }
 
     Tier& tier_;
-    FileReader reader_;
+
+private:
+    void execute(std::span<const Command> commands) noexcept override;
+
+    std::unique_ptr<FileReader> reader_;
 };
 
 }  // namespace moeinf

@@ -51,6 +51,7 @@ struct Fill {
     int32_t staging = -1;  // index of its staging slot; -1: the slot is a resident's
     Priority priority = Priority::kDemand;  // as it was started
     bool demanded = false;                  // a step asked for it
+    bool moved_nothing = false;             // another process had filled the slot
     bool from_above = false;                // a demotion fills it, not the source
     uint32_t waiting = 0;                   // pins that end if it fails
     State state = State::kUnderWay;

@@ -14,10 +14,12 @@ constexpr std::chrono::microseconds kPollIdle{100};
 }  // namespace
 
 Tier::Tier(std::shared_ptr<const Catalog> catalog, std::shared_ptr<SlotPool> pool,
-           std::unique_ptr<Policy> policy, int32_t frames, int32_t staging_slots, Owner& owner)
+           std::unique_ptr<Policy> policy, int32_t frames, int32_t staging_slots, Owner& owner,
+           bool own_slots)
     : catalog_(std::move(catalog)),
       pool_(std::move(pool)),
       owner_(owner),
+      own_slots_(own_slots),
       residency_(catalog_->shape(), frames, std::move(policy)),
       fills_(catalog_->total_experts()),
       slot_table_(catalog_->total_experts()),

@@ -48,8 +48,11 @@ public:
         virtual void after_fill() noexcept {}  // with the lock released
     };
 
+    // `own_slots`: there is a frame for each expert, and its slot is the same in every process.
+    // Such a tier never evicts and is never resized.
     Tier(std::shared_ptr<const Catalog> catalog, std::shared_ptr<SlotPool> pool,
-         std::unique_ptr<Policy> policy, int32_t frames, int32_t staging_slots, Owner& owner);
+         std::unique_ptr<Policy> policy, int32_t frames, int32_t staging_slots, Owner& owner,
+         bool own_slots = false);
     // Must be the first call.
     void connect(std::unique_ptr<Source> source) { source_ = std::move(source); }
 
@@ -76,6 +79,7 @@ public:
         return residency_.resident(expert) && fills_[expert] == nullptr;
     }
     [[nodiscard]] SlotId slot_of(ExpertId resident) const {
+        if (own_slots_) return SlotId{slots_with(number(resident))};
         return slot_table_[residency_.frame_of(resident)];
     }
     [[nodiscard]] std::byte* address(ExpertId resident) const {
@@ -173,6 +177,7 @@ private:
     const std::shared_ptr<const Catalog> catalog_;
     const std::shared_ptr<SlotPool> pool_;
     Owner& owner_;
+    const bool own_slots_;
     Residency residency_;
     PerExpert<FillPtr> fills_;     // into residents' slots
     PerFrame<SlotId> slot_table_;  // of open and closed frames

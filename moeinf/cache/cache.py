@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -35,6 +36,7 @@ from moeinf.errors import UnsupportedError
 from moeinf.traces.eam import EAMC
 from moeinf.traces.priors import PriorsHook
 
+_logger = logging.getLogger("moeinf.cache")
 _named: weakref.WeakValueDictionary[str, ExpertCache] = weakref.WeakValueDictionary()
 _used_names: set[str] = set()
 _naming = threading.Lock()
@@ -81,6 +83,9 @@ class ExpertCache:
         threads, chunk_bytes: of the file reader; 0 takes the measured defaults.
         direct: read past the page cache where the file system allows it.
         dense_bytes: of a memory's free bytes, what slots must leave for weights loaded later.
+        shared: the name of RAM that several processes of one user share. It has a slot for each
+            expert; each expert is read by one process, and the memory is freed when its last user
+            ends. For slots on the cpu, without slots and memory.
         layers: how many MoE layers the cache will serve, for shares and "auto"; without it, all.
         name: what compiled graphs know the cache by; without it, the store's `fingerprint`. A
             number is added where it was used before in this process, so that a graph, also one of
@@ -115,6 +120,7 @@ class ExpertCache:
         dense_bytes: int = 0,
         layers: int | None = None,
         name: str | None = None,
+        shared: str | None = None,
     ):
         if not isinstance(policy, str):
             raise ValueError(
@@ -129,12 +135,18 @@ class ExpertCache:
             )
         if tier is not None and (host_memory is not None or exclusive):
             raise ValueError("host_memory and exclusive are the tier's own: leave them out")
+        if shared is not None:
+            given = dict(slots=slots, memory=memory, device=opened)
+            if wrong := [name for name, value in given.items() if value is not None]:
+                raise ValueError(
+                    f"shared: RAM with a slot for each expert: leave out {', '.join(wrong)}"
+                )
         self.device = torch_device(opened)
         self.store = store
         self.layout = store.layout
         self.policy = policy
         self.prefetch_kind = prefetch
-        total = (layers or store.num_layers) * store.num_experts
+        total = ((not shared and layers) or store.num_layers) * store.num_experts
         if opened is not None and memory is None and slots is None:
             memory = "auto"
         ram = free_bytes(None)
@@ -146,7 +158,8 @@ class ExpertCache:
             total_experts=total,
             free=less_reserve(free, RAM_RESERVE if opened is None else GPU_RESERVE, dense_bytes),
         )
-        check_fits(room, store.slot_bytes, dense_bytes, free)
+        if shared is None:  # else the core asks, where the memory is not there yet
+            check_fits(room, store.slot_bytes, dense_bytes, free)
         make_core = partial(
             _core.ExpertCache,
             store.catalog,
@@ -161,7 +174,7 @@ class ExpertCache:
         self.streams: StepStreams | None = None
         """Where steps run on a GPU; None where slots lie in RAM."""
         if opened is None:
-            self.core = make_core()
+            self.core = make_core(shared=shared or "")
         else:
             self._copy_path, below = gather_tuning.copy_path(opened, gather_below)
             self.core = make_core(
@@ -198,6 +211,14 @@ class ExpertCache:
             self.observers.append(LivePriors(priors, self.core, shape))
         self.name = self._take_name(name or store.fingerprint)
         live.listen(_named)
+        _logger.info(
+            "cache %s: %d of %d experts in slots on %s, policy %s",
+            self.name,
+            self.slots,
+            store.num_layers * store.num_experts,
+            self.device_name,
+            policy,
+        )
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise UnsupportedError(

@@ -170,6 +170,7 @@ typedef struct moeinf_cache_options {
     int32_t reader_threads;     /* 0: the measured default */
     int32_t through_page_cache; /* not past it, with O_DIRECT */
     uint64_t chunk_bytes;       /* of one read; 0: the measured default */
+    const char* shared;         /* NULL; the name of memory that processes share: all experts */
 } moeinf_cache_options;
 
 moeinf_status moeinf_cache_create(moeinf_store* store, const moeinf_cache_options* options,

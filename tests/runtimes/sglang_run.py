@@ -53,6 +53,10 @@ def main() -> None:
     from moeinf.cache import live
 
     options = json.loads(sys.argv[1])
+    ids = options.pop("prompt_ids", None)  # of a model without a tokenizer
+    asked = {"prompt": PROMPTS} if ids is None else {"input_ids": ids}
+    if ids is not None:
+        options["skip_tokenizer_init"] = True
     cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
     if options.get("tp_size", 1) > 1:  # a core for each rank
         os.environ["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(cores[: options["tp_size"]])
@@ -70,8 +74,9 @@ def main() -> None:
         }
         | options
     )
-    sampling = {"temperature": 0, "max_new_tokens": 24}
-    found = {"tokens": [one["output_ids"] for one in engine.generate(PROMPTS, sampling)]}
+    sampling = {"temperature": 0, "max_new_tokens": 24, "ignore_eos": True}
+    answers = engine.generate(**asked, sampling_params=sampling)
+    found = {"tokens": [one["output_ids"] for one in answers]}
     reports = [live.ask(pid) for pid in live.running(below=os.getpid())]
     found["caches"] = [cache for one in reports for cache in one["caches"]]
     print("RESULT", json.dumps(found), flush=True)

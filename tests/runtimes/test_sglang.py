@@ -157,7 +157,8 @@ def test_names_that_the_plugin_uses_are_there() -> None:
 
     read = {
         "quant_method", "layer_id", "prefix", "num_experts", "hidden_size",
-        "apply_router_weight_on_input", "routed_scaling_factor",
+        "apply_router_weight_on_input", "routed_scaling_factor", "activation", "with_bias",
+        "gemm1_clamp_limit", "swiglu_limit",
     }  # fmt: skip
     assert read <= set(inspect.signature(FusedMoE.__init__).parameters)
     assert StandardDispatchOutput._fields[:3] == (
@@ -224,6 +225,9 @@ def test_a_model_without_a_layer_of_ours_is_refused() -> None:
     [
         ({"layer_id": 99}, "has experts in layers"),
         ({"num_experts": 33}, "33 experts of 160 inputs, the checkpoint 32 of 160"),
+        ({"activation": "gelu"}, r"SGLang has \(False, False, 'gelu'\)"),
+        ({"swiglu_limit": 7.0}, r"SGLang has \(True, False, 'silu'\)"),
+        ({"with_bias": True}, r"SGLang has \(False, True, 'silu'\)"),
         ({"quant_method": "mine"}, "a method of its own"),
         ({"apply_router_weight_on_input": True}, "routing weights on the inputs"),
         ({"routed_scaling_factor": 2.5}, "outputs scaled by 2.5"),
@@ -239,7 +243,8 @@ def test_a_layer_that_we_would_compute_in_another_way_is_refused(
     given = {
         "prefix": "model.layers.0.mlp.experts", "layer_id": 0, "num_experts": 32,
         "hidden_size": 160, "quant_method": None, "apply_router_weight_on_input": False,
-        "routed_scaling_factor": None,
+        "routed_scaling_factor": None, "activation": "silu", "with_bias": False,
+        "gemm1_clamp_limit": None, "swiglu_limit": None,
     }  # fmt: skip
     experts.CachedMethod(given)
     with pytest.raises(moeinf.UnsupportedError, match=message):

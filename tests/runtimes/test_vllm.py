@@ -5,6 +5,7 @@ The plugin is found by its entry point, so the package must be installed in vLLM
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import socket
@@ -15,11 +16,16 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: `make test-vllm`")
+
+import torch
+from checkpoints import write_checkpoint
 
 import moeinf
 from moeinf.pocket import POCKET
@@ -94,11 +100,75 @@ def test_a_compiled_model_has_the_tokens_of_a_compiled_one() -> None:
 
 
 def test_two_ranks_serve_their_own_experts() -> None:
-    """Sums over ranks round in another way than one rank does: tokens of two are compared."""
+    """Sums over ranks round in another way than one rank does: runs of two are compared."""
     ranks = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
-    found = [result(offline(**ranks, **with_cache(memory))) for memory in ("25%", "100%")]
+    own, *found = [
+        result(offline(**ranks, **options))
+        for options in ({}, with_cache("25%"), with_cache("100%"))
+    ]
     assert found[0]["tokens"] == found[1]["tokens"]
-    assert found[0]["tokens"][0] == stock()["tokens"][0]
+    for mine, theirs in zip(found[0]["tokens"], own["tokens"], strict=True):
+        assert mine[:8] == theirs[:8]
+    for one in found:
+        assert len(one["stats"]) == 2
+        assert all(stats["accesses"] for stats in one["stats"])
+        assert one["metrics"]["moeinf_accesses_total"] == sum(
+            stats["accesses"] for stats in one["stats"]
+        )
+
+
+def test_experts_in_one_tensor_a_layer_are_not_read(tmp_path: Path) -> None:
+    """vLLM reads these experts from a tensor each alone; its own filter knows no other names."""
+    whole = {"dtype": torch.bfloat16, "vocab_size": 128, "hidden_size": 128, "head_dim": 32}
+    whole |= {"max_position_embeddings": 512, "moe_intermediate_size": 64, "num_experts": 8}
+    each, fused = (
+        write_checkpoint(tmp_path / name, original_names=name == "each", seed=3, **whole)
+        for name in ("each", "fused")
+    )
+    ids = {"prompt_ids": [[1, 5, 9, 80], [7, 7, 3]]}
+    own = result(offline(model=str(each), **ids))
+    found = [result(offline(model=str(fused), **ids, **with_cache(m))) for m in ("25%", "100%")]
+    assert found[0]["tokens"] == found[1]["tokens"]
+    for mine, theirs in zip(found[0]["tokens"], own["tokens"], strict=True):
+        assert mine[:8] == theirs[:8]
+    store = moeinf.ExpertStore.open(fused)
+    assert any(name.endswith("experts.gate_up_proj") for name in store.tensor_names())
+    assert found[0]["parameters"] == own["parameters"] - store.nbytes
+
+
+def test_a_checkpoint_that_vllm_knows_and_we_do_not(tmp_path: Path) -> None:
+    folder = write_checkpoint(
+        tmp_path, "granitemoe", dtype=torch.bfloat16, vocab_size=128, hidden_size=128,
+        num_local_experts=8, num_experts_per_tok=2, intermediate_size=64,
+        max_position_embeddings=512,
+    )  # fmt: skip
+    done = offline(model=str(folder), prompt_ids=[[1, 5]], **with_cache("25%"))
+    assert done.returncode != 0
+    assert "no experts found in a 'granitemoe' checkpoint" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "changed,message",
+    [
+        ({"global_num_experts": 33}, "33 experts of 160 inputs, the checkpoint 32 of 160"),
+        ({"activation": SimpleNamespace(value="gelu")}, "vLLM computes gelu, .* says silu"),
+        ({"apply_router_weight_on_input": True}, "routing weights on the inputs"),
+    ],
+)
+def test_a_layer_that_we_would_compute_in_another_way_is_refused(
+    changed: dict[str, Any], message: str
+) -> None:
+    from moeinf.integrations.vllm.experts import CachedMethod
+
+    cache = moeinf.ExpertCache(moeinf.ExpertStore.open(POCKET), slots=2)
+    layer = {
+        "layer_name": "model.layers.0.mlp.experts", "global_num_experts": 32, "hidden_size": 160,
+        "activation": SimpleNamespace(value="silu"), "apply_router_weight_on_input": False,
+    }  # fmt: skip
+    method = SimpleNamespace(cache=cache)
+    CachedMethod.create_weights(method, SimpleNamespace(**layer))
+    with pytest.raises(moeinf.UnsupportedError, match=message):
+        CachedMethod.create_weights(method, SimpleNamespace(**layer | changed))
 
 
 @pytest.mark.parametrize(
@@ -113,6 +183,42 @@ def test_what_cannot_be_served_is_refused(options: dict[str, Any], message: str)
     done = offline(**options)
     assert done.returncode != 0
     assert message in done.stdout + done.stderr
+
+
+def test_a_plugin_loaded_twice_and_a_model_without_experts() -> None:
+    code = (
+        "import torch, moeinf.integrations.vllm as plugin; plugin.register(); plugin.register();"
+        "from moeinf.integrations.vllm import experts; experts.check_served(torch.nn.Linear(1, 1))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "Linear: no layer of experts is vLLM's RoutedExperts" in done.stderr
+
+
+def test_names_that_the_plugin_uses_are_there() -> None:
+    """What the released vLLM calls, and what it must have for us."""
+    from vllm.config import VllmConfig
+    from vllm.model_executor.custom_op import PluggableLayer
+    from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+    from vllm.model_executor.model_loader import weight_utils
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadata
+
+    def parameters(function: Any) -> list[str]:
+        return list(inspect.signature(function).parameters)
+
+    assert issubclass(RoutedExperts, PluggableLayer)
+    assert parameters(RoutedExperts._get_quant_method)[1:] == [
+        "prefix", "quant_config", "moe_config",
+    ]  # fmt: skip
+    assert parameters(FusedMoEMethodBase.apply)[1:5] == ["layer", "x", "topk_weights", "topk_ids"]
+    assert parameters(weight_utils.should_skip_weight) == ["weight_name", "local_expert_ids"]
+    assert parameters(BaseModelLoader.load_model)[:2] == ["self", "vllm_config"]
+    assert "max_query_len" in CPUAttentionMetadata.__dataclass_fields__
+    assert {
+        "additional_config", "model_config", "parallel_config", "compilation_config",
+        "speculative_config", "load_config",
+    } <= set(VllmConfig.__dataclass_fields__)  # fmt: skip
 
 
 def test_another_version_is_refused_and_runs_without_us() -> None:
@@ -172,3 +278,8 @@ def test_sixteen_clients_at_once(server: str) -> None:
         together = list(clients.map(ask, prompts))
     assert together[:4] == alone
     assert all(together)
+    with urlopen(server.removesuffix("/v1") + "/metrics") as page:
+        lines = [line for line in page.read().decode().splitlines() if line.startswith("moeinf_")]
+    hits = [float(line.split()[-1]) for line in lines if line.startswith("moeinf_hits_total{")]
+    assert len(hits) == 8, "one for each layer"
+    assert all(hits)

@@ -18,6 +18,10 @@ def main() -> None:
     from moeinf.pocket import POCKET
 
     options = json.loads(sys.argv[1])
+    ids = options.pop("prompt_ids", None)  # of a model without a tokenizer
+    prompts = PROMPTS if ids is None else [{"prompt_token_ids": one} for one in ids]
+    if ids is not None:
+        options["skip_tokenizer_init"] = True
     ranks = options.get("tensor_parallel_size", 1)
     model = LLM(
         distributed_executor_backend="uni" if ranks == 1 else "mp",
@@ -27,7 +31,9 @@ def main() -> None:
     )
     at_start = [one["accesses"] for one in reports(live)]
     recorders = [cache.record() for cache in _named.values()]  # of this process alone
-    answers = model.generate(PROMPTS, SamplingParams(temperature=0, max_tokens=24))
+    answers = model.generate(
+        prompts, SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
+    )
     traces = [recorder.trace() for recorder in recorders]
     found = {
         "tokens": [list(one.outputs[0].token_ids) for one in answers],

@@ -133,6 +133,15 @@ class CachedMethod(FusedMoEMethodBase, torch.nn.Module):  # type: ignore[misc]
                 f"moeinf: {name}: SGLang has {found[0]} experts of {found[1]} inputs, the "
                 f"checkpoint {store.num_experts} of {store.layout.hidden}"
             )
+        gate = store.form.gate
+        own_gate = any(given[one] is not None for one in ("gemm1_clamp_limit", "swiglu_limit"))
+        computed = own_gate, given["with_bias"], given["activation"]
+        expected = gate.function != "glu", store.form.has_bias, gate.activation
+        if computed != expected:
+            raise UnsupportedError(
+                f"moeinf: {name}: clamps, biases, activation: SGLang has {computed}, the "
+                f"checkpoint's configuration {expected}"
+            )
         if given["quant_method"] is not None:
             raise UnsupportedError(f"moeinf: {name}: the model brings a method of its own")
         if given["apply_router_weight_on_input"]:

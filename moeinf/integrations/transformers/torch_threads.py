@@ -93,4 +93,7 @@ def _is_small(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if not isinstance(tokens, torch.Tensor) or not 0 < tokens.numel() <= FEW_TOKENS:
         return False
     past = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-    return past is None or int(past.get_seq_length()) <= SHORT_TEXT
+    if past is None:
+        return True
+    length = getattr(past, "get_seq_length", None)  # pages of several texts have no one length
+    return length is not None and int(length()) <= SHORT_TEXT

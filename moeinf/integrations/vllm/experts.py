@@ -163,6 +163,14 @@ class CachedMethod(FusedMoEMethodBase):  # type: ignore[misc]
                 f"moeinf: {layer.layer_name}: vLLM has {found[0]} experts of {found[1]} inputs, "
                 f"the checkpoint {store.num_experts} of {store.layout.hidden}"
             )
+        gate = store.form.gate
+        known = {"glu": gate.activation, "swiglu_oai": "swigluoai"}.get(gate.function)
+        activation = layer.activation.value.removesuffix("_uninterleave")
+        if known is not None and activation != known:
+            raise UnsupportedError(
+                f"moeinf: {layer.layer_name}: vLLM computes {activation}, the checkpoint's "
+                f"configuration says {known}"
+            )
         if layer.apply_router_weight_on_input:
             raise UnsupportedError(f"moeinf: {layer.layer_name}: routing weights on the inputs")
 
