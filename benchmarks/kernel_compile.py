@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 
 from moeinf.checkpoint.blocks import BLOCKS
 from moeinf.kernels import decode_shared, decode_vector, prefill, route_sum, tuning
+from moeinf.kernels.formats import FORMATS as ROWS
 from moeinf.kernels.gates import ACTIVATIONS, GATES
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -131,11 +132,12 @@ def constants(case: Case, arch: int) -> dict[str, Any]:
         values |= {
             "FORMAT": scaled.format, "SCALE_TYPE": scaled.scale_type, "SCALE_N": scaled.block[0],
             "SCALE_K": scaled.block[1], "FOLD": fold, "stride_ck": 1,
-            "UPCAST": upcast(case.dtype, arch) or case.dtype == "float16" or not scaled.scales,
+            "UPCAST": upcast(case.dtype, arch) or case.dtype == "float16",
         }  # fmt: skip
         summed = "BLOCK_H" if case.kernel.startswith("gate_up") else "BLOCK_I"
-        if scaled.block[1] and not fold and not case.kernel.endswith("vector"):
-            values[summed] = min(values[summed], scaled.block[1])
+        cols = scaled.block[1] or (0 if values["UPCAST"] else ROWS[scaled.format].group)
+        if cols and not fold and not case.kernel.endswith("vector"):
+            values[summed] = min(values[summed], cols)
     if scaled is None or scaled.scales is None:
         absent += ["gate_scales_ptr", "up_scales_ptr", "down_scales_ptr", *STRIDES_OF_SCALES]
     if scaled is None or not scaled.multiplier:
@@ -298,10 +300,17 @@ def effective(row: dict[str, Any], arch: int, dtype: str, order: str) -> Mapping
     )
 
 
-def default_cases(arch: int, rows: int = 64, blocks: bool = False) -> list[Case]:
-    """One case per kernel: bfloat16 (float16 on Turing), weights by rows.
+def in_floats(kernel: str, arch: int) -> bool:
+    return kernel == "down_vector" or (arch < 80 and kernel != "gate_up_vector")
 
-    `blocks`: tiles that are multiplied in float32, as kernels/paths.py chooses them.
+
+def default_cases(
+    arch: int, rows: int = 64, weights: str = "plain", blocks: bool = False
+) -> list[Case]:
+    """One case per kernel: bfloat16 (float16 on Turing), by rows, in blocks that `weights` suit.
+
+    `blocks`: weights in blocks, for which kernels/paths.py chooses tiles of float32 where they are
+    multiplied as that.
     """
     dtype = "bfloat16" if arch >= 80 else "float16"
     cases = []
@@ -311,8 +320,8 @@ def default_cases(arch: int, rows: int = 64, blocks: bool = False) -> list[Case]
         else:
             config = tuning.config(
                 kernel, (f"sm_{arch}", "*"),
-                dtype="float32" if blocks and kernel != "gate_up_vector" else dtype,
-                hidden=2048, intermediate=768,
+                dtype="float32" if blocks and in_floats(kernel, arch) else dtype,
+                hidden=2048, intermediate=768, weights=weights,
                 rows_per_tile=rows if kernel.endswith("grouped") else 0,
             )  # fmt: skip
         cases.append(Case(kernel, dtype, tuple(config.items())))
@@ -339,7 +348,7 @@ def with_form(cases: list[Case], **form: Any) -> list[Case]:
 def form_cases(arch: int) -> list[Case]:
     """Every form of a model on the default configurations, and on the largest prefill tiles.
 
-    Formats with scales take no tiles of 128 rows, with zero points none of 64: see
+    Formats with scales take no tiles of 128 rows, blocks and zero points none of 64: see
     kernels/paths.py.
     """
     cases = default_cases(arch) + default_cases(arch, rows=128)[-3:-1]
@@ -352,7 +361,9 @@ def form_cases(arch: int) -> list[Case]:
     forms += [{"FUNCTION": name} for name, row in GATES.items() if row.has_up and name != "glu"]
     formed = [case for form in forms for case in with_form(cases, **form)]
     for name, scaled in SCALED.items():
-        cases = default_cases(arch, 32 if scaled.zeros else 64, blocks=scaled.scales is None)
+        blocks = scaled.scales is None
+        rows = 32 if scaled.zeros or blocks else 64
+        cases = default_cases(arch, rows, scaled.format, blocks)
         formed += with_form(cases, weights=name)
     return formed
 

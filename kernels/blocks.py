@@ -5,11 +5,14 @@ Blocks of 34, 18, 22 or 210 bytes begin at even places, those of 24 at multiples
 176 at multiples of 16, and those of 17 anywhere. Loads are as wide as that allows: neighbouring
 columns have neighbouring bytes, which Triton joins, and scales are read as words. A byte of two
 codes is loaded for each of them, the second time from L1: no thread passes codes to another one.
-A tile is float32: the products of codes and scales are not exact in narrower numbers.
+Codes are exact in bfloat16; their products with scales only in float32. So tensor cores multiply
+the codes of one group, and its scale multiplies the sums.
 """
 
 import triton
 import triton.language as tl
+
+from .product import multiply
 
 
 @triton.jit
@@ -198,3 +201,30 @@ def load_blocks(row, in_n, k0, K, FORMAT: tl.constexpr, COUNT: tl.constexpr):
     if (FORMAT == "q4_k") or ((FORMAT == "q5_k") or (FORMAT == "q5_1")):
         tile = tile - spread(minimum, COUNT, GROUPS)
     return tile
+
+
+@triton.jit
+def add_block_product(
+    acc, x, row, in_n, k0, K, FORMAT: tl.constexpr, COUNT: tl.constexpr, K_FIRST: tl.constexpr
+):
+    """acc + weights @ x, or acc + x @ weights if K_FIRST: `row` and in_n then have rows last. The
+    COUNT columns from k0 on lie in one group; x has a dtype in which codes are exact."""
+    k = k0 + tl.arange(0, COUNT)
+    k = k[:, None] if K_FIRST else k[None, :]
+    fifth = 0
+    if (FORMAT == "q5_0") or (FORMAT == "q5_1"):
+        fifth = fifth_bits(row, k0, in_n, FORMAT)
+    codes = block_codes(row, k, in_n & (k < K), fifth, FORMAT).to(x.dtype)
+    scale, minimum = block_scales(row, k0, in_n, FORMAT)
+    part = tl.zeros(acc.shape, tl.float32)
+    part = multiply(x, codes, part, False) if K_FIRST else multiply(codes, x, part, False)
+    acc = tl.fma(part, tl.broadcast_to(scale, acc.shape), acc)
+    if (FORMAT == "q4_k") or ((FORMAT == "q5_k") or (FORMAT == "q5_1")):
+        # Each column of the group has the minimum: it multiplies the sum of x.
+        if K_FIRST:
+            total = tl.sum(x.to(tl.float32), axis=1)[:, None]
+        else:
+            total = tl.sum(x.to(tl.float32), axis=0)[None, :]
+        least = tl.broadcast_to(-minimum, acc.shape)
+        acc = tl.fma(tl.broadcast_to(total, acc.shape), least, acc)
+    return acc

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .blocks import load_blocks, row_at
+from .blocks import add_block_product, load_blocks, row_at
 from .product import multiply
 
 TOKENS = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,7 +34,8 @@ SCALE_TYPES = {
 class Format:
     """One row: the dtype of `Matrix.values`, and the dtypes of tokens that it is computed with.
 
-    pack: elements in one stored value, or in a block of `unit` bytes that has its own scales.
+    pack: elements in one stored value, or in a block of `unit` bytes that has its own scales, one
+    for each `group` of elements.
     scaled: a matrix may have scales and a multiplier. zeros: and zero points, which leave integers
     that are exact in bfloat16.
     """
@@ -43,6 +44,7 @@ class Format:
     tokens: tuple[torch.dtype, ...] = TOKENS
     pack: int = 1
     unit: int = 1
+    group: int = 0
     scaled: bool = True
     zeros: bool = False
 
@@ -55,15 +57,15 @@ FORMATS = {
     "e2m1": Format(torch.uint8, pack=2),
     "int8": Format(torch.int8, zeros=True),
     "int4": Format(torch.uint8, pack=2, zeros=True),
-    "q8_0": Format(torch.uint8, pack=32, unit=34, scaled=False),
-    "q4_0": Format(torch.uint8, pack=32, unit=18, scaled=False),
-    "q5_0": Format(torch.uint8, pack=32, unit=22, scaled=False),
-    "q5_1": Format(torch.uint8, pack=32, unit=24, scaled=False),
-    "iq4_nl": Format(torch.uint8, pack=32, unit=18, scaled=False),
-    "mxfp4": Format(torch.uint8, pack=32, unit=17, scaled=False),
-    "q4_k": Format(torch.uint8, pack=256, unit=144, scaled=False),
-    "q5_k": Format(torch.uint8, pack=256, unit=176, scaled=False),
-    "q6_k": Format(torch.uint8, pack=256, unit=210, scaled=False),
+    "q8_0": Format(torch.uint8, pack=32, unit=34, group=32, scaled=False),
+    "q4_0": Format(torch.uint8, pack=32, unit=18, group=32, scaled=False),
+    "q5_0": Format(torch.uint8, pack=32, unit=22, group=32, scaled=False),
+    "q5_1": Format(torch.uint8, pack=32, unit=24, group=32, scaled=False),
+    "iq4_nl": Format(torch.uint8, pack=32, unit=18, group=32, scaled=False),
+    "mxfp4": Format(torch.uint8, pack=32, unit=17, group=32, scaled=False),
+    "q4_k": Format(torch.uint8, pack=256, unit=144, group=32, scaled=False),
+    "q5_k": Format(torch.uint8, pack=256, unit=176, group=32, scaled=False),
+    "q6_k": Format(torch.uint8, pack=256, unit=210, group=16, scaled=False),
 }
 
 
@@ -261,48 +263,52 @@ def add_product(
     """acc + weights @ x, or acc + x @ weights if K_FIRST: n and in_n then have rows last.
 
     Other arguments as for load_tile, for one slot. FOLD: values times scales are exact in the dtype
-    of x. Where they are not, the tile lies within one block of columns, and the scales multiply its
+    of x. Where they are not, the tile lies within one group of columns, and the scales multiply its
     sums. UPCAST: see multiply.
     """
     # The parentheses are for Triton 3.2.
-    if ((scales_ptr is None) and (SCALE_TYPE != "blocks")) or ((not FOLD) and (not UPCAST)):
-        w = load_values(
-            values_ptr, slot, n, in_n, k0, K, stride_ws, stride_wn, stride_wk, FORMAT, COUNT,
-            K_FIRST,
-        )  # fmt: skip
-        if zeros_ptr is not None:
-            w = w - load_zeros(
-                zeros_ptr, scales_ptr, slot, n, in_n, k0, K, stride_cs, stride_cn, stride_ck,
-                SCALE_N, SCALE_K, 1, K_FIRST,
+    if (SCALE_TYPE == "blocks") and ((not FOLD) and (not UPCAST)):
+        row = values_ptr + slot * stride_ws + row_at(n, stride_wn, FORMAT)
+        acc = add_block_product(acc, x, row, in_n, k0, K, FORMAT, COUNT, K_FIRST)
+    else:
+        if ((scales_ptr is None) and (SCALE_TYPE != "blocks")) or ((not FOLD) and (not UPCAST)):
+            w = load_values(
+                values_ptr, slot, n, in_n, k0, K, stride_ws, stride_wn, stride_wk, FORMAT, COUNT,
+                K_FIRST,
             )  # fmt: skip
-        w = w.to(x.dtype)
-    else:
-        rows, in_rows = n, in_n
-        if K_FIRST:
-            rows, in_rows = tl.trans(n), tl.trans(in_n)
-        w = load_tile(
-            values_ptr, scales_ptr, zeros_ptr, slot, rows, in_rows, k0, K,
-            stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-            tl.float32 if UPCAST else x.dtype, FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, COUNT,
-        )  # fmt: skip
-        if K_FIRST:
-            w = tl.trans(w)
-    if (scales_ptr is None) or (FOLD or UPCAST):
-        acc = multiply(x, w, acc, UPCAST) if K_FIRST else multiply(w, x, acc, UPCAST)
-    else:
-        part = tl.zeros(acc.shape, tl.float32)
-        part = multiply(x, w, part, UPCAST) if K_FIRST else multiply(w, x, part, UPCAST)
-        acc = tl.fma(
-            part,
-            tl.broadcast_to(
-                load_scales(
-                    scales_ptr, slot, n, in_n, k0, K, stride_cs, stride_cn, stride_ck,
-                    SCALE_TYPE, SCALE_N, SCALE_K, 1, K_FIRST,
+            if zeros_ptr is not None:
+                w = w - load_zeros(
+                    zeros_ptr, scales_ptr, slot, n, in_n, k0, K, stride_cs, stride_cn, stride_ck,
+                    SCALE_N, SCALE_K, 1, K_FIRST,
+                )  # fmt: skip
+            w = w.to(x.dtype)
+        else:
+            rows, in_rows = n, in_n
+            if K_FIRST:
+                rows, in_rows = tl.trans(n), tl.trans(in_n)
+            w = load_tile(
+                values_ptr, scales_ptr, zeros_ptr, slot, rows, in_rows, k0, K,
+                stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
+                tl.float32 if UPCAST else x.dtype, FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, COUNT,
+            )  # fmt: skip
+            if K_FIRST:
+                w = tl.trans(w)
+        if (scales_ptr is None) or (FOLD or UPCAST):
+            acc = multiply(x, w, acc, UPCAST) if K_FIRST else multiply(w, x, acc, UPCAST)
+        else:
+            part = tl.zeros(acc.shape, tl.float32)
+            part = multiply(x, w, part, UPCAST) if K_FIRST else multiply(w, x, part, UPCAST)
+            acc = tl.fma(
+                part,
+                tl.broadcast_to(
+                    load_scales(
+                        scales_ptr, slot, n, in_n, k0, K, stride_cs, stride_cn, stride_ck,
+                        SCALE_TYPE, SCALE_N, SCALE_K, 1, K_FIRST,
+                    ),
+                    acc.shape,
                 ),
-                acc.shape,
-            ),
-            acc,
-        )  # fmt: skip
+                acc,
+            )  # fmt: skip
     return acc
 
 

@@ -37,13 +37,16 @@ def has_tensor_cores_for(dtype: torch.dtype, device: torch.device) -> bool:
 
 def must_upcast(matrix: Matrix, dtype: torch.dtype, device: torch.device) -> bool:
     # Interpreters before Triton 3.7 multiply the bit patterns of bfloat16. The range of float16 is
-    # too small for sums without their scales. Numbers of blocks are exact in float32 alone.
+    # too small for sums without their scales.
     return (
-        FORMATS[matrix.format].unit > 1
-        or not has_tensor_cores_for(dtype, device)
+        not has_tensor_cores_for(dtype, device)
         or (INTERPRETED and dtype == torch.bfloat16)
-        or (matrix.scales is not None and dtype == torch.float16)
+        or (is_scaled(matrix) and dtype == torch.float16)
     )
+
+
+def is_scaled(matrix: Matrix) -> bool:
+    return matrix.scales is not None or FORMATS[matrix.format].unit > 1
 
 
 def pick_path(a: Arguments) -> str:
@@ -73,11 +76,13 @@ def routes_dtype(a: Arguments, path: str) -> torch.dtype:
 def tuning_key(kernel: str, a: Arguments, rows_per_tile: int = 0) -> dict[str, Any]:
     """What the tuning table is asked for this kernel."""
     matrix = a.matrices.gate if kernel.startswith("gate_up") else a.matrices.down
-    # Blocks are multiplied in float32, whose tiles need more registers: all but those of
-    # gate_up_vector are smaller. Both products of a prefill have tiles of the same rows.
+    # Tiles of blocks in float32 need more registers: all but those of gate_up_vector are smaller.
+    # Both products of a prefill have tiles of the same rows.
     multiplied = (a.matrices.gate, a.matrices.down) if kernel.endswith("grouped") else (matrix,)
     in_floats = kernel != "gate_up_vector" and any(
-        FORMATS[each.format].unit > 1 for each in multiplied
+        FORMATS[each.format].unit > 1
+        and (kernel == "down_vector" or must_upcast(each, a.dtype, a.device))
+        for each in multiplied
     )
     return {
         "dtype": "float32" if in_floats else str(a.dtype).removeprefix("torch."),
@@ -96,6 +101,8 @@ def config_of(kernel: str, a: Arguments, rows_per_tile: int = 0) -> Mapping[str,
     first = kernel.startswith("gate_up")
     matrix, summed = (a.matrices.gate, "BLOCK_H") if first else (a.matrices.down, "BLOCK_I")
     cols = matrix.block[1] if matrix.block else 0
+    if not must_upcast(matrix, a.dtype, a.device):
+        cols = cols or FORMATS[matrix.format].group
     if cols == 0 or kernel.endswith("vector") or folds(matrix.format, matrix.scales, a.dtype):
         return config
     # Scales that multiply the sums of a tile are the same for all of its columns.
@@ -215,8 +222,8 @@ def decode_plan(a: Arguments, path: str, per_route: bool, out: torch.Tensor | No
 def rows_per_tile(a: Arguments) -> int:
     """BLOCK_M for the mean number of rows per expert; never a function of the number of slots.
 
-    Scaled formats keep a second tile of sums, for which tiles of 128 rows have no registers; zero
-    points make weights of floats, for which those of 64 have none.
+    Scaled formats keep a second tile of sums, for which tiles of 128 rows have no registers;
+    blocks and zero points need more yet, and those of 64 have none.
     """
     experts = a.num_experts
     if experts is None:
@@ -224,8 +231,9 @@ def rows_per_tile(a: Arguments) -> int:
     mean = a.T * a.k / experts
     both = a.matrices.gate, a.matrices.down
     rows = [FORMATS[matrix.format] for matrix in both]
-    most = 64 if any(row.scaled or row.unit > 1 for row in rows) else 128
-    most = 32 if any(matrix.zeros is not None for matrix in both) else most
+    most = 64 if any(row.scaled for row in rows) else 128
+    if any(row.unit > 1 for row in rows) or any(matrix.zeros is not None for matrix in both):
+        most = 32
     return min(next((count for count in (16, 32, 64) if mean <= count), most), most)
 
 

@@ -14,11 +14,11 @@ import triton.language as tl
 from layers import DEVICE, ROW_TOLERANCE, TOLERANCE, error, row_error
 
 sys.path.append(str(Path(__file__).parents[2]))
-from scaled_weights import EVERY, SCALED, every_code, random_experts, whole
+from scaled_weights import EVERY, every_code, random_experts, whole
 
 from moeinf.checkpoint.formats import FORMATS, WeightFormat
 from moeinf.checkpoint.layout import Layout
-from moeinf.kernels import ExpertForm, Gate, formats, fused_experts, paths
+from moeinf.kernels import ExpertForm, Gate, blocks, formats, fused_experts, paths
 
 
 @triton.jit
@@ -64,9 +64,8 @@ def test_matches_the_float64_reference(
 @pytest.mark.parametrize("path,T", [("vector", 8), ("shared", 16), ("grouped", 48)])
 @pytest.mark.parametrize(
     "row,as_on_a_gpu",
-    # Tiles of blocks are float32 on every device.
-    [(row, False) for row in EVERY.values()] + [(row, True) for row in SCALED.values()],
-    ids=[*EVERY, *(f"{name}-as-on-a-gpu" for name in SCALED)],
+    [(row, False) for row in EVERY.values()] + [(row, True) for row in EVERY.values()],
+    ids=[*EVERY, *(f"{name}-as-on-a-gpu" for name in EVERY)],
 )
 def test_every_value_and_every_scale_is_exact(
     row: WeightFormat,
@@ -84,7 +83,8 @@ def test_every_value_and_every_scale_is_exact(
     use_blocks(monkeypatch, row)
     if as_on_a_gpu and DEVICE == "cpu":
         monkeypatch.setattr(paths, "must_upcast", lambda *_: False)
-        monkeypatch.setattr(formats, "multiply", multiply_widened)
+        for module in (formats, blocks):
+            monkeypatch.setattr(module, "multiply", multiply_widened)
     rows, cols = 80, whole(row, 96)
     parts = every_code(row, rows, cols, seed)
     form = ExpertForm(Gate("plain", "relu"), has_gate=False)
