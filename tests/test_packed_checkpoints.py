@@ -300,6 +300,37 @@ def test_dense_weights_may_be_packed_too(plain, tmp_path, seed, name):
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
+def stated_by_modelopt(folder: Path, quantization: object) -> None:
+    """Moves what config.json says of the weights into the file of ModelOpt."""
+    described = json.loads((folder / "config.json").read_text())
+    described.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(described))
+    told = {"producer": {"name": "modelopt"}, "quantization": quantization}
+    (folder / "hf_quant_config.json").write_text(json.dumps(told))
+
+
+@pytest.mark.parametrize("which", [".experts.", "_proj"])
+def test_modelopt_may_state_the_format_in_a_file_of_its_own(plain, tmp_path, seed, which):
+    packed, decoded = quantised(plain, tmp_path, "nvfp4", seed, which)
+    algo = {"quant_algo": "NVFP4", "group_size": 16, "exclude_modules": ["lm_head", "*router*"]}
+    stated_by_modelopt(packed, algo)
+    found, expected = logits(packed), logits(decoded)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def test_a_file_of_modelopt_that_the_tensors_contradict_is_refused(plain, tmp_path):
+    folder = tmp_path / "plain"
+    shutil.copytree(plain, folder)
+    stated_by_modelopt(folder, {"quant_algo": None, "kv_cache_quant_algo": "FP8"})
+    moeinf.load(folder, device="cpu", dtype=torch.float32, slots=4)
+    stated_by_modelopt(folder, {"quant_algo": "NVFP4"})
+    with pytest.raises(moeinf.CheckpointError, match="expected tensors with scales, found none"):
+        moeinf.load(folder, device="cpu")
+    stated_by_modelopt(folder, "NVFP4")
+    with pytest.raises(moeinf.CheckpointError, match=r"hf_quant_config\.json: quantization is"):
+        moeinf.load(folder, device="cpu")
+
+
 def test_a_model_with_packed_experts_is_not_saved(plain, tmp_path):
     packed, _ = quantised(plain, tmp_path, "mxfp4", 0)
     model = moeinf.load(packed, device="cpu", slots=4)

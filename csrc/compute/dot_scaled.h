@@ -277,9 +277,8 @@ inline void dot_scaled(const DotJob& job) {
         panel.kept = kept;
     }
     panel.w = job.w;
-    // Whole rows, if rows of another matrix lie between.
-    panel.ahead = job.w_stride >= 2 * row_bytes ? (kPrefetch / (row_bytes + 1) + 1) * job.w_stride
-                                                : kPrefetch;
+    // Whole panels: fewer bytes could lie in this panel, whose other rows are being read already.
+    panel.ahead = (kPrefetch / (kOutputs * row_bytes + 1) + 1) * kOutputs * job.w_stride;
     int64_t n = 0;
     for (; n + kOutputs <= job.outputs; n += kOutputs, panel.w += kOutputs * job.w_stride) {
         Tiles::load_scales(job, n, kOutputs, panel);

@@ -121,7 +121,8 @@ class Checkpoint:
     def of_folder(cls, folder: Path, trust_remote_code: bool = False) -> Checkpoint:
         """The same for a folder that is there."""
         config = _read_json(folder / "config.json")
-        quantization(config, folder / "config.json")  # before the other files are looked at
+        if not quantization(config, folder / "config.json"):  # before the other files are looked at
+            config |= _of_modelopt(folder / "hf_quant_config.json")
         tensors: dict[str, TensorEntry] = {}
         for shard, expected in _shards(folder):
             found = read_header(shard)
@@ -195,6 +196,18 @@ def names_by_shard(folder: Path) -> dict[str, set[str]]:
             raise CheckpointError(f"{index}: tensor {name!r} lies in {shard!r}, not a file name")
         by_shard.setdefault(shard, set()).add(name)
     return by_shard
+
+
+def _of_modelopt(file: Path) -> dict[str, Any]:
+    """The `quantization_config` that ModelOpt may write into a file of its own, else empty."""
+    if not file.exists():
+        return {}
+    stated = _read_json(file).get("quantization")
+    if not isinstance(stated, dict):
+        raise CheckpointError(f"{file}: quantization is {stated!r}, expected an object")
+    if stated.get("quant_algo") is None:  # what is quantised then is the cache of keys and values
+        return {}
+    return {"quantization_config": {**stated, "quant_method": "modelopt"}}
 
 
 def _missing(folder: Path) -> list[str]:
