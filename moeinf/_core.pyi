@@ -498,6 +498,8 @@ def fused_experts(
     prefill: bool,
     new_sequence: bool,
     caller: int,
+    sequences: int,
+    scratch_bytes: int,
 ) -> None:
     """Writes [tokens, hidden] to the address `out`; see moeinf.fused_experts."""
 

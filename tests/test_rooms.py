@@ -36,7 +36,7 @@ CORE = {
     "compute": "base layout threads",
     "cuda": "base memory device",
     "probe": "base layout memory device policy prefetch transfer tier cache threads",
-    "experts": "base layout device policy cache threads compute",
+    "experts": "base layout memory device policy cache threads compute",
     "capi": "base layout device policy tier cache compute cuda experts",
     "bindings": "base layout memory device policy prefetch transfer tier cache trace threads "
     "compute cuda probe experts",

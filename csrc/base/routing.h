@@ -5,6 +5,8 @@
 // error.
 #pragma once
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -48,6 +50,30 @@ public:
     [[nodiscard]] std::span<const ExpertIndex> experts() const noexcept { return experts_; }
     [[nodiscard]] std::span<const int32_t> counts() const noexcept { return counts_; }
 
+    // True where the routes are so many that nearly every expert is among them, and that most of
+    // them say little about the tokens to come.
+    [[nodiscard]] static bool is_long(int64_t tokens, int64_t top_k, int64_t experts) noexcept {
+        return tokens * top_k >= kLong * experts;
+    }
+
+    // How much the latest tokens use each of experts(), of the ids that were read. A token weighs
+    // half as much as the one kHalfLife after it. `sequences` of equal length follow each other.
+    template <class Id>
+    std::span<const float> recent(const Id* ids, int64_t tokens, int64_t top_k, int64_t sequences) {
+        recent_.assign(experts_.size(), 0.0f);
+        const int64_t length = tokens / sequences;
+        for (int64_t end = length; end <= tokens; end += length) {
+            for (int64_t t = std::max(end - length, end - 8 * kHalfLife); t < end; ++t) {
+                const float weight = std::exp2(-static_cast<float>(end - t) / kHalfLife);
+                for (int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
+                    const int32_t at = position_of(ids[i]);
+                    if (at >= 0) recent_[static_cast<size_t>(at)] += weight;
+                }
+            }
+        }
+        return recent_;
+    }
+
     // Where experts() has an id that was read; -1: it means no expert.
     [[nodiscard]] int32_t position_of(int64_t id) const noexcept {
         return position_[static_cast<size_t>(id + 1)];
@@ -57,6 +83,9 @@ public:
     [[nodiscard]] bool names_past_the_end() const noexcept { return names_past_the_end_; }
 
 private:
+    static constexpr int64_t kLong = 8;  // routes for each expert
+    static constexpr int64_t kHalfLife = 32;
+
     void forget() noexcept {
         for (const ExpertIndex expert : experts_) position_[index(expert) + 1] = -1;
         experts_.clear();
@@ -76,6 +105,7 @@ private:
     bool names_past_the_end_ = false;
     std::vector<ExpertIndex> experts_;
     std::vector<int32_t> counts_;
+    std::vector<float> recent_;
     std::vector<int32_t> position_;  // by id + 1, from -1 to num_experts
 };
 

@@ -198,10 +198,35 @@ void CacheState::join(StepLease::Impl& lease, Member& member) {
     unused_yet = 0;
 }
 
-void CacheState::start_surplus(StepLease::Impl& lease) {
-    for (size_t& i = lease.next_pending; lease.pending > 0; ++i) {
-        Member& member = lease.members[i];
-        if (member.state != Member::State::kPending) continue;
+// There is one.
+Member& CacheState::next_pending(StepLease::Impl& lease, bool kept) {
+    const auto is_pending = [](const Member& m) { return m.state == Member::State::kPending; };
+    const auto begin =
+        std::find_if(lease.members.begin() + static_cast<std::ptrdiff_t>(lease.next_pending),
+                     lease.members.end(), is_pending);
+    lease.next_pending = static_cast<size_t>(begin - lease.members.begin());
+    if (!lease.passes_on) return *begin;
+    const auto best = std::find_if(begin, lease.members.end(), [&](const Member& m) {
+        return is_pending(m) && tier.residency().keeps(m.expert) == kept;
+    });
+    return best == lease.members.end() ? *begin : *best;
+}
+
+// Will a frame of the step be passed on?
+bool CacheState::frames_to_come(const StepLease::Impl& lease, bool of_held) const {
+    return std::any_of(lease.members.begin(), lease.members.end(), [&](const Member& m) {
+        return m.has_slot() && m.staging < 0 && (of_held || m.state != Member::State::kHeld) &&
+               !tier.residency().keeps(m.expert);
+    });
+}
+
+void CacheState::start_surplus(StepLease::Impl& lease, bool of_held) {
+    while (lease.pending > 0) {
+        Member& member = next_pending(lease, false);
+        if (lease.passes_on && tier.residency().keeps(member.expert) &&
+            frames_to_come(lease, of_held)) {
+            return;
+        }
         if (tier.residency().resident(member.expert)) {  // another step has brought it since
             join(lease, member);
             continue;
@@ -244,6 +269,39 @@ void CacheState::release_member(Member& member) {
         }
     }
     member.fill.reset();
+}
+
+void CacheState::pass_on(StepLease::Impl& lease, ExpertId computed) {
+    Residency& residency = tier.residency();
+    if (!residency.resident(computed) || residency.pinned(computed) || residency.keeps(computed)) {
+        return;
+    }
+    Placement placement{};
+    const auto give = [&](ExpertId expert) {
+        if (residency.has_free_frame()) {  // nobody need leave
+            (void)residency.place(expert, placement);
+        } else {
+            residency.replace(computed, expert, placement);
+        }
+    };
+    while (lease.pending > 0) {
+        Member& member = next_pending(lease, true);
+        if (residency.resident(member.expert)) {  // another step has brought it since
+            join(lease, member);
+            continue;
+        }
+        give(member.expert);
+        return fetch(lease, member, placement);
+    }
+    while (lease.next_layer < lease.layer_end) {
+        const ExpertId expert = lease.next_layer;
+        lease.next_layer = ExpertId{number(expert) + 1};
+        if (residency.resident(expert)) continue;
+        give(expert);
+        tier.evict_for(placement);
+        tier.start_fill(expert, Priority::kPrefetch);
+        return;
+    }
 }
 
 bool CacheState::hand_out(StepLease::Impl& lease, std::vector<ReadyExpert>& out) {

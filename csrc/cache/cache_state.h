@@ -57,6 +57,8 @@ struct StepLease::Impl {
     size_t next_pending = 0;          // no pending member comes before this one
     std::thread::id thread;           // that used the lease last
     int32_t waiting_for_staging = 0;  // threads in wait_ready() that only a staging slot can wake
+    bool passes_on = false;           // frames of released members to other experts, see pass_on()
+    ExpertId next_layer{0}, layer_end{0};  // experts of the next layer not considered yet
     bool released = false;
     std::string failure;      // of the first fill that failed
     size_t active_index = 0;  // in CacheState::active
@@ -90,9 +92,17 @@ struct CacheState final : Tier::Owner {
     // Members of a step.
     void fetch(StepLease::Impl& lease, Member& member, const Placement& placement);
     void join(StepLease::Impl& lease, Member& member);
-    void start_surplus(StepLease::Impl& lease);
+    // During a long prompt those that the layer keeps come first, or last.
+    [[nodiscard]] Member& next_pending(StepLease::Impl& lease, bool kept);
+    // What the layer keeps waits for a frame that will be passed on; `of_held`: also for those of
+    // members that their holder has not released.
+    void start_surplus(StepLease::Impl& lease, bool of_held = false);
+    [[nodiscard]] bool frames_to_come(const StepLease::Impl& lease, bool of_held) const;
     void collect_fills(StepLease::Impl& lease);
     void release_member(Member& member);
+    // During a long prompt: the frame of a member that has been computed, and that its layer does
+    // not keep, takes a pending member, or else an expert of the next layer.
+    void pass_on(StepLease::Impl& lease, ExpertId computed);
     bool hand_out(StepLease::Impl& lease, std::vector<ReadyExpert>& out);
     void acquire_all(StepLease::Impl& lease, std::unique_lock<std::mutex>& lock);
     void end_lease(StepLease::Impl& lease);

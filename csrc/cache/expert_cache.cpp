@@ -23,6 +23,11 @@ void check_layer(const Catalog& catalog, LayerId layer) {
     }
 }
 
+// Experts of the next layer are read ahead only if few of them can be in vain.
+bool is_nearly_all(size_t used, int32_t num_experts) {
+    return 20 * static_cast<int64_t>(used) >= 19 * static_cast<int64_t>(num_experts);
+}
+
 ExpertId flat_id(const Catalog& catalog, LayerId layer, ExpertIndex expert) {
     if (!is_some(expert) || number(expert) >= catalog.num_experts()) {
         throw Error(ErrorCode::kInvalid, "expected experts in 0.." +
@@ -51,6 +56,13 @@ StepLease ExpertCache::begin_step(const StepRequest& request) {
     if (!request.counts.empty() && request.counts.size() != count) {
         throw Error(ErrorCode::kInvalid, "expected " + std::to_string(count) + " counts, found " +
                                              std::to_string(request.counts.size()));
+    }
+    if (!request.recent.empty() &&
+        (request.recent.size() != count || request.counts.size() != count)) {
+        throw Error(ErrorCode::kInvalid, "expected " + std::to_string(count) +
+                                             " counts and uses by the latest tokens, found " +
+                                             std::to_string(request.counts.size()) + " and " +
+                                             std::to_string(request.recent.size()));
     }
 
     StepLease step(state_);  // before the lock, which its destructor takes
@@ -94,6 +106,15 @@ StepLease ExpertCache::begin_step(const StepRequest& request) {
     lease.pending = count;
     lease.next_pending = 0;
     lease.thread = std::this_thread::get_id();
+    lease.passes_on = !request.recent.empty() && cache.link == nullptr;
+    lease.next_layer = ExpertId{0};
+    lease.layer_end = ExpertId{0};
+    if (lease.passes_on && request.reads_ahead && is_nearly_all(count, catalog.num_experts()) &&
+        number(request.layer) + 1 < catalog.num_layers()) {
+        const LayerId next{number(request.layer) + 1};
+        lease.next_layer = catalog.shape().id(next, ExpertIndex{0});
+        lease.layer_end = ExpertId{number(lease.next_layer) + catalog.num_experts()};
+    }
     lease.released = false;
     lease.failure.clear();
     lease.active_index = cache.active.size();
@@ -105,6 +126,7 @@ StepLease ExpertCache::begin_step(const StepRequest& request) {
                     .counts = request.counts.empty()
                                   ? std::span<const int32_t>(cache.ones).first(count)
                                   : request.counts,
+                    .recent = request.recent,
                     .router = {},
                     .prefill = request.prefill,
                     .new_sequence = request.new_sequence,

@@ -37,9 +37,13 @@ struct StepRequest {
     LayerId layer{0};
     std::span<const ExpertIndex> experts = {};  // distinct
     std::span<const int32_t> counts = {};       // tokens routed to each; empty: one each
+    std::span<const float> recent = {};         // of a long prompt, with counts: see Step
     bool prefill = false;
     bool new_sequence = false;
     int64_t caller = 0;  // see Step
+    // Of a long prompt: while it computes, the slots that no layer keeps take the experts of the
+    // next layer. Only where slots lie in RAM.
+    bool reads_ahead = false;
     // acquire_all() will follow: experts wait for slots rather than pass through.
     bool all_at_once = false;
 };

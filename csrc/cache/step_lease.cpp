@@ -194,7 +194,10 @@ void StepLease::release(int32_t position) {
     Member& member = lease.members[static_cast<size_t>(position)];
     cache.release_member(member);
     member.state = Member::State::kDone;
-    if (member.staging >= 0 && lease.failure.empty()) cache.start_surplus(lease);
+    if (lease.failure.empty()) {
+        if (lease.passes_on && member.staging < 0) cache.pass_on(lease, member.expert);
+        if (lease.passes_on || member.staging >= 0) cache.start_surplus(lease, true);
+    }
     lock.unlock();
     cache.flush();
 }

@@ -79,24 +79,32 @@ void StepStream::copy_ids(const RoutedStep& step) {
     ids_point_ = timeline_->signal();
 }
 
+template <class Use>
+auto StepStream::with_ids(const Use& use) {
+    const std::byte* const ids = ids_->data();
+    return step_.ids_are_int64 ? use(reinterpret_cast<const int64_t*>(ids))
+                               : use(reinterpret_cast<const int32_t*>(ids));
+}
+
 void StepStream::read_ids() {
     if (!ids_point_) throw Error(ErrorCode::kInvalid, "begin() without copy_ids()");
     const Range range("moeinf router ids");
     timeline_->synchronize(*ids_point_);
     ids_point_.reset();
-    const std::byte* const ids = ids_->data();
-    if (step_.ids_are_int64) {
-        routing_.read(reinterpret_cast<const int64_t*>(ids), step_.tokens, step_.top_k);
-    } else {
-        routing_.read(reinterpret_cast<const int32_t*>(ids), step_.tokens, step_.top_k);
-    }
+    with_ids([&](const auto* ids) { routing_.read(ids, step_.tokens, step_.top_k); });
 }
 
 std::optional<Wave> StepStream::begin() {
     read_ids();
+    std::span<const float> recent;
+    if (step_.prefill && Routing::is_long(step_.tokens, step_.top_k, map_entries() - 1)) {
+        recent = with_ids(
+            [&](const auto* ids) { return routing_.recent(ids, step_.tokens, step_.top_k, 1); });
+    }
     lease_.emplace(cache_->begin_step({.layer = step_.layer,
                                        .experts = routing_.experts(),
                                        .counts = routing_.counts(),
+                                       .recent = recent,
                                        .prefill = step_.prefill,
                                        .new_sequence = step_.new_sequence,
                                        .caller = step_.caller}));

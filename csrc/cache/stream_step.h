@@ -79,6 +79,8 @@ private:
     [[nodiscard]] size_t map_entries() const noexcept;
     void reserve(size_t id_bytes);
     void read_ids();
+    template <class Use>
+    auto with_ids(const Use& use);
     std::optional<Wave> take_wave();
     void end_wave();
 

@@ -113,7 +113,8 @@ moeinf_status moeinf_lease_compute(moeinf_lease* lease, moeinf_engine* engine,
         const auto threads = engines().get(engine);
         const std::lock_guard lock(own->mutex);
         const Call call = read_call(given, own->cache->core.catalog().num_experts());
-        in_parts(*threads, own->cache->expert(), call.input, given.out, call.out_dtype,
+        const int64_t most = most_tokens(*threads, own->cache->expert(), call.input, 0);
+        in_parts(*threads, own->cache->expert(), call.input, given.out, call.out_dtype, most,
                  [&](ExpertFfnCall& part, bool /*first*/) { compute_held(*own, part); });
     });
 }

@@ -36,7 +36,9 @@ ScratchBuffer CpuEngine::take_scratch(size_t nbytes) {
         const std::lock_guard lock(scratch_lock_);
         kept = std::move(spare_);
     }
-    if (kept != nullptr && kept->size() >= nbytes) return std::move(*kept);
+    const bool too_large =
+        kept != nullptr && kept->size() > 2 * kUsualScratch && nbytes <= kUsualScratch;
+    if (kept != nullptr && kept->size() >= nbytes && !too_large) return std::move(*kept);
     kept.reset();
     return ScratchBuffer(nbytes);
 }
@@ -47,6 +49,11 @@ void CpuEngine::give_scratch(ScratchBuffer buffer) noexcept {
     if (spare_ == nullptr || (kept != nullptr && spare_->size() < kept->size())) {
         spare_ = std::move(kept);
     }
+}
+
+size_t CpuEngine::kept_scratch() {
+    const std::lock_guard lock(scratch_lock_);
+    return spare_ == nullptr ? 0 : spare_->size();
 }
 
 }  // namespace moeinf

@@ -39,9 +39,12 @@ public:
     [[nodiscard]] ThreadPool& pool() noexcept { return pool_; }
     [[nodiscard]] const KernelSet& kernels() const noexcept { return kernels_; }
 
-    // A buffer of at least that size. The caller returns it after use. The largest one is kept.
+    // A buffer of at least that size. The caller returns it after use. The largest one is kept. One
+    // of more than kUsualScratch, for a long prompt, is kept until a call needs no more than that.
+    static constexpr size_t kUsualScratch = size_t{64} << 20;
     [[nodiscard]] ScratchBuffer take_scratch(size_t nbytes);
     void give_scratch(ScratchBuffer buffer) noexcept;
+    [[nodiscard]] size_t kept_scratch();
 
 private:
     const KernelSet& kernels_;

@@ -187,6 +187,14 @@ void ExpertFfnCall::sort_routes(const Id* ids) {
     }
 }
 
+std::span<const float> ExpertFfnCall::recent(int64_t sequences) {
+    const auto of = [&](const auto* ids) {
+        return routing_.recent(ids, input_.tokens, input_.top_k, sequences);
+    };
+    return input_.ids_are_int64 ? of(static_cast<const int64_t*>(input_.topk_ids))
+                                : of(static_cast<const int32_t*>(input_.topk_ids));
+}
+
 void ExpertFfnCall::read_topk_weights() {
     topk_weights_.resize(row_of_route_.size());
     kernels_.widen(input_.topk_weights, input_.topk_weights_dtype,

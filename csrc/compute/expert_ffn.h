@@ -75,6 +75,10 @@ public:
     }
     [[nodiscard]] std::span<const int32_t> counts() const noexcept { return routing_.counts(); }
 
+    [[nodiscard]] int64_t tokens() const noexcept { return input_.tokens; }
+    // See Routing::recent().
+    [[nodiscard]] std::span<const float> recent(int64_t sequences);
+
     // Computes every route of these experts; their slots are not read after it returns. Throws
     // Error(kInvalid) for a position out of range or computed before.
     void compute(std::span<const SlotOfExpert> ready);

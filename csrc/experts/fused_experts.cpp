@@ -2,6 +2,8 @@
 
 #include <vector>
 
+#include "memory/available.h"
+
 namespace moeinf {
 namespace {
 
@@ -22,16 +24,37 @@ void run_call(ExpertCache& cache, ExpertFfnCall& call, const StepRequest& reques
 
 }  // namespace
 
+int64_t most_tokens(CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input,
+                    size_t scratch_bytes) {
+    const auto with = [&](size_t bytes) {
+        return ExpertFfnCall::tokens_per_call(expert, input.top_k, bytes);
+    };
+    if (scratch_bytes > 0) return with(scratch_bytes);
+    const int64_t usual = with(CpuEngine::kUsualScratch);
+    if (input.tokens <= usual) return usual;
+    return std::max(usual, with((available_memory() + engine.kept_scratch()) / 4));
+}
+
 void fused_experts(ExpertCache& cache, CpuEngine& engine, const ExpertFfn& expert,
                    const FfnInput& input, const PassOfStep& pass, void* out, DType out_dtype) {
-    in_parts(engine, expert, input, out, out_dtype, [&](ExpertFfnCall& call, bool first) {
+    const int64_t most = most_tokens(engine, expert, input, pass.scratch_bytes);
+    const bool one_call = input.tokens <= most;
+    const bool whole_rows = pass.sequences > 0 && input.tokens % pass.sequences == 0;
+    const int64_t sequences = one_call && whole_rows ? pass.sequences : 1;
+    const bool is_long =
+        pass.prefill && Routing::is_long(input.tokens, input.top_k, input.num_experts);
+    int64_t done = 0;
+    in_parts(engine, expert, input, out, out_dtype, most, [&](ExpertFfnCall& call, bool first) {
+        done += call.tokens();
         run_call(cache, call,
                  {.layer = pass.layer,
                   .experts = call.experts(),
                   .counts = call.counts(),
+                  .recent = is_long ? call.recent(sequences) : std::span<const float>(),
                   .prefill = pass.prefill,
                   .new_sequence = pass.new_sequence && first,
-                  .caller = pass.caller});
+                  .caller = pass.caller,
+                  .reads_ahead = done == input.tokens});
     });
 }
 

@@ -16,18 +16,27 @@ struct PassOfStep {
     bool prefill = false;
     bool new_sequence = false;
     int64_t caller = 0;
+    int64_t sequences = 1;     // of equal length, one after another
+    size_t scratch_bytes = 0;  // see most_tokens()
 };
 
-// Writes out [tokens, hidden]. A long prompt is cut so that scratch memory stays bounded; each part
-// is a step of its own.
+// Writes out [tokens, hidden]. A prompt whose scratch memory has no room is cut into equal parts;
+// each is a step of its own.
 void fused_experts(ExpertCache& cache, CpuEngine& engine, const ExpertFfn& expert,
                    const FfnInput& input, const PassOfStep& pass, void* out, DType out_dtype);
 
-// `compute(call)` computes all experts of each part of the input.
+// The most tokens of one call. Each call reads the experts that are not resident, so a prompt in
+// several calls reads them several times. With scratch_bytes = 0 a call takes what it needs, up to
+// a quarter of the memory that is free: the rest is for the model's other activations.
+[[nodiscard]] int64_t most_tokens(CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input,
+                                  size_t scratch_bytes);
+
+// `compute(call, first)` computes all experts of each part of the input, of at most so many tokens.
 template <class Compute>
 void in_parts(CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input, void* out,
-              DType out_dtype, const Compute& compute) {
-    const int64_t most = ExpertFfnCall::tokens_per_call(expert, input.top_k);
+              DType out_dtype, int64_t most, const Compute& compute) {
+    const int64_t parts = (input.tokens + most - 1) / most;
+    if (parts > 1) most = (input.tokens + parts - 1) / parts;
     const auto rows = [](const void* base, int64_t first, int64_t width, size_t element) {
         return static_cast<const std::byte*>(base) + static_cast<size_t>(first * width) * element;
     };

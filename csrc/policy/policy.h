@@ -26,7 +26,9 @@ struct Step {
     LayerId layer{0};
     std::span<const ExpertId> experts;  // distinct, in order of first appearance
     std::span<const int32_t> counts;    // tokens routed to each of them
-    std::span<const float> router;      // mean router probability of all experts; empty if unknown
+    // Of a long prompt: how much its latest tokens use each of `experts`. Else empty.
+    std::span<const float> recent = {};
+    std::span<const float> router;  // mean router probability of all experts; empty if unknown
     bool prefill = false;
     bool new_sequence = false;  // the first step of a request
     // The caller that runs the pass. The steps of one caller come in order, one request after

@@ -9,17 +9,29 @@
 namespace moeinf {
 
 Residency::Residency(ModelShape shape, int32_t frames, std::unique_ptr<Policy> policy)
-    : policy_(std::move(policy)), frame_of_(shape.total(), FrameId::kNone), pins_(shape.total()) {
+    : policy_(std::move(policy)),
+      frame_of_(shape.total(), FrameId::kNone),
+      pins_(shape.total()),
+      shares_(shape) {
     if (policy_ == nullptr) throw Error(ErrorCode::kInvalid, "residency needs a policy");
     resize(frames);
 }
 
 void Residency::plan(const Step& step, StepPlan& out) {
     policy_->observe(step);
-    insert(step.experts, out);
+    if (step.recent.empty()) {
+        shares_.end();
+        return insert(step.experts, out);
+    }
+    shares_.begin(step, frames_);
+    insert(shares_.experts(), true, out);
 }
 
 void Residency::insert(std::span<const ExpertId> experts, StepPlan& out) {
+    insert(experts, false, out);
+}
+
+void Residency::insert(std::span<const ExpertId> experts, bool by_shares, StepPlan& out) {
     out.hits.clear();
     out.placements.clear();
     out.surplus.clear();
@@ -34,7 +46,8 @@ void Residency::insert(std::span<const ExpertId> experts, StepPlan& out) {
     if (from_free < missing_.size()) {
         for (const ExpertId expert : out.hits) pin(expert);
         victims_.resize(missing_.size() - from_free);
-        found = policy_->choose_victims(residents(), pins_, victims_);
+        found = by_shares ? shares_.choose_victims(*policy_, residents(), pins_, missing_, victims_)
+                          : policy_->choose_victims(residents(), pins_, victims_);
         for (const ExpertId expert : out.hits) unpin(expert);
     }
 

@@ -10,6 +10,7 @@
 
 #include "base/ids.h"
 #include "policy/policy.h"
+#include "policy/prompt_shares.h"
 
 namespace moeinf {
 
@@ -33,12 +34,20 @@ public:
     // Throws Error(kInvalid) for fewer than one frame or no policy.
     Residency(ModelShape shape, int32_t frames, std::unique_ptr<Policy> policy);
 
-    // Shows the step to the policy, then places its experts.
+    // Shows the step to the policy, then places its experts. Where `recent` is known the layers
+    // keep their shares, see PromptShares; a step without it ends that.
     void plan(const Step& step, StepPlan& out);
 
     // Counts as the simulator documents: members of the set are never victims, misses are inserted
     // in the given order, and experts that do not fit pass through and are not kept.
     void insert(std::span<const ExpertId> experts, StepPlan& out);
+
+    // True if a layer keeps the expert during a long prompt.
+    [[nodiscard]] bool keeps(ExpertId expert) const noexcept { return shares_.keeps(expert); }
+    // Gives the frame of a resident that is not pinned to an absent expert.
+    void replace(ExpertId resident, ExpertId expert, Placement& out) {
+        enter(expert, frame_of(resident), resident, out);
+    }
 
     // Makes room for one absent expert outside any step (a prefetch). False if nothing may be
     // evicted.
@@ -82,6 +91,7 @@ public:
     [[nodiscard]] Policy& policy() noexcept { return *policy_; }
 
 private:
+    void insert(std::span<const ExpertId> experts, bool by_shares, StepPlan& out);
     void enter(ExpertId expert, FrameId frame, ExpertId evicted, Placement& out);
     FrameId take_free_frame() noexcept;
     void drop_unused_closed_frames();
@@ -92,6 +102,7 @@ private:
     PerExpert<FrameId> frame_of_;
     PerFrame<ExpertId> residents_;
     Pins pins_;
+    PromptShares shares_;
     std::vector<FrameId> free_frames_;         // open ones; the next to use is last
     std::vector<ExpertId> missing_, victims_;  // scratch
 };

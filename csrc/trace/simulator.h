@@ -1,5 +1,6 @@
 // Replays a trace through the classes of the live cache, Residency and Policy, and counts hits. A
-// live run and the simulation of its trace have exactly the same hits. Moves no bytes.
+// live run and the simulation of its trace have exactly the same hits, but for long prompts: it
+// takes them as it takes short ones, see PromptShares. Moves no bytes.
 #pragma once
 
 #include <cstdint>

@@ -21,6 +21,7 @@ from moeinf.cache.budget import (
     free_bytes,
     host_slots_for,
     less_reserve,
+    parse_bytes,
     slots_for,
 )
 from moeinf.cache.devices import open_device, torch_device
@@ -82,6 +83,9 @@ class ExpertCache:
             to trust them.
         threads, chunk_bytes: of the file reader; 0 takes the measured defaults.
         direct: read past the page cache where the file system allows it.
+        scratch: on the CPU, what the activations of a prompt may take in one MoE layer, in bytes. A
+            prompt that needs more is computed in parts, which read experts again. Without it, what
+            the prompt needs, up to a quarter of the memory that is free at that time.
         dense_bytes: of a memory's free bytes, what slots must leave for weights loaded later.
         shared: the name of RAM that several processes of one user share. It has a slot for each
             expert; each expert is read by one process, and the memory is freed when its last user
@@ -117,6 +121,7 @@ class ExpertCache:
         exclusive: bool = False,
         tier: HostTier | None = None,
         gather_below: int | None = None,
+        scratch: str | int | None = None,
         dense_bytes: int = 0,
         layers: int | None = None,
         name: str | None = None,
@@ -133,6 +138,9 @@ class ExpertCache:
                 "host_memory, exclusive, tier and gather_below say how experts reach a GPU: give "
                 "device"
             )
+        if opened is not None and scratch is not None:
+            raise ValueError("scratch is of prompts on the CPU: leave it out for a GPU")
+        self.scratch_bytes = 0 if scratch is None else parse_bytes(scratch)
         if tier is not None and (host_memory is not None or exclusive):
             raise ValueError("host_memory and exclusive are the tier's own: leave them out")
         if shared is not None:

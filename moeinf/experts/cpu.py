@@ -72,6 +72,7 @@ class CpuExperts:
         self.engine = engine or default_engine()
         self.core = cache.core
         self.passes = cache.passes
+        self.scratch_bytes = cache.scratch_bytes
         self.expert = core_expert(store.form, store.layout)
 
     def run(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: int) -> Tensor:
@@ -109,6 +110,8 @@ class CpuExperts:
                 prefill=passes.current.prefill,
                 new_sequence=passes.takes_first_step(),
                 caller=passes.caller,
+                sequences=passes.current.batch,
+                scratch_bytes=self.scratch_bytes,
             )
         finally:
             marks.end()

@@ -1,4 +1,5 @@
-"""Replays traces against policies and budgets, counting exactly as the live cache does.
+"""Replays traces against policies and budgets, counting exactly as the live cache does, but for
+long prompts: after these the live cache leaves each layer a share of the slots.
 
 The work is done in C++ by the classes of the live cache. This module checks arguments and names the
 results; time_model.py turns misses into seconds.

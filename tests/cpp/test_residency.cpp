@@ -103,6 +103,79 @@ TEST("long decay") {
     CHECK((victims == FlatExperts{3, 2, 0, 1}));  // 1 was used last, 3 never again
 }
 
+// Whatever was resident before and is pinned now: the step of a long prompt evicts nothing that a
+// layer keeps and leaves no other layer below its share; the next short step decides alone again.
+TEST("long prompts leave each layer its share") {
+    std::mt19937 random(static_cast<uint32_t>(drawn_seed()));
+    const auto below = [&](int n) { return static_cast<int>(random() % static_cast<uint32_t>(n)); };
+    for (int round = 0; round < 300; ++round) {
+        const ModelShape shape{1 + below(5), 2 + below(12)};
+        const int32_t frames = 1 + below(shape.total());
+        const int32_t share = std::max(1, (frames - frames / 8) / shape.num_layers);
+        Residency residency(shape, frames, make_policy(round % 2 ? "lru" : "learned", shape));
+        StepPlan plan;
+        const auto count = [&](LayerId layer) {
+            int32_t found = 0;
+            for (const ExpertId e : shape.experts_of(layer)) found += residency.resident(e);
+            return found;
+        };
+        for (int index = 0; index < 12 * shape.num_layers; ++index) {
+            const LayerId layer{index % shape.num_layers};
+            const bool is_long = below(3) > 0;
+            FlatExperts experts;
+            std::vector<int32_t> counts;
+            std::vector<float> recent;
+            for (const ExpertId e : shape.experts_of(layer)) {
+                if (below(8) == 0) continue;
+                experts.push_back(e);
+                counts.push_back(1 + below(9));
+                recent.push_back(static_cast<float>(below(4)));
+            }
+            if (experts.empty()) continue;
+            std::set<ExpertId> kept_elsewhere;
+            std::vector<int32_t> before;
+            for (const LayerId other : shape.layers()) {
+                before.push_back(count(other));
+                if (other == layer) continue;
+                for (const ExpertId e : shape.experts_of(other)) {
+                    if (residency.keeps(e) && residency.resident(e)) kept_elsewhere.insert(e);
+                }
+            }
+            residency.plan(
+                {.index = index,
+                 .layer = layer,
+                 .experts = experts,
+                 .counts = counts,
+                 .recent = is_long ? std::span<const float>(recent) : std::span<const float>(),
+                 .router = {},
+                 .prefill = true},
+                plan);
+            CHECK_EQ(plan.hits.size() + plan.placements.size() + plan.surplus.size(),
+                     experts.size());
+            if (!is_long) {
+                for (const ExpertId e : shape.experts()) CHECK(!residency.keeps(e));
+                continue;
+            }
+            for (const ExpertId e : kept_elsewhere) CHECK(residency.resident(e));
+            for (const LayerId other : shape.layers()) {
+                if (other == layer) continue;
+                CHECK(count(other) >= std::min(before[moeinf::index(other)], share));
+            }
+            // Kept are those that the latest tokens use most.
+            float least_kept = 1e9f, most_other = -1;
+            int32_t kept = 0;
+            for (size_t i = 0; i < experts.size(); ++i) {
+                kept += residency.keeps(experts[i]);
+                float& bound = residency.keeps(experts[i]) ? least_kept : most_other;
+                bound = residency.keeps(experts[i]) ? std::min(bound, recent[i])
+                                                    : std::max(bound, recent[i]);
+            }
+            CHECK_EQ(kept, std::min(share, static_cast<int32_t>(experts.size())));
+            CHECK(least_kept >= most_other);
+        }
+    }
+}
+
 TEST("shrinking") {
     const ModelShape shape{1, 8};
     Residency residency(shape, 4, make_policy("lru", shape));

@@ -73,11 +73,21 @@ private:
         const auto layer = static_cast<int32_t>(below(kLayers));
         if (below(3) == 0) (void)cache_.prefetch(LayerId{layer}, some_experts(3));
         const bool at_once = below(2) == 0;
-        const Experts experts = some_experts(at_once ? 3 : below(8) == 0 ? 10 : 4);
-        StepLease lease = cache_.begin_step({.layer = LayerId{layer},
-                                             .experts = experts,
-                                             .new_sequence = below(10) == 0,
-                                             .all_at_once = at_once});
+        const Experts experts = some_experts(at_once ? 3 : below(8) == 0 ? kExperts : 4);
+        // Long prompts among short steps: frames change hands while experts are computed.
+        const bool is_long = !at_once && below(3) == 0;
+        const std::vector<int32_t> tokens(experts.size(), 3);
+        std::vector<float> recent(experts.size());
+        for (float& use : recent) use = static_cast<float>(below(5));
+        StepLease lease = cache_.begin_step(
+            {.layer = LayerId{layer},
+             .experts = experts,
+             .counts = tokens,
+             .recent = is_long ? std::span<const float>(recent) : std::span<const float>(),
+             .prefill = is_long,
+             .new_sequence = below(10) == 0,
+             .reads_ahead = is_long,
+             .all_at_once = at_once});
         counts_.asked += static_cast<int64_t>(experts.size());
         if (below(12) == 0) return;  // given up at once
         std::vector<ReadyExpert> ready;
