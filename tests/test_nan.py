@@ -62,6 +62,8 @@ def test_a_weight_of_an_expert_that_is_not_finite(
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["model.layers.2.mlp.experts.3.up_proj.weight"][5, 7] = value
     save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
-    expected = run(AutoModelForCausalLM.from_pretrained(tmp_path), seed)
-    check(run(moeinf.load(tmp_path, device=device, slots=2), seed), expected)
-    assert torch.isfinite(expected[[0, 2]]).any()
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path)
+    # For some tokens, every one is routed to that expert.
+    answers = ((drawn, run(reference, drawn)) for drawn in range(seed, seed + 50))
+    drawn, expected = next(x for x in answers if torch.isfinite(x[1][[0, 2]]).any())
+    check(run(moeinf.load(tmp_path, device=device, slots=2), drawn), expected)

@@ -152,10 +152,11 @@ def test_both_prefill_kernels_share_their_tiles() -> None:
 
 
 def test_decode_fills_a_large_chip() -> None:
-    """Four waves of programs and more on 132 multiprocessors for one token of Qwen3-30B-A3B."""
+    """Four waves of programs and more on 132 multiprocessors for one token of Qwen3-30B-A3B, with
+    the blocks of devices on which none were timed."""
     H, I, k = 2048, 768, 8  # noqa: E741
     first, second = (
-        tuning.config(kernel, ("sm_90", "*"), dtype="bfloat16", hidden=H, intermediate=I)
+        tuning.config(kernel, ("*",), dtype="bfloat16", hidden=H, intermediate=I)
         for kernel in ("gate_up_vector", "down_vector")
     )
     assert k * -(-I // first["BLOCK_I"]) >= 4 * 132
