@@ -100,7 +100,7 @@ def test_a_compiled_model_has_the_tokens_of_a_compiled_one() -> None:
 
 
 def test_two_ranks_serve_their_own_experts() -> None:
-    """There is no answer of vLLM's own to compare: 0.32 crashes with expert parallelism on CPUs, and
+    """vLLM 0.32 has no answer of its own: it crashes with expert parallelism on CPUs, and
     one rank rounds in another way."""
     ranks = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     found = [result(offline(**ranks, **with_cache(memory))) for memory in ("25%", "100%")]
