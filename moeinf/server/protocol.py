@@ -94,8 +94,12 @@ class _Protocol(H11Protocol):
             f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
         )
         self.transport.write(head.encode() + body)
-        self.transport.write_eof()
         self._refused = True
+        try:
+            self.transport.write_eof()
+        except OSError:  # the client has gone
+            self.transport.abort()
+            return
         self._set_deadline(LINGER_SECONDS, self.transport.abort)
 
     def _set_deadline(self, seconds: float | None, then: Callable[[], None]) -> None:

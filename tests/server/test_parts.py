@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import re
 import threading
 from typing import Any
 
+import h11
 import pytest
 import torch
 
 from moeinf.server.app import PAGE
+from moeinf.server.protocol import protocol_for
+from moeinf.server.settings import Settings
 from moeinf.server.text import Detokenizer, StopStrings
 from moeinf.server.turns import Turns
 
@@ -95,3 +99,24 @@ def test_a_turn_that_fails_is_given_on(count: int) -> None:
             raise KeyError
     with turns.turn(seed=0):
         turns.hand_over()
+
+
+def test_a_client_that_has_gone_before_it_is_refused() -> None:
+    """The socket then cannot be closed half: the connection ends, and nothing is raised."""
+    calls = []
+
+    class Gone:
+        def write(self, data: bytes) -> None:
+            calls.append(data.split(b" ")[1])
+
+        def write_eof(self) -> None:
+            raise OSError(errno.ENOTCONN, "not connected")
+
+        def abort(self) -> None:
+            calls.append("abort")
+
+    connection = object.__new__(protocol_for(Settings("pocket")))
+    connection.conn, connection.cycle, connection._deadline = h11.Connection(h11.SERVER), None, None
+    connection.transport = Gone()
+    connection._refuse(400, "illegal request line")
+    assert calls == [b"400", "abort"]
