@@ -2,7 +2,7 @@
 
     python -m benchmarks.formats_gpu --json benchmarks/results/formats_gpu.json
 
-Geometry of Qwen3-30B-A3B by default. Every format holds random bytes and scales that keep the sums
+Geometry of Qwen3-30B-A3B by default. Every format holds random codes and scales that keep the sums
 small. Each result is first compared with float64 products of the decoded weights; a wrong one gets
 no time. Bytes that must move: every distinct expert of a call once, in its packed size. Calls
 differ, so what one reads has left the L2 cache before it is read again, as in ffn_gpu. Times are
@@ -20,8 +20,8 @@ import torch
 
 from benchmarks import ffn_gpu, roofline_gpu
 from benchmarks.common import print_table, write_json
-from moeinf.checkpoint.blocks import BLOCKS
-from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, WeightFormat
+from benchmarks.packed_weights import SCALED, fill_like_weights
+from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
 from moeinf.checkpoint.layout import Layout
 from moeinf.kernels import ExpertForm, fused_experts
 
@@ -29,21 +29,13 @@ TOKENS = (1, 16, 512)
 TOLERANCE = 1e-2  # of a result in bf16 against float64, by norm
 FORMATS_TIMED = {
     "bf16": FORMATS["bf16"],
-    "fp8": FORMATS["e4m3"].with_scales("f32", (128, 128)),
-    "fp8-channel": FORMATS["e4m3"].with_scales("bf16", (1, 0)),
-    "mxfp8": FORMATS["e4m3"].with_scales("e8m0", (1, 32)),
-    "int8": FORMATS["int8"].with_scales("f32", (1, 0)),
-    "mxfp4": FORMATS["e2m1"].with_scales("e8m0", (1, 32)),
-    "nvfp4": FORMATS["e2m1"].with_scales("e4m3", (1, 16), multiplier=True),
-    "int4-32": FORMATS["int4"].with_scales("bf16", (1, 32)),
-    "int4-128": FORMATS["int4"].with_scales("bf16", (1, 128)),
+    **SCALED,
     "int4-128-zeros": FORMATS["int4"].with_scales("bf16", (1, 128), zeros=True),
-    **{f"gguf-{name}": FORMATS[name] for name in BLOCKS},
 }
 
 
 class Packed:
-    """All experts of one layer in slots: any bytes, the same in each expert but for its scale."""
+    """All experts of one layer in slots, with the same bytes in each."""
 
     def __init__(self, row: WeightFormat, geometry: ffn_gpu.Geometry, device: torch.device) -> None:
         self.row, self.geometry, self.device = row, geometry, device
@@ -51,23 +43,14 @@ class Packed:
         self.layout = Layout.of(ExpertForm(), row, geometry.hidden, geometry.intermediate)
         count = geometry.experts
         self.pool = torch.empty(count, self.layout.slot_bytes, dtype=torch.uint8, device=device)
-        if row.name == "bf16":
-            for view in self.layout.views(self.pool).values():
+        one = torch.empty(self.layout.slot_bytes, dtype=torch.uint8)
+        for name, view in self.layout.views(one[None]).items():
+            if row.name == "bf16":
                 view.normal_(std=view.shape[-1] ** -0.5)
-        else:
-            self.fill()
+            else:
+                fill_like_weights(name, row, view)
+        self.pool.copy_(one.expand_as(self.pool))
         self.matrices = self.layout.matrices(self.pool)
-
-    def fill(self) -> None:
-        """Bytes below 120: none is a NaN of e4m3, and halves of two are small and finite."""
-        one = torch.randint(0, 48 if self.row.unit > 1 else 120, self.pool.shape[1:])
-        self.pool.copy_(one.to(torch.uint8).expand_as(self.pool))
-        if self.row.name == "mxfp4":  # the scale of a block is its first byte
-            for view in self.layout.views(self.pool).values():
-                view.unflatten(-1, (-1, self.row.unit))[..., 0] = 118
-        for name, view in self.layout.views(self.pool).items():
-            if name.endswith((".scales", ".multiplier")):
-                view.copy_(torch.full_like(view, 118) if self.row.scales == "e8m0" else 0.01)
 
     def expected(self, call: ffn_gpu.Call, tokens: int) -> torch.Tensor:
         """float64 [tokens, H], route by route."""
@@ -85,10 +68,10 @@ class Packed:
     def dense(self, e: int) -> list[torch.Tensor]:
         found = []
         for matrix in (self.matrices.gate, self.matrices.up, self.matrices.down):
-            parts = {VALUES: matrix.values[e], "zeros": None, SCALES: None, MULTIPLIER: None}
-            parts |= {n: getattr(matrix, n) for n in ("zeros", "scales", "multiplier")}
-            parts |= {n: t[e] for n, t in parts.items() if n != VALUES and t is not None}
-            found.append(self.row.dequantise({n: t for n, t in parts.items() if t is not None}))
+            pieces = {VALUES: matrix.values, SCALES: matrix.scales, ZEROS: matrix.zeros,
+                      MULTIPLIER: matrix.multiplier}  # fmt: skip
+            parts = {name: tensor[e] for name, tensor in pieces.items() if tensor is not None}
+            found.append(self.row.dequantise(parts))
         return found
 
     def run(self, call: ffn_gpu.Call) -> torch.Tensor:

@@ -105,9 +105,7 @@ def test_candidates_have_the_parameters_of_the_table(kernel: str, order: str) ->
         assert config.get("BLOCK_M", rows) == rows
 
 
-@pytest.mark.parametrize(
-    "name,weights", [("bf16", "plain"), ("fp8", "e4m3"), ("gguf-q4_k", "q4_k")]
-)
+@pytest.mark.parametrize("name,weights", [("bf16", "plain"), ("fp8", "e4m3"), ("q4_k", "q4_k")])
 def test_the_tool_asks_what_a_call_asks(name: str, weights: str) -> None:
     row, cpu = formats_gpu.FORMATS_TIMED[name], torch.device("cpu")
     layer = formats_gpu.Packed(row, ffn_gpu.Geometry("tiny", 256, 512, 6, 2), cpu)
