@@ -45,20 +45,18 @@ def command(
         import torch
 
         from moeinf.integrations.transformers.conversation import Conversation
-        from moeinf.integrations.transformers.generation import read_tokenizer
-        from moeinf.integrations.transformers.load import load, open_checkpoint
-    opened = open_checkpoint(checkpoint, revision, trust_remote_code, to_generate=True)
-    model: Any = load(
-        opened,
+        from moeinf.integrations.transformers.generation import load_with_tokenizer
+    model, tokenizer = load_with_tokenizer(
+        checkpoint,
+        revision,
+        trust_remote_code,
         device=device,
         memory=memory,
         host_memory=host_memory,
         policy=policy,
         prefetch=prefetch,
         linear=linear,
-        fill=True,
     )
-    tokenizer = read_tokenizer(opened.path, trust_remote_code)
     chat = Conversation(model, tokenizer, system and utf8("--system", system))
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if not chat.has_template:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json as json_format
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -88,21 +88,19 @@ def command(
     )
     bound = bind(settings)
     with quiet_interrupts():
-        from moeinf.integrations.transformers.generation import read_tokenizer
-        from moeinf.integrations.transformers.load import load, open_checkpoint
+        from moeinf.integrations.transformers.generation import load_with_tokenizer
         from moeinf.server.run import serve
-    opened = open_checkpoint(checkpoint, revision, trust_remote_code, to_generate=True)
-    model: Any = load(
-        opened,
+    model, tokenizer = load_with_tokenizer(
+        checkpoint,
+        revision,
+        trust_remote_code,
         device=device,
         memory=memory,
         host_memory=host_memory,
         policy=policy,
         prefetch=prefetch,
         linear=linear,
-        fill=True,
     )
-    tokenizer = read_tokenizer(opened.path, trust_remote_code)
 
     def on_ready(address: str) -> None:
         if json:

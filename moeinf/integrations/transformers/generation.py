@@ -168,6 +168,16 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
     )
 
 
+def load_with_tokenizer(
+    path: Path, revision: str | None, trust_remote_code: bool, **budget: Any
+) -> tuple[Any, Any]:
+    """A model that answers again and again, with `moeinf.load`'s options, and its tokenizer, which
+    is read first: it is small, and may be missing."""
+    checkpoint = open_checkpoint(path, revision, trust_remote_code, to_generate=True)
+    tokenizer = read_tokenizer(checkpoint.path, trust_remote_code)
+    return load(checkpoint, fill=True, **budget), tokenizer
+
+
 def read_tokenizer(path: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint folder, or of a GGUF file.
 
