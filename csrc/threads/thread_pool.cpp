@@ -14,6 +14,7 @@ namespace {
 // About 20 us: longer than the gap between two regions of one FFN, and too short to disturb other
 // programs. A sleeping thread needs about 50 us to wake up.
 constexpr int kSpins = 1000;
+constexpr uint64_t kCount = 0xffffffff;  // the lower half of the unclaimed tasks' word
 
 void relax() {
 #if defined(__x86_64__)
@@ -78,11 +79,12 @@ void ThreadPool::run_erased(int64_t tasks, Function function, const void* contex
     }
     const std::lock_guard lock(one_region_);
     const uint32_t region = region_.load(std::memory_order_relaxed) + 1;
-    tasks_.store(tasks, std::memory_order_relaxed);
-    function_.store(function, std::memory_order_relaxed);
-    context_.store(context, std::memory_order_relaxed);
+    tasks_ = tasks;
+    function_ = function;
+    context_ = context;
     unfinished_.store(static_cast<int32_t>(tasks), std::memory_order_relaxed);
-    next_.store(uint64_t{region} << 32, std::memory_order_release);
+    unclaimed_.store(uint64_t{region} << 32 | static_cast<uint32_t>(tasks),
+                     std::memory_order_release);
     region_.store(region, std::memory_order_release);
     region_.notify_all();
     work(region);
@@ -91,19 +93,15 @@ void ThreadPool::run_erased(int64_t tasks, Function function, const void* contex
 }
 
 void ThreadPool::work(uint32_t region) {
-    uint64_t next = next_.load(std::memory_order_acquire);
-    while (next >> 32 == region) {
-        const auto index = static_cast<int64_t>(next & 0xffffffffu);
-        const Function function = function_.load(std::memory_order_relaxed);
-        const void* context = context_.load(std::memory_order_relaxed);
-        if (index >= tasks_.load(std::memory_order_relaxed)) return;
-        if (!next_.compare_exchange_weak(next, next + 1, std::memory_order_acq_rel,
-                                         std::memory_order_acquire)) {
+    uint64_t seen = unclaimed_.load(std::memory_order_acquire);
+    while (seen >> 32 == region && (seen & kCount) != 0) {
+        if (!unclaimed_.compare_exchange_weak(seen, seen - 1, std::memory_order_acq_rel,
+                                              std::memory_order_acquire)) {
             continue;
         }
-        function(context, index);
+        function_(context_, tasks_ - static_cast<int64_t>(seen & kCount));
         if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
-        next = next_.load(std::memory_order_acquire);
+        seen = unclaimed_.load(std::memory_order_acquire);
     }
 }
 

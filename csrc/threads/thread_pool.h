@@ -49,15 +49,18 @@ private:
     const ForkDetector process_;
     std::mutex one_region_;
 
-    // A region's number (upper half) and its next task (lower half). A late thread cannot claim a
-    // task of a region that is over, so the data that it read of the region does no harm.
-    alignas(64) std::atomic<uint64_t> next_{0};
+    // A region's number (upper half) and how many of its tasks nobody has claimed (lower half). A
+    // late thread finds another number, or no task left.
+    alignas(64) std::atomic<uint64_t> unclaimed_{0};
     alignas(64) std::atomic<int32_t> unfinished_{0};
     alignas(64) std::atomic<uint32_t> region_{0};  // sleeping workers watch this
-    std::atomic<int64_t> tasks_{0};
-    std::atomic<Function> function_{nullptr};
-    std::atomic<const void*> context_{nullptr};
     std::atomic<bool> stop_{false};
+
+    // The region's. A thread reads them only after it has claimed a task: until that task is
+    // finished, the caller does not begin the next region, which overwrites them.
+    int64_t tasks_ = 0;
+    Function function_ = nullptr;
+    const void* context_ = nullptr;
 
     std::vector<std::thread> workers_;
 };

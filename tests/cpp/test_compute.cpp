@@ -33,6 +33,23 @@ void every_task_runs_exactly_once() {
     }
 }
 
+// A thread that is late for one region meets the beginning of the next, which has another size.
+void no_late_thread_takes_a_task_of_the_next_region(uint32_t seed) {
+    std::mt19937 random(seed);
+    for (const int threads : {2, 3, 8}) {
+        ThreadPool pool(threads);
+        std::vector<std::atomic<int>> runs(64);
+        for (int round = 0; round < 200000; ++round) {
+            const auto tasks = static_cast<int64_t>(2 + random() % 62);
+            for (std::atomic<int>& one : runs) one.store(0, std::memory_order_relaxed);
+            pool.run(tasks, [&](int64_t i) noexcept { ++runs[static_cast<size_t>(i)]; });
+            for (int64_t i = 0; i < 64; ++i) {
+                CHECK_EQ(runs[static_cast<size_t>(i)].load(), i < tasks ? 1 : 0);
+            }
+        }
+    }
+}
+
 void callers_on_several_threads_take_turns() {
     ThreadPool pool(3);
     std::atomic<int64_t> total{0};
@@ -259,6 +276,7 @@ int main() {
     const uint32_t seed = std::random_device()();
     std::cout << "seed " << seed << "\n";
     every_task_runs_exactly_once();
+    no_late_thread_takes_a_task_of_the_next_region(seed);
     callers_on_several_threads_take_turns();
     a_pool_wakes_from_sleep();
     results_are_right_and_have_the_same_bits_however_computed(seed);
