@@ -164,6 +164,7 @@ class CacheGroup:
             "device": ", ".join(cache.device_name for cache in self.caches.values()),
             "host": host,
             "prefetch": self._prediction_stats(),
+            "places": each[self.devices[0]]["places"],
             "devices": each,
         }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from moeinf.cache.budget import bytes_loaded_as
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
 from moeinf.cache.group import CacheGroup
+from moeinf.checkpoint.copies import paths_of
 from moeinf.checkpoint.folder import Checkpoint, read_tensor
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
@@ -57,6 +58,7 @@ def load(
     dtype: torch.dtype | str = "auto",
     linear: str = "auto",
     fill: bool = False,
+    also: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     **cache_options: Any,
 ) -> PreTrainedModel:
     """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
@@ -85,6 +87,8 @@ def load(
             experts, or "torch".
         fill: where the slots hold every expert, read them all from now on, in the background; see
             `ExpertCache.fill`. The commands do.
+        also: folders on other disks with copies of the checkpoint's files, or of some of them; see
+            `ExpertStore.open`.
         cache_options: passed to `ExpertCache`, `eamc`, `host_memory` and `exclusive` among them.
 
     Returns:
@@ -109,6 +113,8 @@ def load(
     )
     base, config = model_of(checkpoint)
     plan = make_plan(base, config, checkpoint)
+    for store in plan.stores:
+        store.also = paths_of(also)
     # Before the model, so that a budget that cannot work says so before anything large is read.
     options = {
         "memory": memory,
