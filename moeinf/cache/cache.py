@@ -81,7 +81,7 @@ class ExpertCache:
         priors: an object that sees routing once per token and says how likely each expert is to be
             used soon; see `moeinf.traces.priors.PriorsHook`. The policy `learned` learns how far
             to trust them.
-        threads, chunk_bytes: of the file reader; 0 takes the measured defaults.
+        reader_threads, chunk_bytes: of the file reader; 0 takes the measured defaults.
         direct: read past the page cache where the file system allows it.
         scratch: on the CPU, what the activations of a prompt may take in one MoE layer, in bytes. A
             prompt that needs more is computed in parts, which read experts again. Without it, what
@@ -114,7 +114,7 @@ class ExpertCache:
         prefetch: str = "off",
         eamc: EAMC | None = None,
         priors: PriorsHook | None = None,
-        threads: int = 0,
+        reader_threads: int = 0,
         chunk_bytes: int = 0,
         direct: bool = True,
         host_memory: str | int | None = None,
@@ -173,7 +173,7 @@ class ExpertCache:
             store.catalog,
             room,
             policy,
-            threads=threads,
+            threads=reader_threads,
             chunk_bytes=chunk_bytes,
             direct=direct,
             prefetch=prefetch,

@@ -60,6 +60,7 @@ def command(
     policy: options.Policy = "learned",
     prefetch: options.Prefetch = "off",
     linear: options.Linear = "auto",
+    threads: options.Threads = None,
     also: options.Also = None,
     device: options.Device = "auto",
     host_memory: options.HostMemory = None,
@@ -101,6 +102,7 @@ def command(
         policy=policy,
         prefetch=prefetch,
         linear=linear,
+        threads=threads,
         also=also or (),
     )
 

@@ -41,6 +41,7 @@ class Request:
     policy: str = "learned"
     prefetch: str = "off"
     linear: str = "auto"
+    threads: int | None = None  # of the CPU's kernels
     also: Sequence[Path] = ()
     keep_logits: bool = False
     record: Path | None = None  # where to save the routing as a trace
@@ -114,6 +115,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         policy=request.policy,
         prefetch=request.prefetch,
         linear=request.linear,
+        threads=request.threads,
         also=request.also,
         fill=True,
         eamc=EAMC.load(request.eamc) if request.eamc and request.eamc.exists() else None,
