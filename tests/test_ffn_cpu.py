@@ -174,8 +174,8 @@ class Case:
         return self.slots[self.slot_of[expert]].data_ptr()
 
     def part(self, first: int, last: int, whole_tokens: int = 0) -> Case:
-        return replace(self, hidden=self.hidden[first:last].clone(), ids=self.ids[first:last].clone(),
-                       scale=self.scale[first:last].clone(), whole_tokens=whole_tokens)  # fmt: skip
+        hidden, ids, scale = (x[first:last].clone() for x in (self.hidden, self.ids, self.scale))
+        return replace(self, hidden=hidden, ids=ids, scale=scale, whole_tokens=whole_tokens)
 
     def fill_slots(self) -> None:
         """Bytes of all ones are NaN in every format."""
@@ -500,8 +500,8 @@ def test_weights_are_not_read_outside_their_segments(engine, seed):
 
     page = mmap.PAGESIZE
     for dtype, tokens in itertools.product(DTYPES, (3, 50)):
-        case = make_case(seed, tokens=tokens, hidden=37, intermediate=29, experts=2, top_k=1, skip=0,
-                         dtype=dtype)  # fmt: skip
+        case = make_case(seed, tokens=tokens, hidden=37, intermediate=29, experts=2, top_k=1,
+                         skip=0, dtype=dtype)  # fmt: skip
         expected = case.run(engine)
         nbytes = case.down.values[0].nbytes
         pages = -(-nbytes // page)
