@@ -32,6 +32,8 @@ def command(
     policy: options.Policy = "learned",
     prefetch: options.Prefetch = "off",
     linear: options.Linear = "auto",
+    threads: options.Threads = None,
+    also: options.Also = None,
     device: options.Device = "auto",
     host_memory: options.HostMemory = None,
     temperature: options.OwnTemperature = None,
@@ -56,6 +58,8 @@ def command(
         policy=policy,
         prefetch=prefetch,
         linear=linear,
+        threads=threads,
+        also=also or (),
     )
     chat = Conversation(model, tokenizer, system and utf8("--system", system))
     terminal = sys.stdin.isatty() and sys.stdout.isatty()

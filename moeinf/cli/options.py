@@ -47,6 +47,17 @@ Linear = Annotated[
     str,
     typer.Option(help="What computes linear layers of a few tokens on the CPU: auto or torch."),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Of experts and linear layers on the CPU; all that are usable without it."),
+]
+Also = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A folder on another disk with copies of the checkpoint's files: both are read. May "
+        "be given again."
+    ),
+]
 OwnTemperature = Annotated[
     float | None,
     typer.Option(

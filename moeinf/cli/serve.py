@@ -60,6 +60,8 @@ def command(
     policy: options.Policy = "learned",
     prefetch: options.Prefetch = "off",
     linear: options.Linear = "auto",
+    threads: options.Threads = None,
+    also: options.Also = None,
     device: options.Device = "auto",
     host_memory: options.HostMemory = None,
     json: Annotated[
@@ -100,6 +102,8 @@ def command(
         policy=policy,
         prefetch=prefetch,
         linear=linear,
+        threads=threads,
+        also=also or (),
     )
 
     def on_ready(address: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,12 @@ from moeinf.cache.budget import bytes_loaded_as
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
 from moeinf.cache.group import CacheGroup
+from moeinf.checkpoint.copies import paths_of
 from moeinf.checkpoint.folder import Checkpoint, read_tensor
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.experts.checks import check_routes
+from moeinf.experts.cpu import use_threads
 from moeinf.experts.linear import serve_linear
 from moeinf.integrations.transformers.caches import make_caches
 from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
@@ -56,7 +58,9 @@ def load(
     prefetch: str = "off",
     dtype: torch.dtype | str = "auto",
     linear: str = "auto",
+    threads: int | None = None,
     fill: bool = False,
+    also: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     **cache_options: Any,
 ) -> PreTrainedModel:
     """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
@@ -83,8 +87,12 @@ def load(
             "auto" takes the checkpoint's own.
         linear: which kernels compute linear layers of a few tokens on the CPU: "auto", those of the
             experts, or "torch".
+        threads: of the kernels of experts and linear layers on the CPU, for the whole process;
+            without it, as many as torch uses and the process may use: see `moeinf doctor`.
         fill: where the slots hold every expert, read them all from now on, in the background; see
             `ExpertCache.fill`. The commands do.
+        also: folders on other disks with copies of the checkpoint's files, or of some of them; see
+            `ExpertStore.open`.
         cache_options: passed to `ExpertCache`, `eamc`, `host_memory` and `exclusive` among them.
 
     Returns:
@@ -104,11 +112,15 @@ def load(
         raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
     if linear not in LINEAR:
         raise ValueError(f"linear={linear!r}: expected one of {', '.join(LINEAR)}")
+    if threads is not None:
+        use_threads(threads)
     checkpoint = (
         path if isinstance(path, Checkpoint) else open_checkpoint(path, revision, trust_remote_code)
     )
     base, config = model_of(checkpoint)
     plan = make_plan(base, config, checkpoint)
+    for store in plan.stores:
+        store.also = paths_of(also)
     # Before the model, so that a budget that cannot work says so before anything large is read.
     options = {
         "memory": memory,
