@@ -7,6 +7,7 @@
 #include <array>
 #include <utility>
 
+#include "compute/decode_rows.h"
 #include "compute/dot_blocks.h"
 #include "compute/dot_scaled.h"
 #include "compute/dot_tile.h"
@@ -46,7 +47,8 @@ struct FloatKernels {
     template <class... Rows>
     static constexpr std::array<FormatKernels, sizeof...(Rows)> all_formats(
         std::tuple<Rows...>* /*table*/) {
-        return {FormatKernels{float_product<Rows>(), Bf16::template kProduct<Rows>}...};
+        return {FormatKernels{float_product<Rows>(), Bf16::template kProduct<Rows>,
+                              decode_rows<F, Rows>}...};
     }
 
     template <class Decoder>

@@ -32,6 +32,7 @@ def command(
     policy: options.Policy = "learned",
     prefetch: options.Prefetch = "off",
     linear: options.Linear = "auto",
+    dense: options.Dense = "decoded",
     device: options.Device = "auto",
     host_memory: options.HostMemory = None,
     temperature: options.OwnTemperature = None,
@@ -56,6 +57,7 @@ def command(
         policy=policy,
         prefetch=prefetch,
         linear=linear,
+        dense=dense,
     )
     chat = Conversation(model, tokenizer, system and utf8("--system", system))
     terminal = sys.stdin.isatty() and sys.stdout.isatty()

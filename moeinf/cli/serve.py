@@ -60,6 +60,7 @@ def command(
     policy: options.Policy = "learned",
     prefetch: options.Prefetch = "off",
     linear: options.Linear = "auto",
+    dense: options.Dense = "decoded",
     device: options.Device = "auto",
     host_memory: options.HostMemory = None,
     json: Annotated[
@@ -100,6 +101,7 @@ def command(
         policy=policy,
         prefetch=prefetch,
         linear=linear,
+        dense=dense,
     )
 
     def on_ready(address: str) -> None:

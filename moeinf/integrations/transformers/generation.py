@@ -40,6 +40,7 @@ class Request:
     policy: str = "learned"
     prefetch: str = "off"
     linear: str = "auto"
+    dense: str = "decoded"
     keep_logits: bool = False
     record: Path | None = None  # where to save the routing as a trace
     router: bool = False  # with the router's probabilities of all experts
@@ -112,6 +113,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         policy=request.policy,
         prefetch=request.prefetch,
         linear=request.linear,
+        dense=request.dense,
         fill=True,
         eamc=EAMC.load(request.eamc) if request.eamc and request.eamc.exists() else None,
     )
