@@ -12,18 +12,25 @@ implementation of transformers on a Qwen3MoeExperts module with the same weights
 huge pages. Rounds repeat for --seconds. Each column is its best time, because other work on the
 machine can only make a run slower. Before ours and before the limit, the benchmark waits until
 torch's OpenMP threads have stopped spinning. Ours is compared with `eager` before the timing.
+
+`--format` times packed weights against bf16, and with `--llama-python` against llama.cpp's kernels
+on the nearest of its types (ggml_child.py), as they are and repacked for this processor. There one
+token's time is a mean over 16 layers, which visit every expert once, for both sides.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from benchmarks.common import print_table, write_json
+from benchmarks.common import ROOT, print_table, write_json
 from benchmarks.packed_weights import SCALED, fill_like_weights
 from moeinf import _core
 from moeinf.checkpoint.formats import FORMATS, WeightFormat
@@ -150,13 +157,55 @@ class Scaled:
         )
 
 
+NEAREST = {
+    "fp8": "Q8_0", "fp8-channel": "Q8_0", "mxfp8": "Q8_0", "int8": "Q8_0",
+    "mxfp4": "MXFP4", "nvfp4": "Q4_0", "int4-32": "Q4_0", "int4-128": "Q4_0",
+    "gguf-mxfp4": "MXFP4",
+}  # fmt: skip
+
+
+class Llama:
+    """llama.cpp's kernels on the same geometry, in a process of its own for each arrangement."""
+
+    def __init__(self, python: Path, name: str, tokens: int, threads: int) -> None:
+        self.type = NEAREST.get(name, name.upper())
+        self.best: dict[str, float] = {}
+        self.children: dict[str, subprocess.Popen[str]] = {}
+        for kind in ("plain", "repacked"):
+            job = {"type": self.type, "tokens": tokens, "hidden": HIDDEN, "top_k": TOP_K,
+                   "intermediate": INTERMEDIATE, "experts": EXPERTS, "threads": threads,
+                   "repacked": kind == "repacked"}  # fmt: skip
+            child = subprocess.Popen(
+                [python, ROOT / "benchmarks" / "ggml_child.py"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+            )  # fmt: skip
+            assert child.stdin is not None and child.stdout is not None
+            print(json.dumps(job), file=child.stdin, flush=True)
+            if child.stdout.readline() == "ready\n":  # it ends where it cannot repack a type
+                self.children[kind] = child
+            elif kind == "plain":
+                raise SystemExit(f"llama.cpp cannot compute {self.type}")
+
+    def measure(self) -> None:
+        for kind, child in self.children.items():
+            assert child.stdin is not None and child.stdout is not None
+            print(file=child.stdin, flush=True)
+            self.best[kind] = min(self.best.get(kind, float("inf")), float(child.stdout.readline()))
+            time.sleep(PAUSE)
+
+    def close(self) -> None:
+        for child in self.children.values():
+            child.communicate()
+
+
 def measure_format(
-    name: str, tokens: int, seconds: float, scaled: Scaled, ours: Ours
+    name: str, tokens: int, seconds: float, scaled: Scaled, ours: Ours, llama: Llama | None
 ) -> dict[str, float | int | str | None]:
-    """One row: a format with scales against the read limit and against bf16, in turn."""
+    """One row: a format with scales against the read limit, bf16 and llama.cpp, in turn."""
     calls = [Call(tokens, i * TOP_K if tokens == 1 else None) for i in range(16)]
     limit = ReadLimit(ours.engine, ours.arena)
     best = {"scaled": float("inf"), "bf16": float("inf")}
+    against_llama = float("inf")
     end, turn = time.perf_counter() + seconds, 0
     while time.perf_counter() < end or turn < 8:
         limit.measure()
@@ -165,6 +214,11 @@ def measure_format(
                 call = calls[turn % len(calls)]
                 best[kind] = min(best[kind], seconds_of(lambda call=call, work=work: work(call)))
                 turn += 1
+        if llama is not None:
+            llama.measure()
+            some = calls if tokens == 1 else calls[:1]
+            taken = seconds_of(lambda some=some: [scaled(call) for call in some]) / len(some)
+            against_llama = min(against_llama, taken)
     experts = statistics.fmean(len(call.ids.unique()) for call in calls)
     rate = experts * scaled.layout.nbytes / best["scaled"]
     return {
@@ -176,6 +230,17 @@ def measure_format(
         "limit_gb_per_s": limit.best / 1e9,
         "share_of_limit": rate / limit.best,
         "speedup_over_bf16": best["bf16"] / best["scaled"],
+        **(against(llama, against_llama) if llama is not None else {}),
+    }
+
+
+def against(llama: Llama, ours: float) -> dict[str, float | str | None]:
+    kind, fastest = min(llama.best.items(), key=lambda one: one[1])
+    return {
+        "llama_type": llama.type if kind == "plain" else f"{llama.type} {kind}",
+        "llama_plain_ms": llama.best["plain"] * 1e3,
+        "llama_repacked_ms": llama.best["repacked"] * 1e3 if "repacked" in llama.best else None,
+        "speedup_over_llama": fastest / ours,
     }
 
 
@@ -187,6 +252,12 @@ FORMAT_COLUMNS = {
     "limit_gb_per_s": ("limit", ".1f"),
     "share_of_limit": ("share", ".2f"),
     "speedup_over_bf16": ("times bf16", ".2f"),
+}
+LLAMA_COLUMNS = {
+    "llama_type": ("llama.cpp", "s"),
+    "llama_plain_ms": ("ms", ".2f"),
+    "llama_repacked_ms": ("repacked", ".2f"),
+    "speedup_over_llama": ("times llama.cpp", ".2f"),
 }
 
 
@@ -273,6 +344,10 @@ def main() -> None:
         "--format", nargs="+", choices=[*SCALED, "all"], default=[],
         help="weights with scales, against bf16, instead of bf16 against transformers",
     )  # fmt: skip
+    parser.add_argument(
+        "--llama-python", type=Path,
+        help="of an environment with llama-cpp-python: with --format, against its kernels too",
+    )  # fmt: skip
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -282,14 +357,18 @@ def main() -> None:
     ours = Ours(engine, gate_up, down)
     if options.format:
         names = [*SCALED] if "all" in options.format else options.format
-        rows = [
-            measure_format(name, tokens, options.seconds, scaled, ours)
-            for name in names
-            for scaled in [Scaled(engine, SCALED[name])]
-            for tokens in options.tokens
-        ]
+        rows = []
+        for name in names:
+            scaled = Scaled(engine, SCALED[name])
+            for tokens in options.tokens:
+                llama = None
+                if options.llama_python:
+                    llama = Llama(options.llama_python, name, tokens, engine.threads)
+                rows.append(measure_format(name, tokens, options.seconds, scaled, ours, llama))
+                if llama is not None:
+                    llama.close()
         print(f"Qwen3-30B-A3B geometry, {engine.threads} threads, {engine.kernels}; best times")
-        print_table(rows, FORMAT_COLUMNS)
+        print_table(rows, FORMAT_COLUMNS | (LLAMA_COLUMNS if options.llama_python else {}))
         if options.json:
             write_json(options.json, "ffn_cpu_formats", kernels=engine.kernels, rows=rows)
         return

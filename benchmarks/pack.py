@@ -5,12 +5,15 @@
 A random checkpoint with the geometry of Qwen3-30B-A3B is packed as it is, and then in every format.
 In each round the disk's rates are measured right before: large direct reads of the source, and
 large direct writes of a new file, each with nothing beside it. A pack reads and writes at the same
-time. The rate of a pack is bytes of the source per second, from the call to its return.
+time, for which the disk may have no more than for one of them. So a bare copy is measured too: the
+same reads and writes in the same threads, and nothing else. The rate of a pack is bytes of the
+source per second, from the call to its return.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import time
@@ -21,6 +24,7 @@ import moeinf
 from benchmarks.common import print_table, write_json
 from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
 from moeinf import _core
+from moeinf.packing.making import COPIERS
 from moeinf.packing.targets import TARGETS
 from moeinf.packing.writer import Buffers, FileWriter, in_threads
 
@@ -43,6 +47,7 @@ def main() -> None:
     for number in range(arguments.rounds):
         read = _core.read_bandwidth(str(source), 2.0)["bytes_per_second"]
         write = write_rate(arguments.dir / "sample")
+        copy = write_rate(arguments.dir / "sample", sorted(source.glob("*.safetensors"))[0])
         for name in formats if number == 0 else [None]:
             shutil.rmtree(dest, ignore_errors=True)
             start = time.perf_counter()
@@ -54,8 +59,10 @@ def main() -> None:
                     "gb": report.bytes / 1e9,
                     "read_gb_s": read / 1e9,
                     "write_gb_s": write / 1e9,
+                    "copy_gb_s": copy / 1e9,
                     "pack_gb_s": rate / 1e9,
                     "ratio": rate / min(read, write),
+                    "of_copy": rate / copy,
                     "error": statistics.mean(report.errors.values()) if report.errors else None,
                 }
             )
@@ -67,8 +74,10 @@ def main() -> None:
             "gb": ("GB written", ".2f"),
             "read_gb_s": ("disk read GB/s", ".2f"),
             "write_gb_s": ("write", ".2f"),
+            "copy_gb_s": ("bare copy", ".2f"),
             "pack_gb_s": ("pack", ".2f"),
             "ratio": ("of the slower", ".2f"),
+            "of_copy": ("of the copy", ".2f"),
             "error": ("output error", ".2%"),
         },
     )
@@ -76,21 +85,30 @@ def main() -> None:
         write_json(arguments.json, "pack", layers=arguments.layers, rows=rows)
 
 
-def write_rate(path: Path) -> float:
-    """Bytes per second of large direct writes."""
+def write_rate(path: Path, source: Path | None = None) -> float:
+    """Bytes per second of large direct writes, of what is read from `source` if there is one."""
     buffers = Buffers(BLOCK)
+    found = os.open(source, os.O_RDONLY | os.O_DIRECT) if source else None
+    nbytes = min(SAMPLE, source.stat().st_size) // BLOCK * BLOCK if source else SAMPLE
 
     def write(offset: int) -> None:
-        writer.write(offset, buffers.at(offset, BLOCK).fill_(1))
+        block = buffers.at(offset, BLOCK)
+        if found is None:
+            block.fill_(1)
+        elif os.preadv(found, [block.numpy().data], offset) != BLOCK:
+            raise SystemExit(f"{source}: is shorter than it was")
+        writer.write(offset, block)
 
     start = time.perf_counter()
-    writer = FileWriter(path, SAMPLE)
-    for _ in in_threads([lambda o=o: write(o) for o in range(0, SAMPLE, BLOCK)], 4):
+    writer = FileWriter(path, nbytes)
+    for _ in in_threads([lambda o=o: write(o) for o in range(0, nbytes, BLOCK)], COPIERS):
         pass
     writer.sync()
     writer.close()
-    rate = SAMPLE / (time.perf_counter() - start)
+    rate = nbytes / (time.perf_counter() - start)
     path.unlink()
+    if found is not None:
+        os.close(found)
     return rate
 
 

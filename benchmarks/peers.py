@@ -15,7 +15,8 @@ Memory: `100%` has no limit. A share stands for a cgroup that holds that share o
 other weights, a tenth of both, and the runtime's own libraries and buffers (RUNTIME). The page
 cache counts in it. llama.cpp maps the file, so the read-ahead of the disk decides what it reads.
 Where it can be set, a run is repeated at each `--read-ahead`. "At its best" is 4 and 8 bits: our
-packs against llama.cpp's own types, under a limit that holds the same share of *those* experts.
+packs against llama.cpp's own types, under a limit that holds the same share of *those* experts. "In
+the bytes of" another format: the memory for experts is that format's, so more of them fit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,13 @@ class Run:
     format: str
     share: float  # of the experts that memory holds, in percent
     read_ahead: int | None = None  # KiB; None: the machine's own
+    of: str | None = None  # the format whose experts the share counts; None: this one
 
     @property
     def name(self) -> str:
         ahead = "" if self.read_ahead is None else f", read-ahead {self.read_ahead} KiB"
-        return f"{self.system}, {self.format}, {self.share:g}%{ahead}"
+        of = "" if self.of is None else f" of {self.of}'s bytes"
+        return f"{self.system}, {self.format}, {self.share:g}%{of}{ahead}"
 
 
 def main() -> None:
@@ -144,6 +147,8 @@ def all_runs(arguments: argparse.Namespace, disk: ReadAhead) -> Iterator[Run]:
             yield Run("moeinf", format, share)
         for format in FTYPES if has_llama else ():
             yield Run("llama.cpp", format, share)
+    for format in PACKS:
+        yield Run("moeinf", format, SHARES[-1], of="bf16")
 
 
 def tokens_of(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -234,6 +239,13 @@ class Models:
     def llama(self, job: dict[str, Any], join: Any = None) -> str:
         return child([self.llama_python, "benchmarks/llama_child.py"], job, join)
 
+    def memory(self, run: Run) -> int:
+        """Bytes of the slots of that share of the experts."""
+        from moeinf.checkpoint.store import ExpertStore
+
+        store = ExpertStore.open(self.of(replace(run, format=run.of or run.format)))
+        return int(store.num_layers * store.num_experts * run.share / 100) * store.slot_bytes
+
     def limit(self, run: Run) -> int:
         """Of a share of the experts, and all else."""
         from moeinf.checkpoint.store import ExpertStore
@@ -249,8 +261,7 @@ class Models:
             store = ExpertStore.open(self.of(run))
             tensors = store.checkpoint.tensors.values()
             dense = sum(entry.nbytes for entry in tensors) - store.nbytes
-            count = int(store.num_layers * store.num_experts * run.share / 100) + 2
-            slots = count * store.slot_bytes
+            slots = self.memory(run) + 2 * store.slot_bytes
         return int(1.1 * (dense + slots)) + RUNTIME.get(run.system, RUNTIME["moeinf"])
 
 
@@ -272,8 +283,9 @@ def measure(run: Run, models: Models, job: dict[str, Any]) -> dict[str, Any]:
     model = models.of(run)
     drop_from_page_cache(model)
     limit = None if run.share == 100 else models.limit(run)
-    job = {**job, "model": str(model), "system": run.system, "share": run.share,
-           "resident": run.share == 100, "limit": limit}  # fmt: skip
+    memory = models.memory(run) if run.system == "moeinf" else None
+    job = {**job, "model": str(model), "system": run.system, "resident": run.share == 100,
+           "limit": limit, "memory": memory}  # fmt: skip
     bounded = nullcontext(None) if limit is None else memory_cgroup(limit)
     with models.disk.set(run.read_ahead), bounded as join:
         if run.system == "llama.cpp":
@@ -363,7 +375,8 @@ def run_child(job: dict[str, Any]) -> dict[str, Any]:
 def load_moeinf(job: dict[str, Any]) -> Any:
     import moeinf
 
-    return moeinf.load(job["model"], memory=f"{job['share']}%", fill=job["resident"], device="cpu")
+    memory = "100%" if job["resident"] else job["memory"]
+    return moeinf.load(job["model"], memory=memory, fill=job["resident"], device="cpu")
 
 
 def fill_all(model: Any) -> None:
