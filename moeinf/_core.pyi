@@ -142,6 +142,7 @@ class Catalog:
         tensors: collections.abc.Sequence[tuple[int, int, str]] = [],
         sources: collections.abc.Mapping[int, ByteSource] = {},
         recodes: collections.abc.Sequence[tuple[str, int, int, int, int, int]] = [],
+        copies: collections.abc.Sequence[tuple[int, int, str, ByteSource | None]] = [],
     ) -> None:
         """files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as (file,
         file offset, bytes, slot offset), experts by layer * num_experts + expert.
@@ -150,7 +151,8 @@ class Catalog:
         step) of numbers that may not be NaN or infinite, and below zero only if negative.
         tensors: (file, file offset, name), for messages. sources: by index of `files`, of
         those that are none. recodes: (kind, slot offset, rows, columns, bits, plus) of
-        integers that are written again in the slot."""
+        integers that are written again in the slot. copies: (index of `files`, place from
+        1, path, source or None) of the same bytes elsewhere."""
 
     def extents(self, expert: int) -> numpy.typing.NDArray[numpy.uint64]:
         """uint64 [extents, 4] of one flat expert id, as given to the constructor."""
@@ -371,6 +373,9 @@ class ExpertCache:
 
     def leased_rows(self) -> typing_extensions.CapsuleType:
         """The same for who reads leased slots alone: keeps no memory of slots that go."""
+
+    def places(self) -> list:
+        """What was read from the files themselves, then from each place of copies."""
 
     def predict(self, layer: int, experts: typing.Any) -> None:
         """What the next step of that layer is expected to use, best first. Read ahead within the

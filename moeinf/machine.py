@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import math
 import os
 import platform
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moeinf import _core
-from moeinf.cpus import usable_cpus
+from moeinf.cpus import allowed_cpus, cpu_quota, numa_nodes, usable_cpus
 from moeinf.errors import CapacityError, UnsupportedError
 from moeinf.memory_read import memory_read_bandwidth
 
@@ -25,6 +26,9 @@ def describe(folder: Path) -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
+        "affinity": allowed_cpus(),
+        "cpu_quota": None if math.isinf(quota := cpu_quota()) else quota,
+        "numa_nodes": numa_nodes(),
         "threads": usable_cpus(),
         "cpu_kernels": kernels,
         "cpu_kernel_used": next(name for name, supported in kernels.items() if supported),

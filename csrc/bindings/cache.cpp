@@ -326,6 +326,18 @@ void bind_cache(py::module_& module) {
                 return direct;
             },
             "For each file of the catalog: is it read with O_DIRECT?")
+        .def(
+            "places",
+            [](const ExpertCache& cache) {
+                py::list rows;
+                for (const PlaceStats& place : cache.files().places()) {
+                    rows.append(py::dict("read_bytes"_a = place.read_bytes,
+                                         "bytes_per_second"_a = place.bytes_per_second,
+                                         "failure"_a = place.failure));
+                }
+                return rows;
+            },
+            "What was read from the files themselves, then from each place of copies.")
         .def_property_readonly("slot_bytes",
                                [](const ExpertCache& cache) { return cache.pool().slot_bytes(); })
         .def_property_readonly(

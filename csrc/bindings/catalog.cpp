@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -28,6 +29,7 @@ using ExtentArray = py::array_t<uint64_t, py::array::c_style | py::array::forcec
 
 using Check = std::tuple<uint64_t, uint64_t, ScaleType, bool, uint64_t>;
 using Tensor = std::tuple<uint32_t, uint64_t, std::string>;
+using Copy = std::tuple<size_t, uint32_t, std::string, std::optional<std::shared_ptr<ByteSource>>>;
 using Recoded = std::tuple<std::string, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>;
 
 std::vector<Recode> recodes_of(const std::vector<Recoded>& given) {
@@ -45,7 +47,8 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
                                       const ExtentArray& extents,
                                       const std::vector<std::array<uint64_t, 4>>& transposes,
                                       const std::vector<Check>& checks, std::vector<Tensor> tensors,
-                                      const Sources& sources, const std::vector<Recoded>& recodes) {
+                                      const Sources& sources, const std::vector<Recoded>& recodes,
+                                      const std::vector<Copy>& copies) {
     if (extents.ndim() != 3 || extents.shape(2) != 4 ||
         extents.shape(0) != static_cast<py::ssize_t>(num_layers) * num_experts) {
         std::string found = "[";
@@ -61,6 +64,9 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
     std::vector<CatalogFile> catalog_files;
     for (const auto& [path, nbytes] : files) catalog_files.push_back({path, nbytes});
     for (const auto& [file, source] : sources) catalog_files.at(file).source = source;
+    for (const auto& [file, place, path, source] : copies) {
+        catalog_files.at(file).copies.push_back({place, path, source.value_or(nullptr)});
+    }
 
     std::vector<Transpose> turned;
     for (const auto& [offset, rows, cols, element] : transposes) {
@@ -121,6 +127,7 @@ void bind_catalog(py::module_& module) {
              py::arg("transposes") = std::vector<std::array<uint64_t, 4>>{},
              py::arg("checks") = std::vector<Check>{}, py::arg("tensors") = std::vector<Tensor>{},
              py::arg("sources") = Sources{}, py::arg("recodes") = std::vector<Recoded>{},
+             py::arg("copies") = std::vector<Copy>{},
              "files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as "
              "(file, file offset, bytes, slot offset), experts by layer * num_experts + expert. "
              "transposes: (slot offset, rows, columns, bytes of an element), as they are read; in "
@@ -130,7 +137,8 @@ void bind_catalog(py::module_& module) {
              "(file, file offset, name), for messages. sources: by index of `files`, of those that "
              "are none. recodes: (kind, slot offset, rows, columns, bits, plus) of integers that "
              "are "
-             "written again in the slot.")
+             "written again in the slot. copies: (index of `files`, place from 1, path, source or "
+             "None) of the same bytes elsewhere.")
         .def_property_readonly("num_layers", &Catalog::num_layers)
         .def_property_readonly("num_experts", &Catalog::num_experts)
         .def_property_readonly("slot_bytes", &Catalog::slot_bytes)

@@ -114,6 +114,16 @@ Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile>
     extents_per_expert_ = extents_.size() / total;
     for (const CatalogFile& file : files_) {
         if (file.source != nullptr && file.source->whole_segments()) may_cut_ = false;
+        uint32_t taken = 1;  // a bit for each place
+        for (const CatalogCopy& copy : file.copies) {
+            const uint32_t bit = copy.place < kMaxPlaces ? uint32_t{1} << copy.place : 0;
+            if (bit == 0 || (taken & bit) != 0) {
+                invalid(copy.path + ": expected a place from 1 to " + text_of(kMaxPlaces - 1) +
+                        ", once for each file, found " + text_of(copy.place));
+            }
+            taken |= bit;
+            num_places_ = std::max(num_places_, copy.place + 1);
+        }
     }
 
     uint64_t end = 0;  // of the one before

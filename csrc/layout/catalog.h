@@ -72,11 +72,20 @@ struct NumberCheck {
     uint64_t step;  // bytes from one number to the next
 };
 
+// The same bytes as those of a file, in another place. The files themselves lie in place 0.
+struct CatalogCopy {
+    bool operator==(const CatalogCopy&) const = default;
+    uint32_t place;  // 1 to kMaxPlaces - 1, once in a file
+    std::string path;
+    std::shared_ptr<const ByteSource> source{};
+};
+
 struct CatalogFile {
     bool operator==(const CatalogFile&) const = default;
     std::string path;
     uint64_t nbytes;
     std::shared_ptr<const ByteSource> source{};  // in place of a file of that path
+    std::vector<CatalogCopy> copies{};
 };
 
 // Where a tensor begins, for messages.
@@ -89,11 +98,13 @@ struct CatalogTensor {
 
 class Catalog {
 public:
+    static constexpr uint32_t kMaxPlaces = 16;
+
     // `extents` holds `extents_per_expert` entries for each flat expert id (layer * num_experts +
     // expert), in order. Throws Error(kInvalid) if an extent exceeds its file or its slot, if two
     // extents of one expert overlap in the slot, if a transpose, a check or a recode exceeds the
-    // slot, or if transposes overlap or are out of order. `tensors` are what messages name; they
-    // may be none, or not all.
+    // slot, if transposes overlap or are out of order, or if a copy has no place of its own.
+    // `tensors` are what messages name; they may be none, or not all.
     Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile> files,
             std::vector<Extent> extents, std::vector<Transpose> transposes = {},
             std::vector<NumberCheck> checks = {}, std::vector<CatalogTensor> tensors = {},
@@ -105,6 +116,7 @@ public:
     [[nodiscard]] int32_t total_experts() const noexcept { return shape_.total(); }
     [[nodiscard]] uint64_t slot_bytes() const noexcept { return slot_bytes_; }
     [[nodiscard]] const std::vector<CatalogFile>& files() const noexcept { return files_; }
+    [[nodiscard]] uint32_t num_places() const noexcept { return num_places_; }  // 1: no copies
     [[nodiscard]] std::span<const Extent> extents(ExpertId expert) const;
     [[nodiscard]] const std::vector<Transpose>& transposes() const noexcept { return transposes_; }
     // False if a source wants to be asked for whole segments.
@@ -130,6 +142,7 @@ private:
     uint64_t expert_bytes_ = 0;
     size_t extents_per_expert_ = 0;
     bool may_cut_ = true;
+    uint32_t num_places_ = 1;
     std::vector<CatalogFile> files_;
     std::vector<Extent> extents_;
     std::vector<Transpose> transposes_;

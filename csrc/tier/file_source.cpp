@@ -11,7 +11,8 @@ FileSource::FileSource(Tier& tier, FileReaderOptions options)
 
 int64_t FileSource::delay_bytes() const noexcept {
     const FileReaderOptions& options = reader_->options();
-    return static_cast<int64_t>(options.threads) * static_cast<int64_t>(options.chunk_bytes);
+    return static_cast<int64_t>(options.threads) * tier_.catalog()->num_places() *
+           static_cast<int64_t>(options.chunk_bytes);
 }
 
 void FileSource::execute(std::span<const Command> commands) noexcept {

@@ -1,10 +1,13 @@
 #include "transfer/file_reader.h"
 
 #include <algorithm>
+#include <chrono>
 #include <condition_variable>
 #include <list>
 #include <mutex>
+#include <optional>
 #include <stop_token>
+#include <string>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -16,9 +19,9 @@
 #include "base/sizes.h"
 #include "memory/arena.h"
 #include "transfer/number_check.h"
+#include "transfer/places.h"
 #include "transfer/read_plan.h"
 #include "transfer/recode.h"
-#include "transfer/source_file.h"
 
 namespace moeinf {
 
@@ -29,6 +32,8 @@ constexpr int32_t kMaxThreads = 256;
 constexpr size_t kDefaultChunkBytes = size_t{1} << 20;
 constexpr size_t kMaxChunkBytes = size_t{1} << 30;
 constexpr size_t kNeverCut = size_t{1} << 62;
+// How often a worker asks again whether to wait for a place that is full. See Places::choose.
+constexpr std::chrono::milliseconds kAskAgain{5};
 
 struct Job;
 using Queue = std::list<std::shared_ptr<Job>>;
@@ -77,17 +82,15 @@ void finish(const JobPtr& job, ReadState state) {
 
 struct FileReader::Impl {
     Impl(std::shared_ptr<const Catalog> the_catalog, FileReaderOptions the_options)
-        : catalog(std::move(the_catalog)), options(resolved(the_options)) {
-        size_t alignment = kChunkAlignment;
-        for (const CatalogFile& file : catalog->files()) {
-            files.emplace_back(file, options.direct);
-            alignment = std::max(alignment, files.back().alignment());
-        }
+        : catalog(std::move(the_catalog)),
+          options(resolved(the_options)),
+          places(*catalog, options.direct, options.threads) {
+        const size_t alignment = std::max<size_t>(kChunkAlignment, places.alignment());
         // One buffer per worker, for a chunk rounded to the alignment at both ends. The buffers
         // share huge pages: a disk takes one piece of memory per page, and only few pieces per
         // request.
         const size_t each = round_up(options.chunk_bytes + 2 * alignment, alignment);
-        const auto workers_wanted = static_cast<size_t>(options.threads);
+        const auto workers_wanted = static_cast<size_t>(options.threads) * places.count();
         bounces = make_host_arena(round_up(workers_wanted * each, kHugePage));
         bounces->commit(bounces->reserved());
         try {
@@ -97,7 +100,7 @@ struct FileReader::Impl {
                     [this, bounce](const std::stop_token& stop) { work(stop, bounce); });
             }
         } catch (const std::system_error& error) {
-            throw Error(ErrorCode::kCapacity, "cannot start " + std::to_string(options.threads) +
+            throw Error(ErrorCode::kCapacity, "cannot start " + std::to_string(workers_wanted) +
                                                   " copy threads: " + error.what());
         }
     }
@@ -119,17 +122,15 @@ struct FileReader::Impl {
     void work(const std::stop_token& stop, std::span<std::byte> buffer) {
         std::vector<uint32_t> scratch;  // of recodes
         std::unique_lock lock(queues);
-        const auto has_work = [this] { return !demands.empty() || !prefetches.empty(); };
-        while (ready.wait(lock, stop, has_work)) {
-            const JobPtr job = (demands.empty() ? prefetches : demands).front();
+        std::optional<uint32_t> place;
+        while (wait_for_work(lock, stop, place)) {
+            const JobPtr job = next();
             const Chunk& chunk = job->plan.chunks[job->next_chunk++];
             ++job->chunks_in_flight;
             if (job->next_chunk == job->plan.chunks.size()) dequeue(job);
             ReadJobAccess::set_state(*job, ReadState::kRunning);
 
-            lock.unlock();
-            std::string failure = read(*job, chunk, buffer);
-            lock.lock();
+            std::string failure = read(lock, *job, chunk, *place, buffer);
 
             --job->chunks_in_flight;
             if (!failure.empty()) {
@@ -145,8 +146,45 @@ struct FileReader::Impl {
         }
     }
 
+    [[nodiscard]] const JobPtr& next() { return (demands.empty() ? prefetches : demands).front(); }
+    [[nodiscard]] bool has_work() const { return !demands.empty() || !prefetches.empty(); }
+
+    // Waits for a chunk and for the place to read it from. False once the reader ends.
+    bool wait_for_work(std::unique_lock<std::mutex>& lock, const std::stop_token& stop,
+                       std::optional<uint32_t>& place) {
+        while (ready.wait(lock, stop, [this] { return has_work(); })) {
+            const JobPtr& job = next();
+            const Chunk& chunk = job->plan.chunks[job->next_chunk];
+            place = places.choose(chunk.file, chunk.end - chunk.begin);
+            if (place) return true;
+            (void)ready.wait_for(lock, stop, kAskAgain, [] { return false; });
+        }
+        return false;
+    }
+
+    // Reads from one place after another until one of them has read the chunk. The error messages,
+    // or empty. The lock is released meanwhile.
+    std::string read(std::unique_lock<std::mutex>& lock, const Job& job, const Chunk& chunk,
+                     std::optional<uint32_t> place, std::span<std::byte> buffer) {
+        const uint64_t nbytes = chunk.end - chunk.begin;
+        std::string failures;
+        for (uint32_t tried = 0; place; place = places.choose_next(chunk.file, nbytes, tried)) {
+            tried |= uint32_t{1} << *place;
+            const auto reading = places.begin(*place, nbytes);
+            lock.unlock();
+            const std::string failure =
+                read_from(places.file(chunk.file, *place), job, chunk, buffer);
+            lock.lock();
+            places.end(reading, failure);
+            if (failure.empty()) return {};
+            if (failure != failures) failures += (failures.empty() ? "" : "; ") + failure;
+        }
+        return failures;
+    }
+
     // The error message, or empty.
-    std::string read(const Job& job, const Chunk& chunk, std::span<std::byte> buffer) const {
+    std::string read_from(const SourceFile& file, const Job& job, const Chunk& chunk,
+                          std::span<std::byte> buffer) const {
         const Range range("moeinf read");
         try {
             SourceFile::Landed check = nullptr;
@@ -155,8 +193,8 @@ struct FileReader::Impl {
                     check_numbers(*catalog, job.expert(), job.slot, begin, end);
                 };
             }
-            files[chunk.file].read(chunk, job.plan.pieces_of(chunk), catalog->transposes(),
-                                   job.slot, buffer, check);
+            file.read(chunk, job.plan.pieces_of(chunk), catalog->transposes(), job.slot, buffer,
+                      check);
         } catch (const std::exception& error) {
             return error.what();
         }
@@ -206,10 +244,11 @@ struct FileReader::Impl {
     const std::shared_ptr<const Catalog> catalog;
     const FileReaderOptions options;
     const ForkDetector process;
-    std::vector<SourceFile> files;
     std::unique_ptr<Arena> bounces;  // one buffer per worker
 
-    std::mutex queues;  // guards both queues and every unfinished job; never held in a callback
+    // Guards the places, both queues and every unfinished job. Never held in a callback.
+    mutable std::mutex queues;
+    Places places;
     std::condition_variable_any ready;
     Queue demands;
     Queue prefetches;
@@ -260,12 +299,17 @@ void FileReader::promote(const ReadJobPtr& transfer) {
 }
 
 bool FileReader::file_is_direct(uint32_t file) const {
-    if (file >= impl_->files.size()) {
-        throw Error(ErrorCode::kInvalid, "expected a file index below " +
-                                             std::to_string(impl_->files.size()) + ", found " +
-                                             std::to_string(file));
+    const size_t files = impl_->catalog->files().size();
+    if (file >= files) {
+        throw Error(ErrorCode::kInvalid, "expected a file index below " + std::to_string(files) +
+                                             ", found " + std::to_string(file));
     }
-    return impl_->files[file].direct();
+    return impl_->places.file(file, 0).direct();
+}
+
+std::vector<PlaceStats> FileReader::places() const {
+    const std::lock_guard lock(impl_->queues);
+    return impl_->places.stats();
 }
 
 const FileReaderOptions& FileReader::options() const noexcept {

@@ -81,7 +81,7 @@ class ExpertCache:
         priors: an object that sees routing once per token and says how likely each expert is to be
             used soon; see `moeinf.traces.priors.PriorsHook`. The policy `learned` learns how far
             to trust them.
-        threads, chunk_bytes: of the file reader; 0 takes the measured defaults.
+        reader_threads, chunk_bytes: of the file reader; 0 takes the measured defaults.
         direct: read past the page cache where the file system allows it.
         scratch: on the CPU, what the activations of a prompt may take in one MoE layer, in bytes. A
             prompt that needs more is computed in parts, which read experts again. Without it, what
@@ -114,7 +114,7 @@ class ExpertCache:
         prefetch: str = "off",
         eamc: EAMC | None = None,
         priors: PriorsHook | None = None,
-        threads: int = 0,
+        reader_threads: int = 0,
         chunk_bytes: int = 0,
         direct: bool = True,
         host_memory: str | int | None = None,
@@ -173,7 +173,7 @@ class ExpertCache:
             store.catalog,
             room,
             policy,
-            threads=threads,
+            threads=reader_threads,
             chunk_bytes=chunk_bytes,
             direct=direct,
             prefetch=prefetch,
@@ -207,6 +207,7 @@ class ExpertCache:
             if tier is None:
                 warn_of_refused_slots(self.core.host_stats())
         store.check_unchanged()
+        self._read_before = [0] * len(store.paths)
         self._opened = opened
         self.observers: list[Observer] = []
         self.passes = Passes(self.observers)
@@ -300,6 +301,8 @@ class ExpertCache:
         model that `moeinf.load` loaded says it itself (`said=False`), unless its caller has begun a
         pass that no step has used yet.
         """
+        if len(self._read_before) > 1:
+            self._places()
         self.passes.begin(one, said=said)
 
     def record(self, *, router: bool = False) -> Recorder:
@@ -408,7 +411,9 @@ class ExpertCache:
         hits / accesses; `layers` holds the same for each MoE layer. `prefetch` says how good
         predictions were (see `prediction_summary`), None with prefetch="off". `device` says where
         the slots lie. `host` counts what the RAM between GPU and files did, and says how bytes go
-        to the GPU (`copy_path`) and what computes there (`kernels`); None on the cpu.
+        to the GPU (`copy_path`) and what computes there (`kernels`); None on the cpu. `places` has
+        what each disk has read: `path`, `read_bytes`, `bytes_per_second` as of late, and the first
+        `failure`, "" without one; a disk that has failed is read only where every other one fails.
         """
         prefetch = None
         if self.prefetch_kind != "off":
@@ -420,6 +425,7 @@ class ExpertCache:
             "device": self.device_name,
             "host": self._host_stats(),
             "prefetch": prefetch,
+            "places": self._places(),
         }
 
     @property
@@ -428,6 +434,26 @@ class ExpertCache:
         if self._opened is None:
             return "cpu"
         return f"cuda:{self._opened.index} ({self._opened.name})"
+
+    def _places(self) -> list[dict[str, Any]]:
+        """The statistics of each disk. Warns once of each that has failed, where another goes on.
+
+        Disks fail on threads of the core, which know no logger: so it is asked at each pass.
+        """
+        paths = self.store.paths
+        rows = []
+        for path, before, row in zip(paths, self._read_before, self.core.places(), strict=True):
+            if row["failure"] and len(paths) > 1 and path not in self.store.warned_of:
+                self.store.warned_of.add(path)
+                others = ", ".join(other for other in paths if other != path)
+                _logger.warning(
+                    "%s: a read failed, experts are read from %s from now on: %s",
+                    path,
+                    others,
+                    row["failure"],
+                )
+            rows.append({"path": path, **row, "read_bytes": row["read_bytes"] - before})
+        return rows
 
     def _host_stats(self) -> dict[str, Any] | None:
         if self._opened is None:
@@ -440,6 +466,7 @@ class ExpertCache:
 
     def reset_stats(self) -> None:
         """Sets every counter to zero; residency and the policy's memory stay."""
+        self._read_before = [row["read_bytes"] for row in self.core.places()]
         self.core.reset_stats()
 
 

@@ -62,7 +62,9 @@ class CacheGroup:
             if options.get(name) is not None:
                 raise UnsupportedError(f"{name} is of one cache: give one device")
         reader = {
-            name: options[name] for name in ("threads", "chunk_bytes", "direct") if name in options
+            name: options[name]
+            for name in ("reader_threads", "chunk_bytes", "direct")
+            if name in options
         }
         if tier is None:
             tier = HostTier(
@@ -164,6 +166,7 @@ class CacheGroup:
             "device": ", ".join(cache.device_name for cache in self.caches.values()),
             "host": host,
             "prefetch": self._prediction_stats(),
+            "places": each[self.devices[0]]["places"],
             "devices": each,
         }
 

@@ -26,7 +26,7 @@ class HostTier:
         exclusive: an expert on a GPU need not sit here too. One that the last GPU evicts comes
             here.
         device: the GPU whose driver page-locks the memory, for all GPUs.
-        threads, chunk_bytes: of the file reader; 0 takes the measured defaults.
+        reader_threads, chunk_bytes: of the file reader; 0 takes the measured defaults.
         direct: read past the page cache where the file system allows it.
 
     Raises:
@@ -43,7 +43,7 @@ class HostTier:
         policy: str = "learned",
         exclusive: bool = False,
         device: str | torch.device = "cuda",
-        threads: int = 0,
+        reader_threads: int = 0,
         chunk_bytes: int = 0,
         direct: bool = True,
     ):
@@ -64,7 +64,7 @@ class HostTier:
             ),
             policy,
             exclusive=exclusive,
-            threads=threads,
+            threads=reader_threads,
             chunk_bytes=chunk_bytes,
             direct=direct,
         )

@@ -21,6 +21,7 @@ from moeinf import _core
 from moeinf.checkpoint import config as configuration
 from moeinf.checkpoint import memory
 from moeinf.checkpoint.blocks import NUMBERS
+from moeinf.checkpoint.copies import Copy, find_copies, paths_of
 from moeinf.checkpoint.description import Described
 from moeinf.checkpoint.extent import Extent
 from moeinf.checkpoint.families import NAMINGS, family_of, find_experts
@@ -70,6 +71,10 @@ class ExpertStore:
             matrices.
     """
 
+    also: Sequence[Path] = ()
+    """Where copies of its files lie; see `open`. Looked for when `catalog` is first asked for."""
+    _copies: Sequence[Copy] = ()
+
     def __init__(
         self,
         checkpoint: Checkpoint,
@@ -109,9 +114,18 @@ class ExpertStore:
 
     @classmethod
     def open(
-        cls, path: str | bytes | os.PathLike[str] | Checkpoint, revision: str | None = None
+        cls,
+        path: str | bytes | os.PathLike[str] | Checkpoint,
+        revision: str | None = None,
+        *,
+        also: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     ) -> ExpertStore:
         """Opens a Hugging Face checkpoint (safetensors, one file or many): see `Checkpoint.open`.
+
+        Args:
+            also: folders on other disks with copies of all its files, or of some. Each read goes to
+                the disk that would end it first. If that fails, the read is repeated from another
+                one. See `moeinf.checkpoint.copies` for what is compared.
 
         Raises:
             CheckpointError: the folder is incomplete or damaged, or holds no experts named in a
@@ -139,6 +153,7 @@ class ExpertStore:
             top_k=configuration.top_k(config, file),
             interleaved=naming.interleaved or (naming.fused and family.interleaved),
         )
+        store.also = paths_of(also)
         hidden = config.get("hidden_size", store.layout.hidden)
         if hidden != store.layout.hidden:
             down = store._index[store.modules[0]][0]["down", VALUES]
@@ -461,19 +476,35 @@ class ExpertStore:
                             entry = entry.pieces[VALUES]
                         tensors[paths[entry.file], entry.offset] = entry.name
         files = [(str(file.path), file.nbytes) for file in paths]
+        places = np.array(rows, dtype=np.uint64)
+        if self.also:
+            runs = places.reshape(-1, 4)[:, :3]
+            known = list(self.checkpoint.tensors.values())
+            self._copies = find_copies(self.also, list(paths), runs, known)
         sources = {i: file.source for i, file in enumerate(paths) if file.source is not None}
         return _core.Catalog(
             self.num_layers,
             self.num_experts,
             self.slot_bytes,
             files,
-            np.array(rows, dtype=np.uint64),
+            places,
             self._transposes(),
             checks,
             [(*place, name) for place, name in tensors.items()],
             sources,
             self._recodes(),
+            [(one.of, one.place, str(one.file.path), None) for one in self._copies],
         )
+
+    @cached_property
+    def warned_of(self) -> set[str]:
+        """Those of `paths` that have failed, and of which a warning was logged."""
+        return set()
+
+    @property
+    def paths(self) -> list[str]:
+        """Where its bytes are read from: its own path, then each of `also`."""
+        return [str(self.checkpoint.path), *map(str, self.also)]
 
     def describe(self, path: str | os.PathLike[str]) -> None:
         """Writes where all experts lie and what they compute, for `moeinf_store_open` of moeinf.h.
@@ -507,7 +538,7 @@ class ExpertStore:
 
         A cache asks once its own descriptors are open. Later changes are seen through these.
         """
-        for file in self._files:
+        for file in [*self._files, *(one.file for one in self._copies)]:
             file.check_path()
 
     @cached_property
@@ -581,6 +612,10 @@ class _MemoryStore(ExpertStore):
         self.top_k = top_k
         if top_k is not None and not 0 < top_k <= self.num_experts:
             raise ValueError(f"top_k: expected 1 to {self.num_experts}, found {top_k}")
+
+    @property
+    def paths(self) -> list[str]:
+        return ["memory"]
 
     def tensor_names(self) -> set[str]:
         return set()

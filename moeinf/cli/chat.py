@@ -33,6 +33,8 @@ def command(
     prefetch: options.Prefetch = "off",
     linear: options.Linear = "auto",
     dense: options.Dense = "decoded",
+    threads: options.Threads = None,
+    also: options.Also = None,
     device: options.Device = "auto",
     host_memory: options.HostMemory = None,
     temperature: options.OwnTemperature = None,
@@ -58,6 +60,8 @@ def command(
         prefetch=prefetch,
         linear=linear,
         dense=dense,
+        threads=threads,
+        also=also or (),
     )
     chat = Conversation(model, tokenizer, system and utf8("--system", system))
     terminal = sys.stdin.isatty() and sys.stdout.isatty()

@@ -32,12 +32,15 @@ def command(
     if json:
         print_json(facts)
         return
-    disk, cuda = facts["disk"], facts["cuda"]
+    disk, cuda, quota = facts["disk"], facts["cuda"], facts["cpu_quota"]
     print_facts(
         "This machine",
         {
             "processor": f"{facts['cpu']}, {facts['cores']} cores, {facts['threads']} threads for "
             "experts and linear layers",
+            "this process": f"may use {facts['affinity']} cores on {facts['numa_nodes']} NUMA "
+            + ("node" if facts["numa_nodes"] == 1 else "nodes")
+            + (", no quota" if quota is None else f", a quota of {quota:g} cores"),
             "CPU kernels": ", ".join(
                 f"{name}{'' if supported else ' (not here)'}"
                 for name, supported in facts["cpu_kernels"].items()

@@ -54,6 +54,17 @@ Dense = Annotated[
         "packed, as it is stored, on the CPU."
     ),
 ]
+Threads = Annotated[
+    int | None,
+    typer.Option(help="Of experts and linear layers on the CPU; all that are usable without it."),
+]
+Also = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="A folder on another disk with copies of the checkpoint's files: both are read. May "
+        "be given again."
+    ),
+]
 OwnTemperature = Annotated[
     float | None,
     typer.Option(

@@ -61,6 +61,8 @@ def command(
     prefetch: options.Prefetch = "off",
     linear: options.Linear = "auto",
     dense: options.Dense = "decoded",
+    threads: options.Threads = None,
+    also: options.Also = None,
     device: options.Device = "auto",
     host_memory: options.HostMemory = None,
     json: Annotated[
@@ -102,6 +104,8 @@ def command(
         prefetch=prefetch,
         linear=linear,
         dense=dense,
+        threads=threads,
+        also=also or (),
     )
 
     def on_ready(address: str) -> None:

@@ -20,11 +20,31 @@ HOST = torch.device("cpu")
 SCALES = {name: getattr(_core.ScaleType, name) for name in SCALE_TYPES}
 
 
+_threads: int | None = None  # that `use_threads` asked for
+
+
 @lru_cache(maxsize=1)
 def default_engine() -> _core.CpuEngine:
     """The process's engine: the best instruction set, as many threads as torch uses, and no more
     than processors that may be used."""
-    return _core.CpuEngine(threads=min(torch.get_num_threads(), usable_cpus()))
+    return _core.CpuEngine(threads=_threads or min(torch.get_num_threads(), usable_cpus()))
+
+
+def use_threads(threads: int) -> None:
+    """Sets the threads of the process's engine. An expert's bits are the same with any number.
+
+    What was made with another engine keeps that one. Raises ValueError for more threads than
+    processors that may be used: they would wait for one another.
+    """
+    global _threads
+    usable = usable_cpus()
+    if not 1 <= threads <= usable:
+        raise ValueError(
+            f"threads={threads}: expected 1 to {usable}, the processors that this process may use"
+        )
+    _threads = threads
+    if default_engine().threads != threads:
+        default_engine.cache_clear()
 
 
 def core_expert(form: ExpertForm, layout: Layout) -> _core.ExpertFfn:

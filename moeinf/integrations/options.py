@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-OPTIONS = ("memory", "slots", "policy", "prefetch", "host_memory", "threads")
+OPTIONS = ("memory", "slots", "policy", "prefetch", "host_memory", "reader_threads")
 
 
 def checked(found: Any, where: str) -> dict[str, Any]:

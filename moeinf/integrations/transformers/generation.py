@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -41,6 +42,8 @@ class Request:
     prefetch: str = "off"
     linear: str = "auto"
     dense: str = "decoded"
+    threads: int | None = None  # of the CPU's kernels
+    also: Sequence[Path] = ()
     keep_logits: bool = False
     record: Path | None = None  # where to save the routing as a trace
     router: bool = False  # with the router's probabilities of all experts
@@ -114,6 +117,8 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         prefetch=request.prefetch,
         linear=request.linear,
         dense=request.dense,
+        threads=request.threads,
+        also=request.also,
         fill=True,
         eamc=EAMC.load(request.eamc) if request.eamc and request.eamc.exists() else None,
     )

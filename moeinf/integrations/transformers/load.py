@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from moeinf import _core
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
 from moeinf.cache.group import CacheGroup
+from moeinf.checkpoint.copies import paths_of
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
 from moeinf.experts.checks import check_routes
+from moeinf.experts.cpu import use_threads
 from moeinf.experts.linear import serve_linear
 from moeinf.integrations.transformers.caches import make_caches
 from moeinf.integrations.transformers.dense import Dense, find_packed, load_dense
@@ -56,7 +58,9 @@ def load(
     dtype: torch.dtype | str = "auto",
     linear: str = "auto",
     dense: str = "decoded",
+    threads: int | None = None,
     fill: bool = False,
+    also: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
     **cache_options: Any,
 ) -> PreTrainedModel:
     """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
@@ -88,8 +92,12 @@ def load(
             packed layer takes a half or a quarter of the memory, and its `weight` cannot be written
             to. Embeddings, tied weights, and weights that transformers makes of several tensors are
             decoded either way.
+        threads: of the kernels of experts and linear layers on the CPU, for the whole process;
+            without it, as many as torch uses and the process may use: see `moeinf doctor`.
         fill: where the slots hold every expert, read them all from now on, in the background; see
             `ExpertCache.fill`. The commands do.
+        also: folders on other disks with copies of the checkpoint's files, or of some of them; see
+            `ExpertStore.open`.
         cache_options: passed to `ExpertCache`, `eamc`, `host_memory` and `exclusive` among them.
 
     Returns:
@@ -113,11 +121,15 @@ def load(
         raise ValueError(f"dense={dense!r}: expected one of {', '.join(DENSE)}")
     if dense == "packed" and linear == "torch":
         raise ValueError("dense='packed' has no kernels of torch: give linear='auto'")
+    if threads is not None:
+        use_threads(threads)
     checkpoint = (
         path if isinstance(path, Checkpoint) else open_checkpoint(path, revision, trust_remote_code)
     )
     base, config = model_of(checkpoint)
     plan = make_plan(base, config, checkpoint)
+    for store in plan.stores:
+        store.also = paths_of(also)
     # Before the model, so that a budget that cannot work says so before anything large is read.
     options = {
         "memory": memory,
