@@ -46,10 +46,10 @@ void place(const Matrix& matrix, DotJob& job, const std::byte* base, int64_t fir
     }
 }
 
-void multiply(const KernelSet& kernels, const Matrix& matrix, const Product& product, DotJob& job,
-              const std::byte* base, int64_t first) noexcept {
+void multiply(const KernelSet& kernels, const Matrix& matrix, void (*dot)(const DotJob&),
+              DotJob& job, const std::byte* base, int64_t first) noexcept {
     place(matrix, job, base, first);
-    product.dot(job);
+    dot(job);
     if (matrix.bias) {
         add_bias(kernels, base + matrix.bias->offset, matrix.bias->stride, matrix.bias_dtype, job);
     }
