@@ -512,18 +512,19 @@ def fused_experts(
     cache: ExpertCache,
     engine: CpuEngine,
     expert: ExpertFfn,
-    input: FfnInput,
-    *,
+    hidden: typing.Any,
+    topk_ids: typing.Any,
+    topk_weights: typing.Any,
+    out: typing.Any,
     layer: int,
-    out: int,
-    out_dtype: DType,
     prefill: bool,
     new_sequence: bool,
     caller: int,
     sequences: int,
     scratch_bytes: int,
-) -> None:
-    """Writes [tokens, hidden] to the address `out`; see moeinf.fused_experts."""
+) -> bool:
+    """Writes [tokens, hidden] to the tensor `out`; see moeinf.fused_experts. False for tensors that
+    are not contiguous ones in RAM of the right shapes and types."""
 
 def fused_experts_raw(
     engine: CpuEngine,
