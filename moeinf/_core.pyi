@@ -476,6 +476,11 @@ class StepStream:
     def synchronize(self) -> None:
         """The host waits for the stream."""
 
+class LinearWeight:
+    """A matrix that the kernels can multiply; ValueError for any other."""
+
+    def __init__(self, matrix: Matrix) -> None: ...
+
 def activations() -> list[str]:
     """The activations of the gate functions."""
 
@@ -491,6 +496,17 @@ def check_trace(
 ) -> None: ...
 def cpu_kernels() -> list[tuple[str, bool]]:
     """(name, whether this CPU can run it) of every set of CPU kernels, best first."""
+
+def decode(
+    engine: CpuEngine,
+    dtype: DType,
+    weight: LinearWeight,
+    base: int,
+    first: int,
+    count: int,
+    out: int,
+) -> None:
+    """Writes rows of such a weight to [count, cols] at the address `out`."""
 
 def fused_experts(
     cache: ExpertCache,
@@ -539,6 +555,19 @@ def linear(
 ) -> None:
     """Writes x @ weight^T + bias to [tokens, rows] at the address `out`, all of one dtype. Strides
     are in elements; a bias of 0 is none."""
+
+def packed_linear(
+    engine: CpuEngine,
+    dtype: DType,
+    weight: LinearWeight,
+    base: int,
+    bias: int,
+    x: int,
+    tokens: int,
+    x_stride: int,
+    out: int,
+) -> None:
+    """The same with a weight whose offsets count from the address `base`."""
 
 def policy_names() -> list[str]:
     """What `policy` may be."""

@@ -51,14 +51,16 @@ def core_expert(form: ExpertForm, layout: Layout) -> _core.ExpertFfn:
     """The description of an expert for the C++ core."""
     gate = form.gate
     return _core.ExpertFfn(
-        gate=_core_matrix(layout.gate),
-        up=None if layout.up is None else _core_matrix(layout.up),
-        down=_core_matrix(layout.down),
+        gate=core_matrix(layout.gate),
+        up=None if layout.up is None else core_matrix(layout.up),
+        down=core_matrix(layout.down),
         function=_core.Gate(gate.function, gate.activation, alpha=gate.alpha, limit=gate.limit),
     )
 
 
-def _core_matrix(matrix: MatrixLayout) -> _core.Matrix:
+def core_matrix(matrix: MatrixLayout) -> _core.Matrix:
+    """The description of a matrix for the C++ core."""
+
     def core_rows(rows: Rows) -> _core.Rows:
         return _core.Rows(rows.offset, rows.stride)
 
