@@ -39,6 +39,8 @@ struct NoBf16 {
     static constexpr bool kGates = false;
     template <class Decoder>
     static constexpr Product kProduct = {};
+    template <class Decoder>
+    static constexpr void (*kTiles)(const DotJob&) = nullptr;
 };
 
 template <class F, class Bf16 = NoBf16>
@@ -46,7 +48,8 @@ struct FloatKernels {
     template <class... Rows>
     static constexpr std::array<FormatKernels, sizeof...(Rows)> all_formats(
         std::tuple<Rows...>* /*table*/) {
-        return {FormatKernels{float_product<Rows>(), Bf16::template kProduct<Rows>}...};
+        return {FormatKernels{float_product<Rows>(), Bf16::template kProduct<Rows>,
+                              Bf16::template kTiles<Rows>}...};
     }
 
     template <class Decoder>
@@ -98,8 +101,9 @@ struct FloatKernels {
     static void combine(const CombineJob& job) { combine_any<F>(job); }
 
     static constexpr KernelSet set(std::string_view name, bool (*supported)(),
-                                   TileProduct bf16_tiles = {}) {
-        return {name, supported, kFormats.data(), kGates.data(), bf16_tiles, widen, combine};
+                                   void (*arrange_tiles)(const void* const*, int64_t, int64_t,
+                                                         void*) = nullptr) {
+        return {name, supported, kFormats.data(), kGates.data(), arrange_tiles, widen, combine};
     }
 };
 
