@@ -7,6 +7,7 @@
 #include <array>
 #include <utility>
 
+#include "compute/decode_rows.h"
 #include "compute/dot_blocks.h"
 #include "compute/dot_scaled.h"
 #include "compute/dot_tile.h"
@@ -49,7 +50,7 @@ struct FloatKernels {
     static constexpr std::array<FormatKernels, sizeof...(Rows)> all_formats(
         std::tuple<Rows...>* /*table*/) {
         return {FormatKernels{float_product<Rows>(), Bf16::template kProduct<Rows>,
-                              Bf16::template kTiles<Rows>}...};
+                              Bf16::template kTiles<Rows>, decode_rows<F, Rows>}...};
     }
 
     template <class Decoder>

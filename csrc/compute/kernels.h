@@ -73,11 +73,14 @@ constexpr int64_t kTileDepth = 32;
 // `bf16` multiplies bf16 activations without widening them and without loss. Its functions are null
 // if the set must widen activations first. `tiles` does it on a matrix unit, for any scales but
 // those with zero points; it takes activations as KernelSet::arrange_tiles writes them. x[i] of a
-// job is then the place of activations 16 i to 16 i + 15. Null where the set has none.
+// job is then the place of activations 16 i to 16 i + 15. Null where the set has none. `decode`
+// writes the weights of a job as numbers, row after row; it reads neither its activations nor its
+// y.
 struct FormatKernels {
     Product f32;
     Product bf16;
     void (*tiles)(const DotJob& job) = nullptr;
+    void (*decode)(const DotJob& job, void* out, DType dtype) = nullptr;
 };
 
 // One gate function with one activation. to_bf16 is null in sets without bf16 products.

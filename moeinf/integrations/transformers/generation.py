@@ -41,6 +41,7 @@ class Request:
     policy: str = "learned"
     prefetch: str = "off"
     linear: str = "auto"
+    dense: str = "decoded"
     threads: int | None = None  # of the CPU's kernels
     also: Sequence[Path] = ()
     keep_logits: bool = False
@@ -115,6 +116,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         policy=request.policy,
         prefetch=request.prefetch,
         linear=request.linear,
+        dense=request.dense,
         threads=request.threads,
         also=request.also,
         fill=True,
