@@ -11,8 +11,8 @@ All of it follows from the inputs of the decoder, the module that runs the layer
     mask         a column that may not see itself is padding.
 
 `generate` adds what only it knows: after the first token that it chooses, passes decode, also where
-they check several guesses at once; guesses behind the text that it keeps were wrong; a row that has
-met a stopping criterion is at its end. Each beam is a sequence.
+they check several guesses at once; guesses from the column of the latest token on were wrong; a row
+that has met a stopping criterion is at its end. Each beam is a sequence.
 """
 
 from __future__ import annotations
@@ -348,7 +348,8 @@ class _Rows(ForwardPass):
             if self.generation.prompt is not None:
                 prefill &= column < self.generation.prompt
             if self.generation.columns is not None:
-                is_text &= column < self.generation.columns
+                # The token chosen last has not run yet. A guess in its column was a wrong one.
+                is_text &= column < self.generation.columns - 1
         if self.ended is not None and len(self.ended) == rows:
             is_text &= ~self.ended.cpu().numpy()[:, None]
         real = _real(self.mask, self.begin, columns)
