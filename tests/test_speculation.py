@@ -1,4 +1,4 @@
-"""Guesses that one pass verifies: they change no token, and are decoding for everything that looks on.
+"""Guesses that one pass verifies: they change no token, and are decoding for all that look on.
 
 A verify pass has several tokens, so that its float32 sums may round another way than those of one
 token. Texts may part where two tokens are that near to each other, and nowhere else. Between

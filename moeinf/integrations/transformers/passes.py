@@ -18,6 +18,7 @@ that has met a stopping criterion is at its end. Each beam is a sequence.
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from moeinf.cache.cache import ExpertCache
     from moeinf.cache.group import CacheGroup
 
+_logger = logging.getLogger("moeinf.generate")
 CACHE_NAMES = ("cache", "past_key_values")  # transformers before 5.24 has the second
 
 
@@ -410,6 +412,11 @@ class _Generates:
         known = [kwargs.get("attention_mask"), *args[:1], *(kwargs.get(name) for name in names)]
         prompt = next((one for one in known if one is not None), None)
         threads = self.moeinf.torch_threads
+        if kwargs.get("prompt_lookup_num_tokens") and not self.moeinf.speculation:
+            kwargs["prompt_lookup_num_tokens"] = None
+            _logger.info(
+                "no prompt lookup: `moeinf tune` has found that it costs more than it gains"
+            )
         with (
             self.moeinf.passes.generation(None if prompt is None else prompt.shape[1]),
             nullcontext() if threads is None else threads.generation(),
