@@ -82,6 +82,7 @@ class FfnInput:
         tokens: int,
         top_k: int,
         num_experts: int,
+        whole_tokens: int = 0,
     ) -> None: ...
 
 class CpuEngine:

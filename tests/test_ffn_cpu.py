@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -135,6 +135,7 @@ class Case:
     function: Gate
     slots: torch.Tensor  # uint8 [E, slot_bytes], in shuffled order
     slot_of: list[int]
+    whole_tokens: int = 0  # of the call that this is a part of
 
     @property
     def expert(self) -> _core.ExpertFfn:
@@ -162,6 +163,7 @@ class Case:
             tokens=self.hidden.shape[0],
             top_k=self.ids.shape[1],
             num_experts=self.experts,
+            whole_tokens=self.whole_tokens,
         )
 
     @property
@@ -170,6 +172,10 @@ class Case:
 
     def address(self, expert: int) -> int:
         return self.slots[self.slot_of[expert]].data_ptr()
+
+    def part(self, first: int, last: int, whole_tokens: int = 0) -> Case:
+        hidden, ids, scale = (x[first:last].clone() for x in (self.hidden, self.ids, self.scale))
+        return replace(self, hidden=hidden, ids=ids, scale=scale, whole_tokens=whole_tokens)
 
     def fill_slots(self) -> None:
         """Bytes of all ones are NaN in every format."""
@@ -478,12 +484,14 @@ def test_bits_do_not_depend_on_waves_threads_or_company(engine, seed, dtype):
     for threads in (1, 3, 5):
         other = _core.CpuEngine(threads=threads, kernels=engine.kernels)
         assert torch.equal(case.run(other), whole), f"{threads} threads"
-    # A token by itself, or in a smaller batch, gets the bits it gets among many.
+    # A token in a part of the call gets the bits that it gets in the whole, and a token by itself
+    # those that it gets among few.
     for first, last in ((0, 1), (41, 44), (60, 90)):
-        part = Case(**{**vars(case), "hidden": case.hidden[first:last].clone(),
-                       "ids": case.ids[first:last].clone(),
-                       "scale": case.scale[first:last].clone()})  # fmt: skip
-        assert torch.equal(part.run(engine), whole[first:last]), f"tokens {first}:{last}"
+        part = case.part(first, last, whole_tokens=90).run(engine)
+        assert torch.equal(part, whole[first:last]), f"tokens {first}:{last}"
+    few = case.part(20, 26)
+    for first in range(6):
+        assert torch.equal(few.part(first, first + 1).run(engine), few.run(engine)[first][None])
 
 
 def test_weights_are_not_read_outside_their_segments(engine, seed):
@@ -491,9 +499,9 @@ def test_weights_are_not_read_outside_their_segments(engine, seed):
     import mmap
 
     page = mmap.PAGESIZE
-    for dtype in DTYPES:
-        case = make_case(seed, tokens=3, hidden=37, intermediate=29, experts=2, top_k=1, skip=0,
-                         dtype=dtype)  # fmt: skip
+    for dtype, tokens in itertools.product(DTYPES, (3, 50)):
+        case = make_case(seed, tokens=tokens, hidden=37, intermediate=29, experts=2, top_k=1,
+                         skip=0, dtype=dtype)  # fmt: skip
         expected = case.run(engine)
         nbytes = case.down.values[0].nbytes
         pages = -(-nbytes // page)
@@ -640,7 +648,7 @@ def test_the_call_without_a_cache_gives_the_same(engine, seed):
 
 def test_tokens_per_call_keeps_to_the_scratch_it_is_given():
     expert = make_case(0, hidden=64, intermediate=48).expert
-    room = 4 * (64 + 48) * 4 * 10
+    room = 4 * (64 * 6 + 48 * 4) * 10
     assert _core.ExpertFfnCall.tokens_per_call(expert, 4, scratch_bytes=room) == 10
     assert _core.ExpertFfnCall.tokens_per_call(expert, 4, scratch_bytes=1) == 1
 

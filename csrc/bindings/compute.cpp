@@ -85,7 +85,7 @@ void bind_types(py::module_& module) {
     py::class_<FfnInput>(module, "FfnInput")
         .def(py::init([](uintptr_t hidden, DType hidden_dtype, uintptr_t topk_ids,
                          bool ids_are_int64, uintptr_t topk_weights, DType topk_weights_dtype,
-                         int64_t tokens, int64_t top_k, int32_t num_experts) {
+                         int64_t tokens, int64_t top_k, int32_t num_experts, int64_t whole_tokens) {
                  return FfnInput{at<const void>(hidden),
                                  hidden_dtype,
                                  at<const void>(topk_ids),
@@ -94,11 +94,13 @@ void bind_types(py::module_& module) {
                                  topk_weights_dtype,
                                  tokens,
                                  top_k,
-                                 num_experts};
+                                 num_experts,
+                                 whole_tokens};
              }),
              py::kw_only(), py::arg("hidden"), py::arg("hidden_dtype"), py::arg("topk_ids"),
              py::arg("ids_are_int64"), py::arg("topk_weights"), py::arg("topk_weights_dtype"),
-             py::arg("tokens"), py::arg("top_k"), py::arg("num_experts"));
+             py::arg("tokens"), py::arg("top_k"), py::arg("num_experts"),
+             py::arg("whole_tokens") = 0);
 }
 
 }  // namespace

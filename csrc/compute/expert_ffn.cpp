@@ -7,13 +7,16 @@
 #include "base/error.h"
 #include "base/ranges.h"
 #include "base/sizes.h"
+#include "compute/formats/formats.h"
 #include "compute/matrix_product.h"
 
 namespace moeinf {
 namespace {
 
-// Routes that share one pass over a block of weight rows.
+// Routes that share one pass over a block of weight rows. The matrix unit takes 32 at a time, and
+// longer blocks of weights instead.
 constexpr int64_t kRowsPerWalk = 64;
+constexpr int64_t kTiledRowsPerWalk = 2 * kTileRows;
 // A block is a multiple of this many weight rows, a multiple in turn of every tile's width.
 constexpr int64_t kBlockRows = 48;
 // Gate values (and up values) that one task holds at a time.
@@ -59,6 +62,19 @@ bool as_it_is(const KernelSet& kernels, const FfnInput& input, const Matrix& mat
            product_of(kernels, matrix, DType::kBF16).dot != nullptr;
 }
 
+// A matrix unit pays where an expert has many tokens. That follows from the whole call, so that its
+// parts have the same bits however many they are.
+bool on_tiles(const KernelSet& kernels, const ExpertFfn& expert, const FfnInput& input) {
+    const auto plain = [](const Matrix& matrix) {
+        static const WeightFormat bf16 = find_format("bf16");
+        return matrix.format == bf16;
+    };
+    return kernels.bf16_tiles.dot != nullptr && input.hidden_dtype == DType::kBF16 &&
+           plain(expert.gate) && (!expert.up || plain(*expert.up)) && plain(expert.down) &&
+           Routing::is_long(std::max(input.tokens, input.whole_tokens), input.top_k,
+                            input.num_experts);
+}
+
 }  // namespace
 
 ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input)
@@ -67,6 +83,7 @@ ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const F
       expert_(expert),
       input_(input),
       gate_kernels_(kernels_.gates[expert.function.kernel]),
+      tiled_(on_tiles(kernels_, expert, input)),
       x_dtype_(as_it_is(kernels_, input, expert.gate) &&
                        (!expert.up || as_it_is(kernels_, input, *expert.up))
                    ? DType::kBF16
@@ -90,8 +107,11 @@ ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const F
     const size_t x_bytes =
         widened ? static_cast<size_t>(input_.tokens) * hidden * sizeof(float) : 0;
     size_t size = y_bytes + inner_bytes + round_up(x_bytes, kAlign);
-    gate_x_ = reserve(expert_.gate, x_dtype_, input_.tokens, size);
-    if (expert_.up) {
+    const auto tokens = tiled_ ? static_cast<int64_t>(routes) : input_.tokens;
+    gate_x_ = reserve(expert_.gate, x_dtype_, tokens, size);
+    if (tiled_) {
+        up_x_ = gate_x_;
+    } else if (expert_.up) {
         const size_t before = size;
         up_x_ = reserve(*expert_.up, x_dtype_, input_.tokens, size);
         if (up_x_.product->arrange == gate_x_.product->arrange) {
@@ -112,7 +132,7 @@ ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const F
     }
     const size_t row = hidden * dtype_bytes(x_dtype_);
     for (Activations* x : {&gate_x_, &up_x_}) {
-        if (x->product == nullptr) continue;
+        if (x->product == nullptr || tiled_) continue;
         const auto arrange = x->product->arrange;
         x->rows = arrange == nullptr ? x_ : scratch_.data() + x->offset;
         if (arrange == nullptr || (x == &up_x_ && up_x_.offset == gate_x_.offset)) continue;
@@ -126,6 +146,11 @@ ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const F
         });
     }
     down_x_.rows = down_x_.product->arrange == nullptr ? inner_ : scratch_.data() + down_x_.offset;
+    if (tiled_) {
+        for (Activations* one : {&gate_x_, &up_x_, &down_x_}) {
+            one->rows = scratch_.data() + one->offset;
+        }
+    }
 }
 
 // Adds what the arranged rows need to the size of the scratch memory.
@@ -133,15 +158,42 @@ ExpertFfnCall::Activations ExpertFfnCall::reserve(const Matrix& matrix, DType dt
                                                   size_t& size) const {
     Activations x{.product = &product_of(kernels_, matrix, dtype), .offset = size};
     const auto cols = static_cast<size_t>(matrix.cols);
-    x.row_bytes = activation_row_bytes(*x.product, cols, dtype);
-    if (x.product->arrange != nullptr) {
+    x.row_bytes = tiled_ ? round_up(cols, size_t{kTileDepth}) * dtype_bytes(dtype)
+                         : activation_row_bytes(*x.product, cols, dtype);
+    if (tiled_ || x.product->arrange != nullptr) {
         size += round_up(static_cast<size_t>(rows) * x.row_bytes, kAlign);
     }
     return x;
 }
 
+// The activations of these experts for the matrix unit; `row_of(row)` is where those of a row lie.
+template <class Row>
+void ExpertFfnCall::arrange_tiles(std::span<const SlotOfExpert> ready, const Activations& x,
+                                  int64_t cols, const Row& row_of) {
+    std::vector<std::pair<int64_t, int64_t>> tiles;  // the first row, and how many
+    for (const SlotOfExpert& expert : ready) {
+        const auto p = static_cast<size_t>(expert.position);
+        for (int64_t row = begin_[p]; row < begin_[p + 1]; row += kTileRows) {
+            tiles.emplace_back(row, std::min<int64_t>(kTileRows, begin_[p + 1] - row));
+        }
+    }
+    engine_.pool().run(static_cast<int64_t>(tiles.size()), [&](int64_t index) noexcept {
+        const auto [first, count] = tiles[static_cast<size_t>(index)];
+        const void* from[kTileRows];
+        for (int64_t r = 0; r < count; ++r) from[r] = row_of(first + r);
+        kernels_.bf16_tiles.arrange(
+            from, count, cols,
+            scratch_.data() + x.offset + static_cast<size_t>(first) * x.row_bytes);
+    });
+}
+
 // The gate function's values of these experts, for the product with down.
 void ExpertFfnCall::arrange_inner(std::span<const SlotOfExpert> ready) {
+    if (tiled_) {
+        return arrange_tiles(ready, down_x_, expert_.intermediate(), [&](int64_t row) {
+            return inner_ + static_cast<size_t>(row * expert_.intermediate()) * sizeof(BF16);
+        });
+    }
     if (down_x_.product->arrange == nullptr) return;
     const size_t row = static_cast<size_t>(expert_.intermediate()) * dtype_bytes(inner_dtype_);
     size_t bytes = 0;
@@ -215,6 +267,12 @@ void ExpertFfnCall::compute(std::span<const SlotOfExpert> ready) {
         }
         computed_[p] = true;
     }
+    if (tiled_) {
+        arrange_tiles(ready, gate_x_, expert_.hidden(), [&](int64_t row) {
+            const auto token = static_cast<int64_t>(row_token_[static_cast<size_t>(row)]);
+            return x_ + static_cast<size_t>(token * expert_.hidden()) * sizeof(BF16);
+        });
+    }
     const int64_t up_bytes = expert_.up ? row_bytes(*expert_.up) : 0;
     run_blocks(ready, expert_.intermediate(), std::max(row_bytes(expert_.gate), up_bytes),
                kGateValues,
@@ -226,6 +284,11 @@ void ExpertFfnCall::compute(std::span<const SlotOfExpert> ready) {
                [this](const SlotOfExpert& expert, int64_t first, int64_t rows) noexcept {
                    down(expert, first, rows);
                });
+}
+
+// Routes that share one pass over a block of weight rows.
+int64_t ExpertFfnCall::rows_per_walk() const noexcept {
+    return tiled_ ? kTiledRowsPerWalk : kRowsPerWalk;
 }
 
 // Cuts the `rows` weight rows of each expert into blocks, and calls block(expert, first, count) for
@@ -243,9 +306,9 @@ void ExpertFfnCall::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows
     int64_t left = static_cast<int64_t>(ready.size()) * rows;
     for (const SlotOfExpert& expert : ready) {
         const int64_t routes = routing_.counts()[static_cast<size_t>(expert.position)];
-        const int64_t most_bytes = routes <= kRowsPerWalk ? kStreamBytes : kRewalkBytes;
-        const int64_t most =
-            std::min(most_bytes / row_bytes, most_values / std::min(routes, kRowsPerWalk));
+        const int64_t walk = rows_per_walk();
+        const int64_t most_bytes = tiled_ || routes <= walk ? kStreamBytes : kRewalkBytes;
+        const int64_t most = std::min(most_bytes / row_bytes, most_values / std::min(routes, walk));
         for (int64_t first = 0, count = 0; first < rows; first += count, left -= count) {
             const int64_t share = left / (kSharesPerThread * engine_.pool().threads());
             const int64_t units = std::min(share, most) / kBlockRows;
@@ -266,12 +329,15 @@ void ExpertFfnCall::gate_up(const SlotOfExpert& expert, int64_t first,
     const bool to_bf16 = inner_dtype_ == DType::kBF16;
     float gate[kGateValues];
     float up[kGateValues];
-    for (int64_t row = begin_[p]; row < begin_[p + 1]; row += kRowsPerWalk) {
-        const int64_t rows = std::min<int64_t>(kRowsPerWalk, begin_[p + 1] - row);
+    const int64_t walk = rows_per_walk();
+    const int64_t step = tiled_ ? kTileRows : 1;
+    for (int64_t row = begin_[p]; row < begin_[p + 1]; row += walk) {
+        const int64_t rows = std::min<int64_t>(walk, begin_[p + 1] - row);
         const auto product = [&](const Matrix& matrix, const Activations& x, float* y) {
             const void* pointers[kRowsPerWalk];
-            for (int64_t r = 0; r < rows; ++r) {
-                pointers[r] = x.row(row_token_[static_cast<size_t>(row + r)]);
+            for (int64_t r = 0; r < rows; r += step) {
+                const int64_t at = tiled_ ? row + r : row_token_[static_cast<size_t>(row + r)];
+                pointers[r / step] = x.row(at);
             }
             DotJob job{.x = pointers,
                        .rows = rows,
@@ -280,7 +346,7 @@ void ExpertFfnCall::gate_up(const SlotOfExpert& expert, int64_t first,
                        .y = y,
                        .y_stride = count,
                        .from_memory = row == begin_[p]};
-            multiply(kernels_, matrix, *x.product, job, expert.slot, first);
+            multiply(kernels_, matrix, dot_of(x), job, expert.slot, first);
         };
         product(expert_.gate, gate_x_, gate);
         if (expert_.up) product(*expert_.up, up_x_, up);
@@ -297,9 +363,11 @@ void ExpertFfnCall::gate_up(const SlotOfExpert& expert, int64_t first,
 void ExpertFfnCall::down(const SlotOfExpert& expert, int64_t first, int64_t count) const noexcept {
     const auto p = static_cast<size_t>(expert.position);
     const void* x[kRowsPerWalk];
-    for (int64_t row = begin_[p]; row < begin_[p + 1]; row += kRowsPerWalk) {
-        const int64_t rows = std::min<int64_t>(kRowsPerWalk, begin_[p + 1] - row);
-        for (int64_t r = 0; r < rows; ++r) x[r] = down_x_.row(row + r);
+    const int64_t walk = rows_per_walk();
+    const int64_t step = tiled_ ? kTileRows : 1;
+    for (int64_t row = begin_[p]; row < begin_[p + 1]; row += walk) {
+        const int64_t rows = std::min<int64_t>(walk, begin_[p + 1] - row);
+        for (int64_t r = 0; r < rows; r += step) x[r / step] = down_x_.row(row + r);
         DotJob job{.x = x,
                    .rows = rows,
                    .outputs = count,
@@ -307,7 +375,7 @@ void ExpertFfnCall::down(const SlotOfExpert& expert, int64_t first, int64_t coun
                    .y = y_ + row * expert_.hidden() + first,
                    .y_stride = expert_.hidden(),
                    .from_memory = row == begin_[p]};
-        multiply(kernels_, expert_.down, *down_x_.product, job, expert.slot, first);
+        multiply(kernels_, expert_.down, dot_of(down_x_), job, expert.slot, first);
     }
 }
 
@@ -343,7 +411,9 @@ void ExpertFfnCall::finish(void* out, DType out_dtype) {
 
 int64_t ExpertFfnCall::tokens_per_call(const ExpertFfn& expert, int64_t top_k,
                                        size_t scratch_bytes) {
-    const auto route = static_cast<size_t>(expert.hidden() + expert.intermediate()) * sizeof(float);
+    // The result, the tokens for a matrix unit, and the gate function's values with their tiles.
+    const auto route = static_cast<size_t>(expert.hidden()) * (sizeof(float) + sizeof(BF16)) +
+                       static_cast<size_t>(expert.intermediate()) * sizeof(float);
     const size_t token = route * static_cast<size_t>(std::max<int64_t>(1, top_k));
     return std::max<int64_t>(1, static_cast<int64_t>(scratch_bytes / token));
 }

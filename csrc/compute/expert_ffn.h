@@ -53,6 +53,7 @@ struct FfnInput {
     int64_t tokens = 0;
     int64_t top_k = 0;
     int32_t num_experts = 0;
+    int64_t whole_tokens = 0;  // of the call that this is a part of; 0: it is the whole
 };
 
 struct SlotOfExpert {
@@ -105,9 +106,16 @@ private:
             return rows + static_cast<size_t>(index) * row_bytes;
         }
     };
+    [[nodiscard]] int64_t rows_per_walk() const noexcept;
+    [[nodiscard]] auto dot_of(const Activations& x) const noexcept {
+        return tiled_ ? kernels_.bf16_tiles.dot : x.product->dot;
+    }
     [[nodiscard]] Activations reserve(const Matrix& matrix, DType dtype, int64_t rows,
                                       size_t& size) const;
     void arrange_inner(std::span<const SlotOfExpert> ready);
+    template <class Row>
+    void arrange_tiles(std::span<const SlotOfExpert> ready, const Activations& x, int64_t cols,
+                       const Row& row_of);
     template <class Block>
     void run_blocks(std::span<const SlotOfExpert> ready, int64_t rows, int64_t row_bytes,
                     int64_t most_values, const Block& block);
@@ -119,6 +127,7 @@ private:
     const ExpertFfn expert_;
     const FfnInput input_;
     const GateKernels& gate_kernels_;
+    const bool tiled_;         // all three products run on the matrix unit
     const DType x_dtype_;      // of the tokens, as gate and up take them
     const DType inner_dtype_;  // of the gate function's values, as down takes them
 
@@ -135,7 +144,7 @@ private:
     float* y_ = nullptr;            // [routes, hidden]: each expert's result
     std::byte* inner_ = nullptr;    // [routes, intermediate] in inner_dtype_
     const std::byte* x_ = nullptr;  // [tokens, hidden] in x_dtype_; the input itself if it fits
-    Activations gate_x_, up_x_;     // [tokens, hidden]
+    Activations gate_x_, up_x_;     // [tokens, hidden]; [routes, hidden] where they are tiled
     Activations down_x_;            // [routes, intermediate]
 };
 

@@ -97,8 +97,9 @@ struct FloatKernels {
 
     static void combine(const CombineJob& job) { combine_any<F>(job); }
 
-    static constexpr KernelSet set(std::string_view name, bool (*supported)()) {
-        return {name, supported, kFormats.data(), kGates.data(), widen, combine};
+    static constexpr KernelSet set(std::string_view name, bool (*supported)(),
+                                   TileProduct bf16_tiles = {}) {
+        return {name, supported, kFormats.data(), kGates.data(), bf16_tiles, widen, combine};
     }
 };
 

@@ -1,5 +1,11 @@
 #include "compute/kernels.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <string>
 
 #include "base/error.h"
@@ -10,9 +16,7 @@ namespace {
 
 constexpr const KernelSet* kSets[] = {
 #if defined(__x86_64__)
-    &kAvx512Bf16Kernels,
-    &kAvx512Kernels,
-    &kAvx2Kernels,
+    &kAmxKernels,      &kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels,
 #endif
     &kPortableKernels,
 };
@@ -44,6 +48,19 @@ bool cpu_has_avx512() {
 
 bool cpu_has_avx512bf16() {
     return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16");
+}
+
+// Linux gives the registers of tiles to processes that ask for them.
+bool cpu_has_amx() {
+    static const bool found = [] {
+        constexpr unsigned kTiles = 1u << 24, kBf16 = 1u << 22;  // in edx of leaf 7
+        constexpr long kAskForState = 0x1023, kTileData = 18;
+        unsigned a = 0, b = 0, c = 0, d = 0;
+        if (!cpu_has_avx512bf16() || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+        if ((d & kTiles) == 0 || (d & kBf16) == 0) return false;
+        return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+    }();
+    return found;
 }
 #endif
 

@@ -1,7 +1,8 @@
 // The instruction sets of the expert FFN as data: a table of named sets of functions, best first.
 // The CPU engine takes one set and calls only its functions. Results may differ between sets.
 // Within one set they never depend on how work is divided, because every output is a dot product
-// that is summed in one fixed order, for any number of activations.
+// that is summed in one fixed order, for any number of activations. Calls of many tokens may have
+// another order than calls of few (TileProduct).
 #pragma once
 
 #include <cstddef>
@@ -66,6 +67,17 @@ struct Product {
     int64_t sums = 0;
 };
 
+// The product of bf16 weights and bf16 activations without scales on a matrix unit. `dot` takes the
+// activations as `arrange` writes them: x[i] of a job is the place of activations 16 i to 16 i
+// + 15. `arrange` takes up to 16 of them at a time and writes as many bytes for each as it has
+// elements, rounded up to kTileDepth. Null in sets without a matrix unit.
+struct TileProduct {
+    void (*dot)(const DotJob& job) = nullptr;
+    void (*arrange)(const void* const* rows, int64_t count, int64_t depth, void* to) = nullptr;
+};
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileDepth = 32;
+
 // `bf16` multiplies bf16 activations without widening them and without loss. Its functions are null
 // if the set must widen activations first.
 struct FormatKernels {
@@ -85,6 +97,7 @@ struct KernelSet {
 
     const FormatKernels* formats;  // indexed by WeightFormat
     const GateKernels* gates;      // indexed by Gate::kernel
+    TileProduct bf16_tiles;
 
     void (*widen)(const void* from, DType dtype, int64_t count, float* to);
 

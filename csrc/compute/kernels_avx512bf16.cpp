@@ -241,5 +241,8 @@ constexpr Product Bf16::kProduct<Q6KWeights> = block_product<NibbleBlocksProduct
 
 constinit const KernelSet kAvx512Bf16Kernels =
     FloatKernels<Floats512, Bf16>::set("avx512bf16", cpu_has_avx512bf16);
+// The same, with a matrix unit.
+constinit const KernelSet kAmxKernels =
+    FloatKernels<Floats512, Bf16>::set("amx", cpu_has_amx, {amx_dot, amx_arrange});
 
 }  // namespace moeinf

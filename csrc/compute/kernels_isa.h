@@ -11,9 +11,14 @@ extern const KernelSet kPortableKernels;
 [[nodiscard]] bool cpu_has_avx2();
 [[nodiscard]] bool cpu_has_avx512();
 [[nodiscard]] bool cpu_has_avx512bf16();
+[[nodiscard]] bool cpu_has_amx();
 extern const KernelSet kAvx2Kernels;
 extern const KernelSet kAvx512Kernels;
 extern const KernelSet kAvx512Bf16Kernels;
+extern const KernelSet kAmxKernels;
+// See TileProduct.
+void amx_dot(const DotJob& job);
+void amx_arrange(const void* const* rows, int64_t count, int64_t depth, void* to);
 #endif
 
 }  // namespace moeinf

@@ -102,7 +102,7 @@ void linear(CpuEngine& engine, const Matrix& weight, const std::byte* base,
                    .y = in_place ? static_cast<float*>(call.out) + first : values,
                    .y_stride = in_place ? weight.rows : count,
                    .from_memory = true};
-        multiply(kernels, weight, product, job, base, first);
+        multiply(kernels, weight, product.dot, job, base, first);
         if (call.bias != nullptr) {
             add_bias(kernels, call.bias, static_cast<int64_t>(dtype_bytes(call.bias_dtype)),
                      call.bias_dtype, job);

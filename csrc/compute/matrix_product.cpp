@@ -32,8 +32,8 @@ size_t activation_row_bytes(const Product& product, size_t cols, DType dtype) {
     return bytes;
 }
 
-void multiply(const KernelSet& kernels, const Matrix& matrix, const Product& product, DotJob& job,
-              const std::byte* base, int64_t first) noexcept {
+void multiply(const KernelSet& kernels, const Matrix& matrix, void (*dot)(const DotJob&),
+              DotJob& job, const std::byte* base, int64_t first) noexcept {
     job.w = base + matrix.values.offset + static_cast<size_t>(first * matrix.values.stride);
     job.w_stride = matrix.values.stride;
     job.first = first;
@@ -45,7 +45,7 @@ void multiply(const KernelSet& kernels, const Matrix& matrix, const Product& pro
     if (matrix.multiplier) {
         std::memcpy(&job.multiplier, base + *matrix.multiplier, sizeof job.multiplier);
     }
-    product.dot(job);
+    dot(job);
     if (matrix.bias) {
         add_bias(kernels, base + matrix.bias->offset, matrix.bias->stride, matrix.bias_dtype, job);
     }

@@ -20,8 +20,8 @@ namespace moeinf {
 
 // One product of the rows of `matrix` from row `first` on, and its bias. The offsets of the matrix
 // count from `base`. The caller sets x, rows, outputs, depth, y, y_stride and from_memory.
-void multiply(const KernelSet& kernels, const Matrix& matrix, const Product& product, DotJob& job,
-              const std::byte* base, int64_t first) noexcept;
+void multiply(const KernelSet& kernels, const Matrix& matrix, void (*dot)(const DotJob&),
+              DotJob& job, const std::byte* base, int64_t first) noexcept;
 
 // y[r][n] += bias of output job.first + n.
 void add_bias(const KernelSet& kernels, const std::byte* bias, int64_t stride, DType dtype,

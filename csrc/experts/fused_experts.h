@@ -41,6 +41,7 @@ void in_parts(CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input,
         return static_cast<const std::byte*>(base) + static_cast<size_t>(first * width) * element;
     };
     FfnInput part = input;
+    part.whole_tokens = input.tokens;
     for (int64_t first = 0; first < input.tokens; first += most) {
         part.tokens = std::min(most, input.tokens - first);
         part.hidden = rows(input.hidden, first, expert.hidden(), dtype_bytes(input.hidden_dtype));

@@ -2,6 +2,7 @@
 // on several threads take turns, slots of exactly their segments' size are never read beyond, the
 // bits do not depend on threads or waves, and weights with scales are summed block by block.
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -257,6 +258,79 @@ void weights_with_scales_are_summed_block_by_block(uint32_t seed) {
     }
 }
 
+// A part of a matrix in memory without a byte to spare, and activations in tiles of 16.
+void a_matrix_unit_sums_each_output_alone(uint32_t seed) {
+    std::mt19937 random(seed);
+    const auto draw = [&](int64_t from, int64_t to) {
+        return std::uniform_int_distribution<int64_t>(from, to)(random);
+    };
+    for (const KernelSet* kernels : kernel_sets()) {
+        const TileProduct& tiles = kernels->bf16_tiles;
+        if (tiles.dot == nullptr || !kernels->supported()) continue;
+        for (int round = 0; round < 300; ++round) {
+            const int64_t rows = draw(1, 70);
+            const int64_t outputs = draw(1, 70);
+            const int64_t depth = draw(1, 150);
+            const int64_t stride = depth + draw(0, 3);
+            const auto numbers = [&](int64_t count) {
+                std::vector<uint16_t> values(static_cast<size_t>(count));
+                for (uint16_t& value : values) {
+                    const auto number = static_cast<float>(draw(-128, 128)) / 64;
+                    value = static_cast<uint16_t>(std::bit_cast<uint32_t>(number) >> 16);
+                }
+                return values;
+            };
+            const auto number = [](uint16_t value) {
+                return std::bit_cast<float>(uint32_t{value} << 16);
+            };
+            const std::vector<uint16_t> w = numbers((outputs - 1) * stride + depth);
+            const std::vector<uint16_t> x = numbers(rows * depth);
+            const int64_t padded = (depth + kTileDepth - 1) / kTileDepth * kTileDepth;
+            const auto product = [&](int64_t begin, int64_t count) {
+                std::vector<uint16_t> arranged(static_cast<size_t>(count * padded), 0xffff);
+                std::vector<const void*> pointers;
+                for (int64_t r = 0; r < count; r += kTileRows) {
+                    const void* from[kTileRows];
+                    const int64_t some = std::min(kTileRows, count - r);
+                    for (int64_t i = 0; i < some; ++i) {
+                        from[i] = &x[static_cast<size_t>((begin + r + i) * depth)];
+                    }
+                    uint16_t* to = &arranged[static_cast<size_t>(r * padded)];
+                    tiles.arrange(from, some, depth, to);
+                    pointers.push_back(to);
+                }
+                std::vector<float> y(static_cast<size_t>(count * outputs), NAN);
+                tiles.dot({.x = pointers.data(),
+                           .rows = count,
+                           .w = reinterpret_cast<const std::byte*>(w.data()),
+                           .w_stride = stride * 2,
+                           .outputs = outputs,
+                           .depth = depth,
+                           .y = y.data(),
+                           .y_stride = outputs,
+                           .from_memory = draw(0, 1) == 1});
+                return y;
+            };
+            const std::vector<float> y = product(0, rows);
+            const int64_t r = draw(0, rows - 1);
+            const std::vector<float> alone = product(r, 1);
+            for (int64_t n = 0; n < outputs; ++n) {
+                double sum = 0;
+                double size = 0;
+                for (int64_t k = 0; k < depth; ++k) {
+                    const double term = 1.0 * number(x[static_cast<size_t>(r * depth + k)]) *
+                                        number(w[static_cast<size_t>(n * stride + k)]);
+                    sum += term;
+                    size += std::abs(term);
+                }
+                const float found = y[static_cast<size_t>(r * outputs + n)];
+                CHECK(std::abs(found - sum) <= 1e-5 * size);
+                CHECK_EQ(found, alone[static_cast<size_t>(n)]);
+            }
+        }
+    }
+}
+
 void the_read_probe_reads_every_word() {
     ThreadPool pool(2);
     constexpr size_t kBytes = 64 << 10;
@@ -281,6 +355,7 @@ int main() {
     a_pool_wakes_from_sleep();
     results_are_right_and_have_the_same_bits_however_computed(seed);
     weights_with_scales_are_summed_block_by_block(seed);
+    a_matrix_unit_sums_each_output_alone(seed);
     the_read_probe_reads_every_word();
     return test_result();
 }
