@@ -54,7 +54,7 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
         if command[1] in (
             "serve",
             "tune",
-        ):  # until a signal, or minutes: tests/server, test_tune.py
+        ):  # a signal ends it; it takes minutes
             continue
         words = [with_built_in_model(word) for word in command[1:]]
         if command[1] == "run":  # the built-in model is smaller than the README's budget

@@ -110,7 +110,9 @@ class PassReader(NotCopied):
             for past in (part for part in parts if isinstance(part, Cache)):
                 with self._lock:
                     self._by_cache[past] = self._mine.unbound
-        self._mine.unbound = None
+                if (one := self._mine.unbound_pass) is not None and one.generation is not None:
+                    one.generation.latest = one
+        self._mine.unbound = self._mine.unbound_pass = None
 
     def _rows(self, tokens: torch.Tensor, past: Any, mask: Any) -> ForwardPass:
         """Each row is one sequence."""
@@ -152,6 +154,7 @@ class PassReader(NotCopied):
         )
         if generation is not None and one.is_main:
             generation.latest = None if past is None else one
+            self._mine.unbound_pass = one if past is None else None
         return one
 
     def _run_again(self, tokens: torch.Tensor) -> Any:
@@ -287,6 +290,7 @@ class _OfThread(threading.local):
         self.generation: _Generation | None = None  # the innermost in progress
         self.bare: list[_Stream] = []  # without a cache when they began
         self.unbound: _Stream | None = None  # of the pass in progress, for the cache it makes
+        self.unbound_pass: _Rows | None = None  # itself, where `generate` continues it
 
 
 class _WatchedCriteria(StoppingCriteriaList):
