@@ -9,6 +9,9 @@ experts with 1,800 residents of 48 layers of 128, for each policy: scores, 8 vic
 bytes move.
 Recording is the time that `ExpertCache.record` adds to a step of one token, with its share of the
 work per forward pass. With the router's probabilities it includes the hook and their softmax.
+`moeinf.fused_experts` stands beside the kernel that it runs, called by the addresses of the same
+slots, all resident; one token, bf16. A call takes other experts than the one before, so that their
+weights come from memory. Both take turns at each call (--only-operator: nothing else).
 
 The limits are the targets: 3 us in C++, 15 us from Python, 3 us for a decision. One attribute
 access of the compiled module stands beside them, because no call can be cheaper. Other work on the
@@ -35,10 +38,13 @@ from benchmarks.common import print_table, write_json
 from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
 from moeinf import _core
 from moeinf.cache.recorder import Recorder
+from moeinf.experts.cpu import core_expert, default_engine
 from moeinf.integrations.transformers.routers import listen
 
 LAYERS, EXPERTS, TOP_K, SLOTS = 15, 128, 8, 1800
 LAYERS_OF_MISSES = 48
+OPERATOR_SHAPES = {"Qwen3-30B-A3B": (2048, 768), "tiny": (64, 32)}  # hidden, intermediate
+OPERATOR_TARGET = 0.05  # of the kernel's time, at the first shape
 STEPS_PER_ROUND = 500
 CPP_TARGET, PYTHON_TARGET, DECISION_TARGET = 3e-6, 15e-6, 3e-6  # seconds
 COLUMNS = {
@@ -47,6 +53,13 @@ COLUMNS = {
     "median_us": ("median us", ".3f"),
     "target_us": ("target us", ".0f"),
     "share_of_target": ("best / target", ".3f"),
+}
+OPERATOR_COLUMNS = {
+    "model": ("experts of", ""),
+    "operator_us": ("operator us", ".1f"),
+    "kernel_us": ("kernel us", ".1f"),
+    "overhead": ("overhead", ".3f"),
+    "target": ("target", ".2f"),
 }
 
 
@@ -71,11 +84,73 @@ def decision(policy: str) -> float:
     )[0]
 
 
+def operator_overhead(model: str, calls: int) -> dict[str, object]:
+    """A token through the operator, and through its kernel alone; medians of calls in turn."""
+    hidden, intermediate = OPERATOR_SHAPES[model]
+    gate_up = torch.empty(EXPERTS, 2 * intermediate, hidden, dtype=torch.bfloat16)
+    down = torch.empty(EXPERTS, hidden, intermediate, dtype=torch.bfloat16)
+    experts = {"gate_up": gate_up.normal_(std=0.02), "down": down.normal_(std=0.02)}
+    store = moeinf.ExpertStore.from_tensors([experts], top_k=TOP_K)
+    cache = moeinf.ExpertCache(store)
+    with cache.acquire(0, range(EXPERTS)) as lease:
+        address = cache.pool().data_ptr()
+        slots = [address + slot * store.slot_bytes for slot in lease.slots]
+    x = torch.randn(1, hidden).bfloat16()
+    weights = torch.full((1, TOP_K), 1 / TOP_K)
+    out = torch.empty_like(x)
+    engine, expert = default_engine(), core_expert(store.form, store.layout)
+    groups = torch.randperm(EXPERTS).reshape(-1, 1, TOP_K)
+    sides: list[list[Callable[[], object]]] = [[], []]
+    for ids in groups:
+        given = _core.FfnInput(
+            hidden=x.data_ptr(),
+            hidden_dtype=_core.DType.bf16,
+            topk_ids=ids.data_ptr(),
+            ids_are_int64=True,
+            topk_weights=weights.data_ptr(),
+            topk_weights_dtype=_core.DType.f32,
+            tokens=1,
+            top_k=TOP_K,
+            num_experts=EXPERTS,
+        )
+        sides[0].append(partial(moeinf.fused_experts, x, ids, weights, cache, 0))
+        sides[1].append(
+            partial(
+                _core.fused_experts_raw, engine, expert, given, slots=slots,
+                out=out.data_ptr(), out_dtype=_core.DType.bf16,
+            )
+        )  # fmt: skip
+    seconds: list[list[float]] = [[], []]
+    with torch.inference_mode():
+        for call in range(2 * calls):
+            lap, group = divmod(call, len(groups))
+            side = (call + lap) % 2  # in the next lap the other one has this group
+            start = time.perf_counter()
+            sides[side][group]()
+            seconds[side].append(time.perf_counter() - start)
+    operator, kernel = map(statistics.median, seconds)
+    return {
+        "model": model,
+        "operator_us": operator * 1e6,
+        "kernel_us": kernel * 1e6,
+        "best_us": [min(one) * 1e6 for one in seconds],
+        "overhead": operator / kernel - 1,
+        "target": OPERATOR_TARGET if hidden > 1000 else None,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--calls", type=int, default=2000, help="of the operator")
+    parser.add_argument("--only-operator", action="store_true")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+
+    operator = [operator_overhead(model, arguments.calls) for model in OPERATOR_SHAPES]
+    if arguments.only_operator:
+        print_table(operator, OPERATOR_COLUMNS)
+        return
 
     geometry = Geometry(
         hidden=64, intermediate=32, experts=EXPERTS, top_k=TOP_K, layers=LAYERS, vocabulary=64
@@ -176,6 +251,7 @@ def main() -> None:
             }
         )
     print_table(rows, COLUMNS)
+    print_table(operator, OPERATOR_COLUMNS)
     if arguments.json:
         write_json(
             arguments.json,
@@ -187,6 +263,7 @@ def main() -> None:
             rounds=arguments.rounds,
             steps_per_round=STEPS_PER_ROUND,
             rows=rows,
+            operator=operator,
         )
 
 

@@ -476,6 +476,11 @@ class StepStream:
     def synchronize(self) -> None:
         """The host waits for the stream."""
 
+class LinearWeight:
+    """A matrix that the kernels can multiply; ValueError for any other."""
+
+    def __init__(self, matrix: Matrix) -> None: ...
+
 def activations() -> list[str]:
     """The activations of the gate functions."""
 
@@ -492,22 +497,34 @@ def check_trace(
 def cpu_kernels() -> list[tuple[str, bool]]:
     """(name, whether this CPU can run it) of every set of CPU kernels, best first."""
 
+def decode(
+    engine: CpuEngine,
+    dtype: DType,
+    weight: LinearWeight,
+    base: int,
+    first: int,
+    count: int,
+    out: int,
+) -> None:
+    """Writes rows of such a weight to [count, cols] at the address `out`."""
+
 def fused_experts(
     cache: ExpertCache,
     engine: CpuEngine,
     expert: ExpertFfn,
-    input: FfnInput,
-    *,
+    hidden: typing.Any,
+    topk_ids: typing.Any,
+    topk_weights: typing.Any,
+    out: typing.Any,
     layer: int,
-    out: int,
-    out_dtype: DType,
     prefill: bool,
     new_sequence: bool,
     caller: int,
     sequences: int,
     scratch_bytes: int,
-) -> None:
-    """Writes [tokens, hidden] to the address `out`; see moeinf.fused_experts."""
+) -> bool:
+    """Writes [tokens, hidden] to the tensor `out`; see moeinf.fused_experts. False for tensors that
+    are not contiguous ones in RAM of the right shapes and types."""
 
 def fused_experts_raw(
     engine: CpuEngine,
@@ -538,6 +555,19 @@ def linear(
 ) -> None:
     """Writes x @ weight^T + bias to [tokens, rows] at the address `out`, all of one dtype. Strides
     are in elements; a bias of 0 is none."""
+
+def packed_linear(
+    engine: CpuEngine,
+    dtype: DType,
+    weight: LinearWeight,
+    base: int,
+    bias: int,
+    x: int,
+    tokens: int,
+    x_stride: int,
+    out: int,
+) -> None:
+    """The same with a weight whose offsets count from the address `base`."""
 
 def policy_names() -> list[str]:
     """What `policy` may be."""

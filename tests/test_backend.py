@@ -17,6 +17,7 @@ import pytest
 import torch
 from checkpoints import COMMON, write_checkpoint
 from fake_cuda_library import fake_cuda_library
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import moeinf
 from moeinf.traces.eam import activation_matrix
@@ -325,6 +326,61 @@ def test_the_output_of_strided_tokens_is_as_torch_compile_expects(
     ids, weights = torch.ones(4, 1, dtype=torch.int64), torch.ones(4, 1)
     torch.library.opcheck(torch.ops.moeinf.fused_experts, (hidden, ids, weights, cache.name, 0))
     assert moeinf.fused_experts(hidden, ids, weights, cache, 0).is_contiguous()
+
+
+def test_who_watches_operators_sees_the_step(store: moeinf.ExpertStore) -> None:
+    """Where nobody does, a step does not go through torch's dispatcher."""
+    cache = moeinf.ExpertCache(store, slots=4)
+    step = random_step(1, 3)
+    expected = moeinf.fused_experts(*step, cache, 0)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, *call: Any) -> Any:
+            seen.append(str(function))
+            return function(*call[1], **(call[2] or {}))
+
+    with Watch():
+        assert torch.equal(moeinf.fused_experts(*step, cache, 0), expected)
+    assert "moeinf.fused_experts.default" in seen
+    with torch.profiler.profile() as profiled:
+        moeinf.fused_experts(*step, cache, 0)
+    assert "moeinf::fused_experts" in {event.key for event in profiled.key_averages()}
+    traced = torch.jit.trace(
+        lambda hidden: moeinf.fused_experts(hidden, *step[1:], cache, 0), step[0]
+    )
+    assert "moeinf::fused_experts" in str(traced.graph)
+
+
+class OldTensor(torch.Tensor):
+    """As torch before 2.10 has them: DLPack has no table of functions."""
+
+    __dlpack_c_exchange_api__ = None
+
+
+def test_tensors_of_any_kind_give_the_same(store: moeinf.ExpertStore, seed: int) -> None:
+    """With gaps between elements, of a subclass, of another type; no tokens, no routes."""
+    cache = moeinf.ExpertCache(store, slots=4)
+    hidden, ids, weights = random_step(seed, 5)
+    expected = moeinf.fused_experts(hidden, ids, weights, cache, 0)
+    kinds: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda one: one.t().contiguous().t(),
+        lambda one: torch.stack([one, one], -1)[..., 0],
+        lambda one: torch.cat([one, one], 1)[:, : one.shape[1]],
+        lambda one: one.as_subclass(OldTensor),
+        lambda one: one.as_subclass(OldTensor).t().contiguous().t(),
+        torch.nn.Parameter,
+    ]
+    for place in range(3):
+        for kind in kinds[:-1] if place == 1 else kinds:
+            step = [hidden, ids, weights]
+            step[place] = kind(step[place])
+            with torch.no_grad():
+                assert torch.equal(moeinf.fused_experts(*step, cache, 0), expected)
+    assert torch.equal(moeinf.fused_experts(hidden, ids.int(), weights, cache, 0), expected)
+    assert moeinf.fused_experts(hidden[:0], ids[:0], weights[:0], cache, 0).shape == (0, HIDDEN)
+    none = moeinf.fused_experts(hidden, ids[:, :0], weights[:, :0], cache, 0)
+    assert torch.equal(none, torch.zeros_like(hidden))
 
 
 def test_tensors_on_the_meta_device_do_not_mix_with_others(store: moeinf.ExpertStore) -> None:

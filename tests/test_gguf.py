@@ -24,6 +24,7 @@ from moeinf.checkpoint.blocks import BLOCKS  # noqa: E402
 from moeinf.checkpoint.formats import FORMATS  # noqa: E402
 from moeinf.checkpoint.gguf import TYPES, read_gguf  # noqa: E402
 from moeinf.errors import CheckpointError, UnsupportedError  # noqa: E402
+from moeinf.experts.packed_linear import PackedLinear  # noqa: E402
 from moeinf.integrations.transformers.generation import read_tokenizer  # noqa: E402
 
 ROWS = [Kind.F16, Kind.BF16, *(Kind[name.upper()] for name in BLOCKS)]
@@ -69,6 +70,22 @@ def test_serves_every_type_of_experts(tmp_path: Path, seed: int, kind: Kind) -> 
     assert store.layout.down.format.name == kind.name.lower()
     layer = read_gguf(path).tensors["blk.0.ffn_down_exps.weight"]
     assert store.layout["down"].nbytes == layer.nbytes // store.num_experts
+    assert difference(model, expected, seed) < 1e-4
+    packed = moeinf.load(path, device="cpu", dtype=torch.float32, dense="packed")
+    assert difference(packed, expected, seed) < 1e-4
+    in_blocks = kind.name.lower() in BLOCKS
+    assert isinstance(packed.model.layers[0].self_attn.q_proj, PackedLinear) is in_blocks
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_packed_layers_of_every_architecture(tmp_path: Path, seed: int, architecture: str) -> None:
+    """The weights that the converter puts into another order are float32 here."""
+    kinds = dict.fromkeys(("attn_qkv", "attn_gate", "ssm_", "norm", "gate_inp"), Kind.F32)
+    expected = write_gguf(
+        tmp_path / "model.gguf", architecture, seed=seed, dense=Kind.Q8_0, kinds=kinds
+    )
+    model = moeinf.load(tmp_path / "model.gguf", device="cpu", dtype=torch.float32, dense="packed")
+    assert any(isinstance(one, PackedLinear) for one in model.modules())
     assert difference(model, expected, seed) < 1e-4
 
 

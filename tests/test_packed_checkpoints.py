@@ -21,6 +21,7 @@ import moeinf
 from moeinf.checkpoint.formats import MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
+from moeinf.experts.packed_linear import PackedLinear
 
 Parts = dict[str, torch.Tensor]
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 96, "num_hidden_layers": 2}
@@ -259,11 +260,11 @@ def quantised(
     return folders[0], folders[1]
 
 
-def logits(folder: Path) -> torch.Tensor:
-    tokens = torch.randint(0, 97, (2, 7), generator=torch.Generator().manual_seed(3))
-    model = moeinf.load(folder, device="cpu", dtype=torch.float32, slots=4)
+def logits(folder: Path, tokens: int = 14, **options: Any) -> torch.Tensor:
+    prompt = torch.randint(0, 97, (2, tokens // 2), generator=torch.Generator().manual_seed(3))
+    model = moeinf.load(folder, device="cpu", dtype=torch.float32, slots=4, **options)
     with torch.no_grad():
-        return model(tokens).logits
+        return model(prompt).logits
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -296,8 +297,95 @@ def test_a_store_reads_each_piece_as_it_was_written(plain, tmp_path, seed, name)
 @pytest.mark.parametrize("name", STORED)
 def test_dense_weights_may_be_packed_too(plain, tmp_path, seed, name):
     packed, decoded = quantised(plain, tmp_path, name, seed, which="_proj")
-    found, expected = logits(packed), logits(decoded)
+    expected = logits(decoded)
+    for dense in ("decoded", "packed"):
+        found = logits(packed, dense=dense)
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+    many = logits(packed, 40, dense="packed")
+    torch.testing.assert_close(many, logits(decoded, 40), rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_with_packed_layers_is_an_ordinary_one(plain, tmp_path, seed):
+    """Its class, names, state_dict and number of parameters; saved, it has the decoded weights."""
+    packed, decoded = quantised(plain, tmp_path, "int4", seed, which="self_attn")
+    served = moeinf.load(packed, device="cpu", dtype=torch.float32, slots=4, dense="packed")
+    other = moeinf.load(decoded, device="cpu", dtype=torch.float32, slots=4)
+    layers = {name for name, one in served.named_modules() if isinstance(one, PackedLinear)}
+    stored = load_file(packed / "model.safetensors")
+    ends = ".weight_packed"
+    assert layers == {name.removesuffix(ends) for name in stored if name.endswith(ends)} != set()
+    assert type(served).__name__ == type(other).__name__
+    assert served.num_parameters() == other.num_parameters()
+    mine, theirs = served.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        if isinstance(value, torch.Tensor):
+            torch.testing.assert_close(mine[name], value, rtol=2**-22, atol=0)
+    served.save_pretrained(tmp_path / "saved")
+    saved, numbers = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "saved", decoded)
+    )
+    assert saved.keys() == numbers.keys()
+    for name, value in numbers.items():
+        torch.testing.assert_close(saved[name].float(), value.float(), rtol=2**-22, atol=0)
+    assert torch.equal(logits(tmp_path / "saved"), logits(tmp_path / "saved", dense="packed"))
+
+
+def test_packed_layers_do_not_depend_on_the_budget(plain, tmp_path, seed):
+    packed, _ = quantised(plain, tmp_path, "nvfp4", seed, which="_proj")
+    for dtype in (torch.bfloat16, torch.float32):
+        found = []
+        for slots in (1, 5, 64):
+            model = moeinf.load(packed, device="cpu", dtype=dtype, slots=slots, dense="packed")
+            prompt = torch.randint(0, 97, (1, 6), generator=torch.Generator().manual_seed(seed))
+            with torch.no_grad():
+                found.append(
+                    model.generate(
+                        prompt,
+                        max_new_tokens=4,
+                        do_sample=False,
+                        output_logits=True,
+                        return_dict_in_generate=True,
+                    )
+                )
+        for one in found[1:]:
+            assert torch.equal(torch.cat(one.logits), torch.cat(found[0].logits))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tied_lm_head_is_decoded(tmp_path, seed, tied):
+    plain = write_checkpoint(
+        tmp_path / "plain", "qwen3_moe", **SIZES, vocab_size=96, tie_word_embeddings=tied
+    )
+    tensors = load_file(plain / "model.safetensors")
+    name = "model.embed_tokens" if tied else "lm_head"
+    row = E4M3.with_scales("bf16", (1, 0))
+    weight = tensors.pop(f"{name}.weight")
+    parts = draw(row, *weight.shape, torch.Generator().manual_seed(seed))
+    numbers = row.dequantise(parts).float()
+    folders = []
+    for kind, more in (
+        ("decoded", {f"{name}.weight": numbers}),
+        ("packed", {f"{name}.weight": parts[VALUES], f"{name}.weight_scale": parts[SCALES]}),
+    ):
+        folders.append(tmp_path / kind)
+        shutil.copytree(plain, folders[-1])
+        save_file(tensors | more, folders[-1] / "model.safetensors", metadata={"format": "pt"})
+    config = folders[1] / "config.json"
+    described = json.loads(config.read_text()) | {"quantization_config": TENSORS}
+    config.write_text(json.dumps(described))
+    model = moeinf.load(folders[1], device="cpu", dtype=torch.float32, slots=4, dense="packed")
+    assert isinstance(model.lm_head, PackedLinear) is not tied
+    found, expected = logits(folders[1], dense="packed"), logits(folders[0])
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def test_nan_in_a_packed_layer_is_refused_when_it_is_loaded(plain, tmp_path, seed):
+    packed, _ = quantised(plain, tmp_path, "fp8 channels", seed, which="self_attn")
+    name = "model.layers.1.self_attn.q_proj"
+    rewrite(packed, lambda tensors: tensors[f"{name}.weight"].view(torch.uint8)[3, 5].fill_(127))
+    with pytest.raises(moeinf.ReadError, match=rf"{name}.weight: values: expected finite"):
+        moeinf.load(packed, device="cpu", dense="packed")
 
 
 def stated_by_modelopt(folder: Path, quantization: object) -> None:

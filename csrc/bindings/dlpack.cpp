@@ -3,38 +3,10 @@
 #include <array>
 #include <utility>
 
+#include "bindings/dlpack_abi.h"
+
 namespace moeinf {
 namespace {
-
-// The layout that DLPack's specification fixes for unversioned tensors.
-struct DLDevice {
-    int32_t device_type;
-    int32_t device_id;
-};
-struct DLDataType {
-    uint8_t code;
-    uint8_t bits;
-    uint16_t lanes;
-};
-struct DLTensor {
-    void* data;
-    DLDevice device;
-    int32_t ndim;
-    DLDataType dtype;
-    int64_t* shape;
-    int64_t* strides;  // in elements
-    uint64_t byte_offset;
-};
-struct DLManagedTensor {
-    DLTensor dl_tensor;
-    void* manager_ctx;
-    void (*deleter)(DLManagedTensor*);
-};
-
-constexpr int32_t kHostDevice = 1;
-constexpr int32_t kCudaDevice = 2;
-constexpr uint8_t kUnsignedInteger = 1;
-constexpr const char* kUnclaimed = "dltensor";  // the consumer renames what it takes over
 
 DLDevice device_of(const Device* device) {
     if (device == nullptr || device->is_fake()) return {kHostDevice, 0};

@@ -1,4 +1,4 @@
-// The kernel set that multiplies in 32-bit floats, for any `Floats` type (see floats_*.h): one
+// The kernel set that multiplies in 32-bit floats, for any `Floats` type (see csrc/floats): one
 // entry for each row of the tables of weight formats and gate functions. Included only by
 // kernels_*.cpp. The sets are constants, so that making the table of them runs no code built for an
 // instruction set that this CPU may lack.
@@ -7,6 +7,7 @@
 #include <array>
 #include <utility>
 
+#include "compute/decode_rows.h"
 #include "compute/dot_blocks.h"
 #include "compute/dot_scaled.h"
 #include "compute/dot_tile.h"
@@ -46,7 +47,8 @@ struct FloatKernels {
     template <class... Rows>
     static constexpr std::array<FormatKernels, sizeof...(Rows)> all_formats(
         std::tuple<Rows...>* /*table*/) {
-        return {FormatKernels{float_product<Rows>(), Bf16::template kProduct<Rows>}...};
+        return {FormatKernels{float_product<Rows>(), Bf16::template kProduct<Rows>,
+                              decode_rows<F, Rows>}...};
     }
 
     template <class Decoder>

@@ -79,10 +79,12 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileDepth = 32;
 
 // `bf16` multiplies bf16 activations without widening them and without loss. Its functions are null
-// if the set must widen activations first.
+// if the set must widen activations first. `decode` writes the weights of a job as numbers, row
+// after row; it reads neither its activations nor its y.
 struct FormatKernels {
     Product f32;
     Product bf16;
+    void (*decode)(const DotJob& job, void* out, DType dtype) = nullptr;
 };
 
 // One gate function with one activation. to_bf16 is null in sets without bf16 products.

@@ -15,6 +15,8 @@ namespace {
 constexpr int64_t kUnitRows = 12;
 // The most bytes of weights of a task. Long reads are the fastest; see expert_ffn.cpp.
 constexpr int64_t kTaskBytes = 768 << 10;
+// The most bytes of numbers of a task that decodes: they stay in the L2 cache.
+constexpr int64_t kDecodedBytes = 192 << 10;
 // Results of a task, on its stack until they are rounded.
 constexpr int64_t kTaskValues = 3072;
 // Tasks of a call for each thread, so that no thread waits long for the last one.
@@ -46,6 +48,10 @@ int64_t rows_of_task(const Matrix& weight, int64_t tokens, int64_t threads) {
 }
 
 }  // namespace
+
+LinearWeight::LinearWeight(const Matrix& weight) : matrix(weight) {
+    check_matrix(weight, "linear: weight");
+}
 
 void linear(CpuEngine& engine, const Matrix& weight, const std::byte* base,
             const LinearCall& call) {
@@ -117,6 +123,22 @@ void linear(CpuEngine& engine, const Matrix& weight, const std::byte* base,
         }
     });
     if (row != 0) engine.give_scratch(std::move(scratch));
+}
+
+void decode(CpuEngine& engine, const Matrix& weight, const std::byte* base, int64_t first,
+            int64_t count, void* out, DType dtype) {
+    if (first < 0 || count < 0 || count > weight.rows - first) {
+        invalid("rows " + std::to_string(first) + " to " + std::to_string(first + count) + " of " +
+                std::to_string(weight.rows));
+    }
+    const auto& kernels = engine.kernels().formats[static_cast<size_t>(weight.format)];
+    const int64_t row = weight.cols * static_cast<int64_t>(dtype_bytes(dtype));
+    const int64_t step = std::max<int64_t>(1, kDecodedBytes / row);
+    engine.pool().run((count + step - 1) / step, [&](int64_t task) noexcept {
+        DotJob job{.outputs = std::min(step, count - task * step), .depth = weight.cols};
+        place(weight, job, base, first + task * step);
+        kernels.decode(job, static_cast<std::byte*>(out) + task * step * row, dtype);
+    });
 }
 
 }  // namespace moeinf

@@ -1,4 +1,5 @@
-// A linear layer for a few tokens, with the kernels and the threads of the experts:
+// A linear layer for a few tokens, with the kernels and the threads of the experts, for W in any
+// weight format:
 //
 //   out[t] = W x[t] + bias
 //
@@ -15,8 +16,15 @@
 
 namespace moeinf {
 
-// Beyond, the product is bound by arithmetic, and other libraries pack W for it.
+// Beyond, the product is bound by arithmetic, and other libraries pack W for it. `decode` makes
+// numbers of it for them.
 constexpr int64_t kLinearTokens = 16;
+
+// W, checked once. Throws Error(kInvalid) for a matrix that the kernels cannot multiply.
+struct LinearWeight {
+    explicit LinearWeight(const Matrix& matrix);
+    Matrix matrix;
+};
 
 struct LinearCall {
     const void* x = nullptr;  // [tokens, cols], elements of a row beside each other
@@ -31,5 +39,9 @@ struct LinearCall {
 // The offsets of `weight` count from `base`. Throws Error(kInvalid) for more than kLinearTokens
 // tokens and for sizes that make no sense.
 void linear(CpuEngine& engine, const Matrix& weight, const std::byte* base, const LinearCall& call);
+
+// Writes `count` rows of W from row `first` on, [count, cols] of `dtype`, at `out`.
+void decode(CpuEngine& engine, const Matrix& weight, const std::byte* base, int64_t first,
+            int64_t count, void* out, DType dtype);
 
 }  // namespace moeinf

@@ -32,8 +32,7 @@ size_t activation_row_bytes(const Product& product, size_t cols, DType dtype) {
     return bytes;
 }
 
-void multiply(const KernelSet& kernels, const Matrix& matrix, void (*dot)(const DotJob&),
-              DotJob& job, const std::byte* base, int64_t first) noexcept {
+void place(const Matrix& matrix, DotJob& job, const std::byte* base, int64_t first) noexcept {
     job.w = base + matrix.values.offset + static_cast<size_t>(first * matrix.values.stride);
     job.w_stride = matrix.values.stride;
     job.first = first;
@@ -45,6 +44,11 @@ void multiply(const KernelSet& kernels, const Matrix& matrix, void (*dot)(const 
     if (matrix.multiplier) {
         std::memcpy(&job.multiplier, base + *matrix.multiplier, sizeof job.multiplier);
     }
+}
+
+void multiply(const KernelSet& kernels, const Matrix& matrix, void (*dot)(const DotJob&),
+              DotJob& job, const std::byte* base, int64_t first) noexcept {
+    place(matrix, job, base, first);
     dot(job);
     if (matrix.bias) {
         add_bias(kernels, base + matrix.bias->offset, matrix.bias->stride, matrix.bias_dtype, job);

@@ -2,6 +2,8 @@
 // which kernel of an instruction set, from which bytes, and the bias. Private to this room.
 #pragma once
 
+#include <string>
+
 #include "compute/kernels.h"
 #include "layout/matrix.h"
 
@@ -12,11 +14,17 @@ namespace moeinf {
 [[nodiscard]] const Product& product_of(const KernelSet& kernels, const Matrix& matrix,
                                         DType dtype);
 
+// Throws Error(kInvalid) for a matrix that no kernel can multiply; `name` begins the message.
+void check_matrix(const Matrix& matrix, const std::string& name);
+
 // Bytes of a row of values.
 [[nodiscard]] int64_t row_bytes(const Matrix& matrix);
 
 // Bytes of a row of activations as the product takes it.
 [[nodiscard]] size_t activation_row_bytes(const Product& product, size_t cols, DType dtype);
+
+// The part of a job that says where the rows of `matrix` lie, from row `first` on.
+void place(const Matrix& matrix, DotJob& job, const std::byte* base, int64_t first) noexcept;
 
 // One product of the rows of `matrix` from row `first` on, and its bias. The offsets of the matrix
 // count from `base`. The caller sets x, rows, outputs, depth, y, y_stride and from_memory.

@@ -141,6 +141,13 @@ class Passes(threading.local):
         for observer in tuple(self.observers):
             observer.begin_pass(one, self.caller)
 
+    def of_step(self) -> tuple[bool, bool, int, int]:
+        """Of the step about to begin: prefill, whether it opens a new sequence, its caller, and the
+        number of its sequences. Where it opens one, `takes_first_step` is to be called too."""
+        self._said = False
+        current, caller = self.current, self.caller
+        return current.prefill, caller in self._to_begin, caller, current.batch
+
     def takes_first_step(self) -> bool:
         """Does the step about to begin open a new sequence? True once for each."""
         self._said = False

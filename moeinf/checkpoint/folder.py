@@ -240,8 +240,13 @@ def read_tensor(entry: TensorEntry) -> torch.Tensor:
     return read_bytes(entry, entry.offset, entry.nbytes).view(dtype).view(entry.shape)
 
 
-def _dequantised(entry: PackedEntry) -> torch.Tensor:
-    """float32, matrix by matrix."""
+def read_pieces(entry: PackedEntry) -> dict[str, torch.Tensor]:
+    """The pieces of packed matrices, as slots have them: [matrices, *shape] each.
+
+    Raises:
+        ReadError: see `read_tensor`.
+        CheckpointError, UnsupportedError: multipliers or groups that cannot be served.
+    """
     check_order(entry)
     *lead, rows, cols = entry.shape
     parts = {}
@@ -256,8 +261,14 @@ def _dequantised(entry: PackedEntry) -> torch.Tensor:
                 raw = torch.cat([how.read(one, stored.shape, rows) for one in matrices])
             parts[piece] = raw.view(dtype).view(-1, *shape)
     entry.format.refuse(parts, f"{entry.path}: {entry.name}")
-    out = torch.empty(*lead, rows, cols)
-    for i, matrix in enumerate(out.view(-1, rows, cols)):
+    return parts
+
+
+def _dequantised(entry: PackedEntry) -> torch.Tensor:
+    """float32, matrix by matrix."""
+    parts = read_pieces(entry)
+    out = torch.empty(entry.shape)
+    for i, matrix in enumerate(out.view(-1, *entry.shape[-2:])):
         matrix.copy_(entry.format.dequantise({piece: part[i] for piece, part in parts.items()}))
     return out
 

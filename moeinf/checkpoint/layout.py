@@ -168,6 +168,13 @@ class Layout:
         )
 
 
+def lay_out_matrix(row: WeightFormat, rows: int, cols: int) -> tuple[int, MatrixLayout]:
+    """How one matrix lies in bytes of its own, and their number."""
+    segments: list[Segment] = []
+    (matrix,) = _place(segments, "weight", row, rows, cols, 1, False, None)
+    return _round_up(segments[-1].offset + segments[-1].nbytes, SEGMENT_ALIGNMENT), matrix
+
+
 def _place(
     segments: list[Segment],
     name: str,

@@ -53,6 +53,13 @@ Linear = Annotated[
     str,
     typer.Option(help="What computes linear layers of a few tokens on the CPU: auto or torch."),
 ]
+Dense = Annotated[
+    str,
+    typer.Option(
+        help="What a quantised checkpoint has outside the experts: decoded when it is loaded, or "
+        "packed, as it is stored, on the CPU."
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(help="Of experts and linear layers on the CPU; all that are usable without it."),

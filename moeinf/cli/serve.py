@@ -60,6 +60,7 @@ def command(
     policy: options.Policy = None,
     prefetch: options.Prefetch = None,
     linear: options.Linear = "auto",
+    dense: options.Dense = "decoded",
     threads: options.Threads = None,
     also: options.Also = None,
     device: options.Device = "auto",
@@ -102,6 +103,7 @@ def command(
         policy=policy,
         prefetch=prefetch,
         linear=linear,
+        dense=dense,
         threads=threads,
         also=also or (),
     )

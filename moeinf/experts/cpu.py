@@ -51,14 +51,16 @@ def core_expert(form: ExpertForm, layout: Layout) -> _core.ExpertFfn:
     """The description of an expert for the C++ core."""
     gate = form.gate
     return _core.ExpertFfn(
-        gate=_core_matrix(layout.gate),
-        up=None if layout.up is None else _core_matrix(layout.up),
-        down=_core_matrix(layout.down),
+        gate=core_matrix(layout.gate),
+        up=None if layout.up is None else core_matrix(layout.up),
+        down=core_matrix(layout.down),
         function=_core.Gate(gate.function, gate.activation, alpha=gate.alpha, limit=gate.limit),
     )
 
 
-def _core_matrix(matrix: MatrixLayout) -> _core.Matrix:
+def core_matrix(matrix: MatrixLayout) -> _core.Matrix:
+    """The description of a matrix for the C++ core."""
+
     def core_rows(rows: Rows) -> _core.Rows:
         return _core.Rows(rows.offset, rows.stride)
 
@@ -88,7 +90,6 @@ class CpuExperts:
     def __init__(self, cache: ExpertCache, engine: _core.CpuEngine | None = None):
         store = cache.store
         self.hidden = store.layout.hidden
-        self.num_experts = store.num_experts
         self.engine = engine or default_engine()
         self.core = cache.core
         self.passes = cache.passes
@@ -98,41 +99,42 @@ class CpuExperts:
     def run(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: int) -> Tensor:
         """See `moeinf.fused_experts`."""
         check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=HOST)
-        passes = self.passes
-        if passes.observers:
-            passes.observe(layer, topk_ids, topk_weights)
-        hidden = hidden.contiguous()
-        topk_ids = topk_ids.contiguous()
-        topk_weights = topk_weights.contiguous()
-        out = torch.empty_like(hidden)
-        dtype = DTYPES[hidden.dtype]
+        if self.passes.observers:
+            self.passes.observe(layer, topk_ids, topk_weights)
         marks = Marks()
         marks.begin("moeinf::acquire_and_compute")
         try:
-            _core.fused_experts(
-                self.core,
-                self.engine,
-                self.expert,
-                _core.FfnInput(
-                    hidden=hidden.data_ptr(),
-                    hidden_dtype=dtype,
-                    topk_ids=topk_ids.data_ptr(),
-                    ids_are_int64=topk_ids.dtype == torch.int64,
-                    topk_weights=topk_weights.data_ptr(),
-                    topk_weights_dtype=DTYPES[topk_weights.dtype],
-                    tokens=hidden.shape[0],
-                    top_k=topk_ids.shape[1],
-                    num_experts=self.num_experts,
-                ),
-                layer=layer,
-                out=out.data_ptr(),
-                out_dtype=dtype,
-                prefill=passes.current.prefill,
-                new_sequence=passes.takes_first_step(),
-                caller=passes.caller,
-                sequences=passes.current.batch,
-                scratch_bytes=self.scratch_bytes,
+            out = self._compute(
+                hidden.contiguous(), topk_ids.contiguous(), topk_weights.contiguous(), layer
             )
         finally:
             marks.end()
+        assert out is not None
+        return out
+
+    def run_plain(
+        self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: int
+    ) -> Tensor | None:
+        """The same with less time around the kernels. None, and nothing has happened, where tensors
+        need `run`'s checks or changes, or where observers or a profiler are there."""
+        if self.passes.observers or torch.autograd._profiler_enabled():
+            return None
+        return self._compute(hidden, topk_ids, topk_weights, layer)
+
+    def _compute(
+        self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: int
+    ) -> Tensor | None:
+        """In a decode step the weights drive torch and the interpreter out of the processor's
+        caches: each operation on a tensor takes 10 us or more. So the core looks at the tensors."""
+        out = torch.empty_like(hidden)
+        passes = self.passes
+        prefill, new_sequence, caller, batch = passes.of_step()
+        done = _core.fused_experts(
+            self.core, self.engine, self.expert, hidden, topk_ids, topk_weights, out, layer,
+            prefill, new_sequence, caller, batch, self.scratch_bytes,
+        )  # fmt: skip
+        if not done:
+            return None
+        if new_sequence:
+            passes.takes_first_step()
         return out

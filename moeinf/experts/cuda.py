@@ -50,6 +50,12 @@ class CudaExperts:
         self._matrices = self.store.layout.matrices(torch.from_dlpack(self.core.leased_rows()))
         self._slots = self.core.slots
 
+    def run_plain(
+        self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: int
+    ) -> Tensor | None:
+        """None, and nothing has happened, for a tensor without memory."""
+        return None if hidden.is_meta else self.run(hidden, topk_ids, topk_weights, layer)
+
     def run(self, hidden: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: int) -> Tensor:
         """See `moeinf.fused_experts`."""
         check_tensors(hidden, topk_ids, topk_weights, self.hidden, device=self.device)

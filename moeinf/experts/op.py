@@ -86,12 +86,32 @@ def fused_experts(
     """
     if forward_pass is not None:
         cache.begin_pass(forward_pass)
-    takes_gradients = hidden.requires_grad or topk_weights.requires_grad
-    differentiated = (takes_gradients and torch.is_grad_enabled()) or forward_ad._current_level >= 0
-    if differentiated or torch.compiler.is_compiling():
+    if (
+        torch.compiler.is_compiling()
+        or is_watched()
+        or (torch.is_grad_enabled() and (hidden.requires_grad or topk_weights.requires_grad))
+        or not type(hidden) is type(topk_ids) is type(topk_weights) is torch.Tensor
+    ):
         return _operator(hidden, topk_ids, topk_weights, cache.name, layer)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _operator(hidden, topk_ids, topk_weights, cache.name, layer)
+    out = backend_of(cache.name).run_plain(hidden, topk_ids, topk_weights, layer)
+    if out is None:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _operator(hidden, topk_ids, topk_weights, cache.name, layer)
+    return out
+
+
+def is_watched() -> bool:
+    """Does anything look at the operators that run: a mode, a transform, a tracer?
+
+    Where nothing does, a step goes around torch's dispatcher. After the weights of a layer the
+    dispatcher is no longer in the processor's caches, and takes over 100 us.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or forward_ad._current_level >= 0
+    )
 
 
 def fused_experts_out(

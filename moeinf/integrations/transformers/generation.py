@@ -41,6 +41,7 @@ class Request:
     policy: str | None = None
     prefetch: str | None = None
     linear: str = "auto"
+    dense: str = "decoded"
     threads: int | None = None  # of the CPU's kernels
     also: Sequence[Path] = ()
     options: Mapping[str, Any] = field(default_factory=dict)  # others of `moeinf.load`
@@ -116,6 +117,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         "policy": request.policy,
         "prefetch": request.prefetch,
         "linear": request.linear,
+        "dense": request.dense,
         "threads": request.threads,
         "also": request.also,
         "fill": True,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -170,10 +171,14 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerBase:
 
 @dataclass(frozen=True)
 class Converted:
-    """One tensor of the model that is no expert's: the stored one, and what is made of it."""
+    """One tensor of the model that is no expert's: the stored one, and what is made of it.
+
+    same: nothing is, but another dtype.
+    """
 
     entry: TensorEntry
     convert: Callable[[torch.Tensor], torch.Tensor]
+    same: bool
 
     def read(self) -> torch.Tensor:
         return self.convert(read_tensor(self.entry))
@@ -252,21 +257,22 @@ def _by_names(file: GgufFile, skeleton: Any) -> Iterator[tuple[str, Converted]]:
     )
     names = loader.get_gguf_hf_weights_map(skeleton, processor)
 
-    def process(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-        def convert(stored: torch.Tensor) -> torch.Tensor:
-            made = processor.process(
-                weights=stored.float().numpy(), name=name, tensor_key_mapping=names,
-                parsed_parameters={"tensors": {}},
-            )  # fmt: skip
-            return torch.as_tensor(made.weights)
+    def process(name: str, weights: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        made = processor.process(
+            weights=weights, name=name, tensor_key_mapping=names, parsed_parameters={"tensors": {}}
+        )
+        return made.weights  # type: ignore[no-any-return]
 
-        return convert
+    def convert_as(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda stored: torch.as_tensor(process(name, stored.float().numpy()))
 
     for name, path in names.items():
         # Where the model has a bare parameter, the file's name still ends with .weight.
         entry = file.tensors.get(name) or file.tensors.get(f"{name}.weight")
         if entry is not None and not EXPERTS.fullmatch(entry.name):
-            yield path, Converted(entry, process(entry.name))
+            untouched = np.empty(entry.shape, np.float32)
+            same = process(entry.name, untouched) is untouched
+            yield path, Converted(entry, convert_as(entry.name), same)
 
 
 def _by_rules(file: GgufFile, skeleton: Any) -> Iterator[tuple[str, Converted]]:
@@ -298,4 +304,5 @@ def _by_rules(file: GgufFile, skeleton: Any) -> Iterator[tuple[str, Converted]]:
             path, pattern = rename_source_key(name, names, converters)
             if path in parameters:
                 same: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.contiguous
-                yield path, Converted(entry, convert_by(by_pattern[pattern]) if pattern else same)
+                how = convert_by(by_pattern[pattern]) if pattern else same
+                yield path, Converted(entry, how, how is same)

@@ -9,33 +9,31 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from moeinf import _core, profiles
-from moeinf.cache.budget import bytes_loaded_as
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
 from moeinf.cache.group import CacheGroup
 from moeinf.checkpoint.copies import paths_of
-from moeinf.checkpoint.folder import Checkpoint, read_tensor
+from moeinf.checkpoint.folder import Checkpoint
 from moeinf.checkpoint.store import ExpertStore
-from moeinf.errors import CheckpointError, UnsupportedError
+from moeinf.errors import UnsupportedError
 from moeinf.experts.checks import check_routes
 from moeinf.experts.cpu import use_threads
 from moeinf.experts.linear import serve_linear
 from moeinf.integrations.transformers.caches import make_caches
+from moeinf.integrations.transformers.dense import Dense, find_packed, load_dense
 from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
-from moeinf.integrations.transformers.experts import experts_modules, leave_out_experts
-from moeinf.integrations.transformers.families import adapt
+from moeinf.integrations.transformers.experts import experts_modules
 from moeinf.integrations.transformers.lookahead import GateLookahead
 from moeinf.integrations.transformers.models import DTYPES, model_of
 from moeinf.integrations.transformers.passes import PassReader, generating
-from moeinf.integrations.transformers.plan import Plan, make_plan, missing_tensors
+from moeinf.integrations.transformers.plan import make_plan
 from moeinf.integrations.transformers.routers import listen
 from moeinf.integrations.transformers.served import IMPLEMENTATION, serve
 from moeinf.integrations.transformers.torch_threads import TorchThreads
@@ -43,6 +41,7 @@ from moeinf.integrations.transformers.whole import make_whole_experts, whole_mod
 
 GATE = "gate"
 LINEAR = ("auto", "torch")
+DENSE = ("decoded", "packed")
 
 
 def load(
@@ -58,6 +57,7 @@ def load(
     prefetch: str | None = None,
     dtype: torch.dtype | str = "auto",
     linear: str = "auto",
+    dense: str = "decoded",
     threads: int | None = None,
     fill: bool = False,
     also: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
@@ -88,6 +88,11 @@ def load(
             "auto" takes the checkpoint's own.
         linear: which kernels compute linear layers of a few tokens on the CPU: "auto", those of the
             experts, or "torch".
+        dense: of a quantised checkpoint, linear layers outside the experts: "decoded" when they are
+            loaded, or "packed", as they are stored, for the kernels of the experts on the CPU. A
+            packed layer takes a half or a quarter of the memory, and its `weight` cannot be written
+            to. Embeddings, tied weights, and weights that transformers makes of several tensors are
+            decoded either way.
         threads: of the kernels of experts and linear layers on the CPU, for the whole process;
             without it, as many as torch uses and the process may use: see `moeinf doctor`.
         fill: where the slots hold every expert, read them all from now on, in the background; see
@@ -116,6 +121,10 @@ def load(
         raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
     if linear not in LINEAR:
         raise ValueError(f"linear={linear!r}: expected one of {', '.join(LINEAR)}")
+    if dense not in DENSE:
+        raise ValueError(f"dense={dense!r}: expected one of {', '.join(DENSE)}")
+    if dense == "packed" and linear == "torch":
+        raise ValueError("dense='packed' has no kernels of torch: give linear='auto'")
     checkpoint = (
         path if isinstance(path, Checkpoint) else open_checkpoint(path, revision, trust_remote_code)
     )
@@ -147,19 +156,21 @@ def load(
         placed = Placement(device_map, plan.skeleton, [*experts_modules(plan.skeleton)])
         if placed.only is None and prefetch == GATE:
             raise UnsupportedError("prefetch='gate' runs a router early: give one device")
+    where = pick_device(device) if placed is None else placed.only
+    weights = find_packed(plan, where) if dense == "packed" else Dense(plan.dense, {})
     computes_in = computing_dtype(dtype, config, plan.stores[0])
     caches = make_caches(
         plan.stores,
-        device=pick_device(device) if placed is None else placed.only,
+        device=where,
         placed=placed,
-        dense_bytes=bytes_loaded_as(computes_in, plan.dense.values()),
+        dense_bytes=weights.bytes_loaded_as(computes_in),
         **options,
     )
     check_routes(plan.stores[0].top_k, caches[0].device.type, checkpoint.config_file)
     for cache in caches:
         if fill and isinstance(cache, ExpertCache):
             cache.fill()
-    model: Any = _load_dense(base, config, plan, computes_in)
+    model: Any = load_dense(base, config, plan, weights, computes_in)
     # Set afterwards, for transformers 5.0 checks the argument against a list of its own.
     model.config._experts_implementation = IMPLEMENTATION
     model.__class__ = generating(whole_model(base))
@@ -250,60 +261,6 @@ class ServedExperts:
         """See `ExpertCache.reset_stats`."""
         for cache in self.caches:
             cache.reset_stats()
-
-
-class _OnDemand:
-    """A tensor that is read when indexed: what the library's loader does with each in turn."""
-
-    def __init__(self, read: Callable[[], torch.Tensor]):
-        self.read = read
-
-    def __getitem__(self, _: Any) -> torch.Tensor:
-        return self.read()
-
-
-def _load_dense(base: type[PreTrainedModel], config: Any, plan: Plan, dtype: torch.dtype) -> Any:
-    """The model with everything but its experts, loaded by transformers.
-
-    Raises:
-        CheckpointError: a tensor that is missing or of another shape than the model's.
-    """
-    checkpoint = plan.stores[0].checkpoint
-    state = {
-        name: _OnDemand(plan.readers.get(name) or partial(read_tensor, entry))
-        for name, entry in plan.dense.items()
-    }
-    try:
-        loaded: Any = _without_experts(base).from_pretrained(
-            None,
-            config=config,
-            state_dict=state,
-            dtype=dtype,
-            experts_implementation="eager",  # 5.0 checks it against a list of its own
-            ignore_mismatched_sizes=True,  # reported below
-            output_loading_info=True,
-        )
-    except RuntimeError as error:  # an operation on tensors failed
-        raise CheckpointError(f"{checkpoint.path}: transformers cannot load it: {error}") from error
-    model, found = loaded
-    for name, shape, expected in sorted(found["mismatched_keys"]):
-        raise CheckpointError(
-            f"{checkpoint.path}: {name}: expected {list(expected)}, found {list(shape)}"
-        )
-    if found["missing_keys"]:
-        raise missing_tensors(checkpoint, found["missing_keys"])
-    return model
-
-
-def _without_experts(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """A subclass of `base` whose expert parameters are left out right after construction."""
-
-    def __init__(self: PreTrainedModel, config: Any, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
-        adapt(self)
-        leave_out_experts(self)
-
-    return type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
 
 
 def computing_dtype(dtype: torch.dtype | str, config: Any, store: ExpertStore) -> torch.dtype:

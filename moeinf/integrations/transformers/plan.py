@@ -52,6 +52,8 @@ class Plan:
         dense: every other tensor that the model uses, by its name in the files.
         tied: experts modules that have the weights of another one, by path, and which that is.
         readers: how tensors of `dense` are read that are not as the model has them.
+        whole: by path, the parameters that are one tensor of the files as it is: its name in
+            `dense`.
     """
 
     skeleton: PreTrainedModel
@@ -59,6 +61,7 @@ class Plan:
     dense: dict[str, TensorEntry]
     tied: dict[str, str]
     readers: Mapping[str, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    whole: Mapping[str, str] = field(default_factory=dict)
 
 
 def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) -> Plan:
@@ -120,7 +123,12 @@ def make_plan(base: type[PreTrainedModel], config: Any, checkpoint: Checkpoint) 
         found[path] = form, *find_experts(path, module, form, mine)
     stores = _stores(checkpoint, found, _top_k(own, skeleton.config))
     leave_out_experts(skeleton)
-    return Plan(skeleton, stores, dense, tied)
+    whole = {
+        path: one.all()[0].name
+        for path, one in sources.items()
+        if one.converter is None and path not in shapes
+    }
+    return Plan(skeleton, stores, dense, tied, whole=whole)
 
 
 def _plan_of_gguf(
@@ -146,7 +154,9 @@ def _plan_of_gguf(
     stores = _stores(checkpoint, found, _top_k(modules, skeleton.config))
     leave_out_experts(skeleton)
     entries = {name: one.entry for name, one in dense.items()}
-    return Plan(skeleton, stores, entries, {}, {name: one.read for name, one in dense.items()})
+    readers = {name: one.read for name, one in dense.items()}
+    whole = {name: name for name, one in dense.items() if one.same}
+    return Plan(skeleton, stores, entries, {}, readers, whole)
 
 
 def _check_dense(

@@ -23,6 +23,7 @@ from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.packed import PackedEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
+from moeinf.experts.packed_linear import packed_parameters
 from moeinf.kernels.forms import ExpertForm
 
 CHUNK = 16 << 20  # bytes that a save holds at a time
@@ -130,9 +131,11 @@ class WholeModel(NotCopied):
     def num_parameters(
         self: Any, only_trainable: bool = False, exclude_embeddings: bool = False
     ) -> int:
-        """Like transformers', with the experts."""
+        """Like transformers', with the experts and packed layers."""
         dense: int = super().num_parameters(only_trainable, exclude_embeddings)  # type: ignore[misc]
-        return dense if only_trainable else dense + sum(s.num_parameters for s in _stores(self))
+        if only_trainable:
+            return dense
+        return dense + packed_parameters(self) + sum(s.num_parameters for s in _stores(self))
 
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Like transformers'.
