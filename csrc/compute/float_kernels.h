@@ -1,4 +1,4 @@
-// The kernel set that multiplies in 32-bit floats, for any `Floats` type (see floats_*.h): one
+// The kernel set that multiplies in 32-bit floats, for any `Floats` type (see csrc/floats): one
 // entry for each row of the tables of weight formats and gate functions. Included only by
 // kernels_*.cpp. The sets are constants, so that making the table of them runs no code built for an
 // instruction set that this CPU may lack.

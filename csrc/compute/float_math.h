@@ -1,5 +1,5 @@
 // Vector mathematics of the gate functions (gates.h), conversions and sums, written once over a
-// `Floats` type (see floats_*.h) and compiled for each instruction set. Included only by
+// `Floats` type (see csrc/floats) and compiled for each instruction set. Included only by
 // kernels_*.cpp. Everything is in an unnamed namespace, and calls no function of the standard
 // library: one program holds several copies built with different flags, and the linker must never
 // exchange one for another.

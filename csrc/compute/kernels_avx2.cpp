@@ -1,7 +1,7 @@
 // AVX2 with FMA and F16C: every product in 32-bit floats.
 #include "compute/float_kernels.h"
-#include "compute/floats_avx2.h"
 #include "compute/kernels_isa.h"
+#include "floats/avx2.h"
 
 namespace moeinf {
 

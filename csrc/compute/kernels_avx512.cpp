@@ -1,7 +1,7 @@
 // AVX-512 without its bf16 products: every product in 32-bit floats.
 #include "compute/float_kernels.h"
-#include "compute/floats_avx512.h"
 #include "compute/kernels_isa.h"
+#include "floats/avx512.h"
 
 namespace moeinf {
 

@@ -5,8 +5,8 @@
 #include <bit>
 
 #include "compute/float_kernels.h"
-#include "compute/floats_avx512.h"
 #include "compute/kernels_isa.h"
+#include "floats/avx512.h"
 
 namespace moeinf {
 namespace {

@@ -1,7 +1,7 @@
 // Kernels for any CPU.
 #include "compute/float_kernels.h"
-#include "compute/floats_portable.h"
 #include "compute/kernels_isa.h"
+#include "floats/portable.h"
 
 namespace moeinf {
 namespace {

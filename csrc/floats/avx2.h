@@ -1,4 +1,4 @@
-// Eight floats in an AVX2 register; see floats_avx512.h. Included only by kernels_avx2.cpp.
+// Eight floats in an AVX2 register; see avx512.h. Included only by kernels_avx2.cpp.
 #pragma once
 
 #include <immintrin.h>

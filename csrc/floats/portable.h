@@ -1,5 +1,5 @@
 // Four floats in the vector extension of GCC and Clang, which every target lowers to what it has;
-// see floats_avx512.h. Included only by kernels_portable.cpp.
+// see avx512.h. Included only by kernels_portable.cpp.
 #pragma once
 
 #include "base/dtype.h"
