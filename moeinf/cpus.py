@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 from pathlib import Path, PurePosixPath
 
 
@@ -40,6 +41,13 @@ def numa_nodes(nodes: str = "/sys/devices/system/node") -> int:
     allowed = _affinity()
     lists = [_read(one) for one in Path(nodes).glob("node[0-9]*/cpulist")]
     return max(1, sum(not allowed.isdisjoint(_cpus_in(text)) for text in lists))
+
+
+def cpu_name() -> str:
+    """The processor's model, as the system says it."""
+    lines = _read(Path("/proc/cpuinfo")).splitlines()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _cpus_in(text: str) -> set[int]:

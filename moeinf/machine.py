@@ -6,13 +6,12 @@ import ctypes
 import importlib.metadata
 import math
 import os
-import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from moeinf import _core
-from moeinf.cpus import allowed_cpus, cpu_quota, numa_nodes, usable_cpus
+from moeinf.cpus import allowed_cpus, cpu_name, cpu_quota, numa_nodes, usable_cpus
 from moeinf.errors import CapacityError, UnsupportedError
 from moeinf.memory_read import memory_read_bandwidth
 
@@ -24,7 +23,7 @@ def describe(folder: Path) -> dict[str, Any]:
     """Facts about the processor, memory, the disk that holds `folder`, and what is installed."""
     kernels = dict(_core.cpu_kernels())
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "affinity": allowed_cpus(),
         "cpu_quota": None if math.isinf(quota := cpu_quota()) else quota,
@@ -68,15 +67,6 @@ def missing(facts: dict[str, Any]) -> list[str]:
     if facts["versions"]["triton"] is None:
         notes.append("triton is not installed: the GPU kernels need it")
     return notes
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _disk(folder: Path) -> dict[str, Any]:

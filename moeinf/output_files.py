@@ -11,6 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def cache_folder() -> Path:
+    """Where this user's programs keep what they have measured; below XDG_CACHE_HOME."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification says that relative paths are ignored.
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "moeinf"
+
+
 def check_writable(path: Path) -> None:
     """Checks before minutes of work that a result can be written to `path`.
 

@@ -47,11 +47,14 @@ def test_the_commands_of_the_readme_run(tmp_path: Path, monkeypatch: pytest.Monk
     asked = commands()
     assert {command[1] for command in asked} == {
         "run", "chat", "serve", "info", "doctor", "trace", "simulate", "report", "pack", "plan",
-        "top",
+        "top", "tune",
     }  # fmt: skip
     running = moeinf.ExpertCache(moeinf.ExpertStore.open(POCKET), slots=2)
     for command in asked:
-        if command[1] == "serve":  # it runs until a signal: tests/server
+        if command[1] in (
+            "serve",
+            "tune",
+        ):  # a signal ends it; it takes minutes
             continue
         words = [with_built_in_model(word) for word in command[1:]]
         if command[1] == "run":  # the built-in model is smaller than the README's budget

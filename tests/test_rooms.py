@@ -59,8 +59,9 @@ PYTHON = {
     "moeinf/output_files",
     "moeinf/experts": "moeinf/_core moeinf/errors moeinf/cpus moeinf/checkpoint moeinf/cache "
     "kernels kernels/forms kernels/gates",
+    "moeinf/profiles": "moeinf/_core moeinf/cpus moeinf/output_files",
     "moeinf/integrations": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces "
-    "moeinf/cache moeinf/experts moeinf/pocket kernels/forms kernels/gates",
+    "moeinf/cache moeinf/experts moeinf/profiles moeinf/pocket kernels/forms kernels/gates",
     "moeinf/packing": "moeinf/errors moeinf/checkpoint moeinf/cache moeinf/integrations "
     "moeinf/output_files moeinf/memory_read kernels/forms kernels/gates",
     "moeinf/planning": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
@@ -73,7 +74,7 @@ PYTHON = {
     "moeinf/machine": "moeinf/_core moeinf/errors moeinf/cpus moeinf/memory_read",
     "moeinf/cli": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
     "moeinf/integrations moeinf/packing moeinf/planning moeinf/report moeinf/pocket "
-    "moeinf/server moeinf/machine moeinf/output_files",
+    "moeinf/server moeinf/machine moeinf/output_files moeinf/profiles",
     # moeinf/__init__.py alone: the public names, each imported when it is first used.
     "moeinf": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
     "moeinf/experts moeinf/integrations moeinf/packing moeinf/native kernels kernels/forms",

@@ -34,18 +34,20 @@ def seed() -> int:
     return value
 
 
-def core_input(hidden, ids, weights, experts):
+def core_input(hidden, ids, weights, experts, whole_tokens=0):
     return _core.FfnInput(
         hidden=hidden.data_ptr(), hidden_dtype=DTYPES[hidden.dtype], topk_ids=ids.data_ptr(),
         ids_are_int64=True, topk_weights=weights.data_ptr(), topk_weights_dtype=_core.DType.f32,
-        tokens=len(hidden), top_k=ids.shape[1], num_experts=experts,
+        tokens=len(hidden), top_k=ids.shape[1], num_experts=experts, whole_tokens=whole_tokens,
     )  # fmt: skip
 
 
-def run(engine, experts: Experts, hidden, ids, weights, waves: bool = False) -> torch.Tensor:
+def run(engine, experts: Experts, *call, waves: bool = False, whole_tokens: int = 0):
     """float32 [T, H]; `waves`: one expert after another, the last first."""
+    hidden = call[0]
     expert = core_expert(experts.form, experts.layout)
-    call = _core.ExpertFfnCall(engine, expert, core_input(hidden, ids, weights, len(experts.pool)))
+    inputs = core_input(*call, len(experts.pool), whole_tokens)
+    call = _core.ExpertFfnCall(engine, expert, inputs)
     ready = [(p, experts.pool[e].data_ptr()) for p, e in enumerate(call.experts)]
     for wave in [[one] for one in reversed(ready)] if waves else [ready]:
         call.compute(wave)
@@ -73,7 +75,8 @@ def test_every_value_and_every_scale_is_exact(engine, seed, row: WeightFormat, d
     rows, cols = 80, whole(row, 176)
     parts = every_code(row, rows, cols, seed)
     form = ExpertForm(Gate("plain", "relu"), has_gate=False)
-    layout = Layout.of(form, (FORMATS["f32"], row), rows, cols)
+    plain = FORMATS["bf16" if dtype == torch.bfloat16 else "f32"]
+    layout = Layout.of(form, (plain, row), rows, cols)
     pool = torch.full((1, layout.slot_bytes), 255, dtype=torch.uint8)
     views = layout.matrices(pool)
     for piece, tensor in parts.items():
@@ -110,15 +113,23 @@ def test_matches_the_float64_reference(engine, seed, row: WeightFormat):
 
 @pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
 def test_bits_do_not_depend_on_company_waves_or_threads(engine, seed, row: WeightFormat):
-    """A token's bits are the same alone and among 45, for weights decoded once and many times."""
+    """A token's bits are the same in a part of a call of 45, and alone as among seven; for weights
+    decoded once and many times."""
     experts = random_experts(row, whole(row, 352), whole(row, 224), 2, seed)
     hidden, ids, weights = random_call(seed, 45, experts.layout.hidden, 2, torch.bfloat16)
     together = run(engine, experts, hidden, ids, weights)
     assert torch.equal(run(engine, experts, hidden, ids, weights, waves=True), together)
     single = _core.CpuEngine(threads=1, kernels=engine.kernels)
+
+    def part(first: int, last: int, whole_tokens: int = 0) -> torch.Tensor:
+        some = [each[first:last].clone() for each in (hidden, ids, weights)]
+        return run(single, experts, *some, whole_tokens=whole_tokens)
+
     for t in (0, 7, 44):
-        one = (hidden[t : t + 1].clone(), ids[t : t + 1].clone(), weights[t : t + 1].clone())
-        assert torch.equal(run(single, experts, *one)[0], together[t])
+        assert torch.equal(part(t, t + 1, whole_tokens=45)[0], together[t])
+    few = part(20, 27)
+    for t in (20, 26):
+        assert torch.equal(part(t, t + 1)[0], few[t - 20])
 
 
 @pytest.mark.parametrize("name", ["mxfp4", "fp8-channel", "nvfp4"])

@@ -7,7 +7,6 @@
 #include "base/error.h"
 #include "base/ranges.h"
 #include "base/sizes.h"
-#include "compute/formats/formats.h"
 #include "compute/matrix_product.h"
 
 namespace moeinf {
@@ -65,12 +64,14 @@ bool as_it_is(const KernelSet& kernels, const FfnInput& input, const Matrix& mat
 // A matrix unit pays where an expert has many tokens. That follows from the whole call, so that its
 // parts have the same bits however many they are.
 bool on_tiles(const KernelSet& kernels, const ExpertFfn& expert, const FfnInput& input) {
-    const auto plain = [](const Matrix& matrix) {
-        static const WeightFormat bf16 = find_format("bf16");
-        return matrix.format == bf16;
+    const auto served = [&](const Matrix& matrix) {
+        if (kernels.formats[static_cast<size_t>(matrix.format)].tiles == nullptr) return false;
+        if (!matrix.scales) return true;
+        const int64_t group = matrix.scales->block_cols;
+        return !matrix.scales->zeros && (group == kTileDepth / 2 || group % kTileDepth == 0);
     };
-    return kernels.bf16_tiles.dot != nullptr && input.hidden_dtype == DType::kBF16 &&
-           plain(expert.gate) && (!expert.up || plain(*expert.up)) && plain(expert.down) &&
+    return input.hidden_dtype == DType::kBF16 && served(expert.gate) &&
+           (!expert.up || served(*expert.up)) && served(expert.down) &&
            Routing::is_long(std::max(input.tokens, input.whole_tokens), input.top_k,
                             input.num_experts);
 }
@@ -84,11 +85,11 @@ ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const F
       input_(input),
       gate_kernels_(kernels_.gates[expert.function.kernel]),
       tiled_(on_tiles(kernels_, expert, input)),
-      x_dtype_(as_it_is(kernels_, input, expert.gate) &&
-                       (!expert.up || as_it_is(kernels_, input, *expert.up))
+      x_dtype_(tiled_ || (as_it_is(kernels_, input, expert.gate) &&
+                          (!expert.up || as_it_is(kernels_, input, *expert.up)))
                    ? DType::kBF16
                    : DType::kF32),
-      inner_dtype_(as_it_is(kernels_, input, expert.down) ? DType::kBF16 : DType::kF32),
+      inner_dtype_(tiled_ || as_it_is(kernels_, input, expert.down) ? DType::kBF16 : DType::kF32),
       routing_(check(input)) {
     if (input_.ids_are_int64) {
         sort_routes(static_cast<const int64_t*>(input_.topk_ids));
@@ -181,7 +182,7 @@ void ExpertFfnCall::arrange_tiles(std::span<const SlotOfExpert> ready, const Act
         const auto [first, count] = tiles[static_cast<size_t>(index)];
         const void* from[kTileRows];
         for (int64_t r = 0; r < count; ++r) from[r] = row_of(first + r);
-        kernels_.bf16_tiles.arrange(
+        kernels_.arrange_tiles(
             from, count, cols,
             scratch_.data() + x.offset + static_cast<size_t>(first) * x.row_bytes);
     });
@@ -346,7 +347,7 @@ void ExpertFfnCall::gate_up(const SlotOfExpert& expert, int64_t first,
                        .y = y,
                        .y_stride = count,
                        .from_memory = row == begin_[p]};
-            multiply(kernels_, matrix, dot_of(x), job, expert.slot, first);
+            multiply(kernels_, matrix, dot_of(matrix, x), job, expert.slot, first);
         };
         product(expert_.gate, gate_x_, gate);
         if (expert_.up) product(*expert_.up, up_x_, up);
@@ -375,7 +376,7 @@ void ExpertFfnCall::down(const SlotOfExpert& expert, int64_t first, int64_t coun
                    .y = y_ + row * expert_.hidden() + first,
                    .y_stride = expert_.hidden(),
                    .from_memory = row == begin_[p]};
-        multiply(kernels_, expert_.down, dot_of(down_x_), job, expert.slot, first);
+        multiply(kernels_, expert_.down, dot_of(expert_.down, down_x_), job, expert.slot, first);
     }
 }
 

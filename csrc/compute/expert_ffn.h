@@ -107,8 +107,8 @@ private:
         }
     };
     [[nodiscard]] int64_t rows_per_walk() const noexcept;
-    [[nodiscard]] auto dot_of(const Activations& x) const noexcept {
-        return tiled_ ? kernels_.bf16_tiles.dot : x.product->dot;
+    [[nodiscard]] auto dot_of(const Matrix& matrix, const Activations& x) const noexcept {
+        return tiled_ ? kernels_.formats[static_cast<size_t>(matrix.format)].tiles : x.product->dot;
     }
     [[nodiscard]] Activations reserve(const Matrix& matrix, DType dtype, int64_t rows,
                                       size_t& size) const;

@@ -40,6 +40,8 @@ struct NoBf16 {
     static constexpr bool kGates = false;
     template <class Decoder>
     static constexpr Product kProduct = {};
+    template <class Decoder>
+    static constexpr void (*kTiles)(const DotJob&) = nullptr;
 };
 
 template <class F, class Bf16 = NoBf16>
@@ -48,7 +50,7 @@ struct FloatKernels {
     static constexpr std::array<FormatKernels, sizeof...(Rows)> all_formats(
         std::tuple<Rows...>* /*table*/) {
         return {FormatKernels{float_product<Rows>(), Bf16::template kProduct<Rows>,
-                              decode_rows<F, Rows>}...};
+                              Bf16::template kTiles<Rows>, decode_rows<F, Rows>}...};
     }
 
     template <class Decoder>
@@ -100,8 +102,9 @@ struct FloatKernels {
     static void combine(const CombineJob& job) { combine_any<F>(job); }
 
     static constexpr KernelSet set(std::string_view name, bool (*supported)(),
-                                   TileProduct bf16_tiles = {}) {
-        return {name, supported, kFormats.data(), kGates.data(), bf16_tiles, widen, combine};
+                                   void (*arrange_tiles)(const void* const*, int64_t, int64_t,
+                                                         void*) = nullptr) {
+        return {name, supported, kFormats.data(), kGates.data(), arrange_tiles, widen, combine};
     }
 };
 

@@ -2,7 +2,7 @@
 // The CPU engine takes one set and calls only its functions. Results may differ between sets.
 // Within one set they never depend on how work is divided, because every output is a dot product
 // that is summed in one fixed order, for any number of activations. Calls of many tokens may have
-// another order than calls of few (TileProduct).
+// another order than calls of few (FormatKernels::tiles).
 #pragma once
 
 #include <cstddef>
@@ -67,23 +67,19 @@ struct Product {
     int64_t sums = 0;
 };
 
-// The product of bf16 weights and bf16 activations without scales on a matrix unit. `dot` takes the
-// activations as `arrange` writes them: x[i] of a job is the place of activations 16 i to 16 i
-// + 15. `arrange` takes up to 16 of them at a time and writes as many bytes for each as it has
-// elements, rounded up to kTileDepth. Null in sets without a matrix unit.
-struct TileProduct {
-    void (*dot)(const DotJob& job) = nullptr;
-    void (*arrange)(const void* const* rows, int64_t count, int64_t depth, void* to) = nullptr;
-};
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileDepth = 32;
 
 // `bf16` multiplies bf16 activations without widening them and without loss. Its functions are null
-// if the set must widen activations first. `decode` writes the weights of a job as numbers, row
-// after row; it reads neither its activations nor its y.
+// if the set must widen activations first. `tiles` does it on a matrix unit, for any scales but
+// those with zero points; it takes activations as KernelSet::arrange_tiles writes them. x[i] of a
+// job is then the place of activations 16 i to 16 i + 15. Null where the set has none. `decode`
+// writes the weights of a job as numbers, row after row; it reads neither its activations nor its
+// y.
 struct FormatKernels {
     Product f32;
     Product bf16;
+    void (*tiles)(const DotJob& job) = nullptr;
     void (*decode)(const DotJob& job, void* out, DType dtype) = nullptr;
 };
 
@@ -99,7 +95,10 @@ struct KernelSet {
 
     const FormatKernels* formats;  // indexed by WeightFormat
     const GateKernels* gates;      // indexed by Gate::kernel
-    TileProduct bf16_tiles;
+
+    // Writes up to 16 rows of bf16, with as many elements for each as the depth, rounded up to
+    // kTileDepth. Null in a set without a matrix unit.
+    void (*arrange_tiles)(const void* const* rows, int64_t count, int64_t depth, void* to);
 
     void (*widen)(const void* from, DType dtype, int64_t count, float* to);
 

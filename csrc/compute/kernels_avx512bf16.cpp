@@ -211,6 +211,8 @@ struct Bf16 {
     static constexpr bool kGates = true;
     template <class Decoder>
     static constexpr Product kProduct = {};
+    template <class Decoder>
+    static constexpr void (*kTiles)(const DotJob&) = nullptr;
 };
 template <>
 constexpr Product Bf16::kProduct<Bf16Weights> = {dot_block<Bf16Product>};
@@ -237,12 +239,38 @@ constexpr Product Bf16::kProduct<Q5KWeights> = block_product<NibbleBlocksProduct
 template <>
 constexpr Product Bf16::kProduct<Q6KWeights> = block_product<NibbleBlocksProduct<Q6KWeights>>();
 
+// The same, with a matrix unit.
+struct Amx : Bf16 {
+    using Tiles = void (*)(const DotJob&);
+    template <class Decoder>
+    static constexpr Tiles kTiles = nullptr;
+};
+template <>
+constexpr Amx::Tiles Amx::kTiles<Bf16Weights> = amx_bf16;
+template <>
+constexpr Amx::Tiles Amx::kTiles<E4M3Weights> = amx_e4m3;
+template <>
+constexpr Amx::Tiles Amx::kTiles<E2M1Weights> = amx_e2m1;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Int8Weights> = amx_int8;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Int4Weights> = amx_int4;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Q80Weights> = amx_q8_0;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Q40Weights> = amx_q4_0;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Iq4NlWeights> = amx_iq4_nl;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Mxfp4Weights> = amx_mxfp4;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Q4KWeights> = amx_q4_k;
+
 }  // namespace
 
 constinit const KernelSet kAvx512Bf16Kernels =
     FloatKernels<Floats512, Bf16>::set("avx512bf16", cpu_has_avx512bf16);
-// The same, with a matrix unit.
 constinit const KernelSet kAmxKernels =
-    FloatKernels<Floats512, Bf16>::set("amx", cpu_has_amx, {amx_dot, amx_arrange});
+    FloatKernels<Floats512, Amx>::set("amx", cpu_has_amx, amx_arrange);
 
 }  // namespace moeinf

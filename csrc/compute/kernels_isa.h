@@ -16,9 +16,18 @@ extern const KernelSet kAvx2Kernels;
 extern const KernelSet kAvx512Kernels;
 extern const KernelSet kAvx512Bf16Kernels;
 extern const KernelSet kAmxKernels;
-// See TileProduct.
-void amx_dot(const DotJob& job);
+// See FormatKernels::tiles.
 void amx_arrange(const void* const* rows, int64_t count, int64_t depth, void* to);
+void amx_bf16(const DotJob& job);
+void amx_e4m3(const DotJob& job);
+void amx_e2m1(const DotJob& job);
+void amx_int8(const DotJob& job);
+void amx_int4(const DotJob& job);
+void amx_q8_0(const DotJob& job);
+void amx_q4_0(const DotJob& job);
+void amx_iq4_nl(const DotJob& job);
+void amx_mxfp4(const DotJob& job);
+void amx_q4_k(const DotJob& job);
 #endif
 
 }  // namespace moeinf

@@ -8,14 +8,13 @@ driver and version of moeinf. Without a result every copy is left to DMA.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from moeinf import _core
-from moeinf.output_files import replacing
+from moeinf.output_files import cache_folder, replacing
 
 FORMAT = "moeinf-gather-1"
 SIZES = tuple(2**i for i in range(16, 25))  # bytes of an expert: 64 KiB to 16 MiB
@@ -58,10 +57,7 @@ def threshold(rows: list[dict[str, Any]]) -> int:
 
 def path() -> Path:
     """Where measurements are kept."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification says that relative paths are ignored.
-    folder = Path(base) if Path(base).is_absolute() else Path.home() / ".cache"
-    return folder / "moeinf" / "gather.json"
+    return cache_folder() / "gather.json"
 
 
 def store(device: _core.CudaDevice, measured: dict[str, Any]) -> Path:

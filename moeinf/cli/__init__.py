@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "moeinf.cli.serve",
     "info": "moeinf.cli.info",
     "plan": "moeinf.cli.plan",
+    "tune": "moeinf.cli.tune",
     "pack": "moeinf.cli.pack",
     "trace": "moeinf.cli.trace",
     "simulate": "moeinf.cli.simulate",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from moeinf import _core, machine
+from moeinf import _core, machine, profiles
 from moeinf.cache import gather_tuning
 from moeinf.cli import options
 from moeinf.cli.output import console, human_bytes, print_facts, print_json
@@ -29,6 +29,7 @@ def command(
         for index, gpu in enumerate(facts["cuda"]["devices"]):
             gpu["copies"] = _copies(index)
     facts["missing"] = machine.missing(facts)
+    facts["profiles"] = profiles.described()
     if json:
         print_json(facts)
         return
@@ -62,6 +63,13 @@ def command(
                 + ("built in" if gpu["gather_kernel"] else "not built in")
                 + f"; {_in_words(gpu['copies'])}"
                 for index, gpu in enumerate(cuda["devices"])
+            },
+            **{
+                f"tuned, {one['path'] or one['file']}": f"ignored: {one['fault']}"
+                if one["fault"]
+                else ", ".join(f"{name}={value}" for name, value in one["settings"].items())
+                or "nothing was better than what is usual"
+                for one in facts["profiles"]
             },
             **{name: version or "not installed" for name, version in facts["versions"].items()},
         },

@@ -33,10 +33,16 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write for each
 Memory = Annotated[
     str, typer.Option(help="What experts may take: 2GiB, a share of all experts, or auto.")
 ]
-Policy = Annotated[str, typer.Option(help="Who leaves when a slot is needed.")]
+Policy = Annotated[
+    str | None,
+    typer.Option(help="Who leaves when a slot is needed; learned, or as tuned, without it."),
+]
 Prefetch = Annotated[
-    str,
-    typer.Option(help="What guesses the experts to come: off, previous, transition, eam or gate."),
+    str | None,
+    typer.Option(
+        help="What guesses the experts to come: off, previous, transition, eam or gate. Off, or as "
+        "tuned, without it."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N: where the slots lie.")]
 HostMemory = Annotated[

@@ -265,8 +265,8 @@ void a_matrix_unit_sums_each_output_alone(uint32_t seed) {
         return std::uniform_int_distribution<int64_t>(from, to)(random);
     };
     for (const KernelSet* kernels : kernel_sets()) {
-        const TileProduct& tiles = kernels->bf16_tiles;
-        if (tiles.dot == nullptr || !kernels->supported()) continue;
+        const auto tiles = kernels->formats[static_cast<size_t>(find_format("bf16"))].tiles;
+        if (tiles == nullptr || !kernels->supported()) continue;
         for (int round = 0; round < 300; ++round) {
             const int64_t rows = draw(1, 70);
             const int64_t outputs = draw(1, 70);
@@ -296,19 +296,19 @@ void a_matrix_unit_sums_each_output_alone(uint32_t seed) {
                         from[i] = &x[static_cast<size_t>((begin + r + i) * depth)];
                     }
                     uint16_t* to = &arranged[static_cast<size_t>(r * padded)];
-                    tiles.arrange(from, some, depth, to);
+                    kernels->arrange_tiles(from, some, depth, to);
                     pointers.push_back(to);
                 }
                 std::vector<float> y(static_cast<size_t>(count * outputs), NAN);
-                tiles.dot({.x = pointers.data(),
-                           .rows = count,
-                           .w = reinterpret_cast<const std::byte*>(w.data()),
-                           .w_stride = stride * 2,
-                           .outputs = outputs,
-                           .depth = depth,
-                           .y = y.data(),
-                           .y_stride = outputs,
-                           .from_memory = draw(0, 1) == 1});
+                tiles({.x = pointers.data(),
+                       .rows = count,
+                       .w = reinterpret_cast<const std::byte*>(w.data()),
+                       .w_stride = stride * 2,
+                       .outputs = outputs,
+                       .depth = depth,
+                       .y = y.data(),
+                       .y_stride = outputs,
+                       .from_memory = draw(0, 1) == 1});
                 return y;
             };
             const std::vector<float> y = product(0, rows);

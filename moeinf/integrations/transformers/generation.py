@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -38,12 +38,14 @@ class Request:
     seed: int = 0
     device: str = "auto"
     host_memory: str | None = None
-    policy: str = "learned"
-    prefetch: str = "off"
+    policy: str | None = None
+    prefetch: str | None = None
     linear: str = "auto"
     dense: str = "decoded"
     threads: int | None = None  # of the CPU's kernels
     also: Sequence[Path] = ()
+    options: Mapping[str, Any] = field(default_factory=dict)  # others of `moeinf.load`
+    generation: Mapping[str, Any] = field(default_factory=dict)  # of `generate`
     keep_logits: bool = False
     record: Path | None = None  # where to save the routing as a trace
     router: bool = False  # with the router's probabilities of all experts
@@ -108,20 +110,21 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
             f"the prompt's {count} tokens and {request.max_new_tokens} new ones exceed the "
             f"model's context of {limit}"
         )
-    model: Any = load(
-        checkpoint,
-        device=request.device,
-        memory=memory,
-        host_memory=request.host_memory,
-        policy=request.policy,
-        prefetch=request.prefetch,
-        linear=request.linear,
-        dense=request.dense,
-        threads=request.threads,
-        also=request.also,
-        fill=True,
-        eamc=EAMC.load(request.eamc) if request.eamc and request.eamc.exists() else None,
-    )
+    options: dict[str, Any] = {
+        "device": request.device,
+        "memory": memory,
+        "host_memory": request.host_memory,
+        "policy": request.policy,
+        "prefetch": request.prefetch,
+        "linear": request.linear,
+        "dense": request.dense,
+        "threads": request.threads,
+        "also": request.also,
+        "fill": True,
+        "eamc": EAMC.load(request.eamc) if request.eamc and request.eamc.exists() else None,
+        **request.options,
+    }
+    model: Any = load(checkpoint, **options)
     if request.eamc:
         model.moeinf.cache.eamc()  # where there is none, that is better said before the run
     torch.manual_seed(request.seed)
@@ -139,6 +142,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         streamer=clock,
         output_logits=request.keep_logits,
         return_dict_in_generate=True,
+        **request.generation,
     )
     end = time.perf_counter()
     if recorder is not None and request.record is not None:
@@ -157,7 +161,7 @@ def generate(request: Request, *, memory: str | int, stream: TextIO | None) -> R
         logits=torch.cat(output.logits or (torch.empty(0),)),
         metrics=Metrics(
             device=stats["device"],
-            policy=request.policy,
+            policy=stats["policy"],
             slots=cache.slots,
             total_experts=cache.store.num_layers * cache.store.num_experts,
             slot_memory_bytes=cache.nbytes,

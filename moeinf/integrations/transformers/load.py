@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from moeinf import _core
+from moeinf import _core, profiles
 from moeinf.cache.cache import ExpertCache
 from moeinf.cache.devices import pick_device
 from moeinf.cache.group import CacheGroup
@@ -53,14 +53,15 @@ def load(
     device_map: DeviceMap | str | None = None,
     memory: str | int | None = None,
     slots: int | None = None,
-    policy: str = "learned",
-    prefetch: str = "off",
+    policy: str | None = None,
+    prefetch: str | None = None,
     dtype: torch.dtype | str = "auto",
     linear: str = "auto",
     dense: str = "decoded",
     threads: int | None = None,
     fill: bool = False,
     also: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = (),
+    tuned: bool = True,
     **cache_options: Any,
 ) -> PreTrainedModel:
     """Loads a Mixture-of-Experts checkpoint with its experts behind a cache.
@@ -80,9 +81,9 @@ def load(
         memory: what the slots may take: bytes (`"2GiB"`), a share of all experts (`"25%"`), or
             "auto", what the rest of the model leaves free, less a reserve; or
         slots: their count. Without either, every expert is kept once read; on a GPU "auto".
-        policy: who leaves when a slot is needed.
+        policy: who leaves when a slot is needed; without it "learned".
         prefetch: what guesses which experts come next: "off", "gate" (the next layer's router, run
-            early) or what `ExpertCache` takes.
+            early) or what `ExpertCache` takes; without it "off".
         dtype: of activations and of all weights but the experts', which stay as they are stored;
             "auto" takes the checkpoint's own.
         linear: which kernels compute linear layers of a few tokens on the CPU: "auto", those of the
@@ -98,6 +99,9 @@ def load(
             `ExpertCache.fill`. The commands do.
         also: folders on other disks with copies of the checkpoint's files, or of some of them; see
             `ExpertStore.open`.
+        tuned: of `policy`, `prefetch`, `threads`, `reader_threads` and `chunk_bytes`, what is not
+            given is as `moeinf tune` has found it for this checkpoint and machine, if it has. If it
+            has found that prompt lookup costs more than it gains, `generate` does without.
         cache_options: passed to `ExpertCache`, `eamc`, `host_memory` and `exclusive` among them.
 
     Returns:
@@ -113,7 +117,7 @@ def load(
             used here.
     """
     known = [*_core.prefetch_names(), GATE]
-    if prefetch not in known:
+    if prefetch is not None and prefetch not in known:
         raise ValueError(f"no prefetch is named {prefetch!r}; there are: {', '.join(known)}")
     if linear not in LINEAR:
         raise ValueError(f"linear={linear!r}: expected one of {', '.join(LINEAR)}")
@@ -121,8 +125,6 @@ def load(
         raise ValueError(f"dense={dense!r}: expected one of {', '.join(DENSE)}")
     if dense == "packed" and linear == "torch":
         raise ValueError("dense='packed' has no kernels of torch: give linear='auto'")
-    if threads is not None:
-        use_threads(threads)
     checkpoint = (
         path if isinstance(path, Checkpoint) else open_checkpoint(path, revision, trust_remote_code)
     )
@@ -130,13 +132,22 @@ def load(
     plan = make_plan(base, config, checkpoint)
     for store in plan.stores:
         store.also = paths_of(also)
+    chosen: dict[str, Any] = {"policy": "learned", "prefetch": "off", "threads": None}
+    if tuned and device_map is None and profiles.any_here():
+        kind = torch.device(pick_device(device)).type
+        chosen |= profiles.settings_for(plan.stores[0].fingerprint, kind)
+    given = {"policy": policy, "prefetch": prefetch, "threads": threads, **cache_options}
+    chosen |= {name: value for name, value in given.items() if value is not None}
+    prefetch = chosen.pop("prefetch")
+    speculation = chosen.pop("speculation", True)
+    if (threads := chosen.pop("threads")) is not None:
+        use_threads(threads)
     # Before the model, so that a budget that cannot work says so before anything large is read.
     options = {
         "memory": memory,
         "slots": slots,
-        "policy": policy,
         "prefetch": "external" if prefetch == GATE else prefetch,
-        **cache_options,
+        **chosen,
     }
     placed = None
     if device_map is not None:
@@ -171,6 +182,7 @@ def load(
         model.generation_config = GenerationConfig.from_pretrained(checkpoint.path)
     model.config.name_or_path = str(checkpoint.path)
     model.moeinf = ServedExperts(model, caches, plan.tied, gate_lookahead=prefetch == GATE)
+    model.moeinf.speculation = speculation
     if linear == "auto" and caches[0].device.type == "cpu":
         serve_linear(model)
         model.moeinf.torch_threads = TorchThreads(model)
@@ -235,6 +247,7 @@ class ServedExperts:
             modules = [path for path in modules if "decoder" in path.split(".")] or modules
         decoder = stack_of(modules).rpartition(".")[0]
         self.torch_threads: TorchThreads | None = None
+        self.speculation = True  # by prompt lookup, where `generate` asks for it
         self.passes = PassReader(model.get_submodule(decoder), caches)
 
     def stats(self) -> dict[str, Any]:

@@ -11,13 +11,14 @@ All of it follows from the inputs of the decoder, the module that runs the layer
     mask         a column that may not see itself is padding.
 
 `generate` adds what only it knows: after the first token that it chooses, passes decode, also where
-they check several guesses at once; guesses behind the text that it keeps were wrong; a row that has
-met a stopping criterion is at its end. Each beam is a sequence.
+they check several guesses at once; guesses from the column of the latest token on were wrong; a row
+that has met a stopping criterion is at its end. Each beam is a sequence.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from moeinf.cache.cache import ExpertCache
     from moeinf.cache.group import CacheGroup
 
+_logger = logging.getLogger("moeinf.generate")
 CACHE_NAMES = ("cache", "past_key_values")  # transformers before 5.24 has the second
 
 
@@ -108,7 +110,9 @@ class PassReader(NotCopied):
             for past in (part for part in parts if isinstance(part, Cache)):
                 with self._lock:
                     self._by_cache[past] = self._mine.unbound
-        self._mine.unbound = None
+                if (one := self._mine.unbound_pass) is not None and one.generation is not None:
+                    one.generation.latest = one
+        self._mine.unbound = self._mine.unbound_pass = None
 
     def _rows(self, tokens: torch.Tensor, past: Any, mask: Any) -> ForwardPass:
         """Each row is one sequence."""
@@ -150,6 +154,7 @@ class PassReader(NotCopied):
         )
         if generation is not None and one.is_main:
             generation.latest = None if past is None else one
+            self._mine.unbound_pass = one if past is None else None
         return one
 
     def _run_again(self, tokens: torch.Tensor) -> Any:
@@ -285,6 +290,7 @@ class _OfThread(threading.local):
         self.generation: _Generation | None = None  # the innermost in progress
         self.bare: list[_Stream] = []  # without a cache when they began
         self.unbound: _Stream | None = None  # of the pass in progress, for the cache it makes
+        self.unbound_pass: _Rows | None = None  # itself, where `generate` continues it
 
 
 class _WatchedCriteria(StoppingCriteriaList):
@@ -348,7 +354,8 @@ class _Rows(ForwardPass):
             if self.generation.prompt is not None:
                 prefill &= column < self.generation.prompt
             if self.generation.columns is not None:
-                is_text &= column < self.generation.columns
+                # The token chosen last has not run yet. A guess in its column was a wrong one.
+                is_text &= column < self.generation.columns - 1
         if self.ended is not None and len(self.ended) == rows:
             is_text &= ~self.ended.cpu().numpy()[:, None]
         real = _real(self.mask, self.begin, columns)
@@ -409,6 +416,11 @@ class _Generates:
         known = [kwargs.get("attention_mask"), *args[:1], *(kwargs.get(name) for name in names)]
         prompt = next((one for one in known if one is not None), None)
         threads = self.moeinf.torch_threads
+        if kwargs.get("prompt_lookup_num_tokens") and not self.moeinf.speculation:
+            kwargs["prompt_lookup_num_tokens"] = None
+            _logger.info(
+                "no prompt lookup: `moeinf tune` has found that it costs more than it gains"
+            )
         with (
             self.moeinf.passes.generation(None if prompt is None else prompt.shape[1]),
             nullcontext() if threads is None else threads.generation(),
