@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "compute/floats_avx512.h"
+#include "floats/avx512.h"
 #include "compute/kernels_isa.h"
 
 namespace moeinf {

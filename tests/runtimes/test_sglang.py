@@ -158,7 +158,7 @@ def test_names_that_the_plugin_uses_are_there() -> None:
     read = {
         "quant_method", "layer_id", "prefix", "num_experts", "hidden_size",
         "apply_router_weight_on_input", "routed_scaling_factor", "activation", "with_bias",
-        "gemm1_clamp_limit", "swiglu_limit",
+        "gemm1_clamp_limit", "swiglu_limit", "gemm1_alpha", "gemm1_beta", "is_gated", "no_combine",
     }  # fmt: skip
     assert read <= set(inspect.signature(FusedMoE.__init__).parameters)
     assert StandardDispatchOutput._fields[:3] == (
@@ -224,13 +224,19 @@ def test_a_model_without_a_layer_of_ours_is_refused() -> None:
     "changed,message",
     [
         ({"layer_id": 99}, "has experts in layers"),
-        ({"num_experts": 33}, "33 experts of 160 inputs, the checkpoint 32 of 160"),
-        ({"activation": "gelu"}, r"SGLang has \(False, False, 'gelu'\)"),
-        ({"swiglu_limit": 7.0}, r"SGLang has \(True, False, 'silu'\)"),
-        ({"with_bias": True}, r"SGLang has \(False, True, 'silu'\)"),
-        ({"quant_method": "mine"}, "a method of its own"),
-        ({"apply_router_weight_on_input": True}, "routing weights on the inputs"),
-        ({"routed_scaling_factor": 2.5}, "outputs scaled by 2.5"),
+        ({"num_experts": 33}, "experts: SGLang has 33, the checkpoint 32"),
+        ({"hidden_size": 192}, "inputs: SGLang has 192, the checkpoint 160"),
+        ({"activation": "gelu"}, "activation: SGLang has gelu, the checkpoint silu"),
+        ({"is_gated": False}, "gated: SGLang has False"),
+        ({"gemm1_alpha": 1.702}, "alpha: SGLang has 1.702"),
+        ({"gemm1_beta": 1.0}, "offset: SGLang has 1.0"),
+        ({"gemm1_clamp_limit": 7.0}, "limit: SGLang has 7.0, the checkpoint inf"),
+        ({"swiglu_limit": 7.0}, "limit: SGLang has 7.0, the checkpoint inf"),
+        ({"with_bias": True}, "biases: SGLang has True"),
+        ({"quant_method": "mine"}, "a method of the model: SGLang has True"),
+        ({"apply_router_weight_on_input": True}, "routing weights on the inputs: SGLang has True"),
+        ({"routed_scaling_factor": 2.5}, "outputs scaled on some devices: SGLang has True"),
+        ({"no_combine": True}, "an output for each route: SGLang has True"),
     ],
 )
 def test_a_layer_that_we_would_compute_in_another_way_is_refused(
@@ -244,7 +250,8 @@ def test_a_layer_that_we_would_compute_in_another_way_is_refused(
         "prefix": "model.layers.0.mlp.experts", "layer_id": 0, "num_experts": 32,
         "hidden_size": 160, "quant_method": None, "apply_router_weight_on_input": False,
         "routed_scaling_factor": None, "activation": "silu", "with_bias": False,
-        "gemm1_clamp_limit": None, "swiglu_limit": None,
+        "gemm1_clamp_limit": None, "swiglu_limit": None, "gemm1_alpha": None, "gemm1_beta": None,
+        "is_gated": True, "no_combine": False,
     }  # fmt: skip
     experts.CachedMethod(given)
     with pytest.raises(moeinf.UnsupportedError, match=message):

@@ -146,9 +146,19 @@ def test_a_checkpoint_that_vllm_knows_and_we_do_not(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "changed,message",
     [
-        ({"global_num_experts": 33}, "33 experts of 160 inputs, the checkpoint 32 of 160"),
-        ({"activation": SimpleNamespace(value="gelu")}, "vLLM computes gelu, .* says silu"),
-        ({"apply_router_weight_on_input": True}, "routing weights on the inputs"),
+        ({"layer_name": "model.layers.99.mlp.experts"}, "has experts in layers"),
+        ({"global_num_experts": 33}, "experts: vLLM has 33, the checkpoint 32"),
+        ({"hidden_size": 192}, "inputs: vLLM has 192, the checkpoint 160"),
+        ({"activation": SimpleNamespace(value="gelu")}, "activation: vLLM has gelu, .* silu"),
+        ({"activation": SimpleNamespace(value="silu_no_mul")}, "gated: vLLM has False"),
+        ({"activation": SimpleNamespace(value="swigluoai")}, "alpha: vLLM has 1.702"),
+        ({"activation": SimpleNamespace(value="swiglustep")}, "limit: vLLM has 7.0"),
+        ({"swiglu_limit": 7.0}, "limit: vLLM has 7.0, the checkpoint inf"),
+        ({"swiglu_alpha": 1.5}, "alpha: vLLM has 1.5"),
+        ({"swiglu_beta": 1.0}, "offset: vLLM has 1.0"),
+        ({"moe_config": SimpleNamespace(has_bias=True, is_lora_enabled=False)}, "biases: vLLM has"),
+        ({"moe_config": SimpleNamespace(has_bias=False, is_lora_enabled=True)}, "adapters of exp"),
+        ({"apply_router_weight_on_input": True}, "routing weights on the inputs: vLLM has True"),
     ],
 )
 def test_a_layer_that_we_would_compute_in_another_way_is_refused(
@@ -160,6 +170,8 @@ def test_a_layer_that_we_would_compute_in_another_way_is_refused(
     layer = {
         "layer_name": "model.layers.0.mlp.experts", "global_num_experts": 32, "hidden_size": 160,
         "activation": SimpleNamespace(value="silu"), "apply_router_weight_on_input": False,
+        "swiglu_alpha": None, "swiglu_beta": None, "swiglu_limit": None,
+        "moe_config": SimpleNamespace(has_bias=False, is_lora_enabled=False),
     }  # fmt: skip
     method = SimpleNamespace(cache=cache)
     CachedMethod.create_weights(method, SimpleNamespace(**layer))
@@ -194,6 +206,7 @@ def test_names_that_the_plugin_uses_are_there() -> None:
     """What the released vLLM calls, and what it must have for us."""
     from vllm.config import VllmConfig
     from vllm.model_executor.custom_op import PluggableLayer
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
     from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
     from vllm.model_executor.model_loader import weight_utils
@@ -204,6 +217,9 @@ def test_names_that_the_plugin_uses_are_there() -> None:
         return list(inspect.signature(function).parameters)
 
     assert issubclass(RoutedExperts, PluggableLayer)
+    given = {"swiglu_limit", "swiglu_alpha", "swiglu_beta", "apply_router_weight_on_input"}
+    assert given <= set(parameters(RoutedExperts.__init__))
+    assert {"has_bias", "is_lora_enabled"} <= set(FusedMoEConfig.__dataclass_fields__)
     assert parameters(RoutedExperts._get_quant_method)[1:] == [
         "prefix", "quant_config", "moe_config",
     ]  # fmt: skip

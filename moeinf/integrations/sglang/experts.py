@@ -27,6 +27,7 @@ from moeinf.cache.passes import ForwardPass
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
 from moeinf.experts.op import fused_experts
+from moeinf.integrations.layers import check_layer
 from moeinf.integrations.options import checked
 
 _options: dict[str, Any] = {}
@@ -121,36 +122,25 @@ class CachedMethod(FusedMoEMethodBase, torch.nn.Module):  # type: ignore[misc]
     def __init__(self, given: dict[str, Any]) -> None:
         torch.nn.Module.__init__(self)
         self.cache = cache_of_model()
-        store, name = self.cache.store, given["prefix"]
-        if given["layer_id"] not in store.layer_ids:
-            raise UnsupportedError(
-                f"moeinf: {name}: the checkpoint has experts in layers {store.layer_ids}"
-            )
-        self.number = store.layer_ids.index(given["layer_id"])
-        found = given["num_experts"], given["hidden_size"]
-        if found != (store.num_experts, store.layout.hidden):
-            raise UnsupportedError(
-                f"moeinf: {name}: SGLang has {found[0]} experts of {found[1]} inputs, the "
-                f"checkpoint {store.num_experts} of {store.layout.hidden}"
-            )
-        gate = store.form.gate
-        own_gate = any(given[one] is not None for one in ("gemm1_clamp_limit", "swiglu_limit"))
-        computed = own_gate, given["with_bias"], given["activation"]
-        expected = gate.function != "glu", store.form.has_bias, gate.activation
-        if computed != expected:
-            raise UnsupportedError(
-                f"moeinf: {name}: clamps, biases, activation: SGLang has {computed}, the "
-                f"checkpoint's configuration {expected}"
-            )
-        if given["quant_method"] is not None:
-            raise UnsupportedError(f"moeinf: {name}: the model brings a method of its own")
-        if given["apply_router_weight_on_input"]:
-            raise UnsupportedError(f"moeinf: {name}: routing weights on the inputs")
-        if given["routed_scaling_factor"] not in (None, 1, 1.0):
-            raise UnsupportedError(
-                f"moeinf: {name}: outputs scaled by {given['routed_scaling_factor']}: SGLang's "
-                "models leave it to the kernel on some devices"
-            )
+        scale = given["routed_scaling_factor"]
+        self.number = check_layer(
+            self.cache.store,
+            "SGLang",
+            given["prefix"],
+            given["layer_id"],
+            experts=given["num_experts"],
+            hidden=given["hidden_size"],
+            activation=given["activation"],
+            gated=given["is_gated"],
+            alpha=given["gemm1_alpha"],
+            limit=given["gemm1_clamp_limit"] or given["swiglu_limit"],
+            offset=given["gemm1_beta"],
+            biases=given["with_bias"],
+            a_method_of_the_model=given["quant_method"] is not None,
+            routing_weights_on_the_inputs=given["apply_router_weight_on_input"],
+            outputs_scaled_on_some_devices=scale not in (None, 1.0),
+            an_output_for_each_route=given["no_combine"],
+        )
 
     def create_weights(self, layer: FusedMoE, *_: Any, **__: Any) -> None:
         self.first = layer.moe_ep_rank * layer.num_local_experts

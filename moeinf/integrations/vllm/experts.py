@@ -32,9 +32,12 @@ from moeinf.cache.passes import ForwardPass
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
 from moeinf.experts.op import fused_experts
+from moeinf.integrations.layers import check_layer
 from moeinf.integrations.options import checked
 from moeinf.integrations.vllm import metrics
 
+# Activations of vLLM that are gate functions: alpha and limit, where the layer says none.
+CONSTANTS = {"swigluoai": (1.702, 7.0), "swiglustep": (1.0, 7.0)}
 _library = torch.library.Library("moeinf_vllm", "DEF")
 _library.define("experts(Tensor x, Tensor ids, Tensor weights, str cache, int layer) -> Tensor")
 _caches: dict[str, ExpertCache] = {}
@@ -147,32 +150,28 @@ class CachedMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def __init__(self, moe: Any, prefix: str) -> None:
         super().__init__(moe)
         self.cache = cache_of_model()
-        numbers = [int(part) for part in prefix.split(".") if part.isdigit()]
-        if not numbers or numbers[-1] not in self.cache.store.layer_ids:
-            raise UnsupportedError(
-                f"moeinf: {prefix}: the checkpoint has experts in layers "
-                f"{self.cache.store.layer_ids}"
-            )
-        self.number = self.cache.store.layer_ids.index(numbers[-1])
+        self.number = -1
 
     def create_weights(self, layer: RoutedExperts, *_: Any, **__: Any) -> None:
-        store = self.cache.store
-        found = layer.global_num_experts, layer.hidden_size
-        if found != (store.num_experts, store.layout.hidden):
-            raise UnsupportedError(
-                f"moeinf: {layer.layer_name}: vLLM has {found[0]} experts of {found[1]} inputs, "
-                f"the checkpoint {store.num_experts} of {store.layout.hidden}"
-            )
-        gate = store.form.gate
-        known = {"glu": gate.activation, "swiglu_oai": "swigluoai"}.get(gate.function)
-        activation = layer.activation.value.removesuffix("_uninterleave")
-        if known is not None and activation != known:
-            raise UnsupportedError(
-                f"moeinf: {layer.layer_name}: vLLM computes {activation}, the checkpoint's "
-                f"configuration says {known}"
-            )
-        if layer.apply_router_weight_on_input:
-            raise UnsupportedError(f"moeinf: {layer.layer_name}: routing weights on the inputs")
+        activation, moe = layer.activation.value.removesuffix("_uninterleave"), layer.moe_config
+        alpha, limit = CONSTANTS.get(activation, (None, None))
+        numbers = [int(part) for part in layer.layer_name.split(".") if part.isdigit()]
+        self.number = check_layer(
+            self.cache.store,
+            "vLLM",
+            layer.layer_name,
+            numbers[-1] if numbers else None,
+            experts=layer.global_num_experts,
+            hidden=layer.hidden_size,
+            activation="silu" if limit else activation.removesuffix("_no_mul"),
+            gated=not activation.endswith("_no_mul"),
+            alpha=layer.swiglu_alpha or alpha,
+            limit=layer.swiglu_limit or limit,
+            offset=layer.swiglu_beta,
+            biases=moe.has_bias,
+            routing_weights_on_the_inputs=layer.apply_router_weight_on_input,
+            adapters_of_experts=moe.is_lora_enabled,
+        )
 
     def get_fused_moe_quant_config(self, layer: RoutedExperts) -> FusedMoEQuantConfig:
         return FusedMoEQuantConfig.make()
