@@ -86,14 +86,16 @@ class _Noise:
 
     def __call__(self, *shape: int) -> torch.Tensor:
         count = int(torch.Size(shape).numel())
-        last = self.buffer.numel() - count
-        start = int(torch.randint(0, last, (1,), generator=self.generator))
-        noise = self.buffer[start : start + count]
         if self.used + count > self.room.numel():
-            return noise.clone().view(shape)
-        place = self.room[self.used : self.used + count]
-        self.used += count
-        return place.copy_(noise).view(shape)
+            place = torch.empty(count, dtype=torch.bfloat16)
+        else:
+            place = self.room[self.used : self.used + count]
+            self.used += count
+        for piece in place.split(self.buffer.numel() // 2):
+            last = self.buffer.numel() - piece.numel()
+            start = int(torch.randint(0, last, (1,), generator=self.generator))
+            piece.copy_(self.buffer[start : start + piece.numel()])
+        return place.view(shape)
 
     def forget(self) -> None:
         """The tensors given out so far are needed no longer."""

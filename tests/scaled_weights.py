@@ -70,15 +70,16 @@ class Experts:
         """float64 [T, H], and the sums of the absolute values of the terms of each element."""
         from moeinf.kernels.gates import reference
 
-        out = torch.zeros(hidden.shape, dtype=torch.float64)
-        size = torch.zeros_like(out)
-        for t, x in enumerate(hidden.double()):
-            for e, weight in zip(ids[t].tolist(), weights[t].double(), strict=True):
-                *first, (down, down_bias) = self.dense[e]
-                sums = [w @ x + (0 if bias is None else bias) for w, bias in first]
-                inner = reference(self.form.gate, *sums)
-                out[t] += weight * (down @ inner + (0 if down_bias is None else down_bias))
-                size[t] += weight.abs() * (down.abs() @ inner.abs())
+        x, weights = hidden.double(), weights.double()
+        out, size = torch.zeros_like(x), torch.zeros_like(x)
+        for e, (*first, (down, down_bias)) in enumerate(self.dense):
+            tokens, places = (ids == e).nonzero(as_tuple=True)
+            sums = [x[tokens] @ w.T + (0 if bias is None else bias) for w, bias in first]
+            inner = reference(self.form.gate, *sums)
+            weight = weights[tokens, places, None]
+            y = inner @ down.T + (0 if down_bias is None else down_bias)
+            out.index_add_(0, tokens, weight * y)
+            size.index_add_(0, tokens, weight.abs() * (inner.abs() @ down.abs().T))
         return out, size
 
 

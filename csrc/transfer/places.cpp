@@ -1,6 +1,7 @@
 #include "transfer/places.h"
 
 #include <algorithm>
+#include <iterator>
 
 namespace moeinf {
 namespace {
@@ -73,7 +74,10 @@ std::optional<uint32_t> Places::choose_next(uint32_t file, uint64_t nbytes, uint
 Places::ReadingRef Places::begin(uint32_t place, uint64_t nbytes) {
     Place& at = places_[place];
     at.waiting += nbytes;
-    return at.readings.insert(at.readings.end(), {place, nbytes, at.waiting, Clock::now()});
+    if (spare_.empty()) spare_.emplace_back();
+    at.readings.splice(at.readings.end(), spare_, spare_.begin());
+    at.readings.back() = {place, nbytes, at.waiting, Clock::now()};
+    return std::prev(at.readings.end());
 }
 
 void Places::end(ReadingRef reading, const std::string& failure) {
@@ -91,7 +95,7 @@ void Places::end(ReadingRef reading, const std::string& failure) {
         at.stats.failure = failure;
     }
     at.waiting -= reading->nbytes;
-    at.readings.erase(reading);
+    spare_.splice(spare_.end(), at.readings, reading);
 }
 
 std::vector<PlaceStats> Places::stats() const {

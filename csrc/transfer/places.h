@@ -31,10 +31,10 @@ public:
     using Clock = std::chrono::steady_clock;
 
     struct Reading {
-        uint32_t place;
-        uint64_t nbytes;
-        uint64_t waiting;  // bytes in flight at the place when it began, with its own
-        Clock::time_point began;
+        uint32_t place = 0;
+        uint64_t nbytes = 0;
+        uint64_t waiting = 0;  // bytes in flight at the place when it began, with its own
+        Clock::time_point began{};
     };
     using ReadingRef = std::list<Reading>::iterator;
 
@@ -77,6 +77,7 @@ private:
     std::deque<SourceFile> opened_;
     std::vector<std::vector<const SourceFile*>> files_;  // [file][place]; null: not there
     std::vector<Place> places_;
+    std::list<Reading> spare_;  // so that a read allocates nothing
 };
 
 }  // namespace moeinf
