@@ -20,6 +20,7 @@ from torch.nn.functional import linear as torch_linear
 from moeinf import _core
 from moeinf.experts.checks import DTYPES
 from moeinf.experts.cpu import default_engine
+from moeinf.experts.marks import is_watched
 
 _library = torch.library.Library("moeinf", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -67,6 +68,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return torch_linear(x, weight, bias)
     if torch.is_grad_enabled():
         return _operator(x, weight, bias)
+    if x.is_cpu and not is_watched() and not torch.is_autocast_enabled("cpu"):
+        return _linear(x, weight, bias)
     with torch._C._AutoDispatchBelowAutograd():
         return _operator(x, weight, bias)
 

@@ -20,6 +20,7 @@ from moeinf.cache.passes import ForwardPass
 from moeinf.experts import backward
 from moeinf.experts.cpu import CpuExperts
 from moeinf.experts.cuda import CudaExperts
+from moeinf.experts.marks import is_watched
 
 _library = torch.library.Library("moeinf", "DEF")
 _library.define(
@@ -89,6 +90,8 @@ def fused_experts(
     if (
         torch.compiler.is_compiling()
         or is_watched()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
         or (torch.is_grad_enabled() and (hidden.requires_grad or topk_weights.requires_grad))
         or not type(hidden) is type(topk_ids) is type(topk_weights) is torch.Tensor
     ):
@@ -98,20 +101,6 @@ def fused_experts(
         with torch._C._AutoDispatchBelowAutograd():
             return _operator(hidden, topk_ids, topk_weights, cache.name, layer)
     return out
-
-
-def is_watched() -> bool:
-    """Does anything look at the operators that run: a mode, a transform, a tracer?
-
-    Where nothing does, a step goes around torch's dispatcher. After the weights of a layer the
-    dispatcher is no longer in the processor's caches, and takes over 100 us.
-    """
-    return (
-        torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
-    )
 
 
 def fused_experts_out(
