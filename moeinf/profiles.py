@@ -81,7 +81,7 @@ def settings_for(checkpoint: str, device: str) -> dict[str, Any]:
 def described() -> list[dict[str, Any]]:
     """Every profile: file, path of the checkpoint, settings, and the `fault` of one not valid."""
     rows = []
-    for file in sorted(folder().glob("*.json")):
+    for file in _files():
         content, fault = _read(file)
         row = {name: content.get(name) for name in ("path", "device", "settings")}
         rows.append({"file": str(file), **row, "fault": fault})
@@ -90,7 +90,14 @@ def described() -> list[dict[str, Any]]:
 
 def any_here() -> bool:
     """False: no file needs to be looked for."""
-    return next(folder().glob("*.json"), None) is not None
+    return bool(_files())
+
+
+def _files() -> list[Path]:
+    try:
+        return sorted(folder().glob("*.json"))
+    except (OSError, RuntimeError):  # a user without a home
+        return []
 
 
 def _file(checkpoint: str, device: str) -> Path:

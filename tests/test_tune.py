@@ -188,6 +188,18 @@ def test_a_profile_of_another_model_is_not_looked_at(qwen3_folder: Path, tmp_pat
     assert moeinf.load(qwen3_folder, device="cpu", slots=4).moeinf.cache.policy == "learned"
 
 
+def test_a_user_without_a_home_has_no_profiles(
+    qwen3_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    assert moeinf.load(qwen3_folder, device="cpu", slots=4).moeinf.cache.policy == "learned"
+    assert profiles.described() == []
+
+
 def test_the_command_measures_writes_and_says_what_it_kept(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
