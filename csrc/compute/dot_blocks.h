@@ -4,9 +4,9 @@
 //   y[r][n] = sum over steps, halves of scale * (sum over the half of x[r][k] * code[n][k])
 //             - sum over groups of minimum * (sum over the group of x[r][k])
 //
-// A step takes the codes of kStep columns. Where a byte has two codes, the lower halves of the
-// bytes of a step belong to other groups of columns than the upper halves: each half has scales of
-// its own. The sums of the activations of each group are made once, beside the arranged row.
+// A step takes the codes of kStep columns. In blocks of 256 columns, the lower halves of the bytes
+// of a step belong to other groups of columns than the upper halves: each half has scales of its
+// own. The sums of the activations of each group are made once, beside the arranged row.
 #pragma once
 
 #include <array>
@@ -57,8 +57,10 @@ struct NibbleBlocks {
     static constexpr int64_t kStep = 2 * kBytes;
     static constexpr size_t kParts = 2 * kWord;
     static constexpr bool kMinima = D::kMinima;
+    using Zero = NoZero;
     static constexpr bool kZeros = false;
-    static constexpr int kHalves = 2;
+    static constexpr int kHalves = D::kHalves;
+    static constexpr bool kOneScale = false;
 
     // Position in an arranged row -> column.
     static int64_t column(int64_t position) {
@@ -141,8 +143,10 @@ struct ByteBlocksProduct {
     static constexpr int64_t kStep = 32;
     static constexpr size_t kParts = 32 / F::kLanes;
     static constexpr bool kMinima = false;
+    using Zero = NoZero;
     static constexpr bool kZeros = false;
     static constexpr int kHalves = 1;
+    static constexpr bool kOneScale = true;
     static constexpr int kRows = F::kTileRows;
     static constexpr int kOutputs = 4;
 
@@ -163,17 +167,22 @@ struct ByteBlocksProduct {
     static typename F::Vec madd(typename F::Vec acc, XVec x, WVec w) { return F::fma(x, w, acc); }
 };
 
-// How the loops of dot_scaled.h compute one tile of a product with blocks.
+// Scales in the blocks.
 template <class P>
-struct BlockTiles {
+struct ScalesInBlocks {
     using F = typename P::F;
     using D = typename P::Decoder;
     static constexpr auto kSize = static_cast<int64_t>(sizeof(typename D::Stored));
 
-    static int64_t row_bytes(int64_t depth) { return depth / D::kPack * kSize; }
-
+    static int64_t byte_at(int64_t k) {
+        return k / D::kPack * kSize + k % D::kPack * kSize / D::kPack;
+    }
+    // A run is a step. Steps of eight-bit codes are blocks.
+    static int64_t steps(const DotJob& /*job*/) { return 1; }
     // Of the first lane of a step, in the order of columns.
-    static int64_t scale_at(int64_t k) { return P::column(k) / D::kGroup; }
+    static int64_t scale_at(const ScaledPanel<P>& /*panel*/, int64_t k) {
+        return P::column(k) / D::kGroup;
+    }
 
     static void begin(const DotJob& /*job*/, ScaledPanel<P>& panel) {
         constexpr int64_t kPart = P::kStep / static_cast<int64_t>(P::kParts);
@@ -181,13 +190,12 @@ struct BlockTiles {
             for (int64_t lane = 0; lane < F::kLanes; ++lane) {
                 const int64_t position = half * kPart + lane * kPart / F::kLanes;
                 panel.lanes[half][lane] =
-                    static_cast<int32_t>(P::column(position) / D::kGroup - scale_at(0));
+                    static_cast<int32_t>((P::column(position) - P::column(0)) / D::kGroup);
             }
         }
     }
 
-    static void load_scales(const DotJob& job, int64_t /*output*/, int count,
-                            ScaledPanel<P>& panel) {
+    static void load(const DotJob& job, int64_t /*output*/, int count, ScaledPanel<P>& panel) {
         const int64_t scales = job.depth / D::kGroup;
         D::scales(ScaleJob<F>{panel.w, job.w_stride, count, job.depth / D::kPack, panel.scales[0],
                               panel.minima[0]});
@@ -195,99 +203,24 @@ struct BlockTiles {
         for (int n = 0; n < count; ++n) F::store(panel.scales[n] + scales, F::splat(0.0f));
     }
 
-    template <int kRows, int kOutputs, From kFrom>
-    static inline void tile(const DotJob& job, const ScaledPanel<P>& panel, const void* const* x,
-                            float* y) {
-        using X = typename P::X;
-        constexpr int64_t kPart = P::kStep / static_cast<int64_t>(P::kParts);
-        constexpr auto kHalves = static_cast<size_t>(P::kHalves);
-        const int64_t padded = padded_depth<P>(job.depth);
-        typename F::Lanes lanes[kHalves];
-        for (size_t half = 0; half < kHalves; ++half) lanes[half] = F::lanes(panel.lanes[half]);
-        typename F::Vec acc[kRows][kOutputs];
-        typename F::Vec partial[kRows][kOutputs];
-        const X* rows[kRows];
+    template <int kRows, int kOutputs>
+    static void subtract_minima(const DotJob& job, const ScaledPanel<P>& panel, int first,
+                                int apart, const typename P::X* const (&x)[kRows],
+                                typename F::Vec (&acc)[kRows][kOutputs]) {
+        const int64_t groups = job.depth / D::kGroup;
         for (int r = 0; r < kRows; ++r) {
-            rows[r] = static_cast<const X*>(x[r]);
-            for (int n = 0; n < kOutputs; ++n) acc[r][n] = F::splat(0.0f);
-        }
-        for (int64_t k = 0; k < padded; k += P::kStep) {
-            typename P::Packed packed[kOutputs];
-            if constexpr (kFrom != From::kPanel) {
-                const int64_t at = k / D::kPack * kSize + panel.ahead;
-#pragma GCC unroll 8
-                for (int n = 0; n < kOutputs; ++n) {
-                    const std::byte* row = panel.w + n * job.w_stride;
-                    for (int64_t line = 0; line < kSize * P::kStep / D::kPack; line += 64) {
-                        __builtin_prefetch(row + at + k % D::kPack * kSize / D::kPack + line, 0, 2);
-                    }
-                    packed[n] = k + P::kStep <= job.depth ? P::load(row, k)
-                                                          : P::load_first(row, k, job.depth - k);
-                }
-            }
-            const int64_t scale = scale_at(k);
-            const auto half_of_step = [&]<size_t kHalf>() __attribute__((always_inline)) {
-                const auto part = [&]<size_t kIndex>() __attribute__((always_inline)) {
-                    const int64_t at = k + static_cast<int64_t>(kIndex) * kPart;
-                    typename P::XVec xs[kRows];
-#pragma GCC unroll 8
-                    for (int r = 0; r < kRows; ++r) xs[r] = P::load_x(rows[r] + at);
-#pragma GCC unroll 8
-                    for (int n = 0; n < kOutputs; ++n) {
-                        typename P::WVec w;
-                        if constexpr (kFrom == From::kPanel) {
-                            w = P::load_w(panel.kept + n * padded + at);
-                        } else {
-                            w = P::template decode<kIndex>(packed[n]);
-                        }
-                        if constexpr (kFrom == From::kStoredAndKept) {
-                            P::store_w(panel.kept + n * padded + at, w);
-                        }
-#pragma GCC unroll 8
-                        for (int r = 0; r < kRows; ++r) {
-                            partial[r][n] = P::madd(partial[r][n], xs[r], w);
-                        }
-                    }
-                };
-#pragma GCC unroll 8
-                for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-                    for (int n = 0; n < kOutputs; ++n) partial[r][n] = F::splat(0.0f);
-                }
-                [&]<size_t... kIndex>(std::index_sequence<kIndex...>)
-                    __attribute__((always_inline)) {
-                        (part.template operator()<kHalves * kIndex + kHalf>(), ...);
-                    }(std::make_index_sequence<P::kParts / kHalves>());
-#pragma GCC unroll 8
-                for (int n = 0; n < kOutputs; ++n) {
-                    const auto scales = F::spread(panel.scales[n] + scale, lanes[kHalf]);
-#pragma GCC unroll 8
-                    for (int r = 0; r < kRows; ++r) {
-                        acc[r][n] = F::fma(scales, partial[r][n], acc[r][n]);
-                    }
-                }
-            };
-            [&]<size_t... kHalf>(std::index_sequence<kHalf...>) __attribute__((always_inline)) {
-                (half_of_step.template operator()<kHalf>(), ...);
-            }(std::make_index_sequence<kHalves>());
-        }
-        if constexpr (D::kMinima) {
-            const int64_t groups = job.depth / D::kGroup;
-            for (int r = 0; r < kRows; ++r) {
-                const auto* sums = reinterpret_cast<const float*>(rows[r] + padded);
-                for (int n = 0; n < kOutputs; ++n) {
-                    for (int64_t g = 0; g < groups; g += F::kLanes) {
-                        const bool whole = g + F::kLanes <= groups;
-                        const auto of_x =
-                            whole ? F::load(sums + g) : F::load_first(sums + g, groups - g);
-                        const auto of_w = whole ? F::load(panel.minima[n] + g)
-                                                : F::load_first(panel.minima[n] + g, groups - g);
-                        acc[r][n] = F::sub(acc[r][n], F::mul(of_w, of_x));
-                    }
+            const auto* sums = reinterpret_cast<const float*>(x[r] + padded_depth<P>(job.depth));
+            for (int n = 0; n < kOutputs; ++n) {
+                const float* minima = panel.minima[first + n * apart];
+                for (int64_t g = 0; g < groups; g += F::kLanes) {
+                    const auto load = [&](const float* from) {
+                        return g + F::kLanes <= groups ? F::load(from + g)
+                                                       : F::load_first(from + g, groups - g);
+                    };
+                    acc[r][n] = F::sub(acc[r][n], F::mul(load(minima), load(sums)));
                 }
             }
         }
-        write_sums<F, kRows, kOutputs>(acc, 1.0f, job.y_stride, y);
     }
 };
 
@@ -318,7 +251,7 @@ inline void arrange_blocks(const void* from, int64_t count, void* to) {
 
 template <class P>
 constexpr Product block_product() {
-    return {dot_scaled<P, BlockTiles<P>>, arrange_blocks<P>, P::kStep,
+    return {dot_scaled<P, ScalesInBlocks<P>>, arrange_blocks<P>, P::kStep,
             P::Decoder::kMinima ? P::Decoder::kGroup : 0};
 }
 

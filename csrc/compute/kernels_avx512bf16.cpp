@@ -50,6 +50,8 @@ struct ScaledBf16Product {
     using Zero = NoZero;
     static constexpr bool kZeros = false;
     static constexpr bool kMinima = false;
+    static constexpr int kHalves = 1;
+    static constexpr bool kOneScale = false;
     static constexpr int kRows = 4;
     static constexpr int kOutputs = 6;
 
@@ -80,7 +82,6 @@ struct NibbleProduct : ScaledBf16Product {
     static constexpr int64_t kPack = 2;
     static constexpr size_t kParts = 4;
     static constexpr int64_t kStep = 128;
-    static constexpr int64_t kLineCols = 128;
 
     static Packed load(const std::byte* row, int64_t k) { return F::load_words(row + k / 2); }
     static Packed load_first(const std::byte* row, int64_t k, int64_t n) {
@@ -132,29 +133,14 @@ struct E4M3Product : ScaledBf16Product {
     static constexpr int64_t kPack = 1;
     static constexpr size_t kParts = 2;
     static constexpr int64_t kStep = 64;
-    static constexpr int64_t kLineCols = 64;
 
     static Packed load(const std::byte* row, int64_t k) { return F::load_words(row + k); }
     static Packed load_first(const std::byte* row, int64_t k, int64_t n) {
         return F::load_words_first(row + k, n);
     }
-    // Exponent and mantissa at their places, and 120 added to the exponent. Subnormal numbers
-    // (exponent 0, mantissa m: m * 2^-9) get another number added, because the product takes
-    // subnormal bf16 for zero.
     template <size_t kPart>
     static WVec decode(Packed packed) {
-        constexpr int16_t kNormal = 120 << 7;
-        const __m512i subnormal = _mm512_broadcast_i32x4(
-            _mm_setr_epi16(0, 0x3b00 - 0x10, 0x3b80 - 0x20, 0x3bc0 - 0x30, 0x3c00 - 0x40,
-                           0x3c20 - 0x50, 0x3c40 - 0x60, 0x3c60 - 0x70));
-        const __m512i top = kPart == 0 ? _mm512_slli_epi16(packed, 8) : packed;
-        const __m512i byte = kPart == 0 ? packed : _mm512_srli_epi16(packed, 8);
-        const __m512i moved =
-            _mm512_and_si512(_mm512_srai_epi16(top, 4), _mm512_set1_epi16(-0x7810));
-        const __mmask32 small = _mm512_testn_epi16_mask(moved, _mm512_set1_epi16(0x0780));
-        const __m512i add =
-            _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(kNormal), small, byte, subnormal);
-        return reinterpret_cast<__m512bh>(_mm512_add_epi16(moved, add));
+        return reinterpret_cast<__m512bh>(F::bf16_of<kPart>(packed, E4M3{}));
     }
 };
 

@@ -37,6 +37,11 @@ template <class Number>
 struct Bytes {
     static constexpr bool kMinima = false;
     static __m512i load(const std::byte* row, int64_t k, int64_t n) {
+        if constexpr (requires { F::bf16_of<0>(__m512i{}, Number{}); }) {
+            const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
+            const __m256i bytes = _mm256_maskz_loadu_epi8(mask, row + k);
+            return F::bf16_of<0>(_mm512_cvtepu8_epi16(bytes), Number{});
+        }
         const auto* from = reinterpret_cast<const Number*>(row) + k;
         if (n == kTileDepth) return to_bf16(F::load(from), F::load(from + 16));
         return to_bf16(F::load_first(from, std::min<int64_t>(n, 16)),

@@ -11,8 +11,8 @@
 #include <algorithm>
 #include <cstring>
 
-#include "floats/avx512.h"
 #include "compute/kernels_isa.h"
+#include "floats/avx512.h"
 
 namespace moeinf {
 namespace {

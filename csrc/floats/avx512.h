@@ -100,6 +100,32 @@ struct Floats512 {
         return _mm512_permutexvar_ps(_mm512_srli_epi32(words, kShift), _mm512_loadu_ps(table));
     }
 
+    // The lower (kUpper = 0) or upper bytes of 32 words as bf16. Exponent and mantissa are moved to
+    // their places, and 120 is added to the exponent. Subnormal numbers (exponent 0, mantissa m:
+    // m * 2^-9) get another number added, because bf16 products take subnormal bf16 for zero.
+    template <size_t kUpper>
+    static Words bf16_of(Words words, E4M3 /*format*/) {
+        constexpr int16_t kNormal = 120 << 7;
+        const __m512i subnormal = _mm512_broadcast_i32x4(
+            _mm_setr_epi16(0, 0x3b00 - 0x10, 0x3b80 - 0x20, 0x3bc0 - 0x30, 0x3c00 - 0x40,
+                           0x3c20 - 0x50, 0x3c40 - 0x60, 0x3c60 - 0x70));
+        const __m512i top = kUpper == 0 ? _mm512_slli_epi16(words, 8) : words;
+        const __m512i byte = kUpper == 0 ? words : _mm512_srli_epi16(words, 8);
+        const __m512i moved =
+            _mm512_and_si512(_mm512_srai_epi16(top, 4), _mm512_set1_epi16(-0x7810));
+        const __mmask32 small = _mm512_testn_epi16_mask(moved, _mm512_set1_epi16(0x0780));
+        const __m512i add =
+            _mm512_mask_permutexvar_epi16(_mm512_set1_epi16(kNormal), small, byte, subnormal);
+        return _mm512_add_epi16(moved, add);
+    }
+    // Byte kPart of 16 words of 32 bits.
+    template <size_t kPart>
+    static Vec byte(Words words, E4M3 format) {
+        const __m512i pair = bf16_of<kPart % 2>(words, format);
+        return numbers(kPart < 2 ? _mm512_slli_epi32(pair, 16)
+                                 : _mm512_and_si512(pair, _mm512_set1_epi32(-0x10000)));
+    }
+
     // Lane l gets p[lanes[l]]; reads 16 floats.
     using Lanes = __m512i;
     static Lanes lanes(const int32_t* p) { return _mm512_loadu_si512(p); }

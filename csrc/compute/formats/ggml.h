@@ -8,6 +8,7 @@
 //   kCodes        bytes of codes
 //   kGroup        columns that share a scale
 //   kMinima       whether a group has a minimum too, which is subtracted
+//   kHalves       2 where the lower and upper codes of a byte have scales of their own, else 1
 //   kTable        numbers of the lower four bits of a code
 //   kHighBits     other bits of a code; those lie in 32 bytes from kHigh on, or in four bytes
 //                 where there are 16 bytes of codes
@@ -67,6 +68,7 @@ struct SmallBlocks {
     static constexpr int64_t kCodes = kSize - sizeof(Number);
     static constexpr bool kMinima = false;
     static constexpr int kHighBits = 0;
+    static constexpr int kHalves = 1;
     static constexpr int64_t column(int64_t byte, int64_t half) { return byte + 16 * half; }
     template <class F>
     static void numbers(const ScaleJob<F>& job, int64_t first, float* to) {
@@ -144,6 +146,7 @@ struct LargeBlocks {
     using Stored = BlockOf<kSize>;
     static constexpr bool kScaled = false;
     static constexpr bool kBlock = true;
+    static constexpr int kHalves = 2;
     static constexpr int64_t kPack = 256;
     static constexpr int64_t kCodes = 128;
     static constexpr float kTable[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
