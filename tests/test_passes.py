@@ -205,7 +205,9 @@ def test_turns_of_one_conversation(served: Any, routing: Any, seed: int) -> None
     with served.moeinf.cache.record() as recorder:
         first = served.generate(ids[:, :5], past_key_values=past, max_new_tokens=4, **GREEDY)
         both = torch.cat([first, ids[:, 5:9]], dim=1)
-        output = served.generate(both, past_key_values=past, max_new_tokens=4, **GREEDY)
+        # The first answer may hold the token that pads: without a mask it would not be seen.
+        options = {**GREEDY, "attention_mask": torch.ones_like(both)}
+        output = served.generate(both, past_key_values=past, max_new_tokens=4, **options)
     trace = recorder.trace()
     phases = [PREFILL] * 5 + [DECODE] * 3 + [PREFILL] * 5 + [DECODE] * 3
     assert trace.phase.tolist() == phases

@@ -72,8 +72,8 @@ def test_quantized_weights_are_refused_by_name(folder: Path, method: str, key: s
         ({"dtype": None}, "dtype=None: expected auto or one of bfloat16, float16, float32"),
         ({"dtype": "float64"}, "dtype='float64': expected auto"),
         ({"dtype": torch.float64}, r"dtype=torch\.float64: expected auto"),
-        ({"policy": None}, "policy=None: expected one of .*learned"),
-        ({"prefetch": None}, "no prefetch is named None"),
+        ({"policy": ""}, "no policy is named ''; there are: .*learned"),
+        ({"prefetch": ""}, "no prefetch is named ''"),
         ({"slots": 0}, "slots=0: expected a count"),
     ],
 )
