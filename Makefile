@@ -14,7 +14,7 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	PATH="$(CURDIR)/$(BIN):$$PATH" tests/cpp/run.sh
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # Packs as compressed-tensors decodes them; the library is in a folder of its own.
 test-packs: $(VENV)/.test
