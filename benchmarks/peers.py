@@ -233,7 +233,8 @@ class Models:
         from moeinf.packing.pack import pack
 
         path = self.directory / name
-        pack(self.folder, path, format=run.format)
+        if not (path / "config.json").exists():  # which a pack writes last
+            pack(self.folder, path, format=run.format)
         return path
 
     def llama(self, job: dict[str, Any], join: Any = None) -> str:
