@@ -3,7 +3,7 @@
     python benchmarks/llama_child.py JOB.json
 
 A job says `model`, `threads`, `first` and `second` (prompts), `warm` and `tokens` (one at a time),
-`resident`; or `quantise` (from `model` to that path) and `ftype`. The answer is one line of JSON.
+`repacked` (weights arranged anew, which then cannot leave memory); or `quantise` (from `model` to that path) and `ftype`. The answer is one line of JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     options = llama.llama_model_default_params()
     options.load_mode = llama.LLAMA_LOAD_MODE_MMAP
-    options.use_extra_bufts = job["resident"]  # repacked weights cannot leave memory
+    options.use_extra_bufts = job["repacked"]
     model = llama.llama_model_load_from_file(job["model"].encode(), options)
     if not model:
         sys.exit(f"llama.cpp cannot load {job['model']}")
@@ -66,6 +66,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     times = [run([token]) for token in job["tokens"]]
     logits = llama.llama_get_logits_ith(context, -1)
     return {
+        "repacked": job["repacked"],
         "load_seconds": loaded - start,
         "first_token_seconds": first,
         "prefill_seconds": prefill,

@@ -290,7 +290,10 @@ def measure(run: Run, models: Models, job: dict[str, Any]) -> dict[str, Any]:
     bounded = nullcontext(None) if limit is None else memory_cgroup(limit)
     with models.disk.set(run.read_ahead), bounded as join:
         if run.system == "llama.cpp":
-            answer = models.llama(job, join)
+            try:
+                answer = models.llama({**job, "repacked": job["resident"]}, join)
+            except subprocess.CalledProcessError:  # it crashes with some repacked types
+                answer = models.llama({**job, "repacked": False}, join)
         else:
             answer = child([sys.executable, "-m", "benchmarks.peers", "--child"], job, join)
     found: dict[str, Any] = json.loads(answer.splitlines()[-1])
@@ -327,6 +330,7 @@ def row_of(run: Run, found: list[dict[str, Any]]) -> dict[str, Any]:
         "limit_bytes": found[0]["limit_bytes"],
         "limit_enforced": found[0]["limit_enforced"],
         "likeliest": found[0]["likeliest"],
+        "repacked": found[0].get("repacked"),
         "runs": len(found),
     }
 
