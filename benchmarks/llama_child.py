@@ -3,7 +3,8 @@
     python benchmarks/llama_child.py JOB.json
 
 A job says `model`, `threads`, `first` and `second` (prompts), `warm` and `tokens` (one at a time),
-`repacked` (weights arranged anew, which then cannot leave memory); or `quantise` (from `model` to that path) and `ftype`. The answer is one line of JSON.
+`repacked` (weights arranged anew, which then cannot leave memory); or `quantise` (from `model` to
+that path) and `ftype`. The answer is one line of JSON.
 """
 
 from __future__ import annotations
