@@ -5,6 +5,8 @@
 //   y[r][n] = multiplier * sum over groups of scale * (sum over the group of x[r][k] * w[n][k])
 //
 // and where a group has a minimum, it is subtracted times the sum of the group's x.
+#include <memory>
+
 #include "compute/dot_scaled.h"
 #include "compute/formats/decoders.h"
 #include "compute/tiles_amx.h"
@@ -98,13 +100,21 @@ struct Q4KCodes {
     }
 };
 
-// What a thread keeps between calls: scales and minima of the rows of a block of outputs, and the
-// sums of the activations of each group.
+// Scales and minima of the rows of a block of outputs, and the sums of the activations of each
+// group.
 struct Kept {
     alignas(64) float scales[kOutputs * kRowScales];
     alignas(64) float minima[kOutputs * kRowScales];
     alignas(64) float sums[kMaxScales][2][kTileRows];
 };
+
+// Kept between calls. All formats share it, and a thread that computes no tiles has none: it is
+// nearly a megabyte.
+Kept& kept_by_this_thread() {
+    static thread_local std::unique_ptr<Kept> kept;
+    if (kept == nullptr) kept = std::make_unique<Kept>();
+    return *kept;
+}
 
 template <class Codes>
 void load_scales(const DotJob& job, int64_t output, int64_t count, Kept& kept) {
@@ -269,7 +279,7 @@ void write_block(const DotJob& job, Block& block, const int64_t (&rows)[2], floa
 
 template <class Codes>
 void dot(const DotJob& job) {
-    static thread_local Kept kept;
+    Kept& kept = kept_by_this_thread();
     Block block{};
     for (int64_t row = 0; row < job.rows; row += 2 * kTileRows) {
         const int64_t first = std::min(kTileRows, job.rows - row);
