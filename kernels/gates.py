@@ -2,7 +2,7 @@
 """The gate functions between the two products: one table for kernels, references and probes.
 
 A new gate function is one row of `GATES` and one line in `apply_gate`; for the CPU, one row in
-csrc/compute/gates.h. A new activation is one row of `ACTIVATIONS` and one line in `activate`. A
+csrc/cpu_kernels/gates.h. A new activation is one row of `ACTIVATIONS` and one line in `activate`. A
 test holds each Triton line against its torch line. The torch lines need no Triton: `reference`
 works where it is not installed, in any floating dtype, and a runtime's module is recognised by it.
 

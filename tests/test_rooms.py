@@ -34,13 +34,14 @@ CORE = {
     "trace": "base policy",
     "threads": "base",
     "floats": "base",
-    "compute": "base layout threads floats",
+    "cpu_kernels": "base layout floats",
+    "compute": "base layout threads cpu_kernels",
     "cuda": "base memory device",
     "probe": "base layout memory device policy prefetch transfer tier cache threads",
     "experts": "base layout memory device policy cache threads compute",
-    "capi": "base layout device policy tier cache compute cuda experts",
+    "capi": "base layout device policy tier cache cpu_kernels compute cuda experts",
     "bindings": "base layout memory device policy prefetch transfer tier cache trace threads "
-    "compute cuda probe experts",
+    "cpu_kernels compute cuda probe experts",
 }
 # Room of Python: the other rooms that it may import. `_core` is the compiled csrc/.
 PYTHON = {

@@ -14,7 +14,7 @@
 #include "bindings/ids.h"
 #include "compute/cpu_engine.h"
 #include "compute/expert_ffn.h"
-#include "compute/formats/formats.h"
+#include "cpu_kernels/formats/formats.h"
 #include "probe/memory_read.h"
 
 namespace py = pybind11;

@@ -5,7 +5,7 @@
 
 #include "bindings/bindings.h"
 #include "compute/cpu_engine.h"
-#include "compute/formats/formats.h"
+#include "cpu_kernels/formats/formats.h"
 
 namespace py = pybind11;
 

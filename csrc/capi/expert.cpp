@@ -6,7 +6,7 @@
 #include "base/find_name.h"
 #include "capi/border.h"
 #include "capi/objects.h"
-#include "compute/formats/formats.h"
+#include "cpu_kernels/formats/formats.h"
 
 namespace moeinf::capi {
 namespace {

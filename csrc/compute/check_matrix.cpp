@@ -2,8 +2,8 @@
 #include <string>
 
 #include "base/error.h"
-#include "compute/formats/formats.h"
 #include "compute/matrix_product.h"
+#include "cpu_kernels/formats/formats.h"
 
 namespace moeinf {
 namespace {

@@ -9,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-#include "compute/kernels.h"
+#include "cpu_kernels/kernels.h"
 #include "threads/thread_pool.h"
 
 namespace moeinf {

@@ -20,8 +20,8 @@
 
 #include "base/routing.h"
 #include "compute/cpu_engine.h"
-#include "compute/gate.h"
-#include "compute/kernels.h"
+#include "cpu_kernels/gate.h"
+#include "cpu_kernels/kernels.h"
 #include "layout/matrix.h"
 
 namespace moeinf {

@@ -4,7 +4,7 @@
 #include <cstring>
 
 #include "base/sizes.h"
-#include "compute/formats/formats.h"
+#include "cpu_kernels/formats/formats.h"
 
 namespace moeinf {
 namespace {

@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "compute/kernels.h"
+#include "cpu_kernels/kernels.h"
 #include "layout/matrix.h"
 
 namespace moeinf {

@@ -10,7 +10,7 @@
 
 namespace moeinf {
 
-// How weights are stored: a row of the table in compute/formats/decoders.h.
+// How weights are stored: a row of the table in cpu_kernels/formats/decoders.h.
 enum class WeightFormat : int32_t {};
 
 enum class ScaleType : int32_t { kF32, kBF16, kF16, kE8M0, kE4M3 };

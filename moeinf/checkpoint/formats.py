@@ -2,7 +2,7 @@
 
 A row says which segments a matrix has and how they become numbers. The checkpoint, the layout and
 the tests read it. The fast decoders stand beside it, under the same name: one header in
-csrc/compute/formats/ for the CPU, one tile loader in kernels/formats.py for the GPU.
+csrc/cpu_kernels/formats/ for the CPU, one tile loader in kernels/formats.py for the GPU.
 
 A matrix of a row with `scaled` may have scales, one for each block of its elements, and one
 multiplier for all of them. Integers may have a zero point beside each scale. They are no part of

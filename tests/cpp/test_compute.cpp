@@ -13,7 +13,7 @@
 
 #include "check.h"
 #include "compute/expert_ffn.h"
-#include "compute/formats/formats.h"
+#include "cpu_kernels/formats/formats.h"
 #include "probe/memory_read.h"
 
 using namespace moeinf;

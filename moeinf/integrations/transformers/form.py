@@ -39,7 +39,7 @@ def form_of(module: Any, known: list[ExpertForm] | None = None) -> ExpertForm:
             return form
     raise UnsupportedError(
         f"{type(module).__name__}: its gate function is none of {', '.join(GATES)}; to serve it, "
-        "add a row to GATES in kernels/gates.py and in csrc/compute/gates.h"
+        "add a row to GATES in kernels/gates.py and in csrc/cpu_kernels/gates.h"
     )
 
 

@@ -30,8 +30,8 @@
 #include <array>
 #include <utility>
 
-#include "compute/float_math.h"
-#include "compute/kernels.h"
+#include "cpu_kernels/float_math.h"
+#include "cpu_kernels/kernels.h"
 
 namespace moeinf {
 namespace {

@@ -1,7 +1,7 @@
 // The upper half of a float.
 #pragma once
 
-#include "compute/formats/plain.h"
+#include "cpu_kernels/formats/plain.h"
 
 namespace moeinf {
 namespace {

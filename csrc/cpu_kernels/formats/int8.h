@@ -1,7 +1,7 @@
 // Integers of eight bits.
 #pragma once
 
-#include "compute/formats/plain.h"
+#include "cpu_kernels/formats/plain.h"
 
 namespace moeinf {
 namespace {

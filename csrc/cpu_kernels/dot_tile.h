@@ -13,7 +13,7 @@
 // sum4(a, b, c, d, out): the four sums of lanes.
 #pragma once
 
-#include "compute/kernels.h"
+#include "cpu_kernels/kernels.h"
 
 namespace moeinf {
 namespace {

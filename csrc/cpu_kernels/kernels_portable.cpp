@@ -1,6 +1,6 @@
 // Kernels for any CPU.
-#include "compute/float_kernels.h"
-#include "compute/kernels_isa.h"
+#include "cpu_kernels/float_kernels.h"
+#include "cpu_kernels/kernels_isa.h"
 #include "floats/portable.h"
 
 namespace moeinf {

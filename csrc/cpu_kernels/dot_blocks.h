@@ -1,4 +1,4 @@
-// The matrix product of weights in blocks that have their own scales (compute/formats/ggml.h).
+// The matrix product of weights in blocks that have their own scales (cpu_kernels/formats/ggml.h).
 // The order of a sum is that of dot_scaled.h, whose loops over tiles and panels this file shares.
 //
 //   y[r][n] = sum over steps, halves of scale * (sum over the half of x[r][k] * code[n][k])
@@ -12,8 +12,8 @@
 #include <array>
 #include <cstring>
 
-#include "compute/dot_scaled.h"
-#include "compute/formats/ggml.h"
+#include "cpu_kernels/dot_scaled.h"
+#include "cpu_kernels/formats/ggml.h"
 
 namespace moeinf {
 namespace {

@@ -1,10 +1,10 @@
-#include "compute/gate.h"
+#include "cpu_kernels/gate.h"
 
 #include <cmath>
 
 #include "base/error.h"
 #include "base/find_name.h"
-#include "compute/gates.h"
+#include "cpu_kernels/gates.h"
 
 namespace moeinf {
 namespace {

@@ -1,4 +1,4 @@
-#include "compute/kernels.h"
+#include "cpu_kernels/kernels.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -9,7 +9,7 @@
 #include <string>
 
 #include "base/error.h"
-#include "compute/kernels_isa.h"
+#include "cpu_kernels/kernels_isa.h"
 
 namespace moeinf {
 namespace {

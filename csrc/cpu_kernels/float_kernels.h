@@ -7,12 +7,12 @@
 #include <array>
 #include <utility>
 
-#include "compute/decode_rows.h"
-#include "compute/dot_blocks.h"
-#include "compute/dot_scaled.h"
-#include "compute/dot_tile.h"
-#include "compute/formats/decoders.h"
-#include "compute/gates.h"
+#include "cpu_kernels/decode_rows.h"
+#include "cpu_kernels/dot_blocks.h"
+#include "cpu_kernels/dot_scaled.h"
+#include "cpu_kernels/dot_tile.h"
+#include "cpu_kernels/formats/decoders.h"
+#include "cpu_kernels/gates.h"
 
 namespace moeinf {
 namespace {

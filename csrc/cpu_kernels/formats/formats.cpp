@@ -1,9 +1,9 @@
-#include "compute/formats/formats.h"
+#include "cpu_kernels/formats/formats.h"
 
 #include <array>
 
 #include "base/find_name.h"
-#include "compute/formats/decoders.h"
+#include "cpu_kernels/formats/decoders.h"
 
 namespace moeinf {
 namespace {

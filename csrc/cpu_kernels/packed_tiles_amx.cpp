@@ -7,9 +7,9 @@
 // and where a group has a minimum, it is subtracted times the sum of the group's x.
 #include <memory>
 
-#include "compute/dot_scaled.h"
-#include "compute/formats/decoders.h"
-#include "compute/tiles_amx.h"
+#include "cpu_kernels/dot_scaled.h"
+#include "cpu_kernels/formats/decoders.h"
+#include "cpu_kernels/tiles_amx.h"
 
 namespace moeinf {
 namespace {

@@ -1,7 +1,7 @@
 // Floats of eight bits: a sign, 4 bits of exponent and 3 of mantissa. 448 is the largest.
 #pragma once
 
-#include "compute/formats/plain.h"
+#include "cpu_kernels/formats/plain.h"
 
 namespace moeinf {
 namespace {

@@ -1,7 +1,7 @@
 // Floats of four bits: a sign, 2 bits of exponent and 1 of mantissa.
 #pragma once
 
-#include "compute/formats/plain.h"
+#include "cpu_kernels/formats/plain.h"
 
 namespace moeinf {
 namespace {

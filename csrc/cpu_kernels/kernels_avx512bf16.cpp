@@ -4,8 +4,8 @@
 #include <array>
 #include <bit>
 
-#include "compute/float_kernels.h"
-#include "compute/kernels_isa.h"
+#include "cpu_kernels/float_kernels.h"
+#include "cpu_kernels/kernels_isa.h"
 #include "floats/avx512.h"
 
 namespace moeinf {

@@ -1,5 +1,5 @@
 // The product of bf16 matrices on the matrix unit of x86: weights are read where they lie.
-#include "compute/tiles_amx.h"
+#include "cpu_kernels/tiles_amx.h"
 
 #include "base/dtype.h"
 

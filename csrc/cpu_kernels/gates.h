@@ -8,8 +8,8 @@
 #include <string_view>
 #include <tuple>
 
-#include "compute/float_math.h"
-#include "compute/gate.h"
+#include "cpu_kernels/float_math.h"
+#include "cpu_kernels/gate.h"
 
 namespace moeinf {
 namespace {

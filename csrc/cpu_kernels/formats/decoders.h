@@ -5,14 +5,14 @@
 
 #include <tuple>
 
-#include "compute/formats/bf16.h"
-#include "compute/formats/e2m1.h"
-#include "compute/formats/e4m3.h"
-#include "compute/formats/f16.h"
-#include "compute/formats/f32.h"
-#include "compute/formats/ggml.h"
-#include "compute/formats/int4.h"
-#include "compute/formats/int8.h"
+#include "cpu_kernels/formats/bf16.h"
+#include "cpu_kernels/formats/e2m1.h"
+#include "cpu_kernels/formats/e4m3.h"
+#include "cpu_kernels/formats/f16.h"
+#include "cpu_kernels/formats/f32.h"
+#include "cpu_kernels/formats/ggml.h"
+#include "cpu_kernels/formats/int4.h"
+#include "cpu_kernels/formats/int8.h"
 
 namespace moeinf {
 namespace {

@@ -1,6 +1,6 @@
 // AVX-512 without its bf16 products: every product in 32-bit floats.
-#include "compute/float_kernels.h"
-#include "compute/kernels_isa.h"
+#include "cpu_kernels/float_kernels.h"
+#include "cpu_kernels/kernels_isa.h"
 #include "floats/avx512.h"
 
 namespace moeinf {

@@ -2,7 +2,7 @@
 // tests for the sets. The tests are defined in kernels.cpp, because they must run on every CPU.
 #pragma once
 
-#include "compute/kernels.h"
+#include "cpu_kernels/kernels.h"
 
 namespace moeinf {
 

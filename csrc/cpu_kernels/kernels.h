@@ -11,7 +11,7 @@
 #include <string_view>
 
 #include "base/dtype.h"
-#include "compute/gate.h"
+#include "cpu_kernels/gate.h"
 #include "layout/matrix.h"
 
 namespace moeinf {

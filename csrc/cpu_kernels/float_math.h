@@ -5,7 +5,7 @@
 // exchange one for another.
 #pragma once
 
-#include "compute/kernels.h"
+#include "cpu_kernels/kernels.h"
 
 namespace moeinf {
 namespace {

@@ -20,9 +20,9 @@
 
 #include <cstring>
 
-#include "compute/float_math.h"
-#include "compute/formats/plain.h"
-#include "compute/kernels.h"
+#include "cpu_kernels/float_math.h"
+#include "cpu_kernels/formats/plain.h"
+#include "cpu_kernels/kernels.h"
 
 namespace moeinf {
 namespace {

@@ -1,6 +1,6 @@
 // AVX2 with FMA and F16C: every product in 32-bit floats.
-#include "compute/float_kernels.h"
-#include "compute/kernels_isa.h"
+#include "cpu_kernels/float_kernels.h"
+#include "cpu_kernels/kernels_isa.h"
 #include "floats/avx2.h"
 
 namespace moeinf {

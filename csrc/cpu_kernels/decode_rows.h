@@ -10,8 +10,8 @@
 #include <array>
 #include <cstring>
 
-#include "compute/dot_scaled.h"
-#include "compute/formats/ggml.h"
+#include "cpu_kernels/dot_scaled.h"
+#include "cpu_kernels/formats/ggml.h"
 
 namespace moeinf {
 namespace {

@@ -1,7 +1,7 @@
 // Integers of four bits, stored with 8 added.
 #pragma once
 
-#include "compute/formats/plain.h"
+#include "cpu_kernels/formats/plain.h"
 
 namespace moeinf {
 namespace {

@@ -11,7 +11,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "compute/kernels_isa.h"
+#include "cpu_kernels/kernels_isa.h"
 #include "floats/avx512.h"
 
 namespace moeinf {
