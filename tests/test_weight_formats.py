@@ -10,6 +10,7 @@ import torch
 from scaled_weights import EVERY, Experts, every_code, random_experts, whole
 
 from moeinf import _core
+from moeinf.checkpoint import formats
 from moeinf.checkpoint.formats import FORMATS, VALUES, WeightFormat
 from moeinf.checkpoint.layout import Layout
 from moeinf.experts.checks import DTYPES
@@ -96,6 +97,20 @@ def test_every_value_and_every_scale_is_exact(engine, seed, row: WeightFormat, d
             torch.testing.assert_close(found.double(), wanted, rtol=2**-22, atol=0)
         else:
             assert torch.equal(found, wanted.float())
+
+
+@pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
+def test_some_rows_at_a_time_are_the_whole(seed, row: WeightFormat, monkeypatch):
+    rng = random.Random(seed)
+    rows, cols = rng.randint(1, 300), whole(row, 2 * rng.randint(8, 200))
+    parts = every_code(row, rows, cols, seed)
+    stored = parts["values"].shape[1]
+    for panel in (1, rng.randint(1, 300 * stored), 70 * stored, 2**18):
+        monkeypatch.setattr(formats, "PANEL", panel)
+        found = torch.full((rows, cols), torch.nan, dtype=torch.float64)
+        for first, numbers in row.dequantise_panels(parts):
+            found[first : first + len(numbers)] = numbers
+        assert torch.equal(found, row.dequantise(parts)), (rows, cols, panel)
 
 
 @pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
