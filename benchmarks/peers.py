@@ -15,8 +15,9 @@ Memory: `100%` has no limit. A share stands for a cgroup that holds that share o
 other weights, a tenth of both, and the runtime's own libraries and buffers (RUNTIME). The page
 cache counts in it. llama.cpp maps the file, so the read-ahead of the disk decides what it reads.
 Where it can be set, a run is repeated at each `--read-ahead`. "At its best" is 4 and 8 bits: our
-packs against llama.cpp's own types, under a limit that holds the same share of *those* experts. "In
-the bytes of" another format: the memory for experts is that format's, so more of them fit.
+packs and llama.cpp's own files, opened by both, under a limit that holds the same share of *those*
+experts; moeinf keeps the other weights of such a file packed as well. "In the bytes of" another
+format: the memory for experts is that format's, so more of them fit.
 """
 
 from __future__ import annotations
@@ -146,6 +147,7 @@ def all_runs(arguments: argparse.Namespace, disk: ReadAhead) -> Iterator[Run]:
         for format in PACKS:
             yield Run("moeinf", format, share)
         for format in FTYPES if has_llama else ():
+            yield Run("moeinf", format, share)  # the same file
             yield Run("llama.cpp", format, share)
     for format in PACKS:
         yield Run("moeinf", format, SHARES[-1], of="bf16")
@@ -210,7 +212,7 @@ class Models:
 
     def of(self, run: Run) -> Path:
         name = f"{self.folder.name}-{run.format}"
-        if run.system == "llama.cpp":
+        if run.system == "llama.cpp" or run.format in FTYPES:
             path = self.directory / f"{name}.gguf"
             if run.format == "bf16":
                 from benchmarks.gguf_export import export
@@ -240,29 +242,34 @@ class Models:
     def llama(self, job: dict[str, Any], join: Any = None) -> str:
         return child([self.llama_python, "benchmarks/llama_child.py"], job, join)
 
-    def memory(self, run: Run) -> int:
+    def slots(self, run: Run) -> int:
         """Bytes of the slots of that share of the experts."""
         from moeinf.checkpoint.store import ExpertStore
 
         store = ExpertStore.open(self.of(replace(run, format=run.of or run.format)))
         return int(store.num_layers * store.num_experts * run.share / 100) * store.slot_bytes
 
+    def memory(self, run: Run) -> int | str:
+        """The budget of a run of moeinf."""
+        return f"{run.share:g}%" if run.of is None else self.slots(run)
+
     def limit(self, run: Run) -> int:
         """Of a share of the experts, and all else."""
         from moeinf.checkpoint.store import ExpertStore
 
-        if run.system == "llama.cpp":
+        path = self.of(run)
+        if path.suffix == ".gguf":
             import gguf
 
-            sizes = {one.name: int(one.n_bytes) for one in gguf.GGUFReader(self.of(run)).tensors}
+            sizes = {one.name: int(one.n_bytes) for one in gguf.GGUFReader(path).tensors}
             experts = sum(size for name, size in sizes.items() if "_exps" in name)
             dense = sum(sizes.values()) - experts
             slots = int(experts * run.share / 100)
         else:
-            store = ExpertStore.open(self.of(run))
+            store = ExpertStore.open(path)
             tensors = store.checkpoint.tensors.values()
             dense = sum(entry.nbytes for entry in tensors) - store.nbytes
-            slots = self.memory(run) + 2 * store.slot_bytes
+            slots = self.slots(run) + 2 * store.slot_bytes
         return int(1.1 * (dense + slots)) + RUNTIME.get(run.system, RUNTIME["moeinf"])
 
 
@@ -380,8 +387,10 @@ def run_child(job: dict[str, Any]) -> dict[str, Any]:
 def load_moeinf(job: dict[str, Any]) -> Any:
     import moeinf
 
-    memory = "100%" if job["resident"] else job["memory"]
-    return moeinf.load(job["model"], memory=memory, fill=job["resident"], device="cpu")
+    dense = "packed" if job["model"].endswith(".gguf") else "decoded"
+    return moeinf.load(
+        job["model"], memory=job["memory"], fill=job["resident"], dense=dense, device="cpu"
+    )
 
 
 def fill_all(model: Any) -> None:
