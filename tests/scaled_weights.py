@@ -8,8 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from moeinf.checkpoint.blocks import BLOCKS
-from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
-from moeinf.checkpoint.layout import Layout
+from moeinf.checkpoint.formats import (
+    FORMATS,
+    MULTIPLIER,
+    PLAIN_FORMATS,
+    SCALES,
+    VALUES,
+    ZEROS,
+    WeightFormat,
+)
+from moeinf.checkpoint.layout import Formats, Layout, format_of_each
 from moeinf.kernels.forms import ExpertForm, Matrix
 
 E4M3, E2M1, INT4, INT8 = (FORMATS[name] for name in ("e4m3", "e2m1", "int4", "int8"))
@@ -35,11 +43,23 @@ SCALED = {
     "int8-channel-zeros": INT8.with_scales("f16", (1, 0), zeros=True),
 }
 EVERY = {**SCALED, **{f"gguf-{name}": FORMATS[name] for name in BLOCKS}}
+# Experts whose gate and up are of two formats: gate, up and down.
+MIXED = {
+    "q4_k+q6_k": (FORMATS["q4_k"], FORMATS["q6_k"], FORMATS["q5_k"]),
+    "q8_0+q4_0": (FORMATS["q8_0"], FORMATS["q4_0"], FORMATS["q8_0"]),
+    "int4+int8": (SCALED["int4-128"], SCALED["int8-channel"], SCALED["int4-32"]),
+    "int8-zeros+int4": (SCALED["int8-32-zeros"], SCALED["int4-32"], SCALED["int4-channel-zeros"]),
+    "bf16+fp8": (FORMATS["bf16"], SCALED["fp8-channel"], FORMATS["bf16"]),
+    "fp8+bf16": (SCALED["fp8-128x128-f32"], FORMATS["bf16"], SCALED["fp8-tensor"]),
+    "nvfp4+mxfp4": (SCALED["nvfp4"], SCALED["mxfp4"], SCALED["nvfp4"]),
+    "fp8-tensor+fp8-32x32": (SCALED["fp8-tensor"], SCALED["fp8-32x32-f16"], SCALED["mxfp8"]),
+}
 
 
-def whole(row: WeightFormat, columns: int) -> int:
-    """At least so many columns as blocks of the format."""
-    return -(-columns // row.pack) * row.pack
+def whole(formats: Formats, columns: int) -> int:
+    """At least so many columns as blocks of the formats."""
+    pack = math.lcm(*(row.pack for row in format_of_each(formats)))
+    return -(-columns // pack) * pack
 
 
 def block_scales(row: WeightFormat, raw: torch.Tensor, size: float, rng: torch.Generator) -> None:
@@ -99,6 +119,10 @@ def random_bytes(tensor: torch.Tensor, rng: torch.Generator) -> None:
 def fill(matrix: Matrix, row: WeightFormat, e: int, rng: torch.Generator) -> torch.Tensor:
     """Gives slot e random weights, whose products with x of size 1 have size 1."""
     parts = {VALUES: matrix.values[e]}
+    if row in PLAIN_FORMATS.values():
+        rows, cols = matrix.values[e].shape
+        matrix.values[e] = torch.randn(rows, cols, generator=rng) / math.sqrt(cols)
+        return row.decode(matrix.values[e])
     random_bytes(matrix.values[e], rng)
     if row.unit > 1:
         blocks = matrix.values[e].unflatten(-1, (-1, row.unit))
@@ -129,7 +153,7 @@ def fill(matrix: Matrix, row: WeightFormat, e: int, rng: torch.Generator) -> tor
 
 
 def random_experts(
-    row: WeightFormat,
+    formats: Formats,
     hidden: int,
     intermediate: int,
     experts: int,
@@ -139,16 +163,15 @@ def random_experts(
 ) -> Experts:
     form = form or ExpertForm()
     rng = torch.Generator().manual_seed(seed)
-    layout = Layout.of(form, row, hidden, intermediate, interleaved=interleaved)
+    layout = Layout.of(form, formats, hidden, intermediate, interleaved=interleaved)
     pool = torch.full((experts, layout.slot_bytes), 255, dtype=torch.uint8)
     views = layout.matrices(pool)
     dense = []
     for e in range(experts):
         dense.append([])
-        for matrix in (views.gate, views.up, views.down):
-            if matrix is None:
-                continue
-            weights, bias = fill(matrix, row, e, rng), None
+        for name, placed in layout.named.items():
+            matrix = getattr(views, name)
+            weights, bias = fill(matrix, placed.format, e, rng), None
             if matrix.bias is not None:
                 matrix.bias[e] = torch.randn(matrix.bias.shape[1], generator=rng)
                 bias = matrix.bias[e].double()

@@ -90,17 +90,18 @@ def test_packed_layers_of_every_architecture(tmp_path: Path, seed: int, architec
 
 
 def test_formats_differ_between_layers_and_matrices(tmp_path: Path, seed: int) -> None:
-    """As in Q4_K_M files: some layers have their down in Q6_K."""
+    """As in Q4_K_M files: some layers have their down in Q6_K. Others mix gate and up too."""
     path, kinds = tmp_path / "model.gguf", {"blk.1.ffn_down": Kind.Q6_K, "blk.2": Kind.Q8_0}
+    kinds |= {"blk.0.ffn_up": Kind.Q5_K, "blk.0.ffn_down": Kind.BF16}
     kinds = {"norm": Kind.F32, "gate_inp": Kind.F32, **kinds}
     expected = write_gguf(path, seed=seed, experts=Kind.Q4_K, kinds=kinds, **WIDE)
     model = moeinf.load(path, device="cpu", dtype=torch.float32)
-    formats = {
-        (cache.store.layout.gate.format.name, cache.store.layout.down.format.name)
-        for cache in model.moeinf.caches
-    }
-    assert formats == {("q4_k", "q4_k"), ("q4_k", "q6_k"), ("q8_0", "q8_0")}
+    formats = {cache.store.layout.format_names for cache in model.moeinf.caches}
+    assert formats == {"q4_k, q5_k, bf16", "q4_k, q6_k", "q8_0"}
     assert difference(model, expected, seed) < 1e-4
+    ids = torch.randint(0, 97, (1, 20), generator=torch.Generator().manual_seed(seed))
+    few = moeinf.load(path, device="cpu", dtype=torch.float32, memory="30%")
+    assert torch.equal(logits(few, ids), logits(model, ids))
 
 
 def test_bits_do_not_depend_on_the_budget_or_the_policy(tmp_path: Path, seed: int) -> None:

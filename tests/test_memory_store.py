@@ -16,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 from fake_cuda_library import fake_cuda_library
-from scaled_weights import EVERY, random_experts
+from scaled_weights import EVERY, MIXED, random_experts, whole
 
 import moeinf
 from moeinf import ExpertForm, ExpertStore, Gate
 from moeinf.checkpoint.blocks import NUMBERS
+from moeinf.checkpoint.layout import Formats
 from moeinf.errors import ReadError
 
 E, H, I, T = 5, 64, 96, 7  # noqa: E741
@@ -56,12 +57,12 @@ def run(store: ExpertStore, inputs: tuple[torch.Tensor, ...], **options: Any) ->
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
-def test_every_format_passes_through(row: moeinf.WeightFormat, device: str, seed: int) -> None:
-    width = math.lcm(H, row.pack)
-    experts = random_experts(row, width, math.lcm(I, row.pack), E, seed)
+@pytest.mark.parametrize("formats", [*EVERY.values(), *MIXED.values()], ids=[*EVERY, *MIXED])
+def test_every_format_passes_through(formats: Formats, device: str, seed: int) -> None:
+    width = whole(formats, H)
+    experts = random_experts(formats, width, whole(formats, I), E, seed)
     tensors = experts.layout.views(experts.pool)
-    store = ExpertStore.from_tensors([tensors], formats=row)
+    store = ExpertStore.from_tensors([tensors], formats=formats)
     assert store.layout == experts.layout
     x, ids, weights = step(seed, width)
     found = run(store, (x, ids, weights), slots=2, device=device)

@@ -18,7 +18,15 @@ from safetensors.torch import load_file, save_file
 from scaled_weights import E2M1, E4M3, INT4, INT8, random_bytes, zero_points
 
 import moeinf
-from moeinf.checkpoint.formats import MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
+from moeinf.checkpoint.formats import (
+    FORMATS,
+    MULTIPLIER,
+    PLAIN_FORMATS,
+    SCALES,
+    VALUES,
+    ZEROS,
+    WeightFormat,
+)
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.experts.packed_linear import PackedLinear
@@ -29,6 +37,8 @@ SIZES = {"hidden_size": 64, "moe_intermediate_size": 96, "num_hidden_layers": 2}
 
 def draw(row: WeightFormat, rows: int, cols: int, rng: torch.Generator) -> Parts:
     """Random pieces of a matrix whose elements are about as large as those of a trained one."""
+    if row in PLAIN_FORMATS.values():
+        return {VALUES: (0.3 * torch.randn(rows, cols, generator=rng)).to(row.values)}
     parts = {}
     for piece, (dtype, shape) in row.segments(rows, cols).items():
         parts[piece] = torch.empty(shape, dtype=dtype)
@@ -236,12 +246,25 @@ def quantised(
     """The checkpoint with every weight whose name has `which` stored so, and with the same numbers
     in float32."""
     row, config, store = STORED[name]
+    return stored_as(plain, folder, {which: (row, store)}, config, seed)
+
+
+def stored_as(
+    plain: Path,
+    folder: Path,
+    kinds: dict[str, tuple[WeightFormat, Callable[[Parts], Parts]]],
+    config: dict[str, Any],
+    seed: int,
+) -> tuple[Path, Path]:
+    """The same by parts of names: of several that a name has, the first one counts."""
     rng = torch.Generator().manual_seed(seed)
     packed: Parts = {}
     decoded: Parts = {}
     for key, tensor in load_file(plain / "model.safetensors").items():
         fits = tensor.dim() == 2 and not (tensor.shape[0] % 8 or tensor.shape[1] % 32)
-        if which in key and key.endswith("_proj.weight") and fits:
+        kind = next((one for part, one in kinds.items() if part in key), None)
+        if kind is not None and key.endswith("_proj.weight") and fits:
+            row, store = kind
             parts = draw(row, *tensor.shape, rng)
             stem = key.removesuffix(".weight")
             packed |= {stem + end: part.clone() for end, part in store(parts).items()}
@@ -262,7 +285,8 @@ def quantised(
 
 def logits(folder: Path, tokens: int = 14, **options: Any) -> torch.Tensor:
     prompt = torch.randint(0, 97, (2, tokens // 2), generator=torch.Generator().manual_seed(3))
-    model = moeinf.load(folder, device="cpu", dtype=torch.float32, slots=4, **options)
+    budget = {} if "memory" in options else {"slots": 4}
+    model = moeinf.load(folder, device="cpu", dtype=torch.float32, **{**budget, **options})
     with torch.no_grad():
         return model(prompt).logits
 
@@ -292,6 +316,53 @@ def test_a_store_reads_each_piece_as_it_was_written(plain, tmp_path, seed, name)
             found = row.dequantise({p: t[0] for p, t in pieces.items() if t is not None}).float()
             key = f"model.layers.{layer}.mlp.experts.{expert}.{matrix}_proj.weight"
             assert torch.equal(found, numbers[key])
+
+
+PLAIN = FORMATS["bf16"], lambda parts: {".weight": parts[VALUES]}
+INT8_UP = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "config_groups": {
+        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}},
+        "group_1": {"targets": ["re:.*up_proj$"], "weights": {"num_bits": 8, "group_size": 32}},
+    },
+    "ignore": ["lm_head"],
+}
+IGNORED = {**TENSORS, "ignore": ["re:.*gate_proj$"]}
+# Gate, up and down of experts, each stored in its own way; and the configuration.
+MIXED: dict[str, tuple[list[str | None], dict[str, Any]]] = {
+    "int4 and int8": (["int4", "int8 words", "int4"], INT8_UP),
+    "bf16 and fp8": ([None, "fp8 channels", "fp8 channels"], IGNORED),
+    "nvfp4 and mxfp4": (["nvfp4", "mxfp4", "fp8 tensor"], MODELOPT),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_gate_and_up_of_two_formats(plain, tmp_path, seed, name):
+    """Equal to the decoded weights, with the same bits at any budget, and from a pack."""
+    names, config = MIXED[name]
+    rows = [PLAIN if one is None else (STORED[one][0], STORED[one][2]) for one in names]
+    words = ("gate_proj", "up_proj", "down_proj")
+    kinds = {f".{word}.": row for word, row in zip(words, rows, strict=True)}
+    packed, decoded = stored_as(plain, tmp_path, kinds, config, seed)
+    layout = ExpertStore.open(packed).layout
+    assert [one.format for one in layout.named.values()] == [row for row, _ in rows]
+    found, expected = logits(packed), logits(decoded)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+    assert torch.equal(logits(packed, slots=2), found)
+    assert torch.equal(logits(packed, memory="100%"), found)
+    moeinf.pack(packed, tmp_path / "again")
+    assert torch.equal(logits(tmp_path / "again"), found)
+
+
+def test_integers_of_two_widths_need_names(plain, tmp_path):
+    """Shapes do not say how wide integers are, and a class of modules does not where there are two
+    groups of it."""
+    packed, _ = quantised(plain, tmp_path, "int4", 0)
+    both = [{"targets": ["Linear"], "weights": {"num_bits": bits}} for bits in (4, 8)]
+    rewrite(packed, lambda tensors: None, config_groups=dict(enumerate(both)))
+    with pytest.raises(UnsupportedError, match=r"weight_packed.*integers of 4 and 8 bits"):
+        ExpertStore.open(packed)
 
 
 @pytest.mark.parametrize("name", STORED)

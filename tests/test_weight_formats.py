@@ -7,11 +7,11 @@ import random
 
 import pytest
 import torch
-from scaled_weights import EVERY, Experts, every_code, random_experts, whole
+from scaled_weights import EVERY, MIXED, Experts, every_code, random_experts, whole
 
 from moeinf import _core
 from moeinf.checkpoint.formats import FORMATS, VALUES, WeightFormat
-from moeinf.checkpoint.layout import Layout
+from moeinf.checkpoint.layout import Formats, Layout
 from moeinf.experts.checks import DTYPES
 from moeinf.experts.cpu import core_expert
 from moeinf.kernels.forms import ExpertForm, Gate
@@ -104,24 +104,38 @@ def test_every_value_and_every_scale_is_exact(engine, seed, row: WeightFormat, d
             assert torch.equal(found, wanted.float())
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_matches_the_float64_reference(engine, seed, row: WeightFormat):
+@pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
+def test_some_rows_at_a_time_are_the_whole(seed, row: WeightFormat, monkeypatch):
+    rng = random.Random(seed)
+    rows, cols = rng.randint(1, 300), whole(row, 2 * rng.randint(8, 200))
+    parts = every_code(row, rows, cols, seed)
+    stored = parts["values"].shape[1]
+    for panel in (1, rng.randint(1, 300 * stored), 70 * stored, 2**18):
+        monkeypatch.setattr("moeinf.checkpoint.formats.PANEL", panel)
+        found = torch.full((rows, cols), torch.nan, dtype=torch.float64)
+        for first, numbers in row.dequantise_panels(parts):
+            found[first : first + len(numbers)] = numbers
+        assert torch.equal(found, row.dequantise(parts)), (rows, cols, panel)
+
+
+@pytest.mark.parametrize("formats", [*ROWS.values(), *MIXED.values()], ids=[*ROWS, *MIXED])
+def test_matches_the_float64_reference(engine, seed, formats: Formats):
     rng = random.Random(seed)
     for dtype, tokens in ((d, t) for d in DTYPES for t in (1, rng.choice([2, 3, 4, 7]), 40)):
-        hidden = whole(row, 2 * rng.choice([32, 35, 352, rng.randint(8, 300)]))
-        intermediate = whole(row, 2 * rng.choice([8, 33, 352, rng.randint(8, 200)]))
-        experts = random_experts(row, hidden, intermediate, 3, rng.randrange(2**31))
+        hidden = whole(formats, 2 * rng.choice([32, 35, 352, rng.randint(8, 300)]))
+        intermediate = whole(formats, 2 * rng.choice([8, 33, 352, rng.randint(8, 200)]))
+        experts = random_experts(formats, hidden, intermediate, 3, rng.randrange(2**31))
         call = random_call(seed, tokens, hidden, 3, dtype)
         found, (expected, size) = run(engine, experts, *call), experts.expected(*call)
         error = float((found.double() - expected).abs().max() / size.max())
         assert error <= TOLERANCE[dtype], (dtype, tokens, hidden, intermediate)
 
 
-@pytest.mark.parametrize("row", ROWS.values(), ids=ROWS)
-def test_bits_do_not_depend_on_company_waves_or_threads(engine, seed, row: WeightFormat):
+@pytest.mark.parametrize("formats", [*ROWS.values(), *MIXED.values()], ids=[*ROWS, *MIXED])
+def test_bits_do_not_depend_on_company_waves_or_threads(engine, seed, formats: Formats):
     """A token's bits are the same in a part of a call of 45, and alone as among seven; for weights
     decoded once and many times."""
-    experts = random_experts(row, whole(row, 352), whole(row, 224), 2, seed)
+    experts = random_experts(formats, whole(formats, 352), whole(formats, 224), 2, seed)
     hidden, ids, weights = random_call(seed, 45, experts.layout.hidden, 2, torch.bfloat16)
     together = run(engine, experts, hidden, ids, weights)
     assert torch.equal(run(engine, experts, hidden, ids, weights, waves=True), together)

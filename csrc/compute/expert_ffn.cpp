@@ -135,7 +135,7 @@ ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const F
         if (x->product == nullptr || tiled_) continue;
         const auto arrange = x->product->arrange;
         x->rows = arrange == nullptr ? x_ : scratch_.data() + x->offset;
-        if (arrange == nullptr || (x == &up_x_ && up_x_.offset == gate_x_.offset)) continue;
+        if (arrange == nullptr || (x == &up_x_ && arrange == gate_x_.product->arrange)) continue;
         const int64_t step = std::max<int64_t>(1, kArrangeBytes / static_cast<int64_t>(row));
         engine_.pool().run((input_.tokens + step - 1) / step, [&](int64_t task) noexcept {
             const int64_t end = std::min(input_.tokens, (task + 1) * step);

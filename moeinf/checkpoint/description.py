@@ -41,9 +41,8 @@ class Described:
         yield "moeinf experts 1"
         yield f"shape {self.num_layers} {num_experts // self.num_layers} {layout.slot_bytes}"
         yield f"function {gate.function} {gate.activation} {gate.alpha} {gate.limit}"
-        for name, matrix in (("gate", layout.gate), ("up", layout.up), ("down", layout.down)):
-            if matrix is not None:
-                yield from _matrix_lines(name, matrix)
+        for name, matrix in layout.named.items():
+            yield from _matrix_lines(name, matrix)
         for offset, rows, cols, element in self.transposes:
             yield f"transpose {offset} {rows} {cols} {element}"
         for offset, nbytes, kind, negative, step in self.checks:

@@ -13,6 +13,9 @@ from moeinf.kernels.forms import ExpertForm, ExpertMatrices, Matrix
 SLOT_ALIGNMENT = 4096  # a page: what direct reads and huge pages want
 SEGMENT_ALIGNMENT = 256  # a GPU's widest loads, with room
 
+Formats = WeightFormat | tuple[WeightFormat, ...]
+"""Of all matrices; of gate and up, and of down; or of gate, of up and of down."""
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -94,8 +97,9 @@ class MatrixLayout:
 class Layout:
     """The ordered segments of an expert; `slot_bytes` is their size rounded up to 4096.
 
-    Gate and up share their segments (`gate_up`, `gate_up.scales`, `gate_up.bias`); an expert
-    without a gate has `gate` in their place. The segments of down follow.
+    Gate and up of one format share their segments (`gate_up`, `gate_up.scales`, `gate_up.bias`).
+    Of two formats, each has its own (`gate`, `gate.scales`, `up`, ...); an expert without a gate
+    has those of gate. The segments of down follow.
     """
 
     segments: tuple[Segment, ...]
@@ -107,7 +111,7 @@ class Layout:
     def of(
         cls,
         form: ExpertForm,
-        formats: WeightFormat | tuple[WeightFormat, WeightFormat],
+        formats: Formats,
         hidden: int,
         intermediate: int,
         *,
@@ -117,19 +121,46 @@ class Layout:
         """Lays out the expert's tensors one after another, each aligned.
 
         Args:
-            formats: of all matrices, or of gate and up and of down.
+            formats: see `Formats`.
             interleaved: rows of gate and up alternate; else all rows of gate come first.
             bias: dtype of the biases, where the form has them.
         """
-        first, second = formats if isinstance(formats, tuple) else (formats, formats)
-        name, parts = ("gate_up", 2) if form.has_gate else ("gate", 1)
+        of_gate, of_up, of_down = format_of_each(formats)
+        names: dict[str, tuple[WeightFormat, int]] = {"gate": (of_gate, 1)}
+        if form.has_gate and of_gate == of_up:
+            names = {"gate_up": (of_gate, 2)}
+        elif form.has_gate:
+            names["up"] = of_up, 1
+            if interleaved:
+                raise ValueError(
+                    "rows of gate and up cannot alternate where their formats differ: "
+                    f"{of_gate.name} and {of_up.name}"
+                )
         bias_dtype = bias if form.has_bias else None
         segments: list[Segment] = []
-        gate, *up = _place(
-            segments, name, first, intermediate, hidden, parts, interleaved, bias_dtype
-        )
-        (down,) = _place(segments, "down", second, hidden, intermediate, 1, False, bias_dtype)
+        found: list[MatrixLayout] = []
+        for name, (row, parts) in names.items():
+            found += _place(
+                segments, name, row, intermediate, hidden, parts, interleaved, bias_dtype
+            )
+        (down,) = _place(segments, "down", of_down, hidden, intermediate, 1, False, bias_dtype)
+        gate, *up = found
         return cls(tuple(segments), gate, up[0] if up else None, down)
+
+    @property
+    def named(self) -> dict[str, MatrixLayout]:
+        """gate, up and down by name; no up where the expert has none."""
+        every = {"gate": self.gate, "up": self.up, "down": self.down}
+        return {name: matrix for name, matrix in every.items() if matrix is not None}
+
+    @property
+    def format_names(self) -> str:
+        """Each format of the matrices once, in their order: "q4_k, q6_k"."""
+        return ", ".join(dict.fromkeys(matrix.format.name for matrix in self.named.values()))
+
+    def held_by(self, segment: Segment) -> MatrixLayout:
+        """The matrix that lies in a segment, or the first one of two."""
+        return self.named[segment.name.partition(".")[0].removesuffix("_up")]
 
     @property
     def hidden(self) -> int:
@@ -166,6 +197,12 @@ class Layout:
             up=None if self.up is None else self.up.view(pool),
             down=self.down.view(pool),
         )
+
+
+def format_of_each(formats: Formats) -> tuple[WeightFormat, ...]:
+    """Of gate, of up and of down."""
+    every = formats if isinstance(formats, tuple) else (formats, formats)
+    return every if len(every) == 3 else (every[0], *every)
 
 
 def lay_out_matrix(row: WeightFormat, rows: int, cols: int) -> tuple[int, MatrixLayout]:

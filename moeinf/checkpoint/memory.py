@@ -16,14 +16,13 @@ import numpy as np
 import torch
 
 from moeinf.checkpoint.extent import Extent
-from moeinf.checkpoint.formats import MULTIPLIER, PLAIN_FORMATS, WeightFormat
+from moeinf.checkpoint.formats import MULTIPLIER, PLAIN_FORMATS
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.held import callback, hold, hold_tensor
-from moeinf.checkpoint.layout import Layout, Segment
+from moeinf.checkpoint.layout import Formats, Layout, Segment, format_of_each
 from moeinf.errors import ReadError
 from moeinf.kernels.forms import ExpertForm
 
-Formats = WeightFormat | tuple[WeightFormat, WeightFormat]
 Array = Any
 """A tensor, an array (numpy, or anything with its interface), or (address, shape, dtype)."""
 Read = Callable[[int, int, str, memoryview], int]
@@ -71,8 +70,8 @@ def from_tensors(
         raise ValueError(f"expected as many experts in every layer, found {sorted(sizes)}")
     turned = [
         (matrix.values.offset, matrix.cols, matrix.rows, matrix.format.values.itemsize)
-        for matrix in (layout.gate, layout.up, layout.down)
-        if transposed and matrix is not None
+        for matrix in layout.named.values()
+        if transposed
     ]
     if transposed and layout.up is not None and "gate" not in first:
         (offset, cols, rows, element), _, down = turned
@@ -151,30 +150,32 @@ def _layout_of(
     transposed: bool,
 ) -> Layout:
     """The layout that the tensors of a layer fit."""
-    first_name = "gate_up" if form.has_gate and "gate" not in tensors else "gate"
-    for name in (first_name, "down", "down.bias")[: 3 if form.has_bias else 2]:
+    names: tuple[str, ...] = ("gate", "up", "down") if form.has_gate else ("gate", "down")
+    if form.has_gate and "gate" not in tensors:
+        names = "gate_up", "down"
+    for name in (*names, *(["down.bias"] if form.has_bias else [])):
         if name not in tensors:
             raise ValueError(f"expected a tensor {name!r}, found {', '.join(tensors) or 'none'}")
-    heads = [_experts_of(name, tensors[name])[0] for name in (first_name, "down")]
+    heads = [_experts_of(name, tensors[name])[0] for name in names]
     if any(head.dim() != 2 for head in heads):
-        raise ValueError(f"{first_name} and down: expected [experts, rows, columns]")
-    if interleaved and first_name == "gate" and form.has_gate:
+        raise ValueError(f"{' and '.join(names)}: expected [experts, rows, columns]")
+    if interleaved and "up" in names:
         raise ValueError("interleaved: expected gate and up in one tensor, row by row in turn")
     if formats is None:
         for head in heads:
             if head.dtype not in PLAIN_FORMATS:
                 raise ValueError(
-                    f"{first_name} and down: {head.dtype} does not say how weights are stored: "
+                    f"{' and '.join(names)}: {head.dtype} does not say how weights are stored: "
                     "give formats"
                 )
-        formats = PLAIN_FORMATS[heads[0].dtype], PLAIN_FORMATS[heads[1].dtype]
-    pair = formats if isinstance(formats, tuple) else (formats, formats)
-    if transposed and any(row not in PLAIN_FORMATS.values() for row in pair):
+        formats = tuple(PLAIN_FORMATS[head.dtype] for head in heads)
+    every = format_of_each(formats)
+    if transposed and any(row not in PLAIN_FORMATS.values() for row in every):
         raise ValueError("transposed: expected formats of one element a value, without scales")
-    rows, stored = heads[1].shape[::-1] if transposed else heads[1].shape
+    rows, stored = heads[-1].shape[::-1] if transposed else heads[-1].shape
     bias = _experts_of("down.bias", tensors["down.bias"])[0].dtype if form.has_bias else None
     return Layout.of(
-        form, pair, rows, stored // pair[1].unit * pair[1].pack,
+        form, every, rows, stored // every[-1].unit * every[-1].pack,
         interleaved=interleaved, bias=bias or torch.bfloat16,
     )  # fmt: skip
 

@@ -104,7 +104,8 @@ def _packed(
     if len(values.shape) < 2 or 0 in values.shape:
         raise CheckpointError(f"{values.path}: {values}: expected a matrix, to go with {scales}")
     second = parts.get("weight_scale_2") or parts.get("weight_global_scale")
-    row, columns = _values_row(values, scales, config)
+    weights = _stated(config, base)
+    row, columns = _values_row(values, scales, weights)
     shape = (*values.shape[:-1], columns)
     pieces, stored = {VALUES: values}, dict[str, Stored]()
     if _by_columns(row, values, scales):
@@ -116,7 +117,7 @@ def _packed(
         pieces[MULTIPLIER] = scales
         row = row.with_scales(None, None, multiplier=True)
     else:
-        block = _block(row, values, scales, shape, config)
+        block = _block(row, values, scales, shape, config, weights)
         zeros = parts.get("weight_zero_point")
         row = row.with_scales(
             SCALE_TYPES[scales.dtype], block, multiplier=second is not None, zeros=zeros is not None
@@ -160,9 +161,9 @@ def _mxfp4_blocks(base: str, blocks: TensorEntry, scales: TensorEntry) -> Packed
 
 
 def _values_row(
-    values: TensorEntry, scales: TensorEntry, config: Mapping[str, Any]
+    values: TensorEntry, scales: TensorEntry, weights: Sequence[Mapping[str, Any]]
 ) -> tuple[WeightFormat, int]:
-    """How the values are stored, and how many columns they have."""
+    """How the values are stored, and how many columns they have. `weights`: see _stated."""
     last, kind = values.shape[-1], SCALE_TYPES.get(scales.dtype)
     if kind is None:
         raise CheckpointError(
@@ -172,10 +173,14 @@ def _values_row(
     if values.dtype == "F8_E4M3":
         return FORMATS["e4m3"], last
     if values.dtype == "I32":
-        bits = _bits(config)
-        if bits in (4, 8):
+        found: set[Any] = {one.get("num_bits") for one in weights} or {4}
+        if found in ({4}, {8}):
+            bits = int(found.pop())
             return FORMATS[f"int{bits}"], 32 // bits * last
-        raise UnsupportedError(f"{values.path}: {values}: integers of {bits} bits, expected 4 or 8")
+        raise UnsupportedError(
+            f"{values.path}: {values}: integers of {' and '.join(sorted(map(str, found)))} bits, "
+            "expected 4 or 8"
+        )
     if kind in ("e8m0", "e4m3"):
         return FORMATS["e2m1"], 2 * last
     if values.dtype == "I8":
@@ -185,24 +190,37 @@ def _values_row(
     )
 
 
-def _stated(config: Mapping[str, Any], key: str) -> set[Any]:
-    """What a configuration of compressed-tensors says about its integers, group by group."""
+def _stated(config: Mapping[str, Any], module: str) -> list[Mapping[str, Any]]:
+    """What a configuration of compressed-tensors says about the integers of a module.
+
+    Its groups have targets: names, patterns of names, and classes, which count where no name does.
+    All groups count where the module is in none of them.
+    """
     groups = config.get("config_groups")
-    return {
-        group["weights"].get(key)
-        for group in (groups.values() if isinstance(groups, dict) else ())
-        if isinstance(group, dict) and isinstance(group.get("weights"), dict)
-        and group["weights"].get("type", "int") == "int"
-    }  # fmt: skip
+    by_name: list[Mapping[str, Any]] = []
+    by_class: list[Mapping[str, Any]] = []
+    every: list[Mapping[str, Any]] = []
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if not isinstance(weights, dict) or weights.get("type", "int") != "int":
+            continue
+        targets = group.get("targets")
+        names = [str(one) for one in (targets if isinstance(targets, list) else ())]
+        if any(_is_target(name, module) for name in names):
+            by_name.append(weights)
+        elif not names or not all(name.startswith("re:") or "." in name for name in names):
+            by_class.append(weights)
+        every.append(weights)
+    return by_name or by_class or every
 
 
-def _bits(config: Mapping[str, Any]) -> int:
-    found = _stated(config, "num_bits")
-    if len(found) > 1:
-        raise UnsupportedError(
-            f"packed integers of {' and '.join(sorted(map(str, found)))} bits: expected one width"
-        )
-    return int(found.pop()) if found else 4
+def _is_target(name: str, module: str) -> bool:
+    if not name.startswith("re:"):
+        return name == module
+    try:
+        return re.match(name[3:], module) is not None
+    except re.error as error:
+        raise UnsupportedError(f"config_groups: {name!r} is no pattern: {error}") from error
 
 
 def _zero_points(
@@ -233,15 +251,16 @@ def _block(
     scales: TensorEntry,
     shape: Sequence[int],
     config: Mapping[str, Any],
+    weights: Sequence[Mapping[str, Any]],
 ) -> tuple[int, int]:
-    """The rows and columns that share a scale."""
+    """The rows and columns that share a scale. `weights`: see _stated."""
     *lead, rows, cols = shape
     grid = list(scales.shape)
     if grid in ([*lead, rows], [*lead, rows, 1]):
         return 1, 0
     stated = config.get("weight_block_size")
     candidates = [(1, 16), (1, 32), (1, 64), (1, 128)]
-    sizes = _stated(config, "group_size") - {None}
+    sizes: set[Any] = {one.get("group_size") for one in weights} - {None}
     if row.name.startswith("int") and all(isinstance(one, int) and one > 0 for one in sizes):
         candidates = [(1, one) for one in sorted(sizes)] or candidates
     if row.name == "e4m3":

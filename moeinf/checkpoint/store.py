@@ -34,7 +34,6 @@ from moeinf.checkpoint.formats import (
     SCALES,
     VALUES,
     ZEROS,
-    WeightFormat,
 )
 from moeinf.checkpoint.headers import DTYPE_NAMES, FileState, TensorEntry
 from moeinf.checkpoint.held import hold_tensor
@@ -47,7 +46,7 @@ from moeinf.checkpoint.index import (
     format_of,
     piece_of,
 )
-from moeinf.checkpoint.layout import Layout, Segment
+from moeinf.checkpoint.layout import Formats, Layout, Segment
 from moeinf.checkpoint.packed import PackedEntry
 from moeinf.checkpoint.stored import Stored
 from moeinf.errors import CheckpointError, UnsupportedError
@@ -166,7 +165,7 @@ class ExpertStore:
         layers: Mapping[int, Mapping[str, Any]] | Sequence[Mapping[str, Any]],
         *,
         form: ExpertForm | None = None,
-        formats: WeightFormat | tuple[WeightFormat, WeightFormat] | None = None,
+        formats: Formats | None = None,
         top_k: int | None = None,
         interleaved: bool = False,
         transposed: bool = False,
@@ -183,8 +182,9 @@ class ExpertStore:
                 has them (shapes: `WeightFormat.segments`). Each is a tensor, an array (numpy, or
                 anything with its interface), raw memory as (address, shape, dtype), or a list of
                 these, one for each expert. An expert's elements lie side by side.
-            formats: how weights are stored, of all matrices or of gate and up and of down; without
-                it, what the dtypes say. Other dtypes of the same width pass as bytes.
+            formats: how weights are stored: of all matrices; of gate and up, and of down; or of
+                gate, of up and of down. Without it, what the dtypes say. Other dtypes of the same
+                width pass as bytes. Gate and up of two formats are two tensors.
             top_k: experts a token is routed to, where known.
             interleaved: rows of gate and up alternate in gate_up; else gate comes first.
             transposed: gate_up is [E, H, 2I] and down [E, I, H].
@@ -208,7 +208,7 @@ class ExpertStore:
         num_experts: int,
         hidden: int,
         intermediate: int,
-        formats: WeightFormat | tuple[WeightFormat, WeightFormat] = FORMATS["bf16"],
+        formats: Formats = FORMATS["bf16"],
         form: ExpertForm | None = None,
         top_k: int | None = None,
         interleaved: bool = False,
@@ -267,7 +267,7 @@ class ExpertStore:
     @property
     def num_parameters(self) -> int:
         """Weights and biases of all experts."""
-        matrices = [m for m in (self.layout.gate, self.layout.up, self.layout.down) if m]
+        matrices = self.layout.named.values()
         expert = sum(m.rows * (m.cols + (m.bias is not None)) for m in matrices)
         return expert * self.num_layers * self.num_experts
 
@@ -387,12 +387,14 @@ class ExpertStore:
             new = Stored(code=code, bits=bits, plus=plus).read(raw.clone(), (), rows)
             slot[0, offset : offset + len(new)] = new
         found = {name: view[0] for name, view in self.layout.views(slot).items()}
-        for name, layout in (("gate_up", self.layout.gate), ("down", self.layout.down)):
-            pieces = {VALUES: layout.values, SCALES: layout.scales}
-            layout.format.refuse(
-                {piece: found[rows.segment.name] for piece, rows in pieces.items() if rows},
-                f"{self.modules[layer]}, expert {expert}, {name}",
-            )
+        for segment in self.layout.segments:
+            if "." not in segment.name:
+                held = self.layout.held_by(segment)
+                pieces = {VALUES: held.values, SCALES: held.scales}
+                held.format.refuse(
+                    {piece: found[rows.segment.name] for piece, rows in pieces.items() if rows},
+                    f"{self.modules[layer]}, expert {expert}, {segment.name}",
+                )
         return found
 
     def _transposes(self) -> list[tuple[int, int, int, int]]:
@@ -437,8 +439,8 @@ class ExpertStore:
         """Where a slot has numbers that must be finite: see WeightFormat.number_types."""
         found = []
         for segment in self.layout.segments:
-            matrix, _, piece = segment.name.partition(".")
-            held = self.layout.down if matrix == "down" else self.layout.gate
+            _, _, piece = segment.name.partition(".")
+            held = self.layout.held_by(segment)
             types = held.format.number_types()
             if (piece or VALUES) in types:
                 kind, negative = types[piece or VALUES]
@@ -567,7 +569,7 @@ class ExpertStore:
             if stored.entry.dtype not in FLOATS:
                 raise CheckpointError(f"{stored}: expected one of {', '.join(FLOATS)}")
             bias = FLOATS[stored.entry.dtype]
-        formats = format_of(first, self._matrices[0]), format_of(first, "down")
+        formats = tuple(format_of(first, matrix) for matrix in self._matrices)
         hidden, intermediate = down.shape
         try:
             layout = Layout.of(
@@ -649,6 +651,6 @@ def _places(
     places = []
     for segment in layout.segments:
         name, _, piece = segment.name.partition(".")
-        held = matrices[-1:] if name == "down" else matrices[:-1]
+        held = (name,) if name in matrices else matrices[:-1]
         places.append((segment, held, piece or VALUES))
     return places

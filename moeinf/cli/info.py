@@ -89,7 +89,7 @@ def _of_store(store: ExpertStore) -> dict[str, Any]:
         "activation": gate.activation,
         "has_gate": store.form.has_gate,
         "has_bias": store.form.has_bias,
-        "format": store.layout.down.format.name,
+        "format": store.layout.format_names,
         "segments": [
             {
                 "name": segment.name,

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 from moeinf.cache.cache import ExpertCache
+from moeinf.checkpoint.store import ExpertStore
+from moeinf.errors import UnsupportedError
 from moeinf.experts import torch_products
 from moeinf.experts.checks import check_tensors
 from moeinf.experts.marks import Marks
@@ -41,10 +43,14 @@ class CudaExperts:
         self.is_fake = self.streams.is_fake
         self.device = cache.device
         self.hidden = self.store.layout.hidden
-        down = self.store.layout.down.format
-        # None: tokens of any dtype.
-        self.dtype = down.values if down.values in PLAIN_FORMATS else None
         self._triton = _triton_kernels(on_cpu=self.is_fake)
+        self.dtype = _dtype_of_tokens(self.store)
+        layout = self.store.layout
+        if self._triton is not None and layout.up and layout.up.format != layout.gate.format:
+            raise UnsupportedError(
+                f"{self.store.paths[0]}: {self.store.modules[0]}: gate in {layout.gate.format.name}"
+                f" and up in {layout.up.format.name}: the kernels for GPUs take one format"
+            )
         cache.kernels = "torch" if self._triton is None else "triton"
         self._lock = threading.Lock()  # of the matrices
         self._matrices = self.store.layout.matrices(torch.from_dlpack(self.core.leased_rows()))
@@ -171,6 +177,23 @@ class CudaExperts:
                 self._matrices = self.store.layout.matrices(rows)
                 self._slots = slots
             return self._matrices
+
+
+def _dtype_of_tokens(store: ExpertStore) -> torch.dtype | None:
+    """That of matrices with one element per value and no scales; None where there are none: tokens
+    of any dtype. Raises UnsupportedError for two dtypes: the kernels multiply what is alike."""
+    found = {
+        name: matrix.format.values
+        for name, matrix in store.layout.named.items()
+        if matrix.format.values in PLAIN_FORMATS and not matrix.format.scaled
+    }
+    if len(set(found.values())) > 1:
+        raise UnsupportedError(
+            f"{store.paths[0]}: {store.modules[0]}: expected matrices without scales in one dtype "
+            "on a GPU, found "
+            + ", ".join(f"{name} in {PLAIN_FORMATS[dtype]}" for name, dtype in found.items())
+        )
+    return next(iter(found.values()), None)
 
 
 def _triton_kernels(*, on_cpu: bool) -> Any:

@@ -58,7 +58,7 @@ class PackPlan:
             for name, entry in read_header(checkpoint.path / file).items()
         }
         stores = stores_of(checkpoint)
-        plain = {store.layout.down.format.name for store in stores} == {format}
+        plain = {store.layout.format_names for store in stores} == {format}
         if format is None or plain:
             experts: list[Part] = _as_they_are(stores, raw)
             used = {spec.name for part in experts for spec in part.specs}

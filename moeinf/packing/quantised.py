@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from moeinf.checkpoint.formats import MULTIPLIER
-from moeinf.checkpoint.layout import Layout, MatrixLayout
+from moeinf.checkpoint.layout import Layout
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.kernels.forms import Gate
@@ -79,13 +79,8 @@ class QuantisedExpert(Part):
     @property
     def _specs(self) -> dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]]:
         """Matrix -> piece -> dtype and shape."""
-        matrices = self._matrices()
+        matrices = self.store.layout.named
         return {name: self.target.specs(one.rows, one.cols) for name, one in matrices.items()}
-
-    def _matrices(self) -> dict[str, MatrixLayout]:
-        layout = self.store.layout
-        found = {"gate": layout.gate, "up": layout.up, "down": layout.down}
-        return {name: matrix for name, matrix in found.items() if matrix is not None}
 
     def make(self) -> tuple[dict[str, torch.Tensor], Judged | None]:
         """The tensors by name, and the error where this is one of the experts that are judged.
@@ -95,7 +90,7 @@ class QuantisedExpert(Part):
         """
         segments = self.store.read(self.layer, self.expert)
         weights = {}
-        for name, matrix in self._matrices().items():
+        for name, matrix in self.store.layout.named.items():
             rows = matrix.values
             part = segments[rows.segment.name][rows.first :: rows.step][: rows.count]
             weights[name] = part.float()

@@ -42,9 +42,8 @@ class ModelCosts:
     def layouts(self) -> dict[str, Layout]:
         """The layout of an expert of the first store, by format: its own, and those of a pack."""
         store = self.stores[0]
-        own = store.layout.down.format
-        found = {own.name: store.layout}
-        if own in PLAIN_FORMATS.values():
+        found = {store.layout.format_names: store.layout}
+        if all(one.format in PLAIN_FORMATS.values() for one in store.layout.named.values()):
             for name in TARGETS:
                 try:
                     layout = quantised_layout(store, TARGETS[name])
