@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--read-ahead", type=int, nargs="*", default=[128, 512], help="KiB")
     parser.add_argument("--small", action="store_true", help="the built-in model, in a minute")
-    parser.add_argument("--only", default="", help="runs whose name contains this")
+    parser.add_argument("--only", nargs="*", default=[""], help="runs whose name contains one")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -91,7 +91,8 @@ def main() -> None:
         folder = arguments.dir / f"qwen3-30b-a3b-{arguments.layers}-layers-{arguments.vocabulary}"
         write_random_checkpoint(folder, geometry)
     models = Models(folder, arguments.dir, arguments.llama_python)
-    runs = [run for run in all_runs(arguments, models.disk) if arguments.only in run.name]
+    wanted = all_runs(arguments, models.disk)
+    runs = [run for run in wanted if any(part in run.name for part in arguments.only)]
     measured: dict[Run, list[dict[str, Any]]] = {run: [] for run in runs}
     job = tokens_of(folder, arguments)
     for number in range(arguments.rounds):

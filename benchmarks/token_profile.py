@@ -2,11 +2,12 @@
 
     python -m benchmarks.token_profile --json benchmarks/results/token_profile.json
 
-Models: the built-in one, and random weights with the geometry of Qwen3-30B-A3B, 5 of its 48 layers,
-at two sizes of the vocabulary. One round decodes the same tokens twice, as `linear="torch"` and as
-`linear="auto"` do, and measures how fast the threads read memory. The result is of each side's
-fastest token. Timers stand around modules and functions; a part's time is its own, less that of the
-parts inside it. `rest` is what no timer sees: Python, and operators between modules.
+Models: the built-in one; 24 layers so narrow that the host's own time is all there is; and random
+weights with the geometry of Qwen3-30B-A3B, 5 of its 48 layers, at two sizes of the vocabulary. One
+round decodes the same tokens twice, with the linear layers and norms of `linear="torch"` and with
+those of `linear="auto"`, and measures how fast the threads read memory. The result is of each
+side's fastest token. Timers stand around modules and functions; a part's time is its own, less that
+of the parts inside it. `rest` is what no timer sees: Python, and operators between modules.
 
 Bytes that must move: every dense matrix of the decoder once, and the experts of the token.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -134,20 +136,27 @@ def fill(model: Any) -> None:
             lease.release()
 
 
-SIDES = {"torch": torch.nn.Linear, "moeinf": linear.Linear}
+SIDES = ("torch", "moeinf")
+NARROW = Geometry(
+    hidden=64, intermediate=64, layers=24, heads=4, kv_heads=2, head_dim=16, vocabulary=256
+)
 
 
 def profile(name: str, folder: Path, rounds: int, tokens: int) -> list[dict[str, Any]]:
     model: Any = moeinf.load(folder, device="cpu", memory="100%")
     fill(model)
-    layers = [one for one in model.modules() if type(one) is linear.Linear]
+    layers: list[Any] = [
+        one for one in model.modules() if type(one) is linear.Linear or hasattr(one, "moeinf_norm")
+    ]
+    ours = [type(one) for one in layers]
+    classes = {"moeinf": ours, "torch": [one.__bases__[-1] for one in ours]}
     limit = ReadLimit(default_engine(), HugeArea(512 << 20).bytes.fill_(1))
     timers = Timers()
     seconds = dict.fromkeys(SIDES, float("inf"))
     parts: dict[str, tuple[float, dict[str, float]]] = {side: (float("inf"), {}) for side in SIDES}
     for _ in range(rounds):
-        for side, kind in SIDES.items():
-            for one in layers:
+        for side in SIDES:
+            for one, kind in zip(layers, classes[side], strict=True):
                 one.__class__ = kind
             torch_threads.FEW_TOKENS = 0 if side == "torch" else FEW_TOKENS
             time.sleep(PAUSE)
@@ -183,6 +192,9 @@ def main() -> None:
     parser.add_argument("--json", help="also write the results to this file")
     arguments = parser.parse_args()
     rows = profile("built-in", POCKET, arguments.rounds, 4 * arguments.tokens)
+    with tempfile.TemporaryDirectory() as place:
+        write_random_checkpoint(Path(place), NARROW)
+        rows += profile("24 layers of 64 columns", Path(place), arguments.rounds, arguments.tokens)
     for vocabulary in arguments.vocabulary:
         geometry = Geometry(vocabulary=vocabulary, layers=arguments.layers)
         place = arguments.dir or folder_for(geometry) or Path("/var/tmp")
@@ -190,7 +202,7 @@ def main() -> None:
         write_random_checkpoint(folder, geometry)
         name = f"Qwen3-30B-A3B, {arguments.layers} layers, vocabulary {vocabulary:,}"
         rows += profile(name, folder, arguments.rounds, arguments.tokens)
-    columns = {"model": ("model", ""), "by": ("linear by", ""), "token_ms": ("ms a token", ".2f")}
+    columns = {"model": ("model", ""), "by": ("by", ""), "token_ms": ("ms a token", ".2f")}
     columns |= {"limit_ms": ("limit", ".2f"), "share_of_limit": ("share", ".2f")}
     print_table(rows, columns | {part: (part, ".2f") for part in PARTS})
     if arguments.json:

@@ -481,6 +481,11 @@ class LinearWeight:
 
     def __init__(self, matrix: Matrix) -> None: ...
 
+class RmsNorm:
+    """How a norm is computed; see csrc/compute/rms_norm.h."""
+
+    def __init__(self, epsilon: float, offset: float, rounds_first: bool) -> None: ...
+
 def activations() -> list[str]:
     """The activations of the gate functions."""
 
@@ -515,16 +520,15 @@ def fused_experts(
     hidden: typing.Any,
     topk_ids: typing.Any,
     topk_weights: typing.Any,
-    out: typing.Any,
     layer: int,
     prefill: bool,
     new_sequence: bool,
     caller: int,
     sequences: int,
     scratch_bytes: int,
-) -> bool:
-    """Writes [tokens, hidden] to the tensor `out`; see moeinf.fused_experts. False for tensors that
-    are not contiguous ones in RAM of the right shapes and types."""
+) -> typing.Any:
+    """A new tensor [tokens, hidden]; see moeinf.fused_experts. None for tensors that are not
+    contiguous ones in RAM of the right shapes and types."""
 
 def fused_experts_raw(
     engine: CpuEngine,
@@ -542,32 +546,26 @@ def gate_functions() -> list[str]:
 
 def linear(
     engine: CpuEngine,
-    dtype: DType,
-    weight: int,
-    rows: int,
-    cols: int,
-    stride: int,
-    bias: int,
-    x: int,
-    tokens: int,
-    x_stride: int,
-    out: int,
-) -> None:
-    """Writes x @ weight^T + bias to [tokens, rows] at the address `out`, all of one dtype. Strides
-    are in elements; a bias of 0 is none."""
+    x: typing.Any,
+    weight: typing.Any,
+    bias: typing.Any,
+    out: typing.Any,
+    most: int,
+    most_of_bf16: int,
+) -> typing.Any:
+    """x @ weight^T + bias as a tensor [..., rows]: `out`, or a new one where that is None. None for
+    more tokens than the most, and for tensors that are not rows of numbers of one type in
+    RAM."""
 
 def packed_linear(
     engine: CpuEngine,
-    dtype: DType,
+    x: typing.Any,
     weight: LinearWeight,
-    base: int,
-    bias: int,
-    x: int,
-    tokens: int,
-    x_stride: int,
-    out: int,
-) -> None:
-    """The same with a weight whose offsets count from the address `base`."""
+    packed: typing.Any,
+    bias: typing.Any,
+    out: typing.Any,
+) -> typing.Any:
+    """The same with a weight whose offsets count from the first byte of `packed`."""
 
 def policy_names() -> list[str]:
     """What `policy` may be."""
@@ -584,6 +582,10 @@ def promised_memory() -> int:
 def read_bandwidth(path: str, seconds: float = 1.0) -> dict:
     """Sequential read rates of a file, or of a folder's largest file: path, direct,
     bytes_per_second (the best) and ways (request_bytes, in_flight, bytes_per_second each)."""
+
+def rms_norm(engine: CpuEngine, norm: RmsNorm, x: typing.Any, weight: typing.Any) -> typing.Any:
+    """The norm of each row of x as a new tensor. None for tensors that are not rows of numbers of
+    one type in RAM."""
 
 def simulate(
     experts: typing.Annotated[numpy.typing.ArrayLike, numpy.int16],

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moeinf import _core
+from moeinf.cache import disk_tuning
 from moeinf.cpus import allowed_cpus, cpu_name, cpu_quota, numa_nodes, usable_cpus
 from moeinf.errors import CapacityError, UnsupportedError
 from moeinf.memory_read import memory_read_bandwidth
@@ -70,7 +71,7 @@ def missing(facts: dict[str, Any]) -> list[str]:
 
 
 def _disk(folder: Path) -> dict[str, Any]:
-    """The rate of large sequential reads of a sample file in that folder, or why there is none."""
+    """How fast a sample file in that folder is read, at most and expert by expert; or why not."""
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".moeinf-doctor-") as file:
             block = os.urandom(2**20)
@@ -81,10 +82,11 @@ def _disk(folder: Path) -> dict[str, Any]:
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
             measured = _core.read_bandwidth(file.name, 1.0)
+            reader = disk_tuning.measure(Path(file.name))
     except OSError as error:
         reason = f"a sample file of {DISK_SAMPLE_BYTES:,} bytes: {error.strerror or error}"
         return {"folder": str(folder), "failed": reason}
-    return {"folder": str(folder), **measured}
+    return {"folder": str(folder), **measured, "reader": reader}
 
 
 def _io_uring() -> bool:

@@ -206,11 +206,13 @@ def test_info_describes_the_experts() -> None:
 
 
 def test_doctor_measures_this_machine(tmp_path: Path) -> None:
-    facts = json.loads(moeinf("doctor", str(tmp_path), "--json").stdout)
+    (tmp_path / "disk").mkdir()
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    facts = json.loads(moeinf("doctor", str(tmp_path / "disk"), "--json", env=env).stdout)
     assert facts["memory_read_bandwidth"] > 1e8
     assert facts["disk"]["bytes_per_second"] > 1e6
     assert facts["cpu_kernels"][facts["cpu_kernel_used"]] is True
-    assert not list(tmp_path.iterdir()), "the sample file is removed"
+    assert not list((tmp_path / "disk").iterdir()), "the sample file is removed"
 
 
 def test_bad_traces_and_budgets_are_one_line_too(tmp_path: Path) -> None:

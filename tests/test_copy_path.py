@@ -14,7 +14,7 @@ from fake_cuda_library import fake_cuda_library
 
 import moeinf
 from moeinf import _core
-from moeinf.cache import gather_tuning
+from moeinf.cache import gather_tuning, measured
 from moeinf.cli import doctor
 
 LATENCY_NS = 2_000_000
@@ -51,7 +51,7 @@ def test_a_checkout_built_in_place_has_no_version_and_needs_none(
     def none(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(gather_tuning, "version", none)
+    monkeypatch.setattr(measured, "version", none)
     assert "never measured here" in path_of(store)
     gather_tuning.store(_core.CudaDevice(0), {"gather_below": 300, "rows": []})
     assert "gather up to 300 bytes" in path_of(store)
@@ -96,8 +96,8 @@ def test_what_doctor_measures_the_cache_uses(
     copies = json.loads(capsys.readouterr().out)["cuda"]["devices"][0]["copies"]
     assert copies["gather_below"] == 65536
     assert [row["nbytes"] for row in copies["rows"]] == [4096, 65536]
-    assert Path(copies["kept_in"]) == gather_tuning.path()
-    assert gather_tuning.path().is_relative_to(tmp_path)
+    assert Path(copies["kept_in"]) == gather_tuning.KEPT.path()
+    assert gather_tuning.KEPT.path().is_relative_to(tmp_path)
     assert path_of(store) == "gather up to 65536 bytes, dma above (measured by doctor)"
     assert path_of(store, gather_below=0) == "dma (as asked)"
     assert path_of(store, gather_below=512) == "gather up to 512 bytes, dma above (as asked)"
@@ -129,8 +129,8 @@ def test_it_counts_for_its_device_and_driver_alone(
 def test_a_damaged_or_foreign_file_is_said_and_passed_over(
     content: str, store: moeinf.ExpertStore
 ) -> None:
-    gather_tuning.path().parent.mkdir(parents=True)
-    gather_tuning.path().write_bytes(content.encode(errors="surrogateescape"))
+    gather_tuning.KEPT.path().parent.mkdir(parents=True)
+    gather_tuning.KEPT.path().write_bytes(content.encode(errors="surrogateescape"))
     with pytest.warns(UserWarning, match=r"gather\.json.*copied by DMA.*doctor"):
         assert "dma" in path_of(store)
     with pytest.warns(UserWarning, match=r"gather\.json"):  # and mended by the next measurement

@@ -35,10 +35,8 @@ def engine(request: pytest.FixtureRequest) -> _core.CpuEngine:
 def raw(engine, x, weight, bias=None) -> torch.Tensor:
     """The C++ function; rows of x and of weight may have gaps between them."""
     out = torch.full((x.shape[0], weight.shape[0]), math.nan, dtype=x.dtype)
-    _core.linear(
-        engine, DTYPES[x.dtype], weight.data_ptr(), *weight.shape, weight.stride(0),
-        0 if bias is None else bias.data_ptr(), x.data_ptr(), len(x), x.stride(0), out.data_ptr(),
-    )  # fmt: skip
+    found = _core.linear(engine, x, weight, bias, out, len(x), len(x))
+    assert found is out
     return out
 
 
@@ -113,9 +111,19 @@ def test_the_core_refuses_calls_that_make_no_sense() -> None:
     x, weight = torch.zeros(MOST + 1, 8), torch.zeros(4, 8)
     with pytest.raises(ValueError, match=f"expected 0 to {MOST} tokens, got {MOST + 1}"):
         raw(engine, x, weight)
-    with pytest.raises(ValueError, match="4 x 8 in rows of 0 bytes"):
-        raw(engine, x[:1], weight[:1].expand(4, 8))
-    raw(engine, x[:0], weight)
+    for call in (
+        (x[:1], weight[:1].expand(4, 8), None),
+        (x[:1, :7], weight, None),
+        (x[:0], weight, None),
+        (x[:3], weight, None),
+        (x[:1].bfloat16(), weight, None),
+        (x[:1], weight, torch.zeros(3)),
+        (x[:1], weight, torch.zeros(8)[::2]),
+        (x[:1].to("meta"), weight, None),
+        (x[:1], weight[0], None),
+    ):
+        assert _core.linear(engine, *call, None, 2, 2) is None
+    assert _core.linear(engine, x[:2], weight, None, None, 2, 2).shape == (2, 4)
 
 
 class Seen(TorchDispatchMode):

@@ -63,10 +63,7 @@ class Case:
 
 def raw(engine: _core.CpuEngine, case: Case, x: torch.Tensor, bias: Any) -> torch.Tensor:
     out = torch.full((len(x), case.form.rows), math.nan, dtype=x.dtype)
-    _core.packed_linear(
-        engine, DTYPES[x.dtype], case.form.core, case.packed.data_ptr(),
-        0 if bias is None else bias.data_ptr(), x.data_ptr(), len(x), x.shape[1], out.data_ptr(),
-    )  # fmt: skip
+    assert _core.packed_linear(engine, x, case.form.core, case.packed, bias, out) is out
     return out
 
 

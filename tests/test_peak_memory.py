@@ -33,6 +33,39 @@ model.generate(torch.arange(1, 33)[None], max_new_tokens=4, do_sample=False)
 print(json.dumps({"peak": resident("VmHWM") - before, "stats": model.moeinf.stats()}))
 """
 
+# Decodes a matrix of zeros, then a large one.
+DECODE = """
+import sys
+from pathlib import Path
+from moeinf.checkpoint.folder import read_tensor
+from moeinf.checkpoint.formats import FORMATS, VALUES
+from moeinf.checkpoint.headers import FileState, TensorEntry
+from moeinf.checkpoint.packed_entry import make_entry
+
+def resident(field):
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+
+file, row = Path(sys.argv[1]), FORMATS["q6_k"]
+
+def entry(rows):
+    nbytes = rows * 8 * row.unit
+    with file.open("ab") as opened:
+        opened.truncate(nbytes)
+    state = FileState.of(file, file.stat())
+    values = TensorEntry("weight", state, "U8", (rows, 8 * row.unit), 0, nbytes)
+    return make_entry("weight", row, (rows, 2048), {VALUES: values})
+
+read_tensor(entry(256))
+large = entry(20_000)
+Path("/proc/self/clear_refs").write_text("5")
+before = resident("VmRSS")
+found = read_tensor(large)
+assert found.count_nonzero() == 0 and found.shape == (20_000, 2048)
+print((resident("VmHWM") - before) / (found.nbytes + large.nbytes))
+"""
+
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="reads the peak from /proc/self/status"
@@ -86,3 +119,14 @@ def test_fused_transposed_experts_are_never_held_whole(tmp_path: Path) -> None:
         model = GptOssForCausalLM._from_config(config, dtype=torch.bfloat16)
         model.save_pretrained(tmp_path / name)
     assert_within_budget(tmp_path / "tiny", tmp_path / "large", 160 << 20)
+
+
+def test_a_packed_matrix_is_decoded_some_rows_at_a_time(tmp_path: Path) -> None:
+    """The largest matrix of a model is its embedding: a second copy of it may be too much."""
+    child = subprocess.run(
+        [sys.executable, "-c", DECODE, str(tmp_path / "matrix")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(child.stdout) < 1.3

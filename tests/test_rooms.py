@@ -72,7 +72,7 @@ PYTHON = {
     "moeinf/server": "moeinf/cache moeinf/integrations",
     "moeinf/native": "",
     "moeinf/memory_read": "moeinf/_core",
-    "moeinf/machine": "moeinf/_core moeinf/errors moeinf/cpus moeinf/memory_read",
+    "moeinf/machine": "moeinf/_core moeinf/errors moeinf/cpus moeinf/cache moeinf/memory_read",
     "moeinf/cli": "moeinf/_core moeinf/errors moeinf/checkpoint moeinf/traces moeinf/cache "
     "moeinf/integrations moeinf/packing moeinf/planning moeinf/report moeinf/pocket "
     "moeinf/server moeinf/machine moeinf/output_files moeinf/profiles",

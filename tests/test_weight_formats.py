@@ -98,6 +98,20 @@ def test_every_value_and_every_scale_is_exact(engine, seed, row: WeightFormat, d
             assert torch.equal(found, wanted.float())
 
 
+@pytest.mark.parametrize("row", EVERY.values(), ids=EVERY)
+def test_some_rows_at_a_time_are_the_whole(seed, row: WeightFormat, monkeypatch):
+    rng = random.Random(seed)
+    rows, cols = rng.randint(1, 300), whole(row, 2 * rng.randint(8, 200))
+    parts = every_code(row, rows, cols, seed)
+    stored = parts["values"].shape[1]
+    for panel in (1, rng.randint(1, 300 * stored), 70 * stored, 2**18):
+        monkeypatch.setattr("moeinf.checkpoint.formats.PANEL", panel)
+        found = torch.full((rows, cols), torch.nan, dtype=torch.float64)
+        for first, numbers in row.dequantise_panels(parts):
+            found[first : first + len(numbers)] = numbers
+        assert torch.equal(found, row.dequantise(parts)), (rows, cols, panel)
+
+
 @pytest.mark.parametrize("formats", [*EVERY.values(), *MIXED.values()], ids=[*EVERY, *MIXED])
 def test_matches_the_float64_reference(engine, seed, formats: Formats):
     rng = random.Random(seed)

@@ -29,18 +29,27 @@ struct DLManagedTensor {
     void (*deleter)(DLManagedTensor*);
 };
 
-// The table of functions behind a type's `__dlpack_c_exchange_api__`; those that come after these
-// are not used.
 struct DLPackVersion {
     uint32_t major;
     uint32_t minor;
 };
+struct DLManagedTensorVersioned {
+    DLPackVersion version;
+    void* manager_ctx;
+    void (*deleter)(DLManagedTensorVersioned*);
+    uint64_t flags;
+    DLTensor dl_tensor;
+};
+
+// The table of functions behind a type's `__dlpack_c_exchange_api__`; those that come after these
+// are not used.
 struct DLPackExchange {
     DLPackVersion version;
     DLPackExchange* older;
     void* allocate;
     void* owned_from_object;
-    void* owned_to_object;
+    int (*owned_to_object)(DLManagedTensorVersioned* tensor,
+                           void** object);  // takes the tensor; -1: Python's error is set
     int (*tensor_from_object)(void* object,
                               DLTensor* tensor);  // borrows; -1: Python's error is set
 };

@@ -12,24 +12,19 @@ namespace py = pybind11;
 namespace moeinf {
 namespace {
 
-// False, and nothing is done, for tensors that are not plain ones of the right shapes and types:
+// None, and nothing is done, for tensors that are not plain ones of the right shapes and types:
 // the caller then says what is wrong, or makes them plain.
-bool fused_experts_of(ExpertCache& cache, CpuEngine& engine, const ExpertFfn& expert,
-                      py::handle hidden, py::handle topk_ids, py::handle topk_weights,
-                      py::handle out, LayerId layer, bool prefill, bool new_sequence,
-                      int64_t caller, int64_t sequences, size_t scratch_bytes) {
+py::object fused_experts_of(ExpertCache& cache, CpuEngine& engine, const ExpertFfn& expert,
+                            py::handle hidden, py::handle topk_ids, py::handle topk_weights,
+                            LayerId layer, bool prefill, bool new_sequence, int64_t caller,
+                            int64_t sequences, size_t scratch_bytes) {
     const TensorView x(hidden);
     const TensorView ids(topk_ids);
     const TensorView weights(topk_weights);
-    const TensorView y(out);
     const bool plain = x.is_plain_matrix(expert.hidden()) && ids.is_plain_matrix() &&
-                       weights.is_plain_matrix(ids.columns()) &&
-                       y.is_plain_matrix(expert.hidden()) && ids.rows() == x.rows() &&
-                       weights.rows() == x.rows() && y.rows() == x.rows();
-    if (!plain || !x.floats() || y.floats() != x.floats() || !weights.floats() ||
-        !ids.ints_of_64()) {
-        return false;
-    }
+                       weights.is_plain_matrix(ids.columns()) && ids.rows() == x.rows() &&
+                       weights.rows() == x.rows();
+    if (!plain || !x.floats() || !weights.floats() || !ids.ints_of_64()) return py::none();
     const FfnInput input{.hidden = x.data(),
                          .hidden_dtype = *x.floats(),
                          .topk_ids = ids.data(),
@@ -40,9 +35,11 @@ bool fused_experts_of(ExpertCache& cache, CpuEngine& engine, const ExpertFfn& ex
                          .top_k = ids.columns(),
                          .num_experts = cache.catalog().num_experts()};
     const PassOfStep pass{layer, prefill, new_sequence, caller, sequences, scratch_bytes};
+    py::object out = x.new_rows(expert.hidden());
+    void* y = TensorView(out).data();
     const py::gil_scoped_release unlocked;
-    fused_experts(cache, engine, expert, input, pass, y.data(), *y.floats());
-    return true;
+    fused_experts(cache, engine, expert, input, pass, y, *x.floats());
+    return out;
 }
 
 }  // namespace
@@ -50,10 +47,10 @@ bool fused_experts_of(ExpertCache& cache, CpuEngine& engine, const ExpertFfn& ex
 void bind_fused_experts(py::module_& module) {
     module.def("fused_experts", &fused_experts_of, py::arg("cache"), py::arg("engine"),
                py::arg("expert"), py::arg("hidden"), py::arg("topk_ids"), py::arg("topk_weights"),
-               py::arg("out"), py::arg("layer"), py::arg("prefill"), py::arg("new_sequence"),
-               py::arg("caller"), py::arg("sequences"), py::arg("scratch_bytes"),
-               "Writes [tokens, hidden] to the tensor `out`; see moeinf.fused_experts. False for "
-               "tensors that are not contiguous ones in RAM of the right shapes and types.");
+               py::arg("layer"), py::arg("prefill"), py::arg("new_sequence"), py::arg("caller"),
+               py::arg("sequences"), py::arg("scratch_bytes"),
+               "A new tensor [tokens, hidden]; see moeinf.fused_experts. None for tensors that are "
+               "not contiguous ones in RAM of the right shapes and types.");
 }
 
 }  // namespace moeinf

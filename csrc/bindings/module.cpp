@@ -19,6 +19,7 @@ PYBIND11_MODULE(_core, module) {
     moeinf::bind_probe(module);
     moeinf::bind_fused_experts(module);
     moeinf::bind_linear(module);
+    moeinf::bind_rms_norm(module);
     module.def(
         "promised_memory", &moeinf::promised_memory,
         "Bytes of RAM that caches of this process have and that nothing has touched so far.");

@@ -1,5 +1,12 @@
 #include "bindings/tensor_view.h"
 
+#include <array>
+#include <cstdlib>
+#include <memory>
+#include <new>
+
+#include "base/sizes.h"
+
 namespace py = pybind11;
 
 namespace moeinf {
@@ -18,17 +25,35 @@ const DLPackExchange* exchange_of(PyTypeObject* type) {
             PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
         if (exchange == nullptr) throw py::error_already_set();
         while (exchange != nullptr && exchange->version.major != 1) exchange = exchange->older;
-        if (exchange != nullptr && exchange->tensor_from_object == nullptr) exchange = nullptr;
+        if (exchange != nullptr &&
+            (exchange->tensor_from_object == nullptr || exchange->owned_to_object == nullptr)) {
+            exchange = nullptr;
+        }
     }
     known = type;
     return exchange;
 }
 
+constexpr int kMostDimensions = 8;
+constexpr size_t kAlign = 64;
+
+// A tensor's description, and its elements behind it, in one piece of memory.
+struct alignas(kAlign) NewTensor {
+    DLManagedTensorVersioned managed{};
+    std::array<int64_t, kMostDimensions> shape{};
+    std::array<int64_t, kMostDimensions> strides{};
+};
+
+void end_new(DLManagedTensorVersioned* managed) {
+    std::free(managed->manager_ctx);
+}
+
 }  // namespace
 
-TensorView::TensorView(py::handle tensor) {
-    if (const DLPackExchange* exchange = exchange_of(Py_TYPE(tensor.ptr()))) {
-        if (exchange->tensor_from_object(tensor.ptr(), &tensor_) == 0) return;
+TensorView::TensorView(py::handle tensor)
+    : object_(tensor), exchange_(exchange_of(Py_TYPE(tensor.ptr()))) {
+    if (exchange_ != nullptr) {
+        if (exchange_->tensor_from_object(tensor.ptr(), &tensor_) == 0) return;
         PyErr_Clear();
         tensor_ = {};
         return;
@@ -50,6 +75,67 @@ bool TensorView::is_plain_matrix(int64_t columns) const noexcept {
     if (columns >= 0 && shape[1] != columns) return false;
     if (strides == nullptr || shape[0] == 0 || shape[1] == 0) return true;
     return (strides[1] == 1 || shape[1] == 1) && (strides[0] == shape[1] || shape[0] == 1);
+}
+
+bool TensorView::is_plain_vector() const noexcept {
+    return tensor_.ndim == 1 && tensor_.device.device_type == kHostDevice &&
+           (tensor_.strides == nullptr || tensor_.strides[0] == 1 || tensor_.shape[0] <= 1);
+}
+
+std::optional<TensorView::Rows> TensorView::as_rows() const noexcept {
+    if (tensor_.ndim < 1 || tensor_.device.device_type != kHostDevice) return std::nullopt;
+    const int last = tensor_.ndim - 1;
+    const int64_t columns = tensor_.shape[last];
+    Rows rows{1, columns, columns};
+    if (tensor_.strides != nullptr && tensor_.strides[last] != 1 && columns > 1) {
+        return std::nullopt;
+    }
+    for (int d = last - 1; d >= 0; --d) {
+        const int64_t size = tensor_.shape[d];
+        if (size != 1 && tensor_.strides != nullptr) {
+            const int64_t stride = tensor_.strides[d];
+            if (rows.count == 1) rows.stride = stride;
+            if (stride != rows.count * rows.stride || stride < columns) return std::nullopt;
+        }
+        rows.count *= size;
+    }
+    return rows;
+}
+
+py::object TensorView::new_rows(int64_t columns) const {
+    if (exchange_ == nullptr || tensor_.ndim > kMostDimensions) {
+        py::tuple shape(tensor_.ndim);
+        for (int d = 0; d < tensor_.ndim; ++d) {
+            shape[static_cast<size_t>(d)] = d + 1 < tensor_.ndim ? tensor_.shape[d] : columns;
+        }
+        return object_.attr("new_empty")(shape);
+    }
+    size_t nbytes = tensor_.dtype.bits / 8u * static_cast<size_t>(columns);
+    for (int d = 0; d + 1 < tensor_.ndim; ++d) nbytes *= static_cast<size_t>(tensor_.shape[d]);
+    void* memory = std::aligned_alloc(kAlign, sizeof(NewTensor) + round_up(nbytes, kAlign));
+    if (memory == nullptr) throw std::bad_alloc();
+    auto* made = new (memory) NewTensor;
+    int64_t stride = 1;
+    for (int d = tensor_.ndim - 1; d >= 0; --d) {
+        const auto at = static_cast<size_t>(d);
+        made->shape[at] = d + 1 < tensor_.ndim ? tensor_.shape[d] : columns;
+        made->strides[at] = stride;
+        stride *= made->shape[at];
+    }
+    made->managed = {{1, 1}, memory, end_new, 0, tensor_};
+    DLTensor& to = made->managed.dl_tensor;
+    to.data = made + 1;
+    to.byte_offset = 0;
+    to.shape = made->shape.data();
+    to.strides = made->strides.data();
+    void* object = nullptr;
+    if (exchange_->owned_to_object(&made->managed, &object) != 0) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+
+bool TensorView::bytes() const noexcept {
+    return tensor_.dtype.code == kUnsignedInteger && tensor_.dtype.bits == 8 &&
+           tensor_.dtype.lanes == 1;
 }
 
 std::optional<DType> TensorView::floats() const noexcept {

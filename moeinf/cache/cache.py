@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import torch
 
 from moeinf import _core
-from moeinf.cache import gather_tuning, live
+from moeinf.cache import disk_tuning, gather_tuning, live
 from moeinf.cache.budget import (
     GPU_RESERVE,
     RAM_RESERVE,
@@ -81,7 +81,8 @@ class ExpertCache:
         priors: an object that sees routing once per token and says how likely each expert is to be
             used soon; see `moeinf.traces.priors.PriorsHook`. The policy `learned` learns how far
             to trust them.
-        reader_threads, chunk_bytes: of the file reader; 0 takes the measured defaults.
+        reader_threads, chunk_bytes: of the file reader; 0 for both takes what `moeinf doctor` has
+            measured for this disk, else the usual.
         direct: read past the page cache where the file system allows it.
         scratch: on the CPU, what the activations of a prompt may take in one MoE layer, in bytes. A
             prompt that needs more is computed in parts, which read experts again. Without it, what
@@ -168,13 +169,14 @@ class ExpertCache:
         )
         if shared is None:  # else the core asks, where the memory is not there yet
             check_fits(room, store.slot_bytes, dense_bytes, free)
+        threads, chunk = disk_tuning.settings(store.paths, reader_threads, chunk_bytes)
         make_core = partial(
             _core.ExpertCache,
             store.catalog,
             room,
             policy,
-            threads=reader_threads,
-            chunk_bytes=chunk_bytes,
+            threads=threads,
+            chunk_bytes=chunk,
             direct=direct,
             prefetch=prefetch,
             eamc=None if eamc is None else eamc.to_core(),

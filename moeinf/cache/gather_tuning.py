@@ -7,16 +7,13 @@ driver and version of moeinf. Without a result every copy is left to DMA.
 
 from __future__ import annotations
 
-import json
-import warnings
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from moeinf import _core
-from moeinf.output_files import cache_folder, replacing
+from moeinf.cache.measured import Measured
 
-FORMAT = "moeinf-gather-1"
+KEPT = Measured("gather", "experts are copied by DMA")
 SIZES = tuple(2**i for i in range(16, 25))  # bytes of an expert: 64 KiB to 16 MiB
 AT_ONCE = 4  # experts, about what a decode step misses
 ROUNDS = 10
@@ -55,29 +52,19 @@ def threshold(rows: list[dict[str, Any]]) -> int:
     return best
 
 
-def path() -> Path:
-    """Where measurements are kept."""
-    return cache_folder() / "gather.json"
-
-
 def store(device: _core.CudaDevice, measured: dict[str, Any]) -> Path:
     """Keeps a measurement beside those of other GPUs. Raises OSError where it cannot be written."""
-    target = path()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    content = {"format": FORMAT, "devices": _read(target) | {_key(device): measured}}
-    with replacing(target) as part:
-        part.write_text(json.dumps(content, indent=2))
-    return target
+    return KEPT.put(_name(device), measured)
 
 
 def stored(device: _core.CudaDevice) -> int | None:
     """`gather_below` as measured for this GPU, driver and version; None if it never was."""
-    measured = _read(path()).get(_key(device))
+    measured = KEPT.get(_name(device))
     if measured is None:
         return None
     below = measured.get("gather_below") if isinstance(measured, dict) else None
     if type(below) is not int or below < 0:
-        _warn(path(), f"gather_below is {below!r}, expected bytes")
+        KEPT.warn(f"gather_below is {below!r}, expected bytes")
         return None
     return below
 
@@ -95,35 +82,5 @@ def copy_path(device: _core.CudaDevice, gather_below: int | None) -> tuple[str, 
     return (f"gather up to {below} bytes, dma above" if below else "dma") + f" ({why})", below
 
 
-def _key(device: _core.CudaDevice) -> str:
-    try:
-        ours = version("moeinf")
-    except PackageNotFoundError:  # a checkout whose core was built in place
-        ours = "in place"
-    return f"{device.name}, CUDA {device.driver_version}, moeinf {ours}"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    """The measurements by device; none, with a warning, where the file is not what it should be."""
-    try:
-        content = json.loads(file.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        _warn(file, str(error))
-        return {}
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        _warn(file, f"expected the format {FORMAT}")
-        return {}
-    devices = content.get("devices")
-    if not isinstance(devices, dict):
-        _warn(file, "expected 'devices' by name")
-        return {}
-    return devices
-
-
-def _warn(file: Path, problem: str) -> None:
-    warnings.warn(
-        f"{file}: {problem}; experts are copied by DMA. `moeinf doctor` measures anew",
-        stacklevel=4,
-    )
+def _name(device: _core.CudaDevice) -> str:
+    return f"{device.name}, CUDA {device.driver_version}"

@@ -269,7 +269,9 @@ def _dequantised(entry: PackedEntry) -> torch.Tensor:
     parts = read_pieces(entry)
     out = torch.empty(entry.shape)
     for i, matrix in enumerate(out.view(-1, *entry.shape[-2:])):
-        matrix.copy_(entry.format.dequantise({piece: part[i] for piece, part in parts.items()}))
+        own = {piece: part[i] for piece, part in parts.items()}
+        for first, numbers in entry.format.dequantise_panels(own):
+            matrix[first : first + len(numbers)] = numbers
     return out
 
 

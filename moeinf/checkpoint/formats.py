@@ -11,7 +11,7 @@ the row: see `with_scales`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -22,6 +22,7 @@ from moeinf.errors import ReadError
 # The pieces of a matrix, in the order in which they lie in a slot.
 VALUES, SCALES, ZEROS, MULTIPLIER, BIAS = "values", "scales", "zeros", "multiplier", "bias"
 PLAIN_SUFFIXES = {".weight": VALUES, "": VALUES}
+PANEL = 1 << 18  # stored values of which float64 numbers, and copies of them, are held at a time
 BIAS_SUFFIXES = {".bias": BIAS, "_bias": BIAS}  # of every format: a bias is no part of the weights
 
 # How scales are stored, by the name that the core has for it. e8m0 is a power of two in a byte.
@@ -114,23 +115,16 @@ class WeightFormat:
 
     def refuse(self, parts: Mapping[str, torch.Tensor], name: str) -> None:
         """Raises ReadError for NaN, for infinities, and for a sign where there may be none."""
-        found = []
         for piece, (_, negative) in self.number_types().items():
-            stored = parts[piece]
-            numbers = numbers_of(stored) if piece == SCALES else stored.double()
-            found.append((piece, numbers, negative))
+            for stored in _panels(parts[piece]):
+                numbers = numbers_of(stored) if piece == SCALES else stored.double()
+                _refuse(numbers, negative, f"{name}: {piece}")
         for place, kind in NUMBERS.get(self.name, ()):
             dtype = SCALE_TYPES[kind]
-            blocks = parts[VALUES].unflatten(-1, (-1, self.unit))
-            stored = blocks[..., place : place + dtype.itemsize].contiguous().view(dtype)
-            found.append((VALUES, numbers_of(stored), True))
-        for piece, numbers, negative in found:
-            bad = ~numbers.isfinite() | (False if negative else numbers < 0)
-            if bad.any():
-                wanted = "finite numbers" + ("" if negative else ", none of them negative")
-                raise ReadError(
-                    f"{name}: {piece}: expected {wanted}, found {float(numbers[bad][0])}"
-                )
+            for stored in _panels(parts[VALUES]):
+                blocks = stored.unflatten(-1, (-1, self.unit))
+                numbers = blocks[..., place : place + dtype.itemsize].contiguous().view(dtype)
+                _refuse(numbers_of(numbers), True, f"{name}: {VALUES}")
 
     def dequantise(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """float64 [rows, cols] of the pieces of one matrix. Slow: the reference of every test."""
@@ -140,13 +134,45 @@ class WeightFormat:
             high, wide = self.block[0], self.block[1] or cols
 
             def spread(blocks: torch.Tensor) -> torch.Tensor:
-                every = blocks.repeat_interleave(high, 0).repeat_interleave(wide, 1)
+                every = blocks.repeat_interleave(min(high, rows), 0).repeat_interleave(wide, 1)
                 return every[:rows, :cols]
 
             if self.zeros:
                 numbers = numbers - spread(parts[ZEROS].double())
             numbers = numbers * spread(numbers_of(parts[SCALES]))
         return numbers * parts[MULTIPLIER].double() if self.multiplier else numbers
+
+    def dequantise_panels(
+        self, parts: Mapping[str, torch.Tensor]
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """The same, some rows at a time: the first row, and float64 [some, cols]."""
+        values = parts[VALUES]
+        high = 1 if self.block is None else self.block[0]
+        step = max(PANEL // values.shape[1], 1)
+        step -= step % high if step > high else 0  # whole blocks, or rows of one block
+        first = 0
+        while first < len(values):
+            end = min(first + step, first - first % high + max(step, high), len(values))
+            panel = {VALUES: values[first:end]}
+            for piece in {SCALES, ZEROS} & parts.keys():
+                panel[piece] = parts[piece][first // high : -(-end // high)]
+            if self.multiplier:
+                panel[MULTIPLIER] = parts[MULTIPLIER]
+            yield first, self.dequantise(panel)
+            first = end
+
+
+def _panels(stored: torch.Tensor) -> Iterator[torch.Tensor]:
+    """[..., n] as [rows, n], some rows at a time."""
+    rows = stored.reshape(-1, stored.shape[-1])
+    yield from rows.split(max(PANEL // max(rows.shape[1], 1), 1))
+
+
+def _refuse(numbers: torch.Tensor, negative: bool, name: str) -> None:
+    bad = ~numbers.isfinite() | (False if negative else numbers < 0)
+    if bad.any():
+        wanted = "finite numbers" + ("" if negative else ", none of them negative")
+        raise ReadError(f"{name}: expected {wanted}, found {float(numbers[bad][0])}")
 
 
 def nibbles(values: torch.Tensor, table: list[float]) -> torch.Tensor:

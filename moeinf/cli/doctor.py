@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from moeinf import _core, machine, profiles
-from moeinf.cache import gather_tuning
+from moeinf.cache import disk_tuning, gather_tuning
 from moeinf.cli import options
 from moeinf.cli.output import console, human_bytes, print_facts, print_json
 from moeinf.errors import CapacityError, UnsupportedError
@@ -28,6 +28,8 @@ def command(
         facts = machine.describe(folder)
         for index, gpu in enumerate(facts["cuda"]["devices"]):
             gpu["copies"] = _copies(index)
+        if reader := facts.get("disk", {}).get("reader"):
+            reader |= _kept(folder, reader)
     facts["missing"] = machine.missing(facts)
     facts["profiles"] = profiles.described()
     if json:
@@ -52,7 +54,8 @@ def command(
             "disk": f"not measured: {disk['failed']}"
             if "failed" in disk
             else f"reads at {disk['bytes_per_second'] / 1e9:.2f} GB/s, O_DIRECT "
-            + ("works" if disk["direct"] else "is refused"),
+            + ("works" if disk["direct"] else "is refused")
+            + _reading(disk["reader"]),
             "io_uring": "available (not used: see benchmarks/notes/transfer.md)"
             if facts["io_uring"]
             else "not available (not needed)",
@@ -86,6 +89,30 @@ def _copies(index: int) -> dict[str, Any]:
         return measured | {"kept_in": str(gather_tuning.store(device, measured))}
     except (CapacityError, UnsupportedError, OSError) as error:
         return {"failed": str(error)}
+
+
+def _kept(folder: Path, reader: dict[str, Any]) -> dict[str, str]:
+    """Saves how experts are read best from that disk, for `ExpertCache`."""
+    try:
+        return {"kept_in": str(disk_tuning.store(folder, reader))}
+    except OSError as error:
+        return {"failed": str(error)}
+
+
+def _reading(reader: dict[str, Any]) -> str:
+    if not reader["rows"]:
+        return ""
+    best = max(reader["rows"], key=lambda row: row["bytes_per_second"])
+    way = f"{best['threads']} threads in chunks of {human_bytes(best['chunk_bytes'])}"
+    usual = reader["rows"][0]["bytes_per_second"]
+    if not (reader["threads"] or reader["chunk_bytes"]):
+        way = f"nothing was faster than usual by {disk_tuning.MARGIN - 1:.0%}"
+    else:
+        way += f" are {best['bytes_per_second'] / usual:.2f} times as fast as usual"
+    kept = (
+        f"kept in {reader['kept_in']}" if "kept_in" in reader else f"not kept: {reader['failed']}"
+    )
+    return f"; experts at {usual / 1e9:.2f} GB/s, {way} ({kept})"
 
 
 def _in_words(copies: dict[str, Any]) -> str:

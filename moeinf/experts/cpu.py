@@ -126,15 +126,12 @@ class CpuExperts:
     ) -> Tensor | None:
         """In a decode step the weights drive torch and the interpreter out of the processor's
         caches: each operation on a tensor takes 10 us or more. So the core looks at the tensors."""
-        out = torch.empty_like(hidden)
         passes = self.passes
         prefill, new_sequence, caller, batch = passes.of_step()
-        done = _core.fused_experts(
-            self.core, self.engine, self.expert, hidden, topk_ids, topk_weights, out, layer,
-            prefill, new_sequence, caller, batch, self.scratch_bytes,
+        out: Tensor | None = _core.fused_experts(
+            self.core, self.engine, self.expert, hidden, topk_ids, topk_weights, layer, prefill,
+            new_sequence, caller, batch, self.scratch_bytes,
         )  # fmt: skip
-        if not done:
-            return None
-        if new_sequence:
+        if new_sequence and out is not None:
             passes.takes_first_step()
         return out

@@ -18,9 +18,8 @@ from torch.autograd import forward_ad
 from torch.nn.functional import linear as torch_linear
 
 from moeinf import _core
-from moeinf.experts.checks import DTYPES
 from moeinf.experts.cpu import default_engine
-from moeinf.experts.marks import is_watched
+from moeinf.experts.marks import is_plain, is_plain_call
 
 _library = torch.library.Library("moeinf", "FRAGMENT")
 _library.define("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -34,13 +33,10 @@ def _has_amx() -> bool:
         return False
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
 # The most tokens of a call. Where the processor multiplies tiles of bf16, torch is faster from
 # eight tokens on.
-MOST_TOKENS = dict.fromkeys(DTYPES, _core.LINEAR_TOKENS)
-if _has_amx():
-    MOST_TOKENS[torch.bfloat16] = 4
+MOST_TOKENS = _core.LINEAR_TOKENS
+MOST_OF_BF16 = 4 if _has_amx() else MOST_TOKENS
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -57,60 +53,26 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         [..., N]. Where a gradient is wanted, or a type of tensor has products of its own, torch
         computes it.
     """
-    if torch.compiler.is_compiling():
-        return _operator(x, weight, bias)
-    if (
-        type(x) not in _PLAIN
-        or type(weight) not in _PLAIN
+    if is_plain_call(x, weight):
+        return _linear(x, weight, bias)
+    if not torch.compiler.is_compiling() and (
+        not is_plain(x, weight)
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     ):
         return torch_linear(x, weight, bias)
-    if torch.is_grad_enabled():
-        return _operator(x, weight, bias)
-    if x.is_cpu and not is_watched() and not torch.is_autocast_enabled("cpu"):
-        return _linear(x, weight, bias)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _operator(x, weight, bias)
+    return _operator(x, weight, bias)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    dtype = x.dtype
-    columns = x.shape[-1] if x.dim() else 0
-    most = MOST_TOKENS.get(dtype, 0)
-    if (
-        not 0 < x.numel() <= most * columns
-        or weight.dtype != dtype
-        or weight.dim() != 2
-        or weight.shape[1] != columns
-    ):
-        return torch_linear(x, weight, bias)
-    rows = weight.shape[0]
-    stride, step = weight.stride()
-    if (step != 1 and columns > 1) or (stride < columns and rows > 1) or not weight.is_cpu:
-        return torch_linear(x, weight, bias)
-    at_bias = 0
-    if bias is not None:
-        if bias.dtype != dtype or bias.shape != (rows,) or not bias.is_cpu:
-            return torch_linear(x, weight, bias)
-        bias = bias.contiguous()
-        at_bias = bias.data_ptr()
-    x = x.contiguous()
-    out = x.new_empty((*x.shape[:-1], rows))
-    _core.linear(
-        default_engine(),
-        DTYPES[dtype],
-        weight.data_ptr(),
-        rows,
-        columns,
-        max(stride, columns),
-        at_bias,
-        x.data_ptr(),
-        x.numel() // columns,
-        columns,
-        out.data_ptr(),
+    engine = default_engine()
+    out: torch.Tensor | None = _core.linear(
+        engine, x, weight, bias, None, MOST_TOKENS, MOST_OF_BF16
     )
-    return out
+    if out is None and x.dim() and 0 < x.numel() <= MOST_TOKENS * x.shape[-1]:  # gaps, maybe
+        bias = None if bias is None else bias.contiguous()
+        out = _core.linear(engine, x.contiguous(), weight, bias, None, MOST_TOKENS, MOST_OF_BF16)
+    return torch_linear(x, weight, bias) if out is None else out
 
 
 def _differentiated(

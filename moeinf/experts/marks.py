@@ -6,7 +6,10 @@ The core has ranges of its own for NVIDIA's profilers.
 from __future__ import annotations
 
 import torch
+from torch.autograd import forward_ad
 from torch.profiler import record_function
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def is_watched() -> bool:
@@ -19,6 +22,25 @@ def is_watched() -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_tracing()
         or torch.autograd._profiler_enabled()
+    )
+
+
+def is_plain(*tensors: torch.Tensor) -> bool:
+    """Are they of torch's own types, whose operators nobody overrides?"""
+    return all(type(tensor) in _PLAIN for tensor in tensors)
+
+
+def is_plain_call(*tensors: torch.Tensor) -> bool:
+    """May an operator of ours compute these tensors at once: is neither a gradient, a transform nor
+    another type wanted, and does nothing watch?"""
+    if torch.compiler.is_compiling():
+        return False
+    return is_plain(*tensors) and not (
+        torch.is_grad_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+        or is_watched()
     )
 
 

@@ -33,6 +33,7 @@ from moeinf.checkpoint.layout import lay_out_matrix
 from moeinf.errors import UnsupportedError
 from moeinf.experts.checks import DTYPES
 from moeinf.experts.cpu import core_matrix, default_engine
+from moeinf.experts.marks import is_plain_call
 
 PANEL_BYTES = 64 << 20  # of decoded weights at a time
 
@@ -137,6 +138,8 @@ def packed_linear(
     Returns:
         [..., N].
     """
+    if is_plain_call(x, packed):
+        return _compute(x, packed, bias, form)
     transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
     if not torch.compiler.is_compiling() and transformed:
         return torch_linear(x, form.decode(packed, x.dtype), bias)
@@ -146,7 +149,17 @@ def packed_linear(
 def _packed_linear(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, name: str
 ) -> torch.Tensor:
-    form, dtype = _forms[name], x.dtype
+    return _compute(x, packed, bias, _forms[name])
+
+
+def _compute(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, form: PackedForm
+) -> torch.Tensor:
+    engine = default_engine()
+    found: torch.Tensor | None = _core.packed_linear(engine, x, form.core, packed, bias, None)
+    if found is not None:
+        return found
+    dtype = x.dtype
     columns = x.shape[-1] if x.dim() else 0
     if (
         columns != form.cols
@@ -155,30 +168,20 @@ def _packed_linear(
     ):  # torch says what does not fit
         weight = form.decode(packed, dtype if dtype.is_floating_point else torch.float32)
         return torch_linear(x, weight, bias)
-    out = x.new_empty((*x.shape[:-1], form.rows))
-    few = 0 < x.numel() <= _core.LINEAR_TOKENS * columns
-    if not (few and dtype in DTYPES and x.is_cpu):
-        for first, weight in form.panels(packed, dtype):
-            end = first + len(weight)
-            part = None if bias is None else bias[first:end]
-            out[..., first:end] = torch_linear(x, weight, part)
-        return out
-    x = x.contiguous()
-    at_bias = 0
-    if bias is not None:
-        bias = bias.contiguous()
-        at_bias = bias.data_ptr()
-    _core.packed_linear(
-        default_engine(),
-        DTYPES[dtype],
-        form.core,
-        packed.data_ptr(),
-        at_bias,
-        x.data_ptr(),
-        x.numel() // columns,
-        columns,
-        out.data_ptr(),
-    )
+    if 0 < x.numel() <= _core.LINEAR_TOKENS * columns:  # rows with gaps in them, maybe
+        bias = None if bias is None else bias.contiguous()
+        found = _core.packed_linear(engine, x.contiguous(), form.core, packed, bias, None)
+        if found is not None:
+            return found
+    out: torch.Tensor | None = None
+    for first, weight in form.panels(packed, dtype):
+        end = first + len(weight)
+        part = torch_linear(x, weight, None if bias is None else bias[first:end])
+        if len(weight) == form.rows:
+            return part
+        out = x.new_empty((*x.shape[:-1], form.rows)) if out is None else out
+        out[..., first:end] = part
+    assert out is not None
     return out
 
 

@@ -32,6 +32,7 @@ from moeinf.integrations.transformers.device_map import DeviceMap, Placement, st
 from moeinf.integrations.transformers.experts import experts_modules
 from moeinf.integrations.transformers.lookahead import GateLookahead
 from moeinf.integrations.transformers.models import DTYPES, model_of
+from moeinf.integrations.transformers.norms import serve_norms
 from moeinf.integrations.transformers.passes import PassReader, generating
 from moeinf.integrations.transformers.plan import make_plan
 from moeinf.integrations.transformers.routers import listen
@@ -185,6 +186,7 @@ def load(
     model.moeinf.speculation = speculation
     if linear == "auto" and caches[0].device.type == "cpu":
         serve_linear(model)
+        serve_norms(model)
         model.moeinf.torch_threads = TorchThreads(model)
     return model
 
