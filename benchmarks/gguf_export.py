@@ -1,27 +1,34 @@
 """Writes a Qwen3-MoE checkpoint as a bf16 GGUF file for llama.cpp: the same weights.
 
-The file has no vocabulary: whoever reads it gives token ids.
+The file has no vocabulary: whoever reads it gives token ids. Matrices may be of packed types
+instead, with random codes: gguf-py cannot quantise to the types of Q4_K_M.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from transformers import AutoConfig
 
+from benchmarks.packed_weights import fill_like_weights
 from moeinf.checkpoint.folder import Checkpoint, read_tensor
+from moeinf.checkpoint.formats import FORMATS
 
 ATTENTION = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}
+# What Q4_K_M has outside the experts, by the last name of a matrix.
+Q4_K_M = dict.fromkeys(("attn_q", "attn_k", "attn_output", "token_embd"), "q4_k")
+Q4_K_M |= dict.fromkeys(("attn_v", "output"), "q6_k")
 Source = tuple[str, list[int], bool, Callable[[], torch.Tensor]]  # name, shape, is f32, bytes
 
 
-def export(folder: Path, path: Path) -> None:
-    """Writes `path` unless it is there. Holds one tensor at a time."""
+def export(folder: Path, path: Path, types: Mapping[str, str] | None = None) -> None:
+    """Writes `path` unless it is there, with random codes for matrices that have other `types`, by
+    their last names. Holds one tensor at a time."""
     if path.exists():
         return
     config = AutoConfig.from_pretrained(folder)
@@ -31,7 +38,15 @@ def export(folder: Path, path: Path) -> None:
     writer = GGUFWriter(part, "qwen3moe")
     _add_keys(writer, config)
     sources = list(_sources(Checkpoint.open(folder), config))
+    packed = {name: kind for name, *_ in sources if (kind := (types or {}).get(_last(name)))}
     for name, shape, is_f32, _ in sources:
+        if name in packed:
+            kind = GGMLQuantizationType[packed[name].upper()]
+            elements, size = GGML_QUANT_SIZES[kind]
+            stored = [*shape[:-1], shape[-1] // elements * size]
+            nbytes = int(np.prod(stored))
+            writer.add_tensor_info(name, stored, np.dtype(np.uint8), nbytes, raw_dtype=kind)
+            continue
         kind = GGMLQuantizationType.F32 if is_f32 else GGMLQuantizationType.BF16
         width = 4 if is_f32 else 2
         dtype = np.dtype(np.float32 if is_f32 else np.uint8)
@@ -40,7 +55,10 @@ def export(folder: Path, path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for _, _, is_f32, read in sources:
+    for name, shape, is_f32, read in sources:
+        if name in packed:
+            writer.write_tensor_data(_codes(packed[name], shape).numpy())
+            continue
         tensor = read()
         if is_f32:
             writer.write_tensor_data(tensor.float().numpy())
@@ -48,6 +66,17 @@ def export(folder: Path, path: Path) -> None:
             writer.write_tensor_data(tensor.contiguous().view(torch.uint8).numpy())
     writer.close()
     part.rename(path)
+
+
+def _last(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _codes(name: str, shape: list[int]) -> torch.Tensor:
+    row = FORMATS[name]
+    codes = torch.empty(*shape[:-1], shape[-1] // row.pack * row.unit, dtype=torch.uint8)
+    fill_like_weights("", row, codes)
+    return codes
 
 
 def _add_keys(writer: Any, config: Any) -> None:

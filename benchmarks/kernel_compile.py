@@ -77,12 +77,20 @@ SCALED = {
 }
 
 
+# Of gate and of up, where they differ.
+PAIRS = (
+    ("gguf q4_k", "gguf q6_k"), ("int4 zeros", "int8"), ("nvfp4", "mxfp4"),
+    ("fp8 blocks", "fp8 channels"),
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Case:
     """One specialisation: a kernel, a dtype of weights, a configuration and a form.
 
     The form has constants of the kernel by name (FUNCTION, ACTIVATION), and `map`, `bias`,
-    `has_gate` and `interleaved`, which say what tensors there are and how rows lie.
+    `has_gate` and `interleaved`, which say what tensors there are and how rows lie. `weights` and
+    `up_weights` name rows of SCALED; without the latter up is stored as gate is.
     """
 
     kernel: str
@@ -114,7 +122,7 @@ def upcast(dtype: str, arch: int) -> bool:
 def constants(case: Case, arch: int) -> dict[str, Any]:
     names = KERNELS[case.kernel].arg_names
     form = {"map": False, "bias": False, "has_gate": True, "interleaved": False} | dict(case.form)
-    scaled = SCALED.get(form.pop("weights", ""))
+    scaled, up_scaled = (SCALED.get(form.pop(one, "")) for one in ("weights", "up_weights"))
     values: dict[str, Any] = {
         "FORMAT": FORMATS[case.dtype], "FUNCTION": "glu", "ACTIVATION": "silu",
         "TOKENS": 16, "K_PAD": 8, "R_PAD": 128, "UPCAST": upcast(case.dtype, arch),
@@ -135,15 +143,33 @@ def constants(case: Case, arch: int) -> dict[str, Any]:
             "UPCAST": upcast(case.dtype, arch) or case.dtype == "float16",
         }  # fmt: skip
         summed = "BLOCK_H" if case.kernel.startswith("gate_up") else "BLOCK_I"
-        cols = scaled.block[1] or (0 if values["UPCAST"] else ROWS[scaled.format].group)
-        if cols and not fold and not case.kernel.endswith("vector"):
-            values[summed] = min(values[summed], cols)
+        for one in filter(None, (scaled, up_scaled)):
+            cols = one.block[1] or (0 if values["UPCAST"] else ROWS[one.format].group)
+            if cols and not one.fold(case.dtype) and not case.kernel.endswith("vector"):
+                values[summed] = min(values[summed], cols)
+    names_of_up = [name for name in names if name.startswith(("UP_", "stride_up_"))]
+    if up_scaled is None:
+        values |= dict.fromkeys(names_of_up)
+    else:
+        values |= {
+            "UP_FORMAT": up_scaled.format, "UP_SCALE_TYPE": up_scaled.scale_type,
+            "UP_SCALE_N": up_scaled.block[0], "UP_SCALE_K": up_scaled.block[1],
+            "UP_FOLD": up_scaled.fold(case.dtype), "UP_UPCAST": values["UPCAST"],
+            "stride_up_wk": 1, "stride_up_ck": 1,
+        }  # fmt: skip
+        if up_scaled.scales is None:
+            values |= dict.fromkeys(["stride_up_cs", "stride_up_cn", "stride_up_ck"])
+    for matrix, one in (("gate", scaled), ("up", up_scaled or scaled), ("down", scaled)):
+        if one is None or one.scales is None:
+            absent += [f"{matrix}_scales_ptr"]
+        if one is None or not one.multiplier:
+            absent += [f"{matrix}_multiplier_ptr"]
+        if one is None or not one.zeros:
+            absent += [f"{matrix}_zeros_ptr"]
     if scaled is None or scaled.scales is None:
-        absent += ["gate_scales_ptr", "up_scales_ptr", "down_scales_ptr", *STRIDES_OF_SCALES]
-    if scaled is None or not scaled.multiplier:
-        absent += ["gate_multiplier_ptr", "up_multiplier_ptr", "down_multiplier_ptr", "stride_ms"]
-    if scaled is None or not scaled.zeros:
-        absent += ["gate_zeros_ptr", "up_zeros_ptr", "down_zeros_ptr"]
+        absent += STRIDES_OF_SCALES
+    if not any(one and one.multiplier for one in (scaled, up_scaled)):
+        absent += ["stride_ms"]
     absent += [] if form["map"] else ["map_ptr"]
     absent += [] if form["has_gate"] else ["up_ptr", "up_scales_ptr", "up_zeros_ptr", "up_bias_ptr"]
     if form["bias"]:
@@ -179,9 +205,16 @@ def argument_type(kernel: str, name: str, dtype: str, scaled: Scaled | None = No
 def compile_case(case: Case, arch: int) -> Machine:
     kernel = KERNELS[case.kernel]
     fixed = constants(case, arch)
-    scaled = SCALED.get(dict(case.form).get("weights", ""))
+    scaled, up_scaled = (SCALED.get(dict(case.form).get(w, "")) for w in ("weights", "up_weights"))
     signature = {
-        name: "constexpr" if name in fixed else argument_type(case.kernel, name, case.dtype, scaled)
+        name: "constexpr"
+        if name in fixed
+        else argument_type(
+            case.kernel,
+            name,
+            case.dtype,
+            up_scaled if up_scaled and name.startswith("up_") else scaled,
+        )
         for name in kernel.arg_names
     }
     # What a launch would find: aligned pointers, and sizes and strides that 16 divides.
@@ -336,6 +369,7 @@ def with_form(cases: list[Case], **form: Any) -> list[Case]:
         gated = {"has_gate", "interleaved"} if "up_ptr" in names else set()
         biased = {"bias"} if {"gate_bias_ptr", "down_bias_ptr"} & names else set()
         biased |= {"weights"} if "FORMAT" in names else set()
+        biased |= {"up_weights"} if "UP_FORMAT" in names else set()
         return names | gated | biased | ({"map"} if "map_ptr" in names else set())
 
     return [
@@ -348,8 +382,8 @@ def with_form(cases: list[Case], **form: Any) -> list[Case]:
 def form_cases(arch: int) -> list[Case]:
     """Every form of a model on the default configurations, and on the largest prefill tiles.
 
-    Formats with scales take no tiles of 128 rows, blocks and zero points none of 64: see
-    kernels/paths.py.
+    Formats with scales take no tiles of 128 rows. Blocks, zero points, and gate and up of two
+    formats take none of 64: see kernels/paths.py.
     """
     cases = default_cases(arch) + default_cases(arch, rows=128)[-3:-1]
     forms: list[dict[str, Any]] = [
@@ -365,7 +399,19 @@ def form_cases(arch: int) -> list[Case]:
         rows = 32 if scaled.zeros or blocks else 64
         cases = default_cases(arch, rows, scaled.format, blocks)
         formed += with_form(cases, weights=name)
+    for name, other in PAIRS:
+        both = SCALED[name], SCALED[other]
+        blocks = any(one.scales is None for one in both)
+        every = zip(*(default_cases(arch, 32, one.format, blocks) for one in both), strict=True)
+        cases = [min(pair, key=lambda case: tile_of(case.config)) for pair in every]
+        formed += with_form(cases, weights=name, up_weights=other)
     return formed
+
+
+def tile_of(config: tuple[tuple[str, int], ...]) -> int:
+    """Elements of a tile of weights: of two configurations kernels/paths.py takes the smaller."""
+    sizes = dict(config)
+    return sizes.get("BLOCK_H", 1) * sizes.get("BLOCK_I", 1)
 
 
 def faults(machine: Machine, arch: int) -> list[str]:

@@ -3,9 +3,10 @@
     python -m benchmarks.packed_dense --json benchmarks/results/packed_dense.json
 
 Random weights with the geometry of Qwen3-30B-A3B, 5 of its 48 layers and 16 of its 128 experts, and
-a vocabulary of 32,000. Attention and `lm_head` are stored in one format, experts in bf16. A round
-decodes the same tokens, and computes the same prompt, with the two models in turn. The results are
-of each side's fastest token and fastest prompt.
+a vocabulary of 32,000. Attention and `lm_head` are stored in one format, or in the formats of
+llama.cpp's Q4_K_M in a GGUF file; experts in bf16. A round decodes the same tokens, and computes
+the same prompt, with the two models in turn. The results are of each side's fastest token and
+fastest prompt. "decoded / this" above 1 says that packed is faster.
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from transformers import DynamicCache
 
 import moeinf
 from benchmarks.common import print_table, write_json
+from benchmarks.gguf_export import Q4_K_M, export
 from benchmarks.packed_weights import SCALED, fill_like_weights
 from benchmarks.random_checkpoint import Geometry, write_random_checkpoint
 from moeinf.checkpoint.formats import MULTIPLIER, SCALES, VALUES
 
-FORMATS = ("fp8-channel", "mxfp4", "nvfp4", "int4-32")
+Q4_K_M_FILE = "Q4_K_M"
+FORMATS = ("fp8-channel", "mxfp4", "nvfp4", "int4-32", Q4_K_M_FILE)
 SIDES = ("decoded", "packed")
 PAUSE = 0.02  # seconds: torch's threads spin for a moment
 CONFIG = {
@@ -55,8 +58,12 @@ def store(name: str, stem: str, rows: int, cols: int) -> dict[str, torch.Tensor]
     return tensors
 
 
-def write(folder: Path, plain: Path, name: str) -> None:
+def write(place: Path, plain: Path, name: str) -> Path:
     """The checkpoint with packed dense weights; its experts are those of `plain`."""
+    if name == Q4_K_M_FILE:
+        export(plain, place / "model.gguf", Q4_K_M)
+        return place / "model.gguf"
+    folder = place / name
     folder.mkdir(parents=True)
     for path in plain.glob("model-layer-*"):
         (folder / path.name).symlink_to(path)
@@ -77,6 +84,7 @@ def write(folder: Path, plain: Path, name: str) -> None:
     )
     config = json.loads((plain / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": CONFIG}))
+    return folder
 
 
 def decode(model: Any, tokens: int) -> float:
@@ -144,10 +152,9 @@ def main() -> None:
         plain = Path(place, "plain")
         write_random_checkpoint(plain, geometry)
         for name in arguments.formats:
-            folder = Path(place, name)
-            write(folder, plain, name)
-            rows += compare(folder, name, arguments.rounds, arguments.tokens, arguments.prompt)
-            shutil.rmtree(folder)
+            path = write(Path(place), plain, name)
+            rows += compare(path, name, arguments.rounds, arguments.tokens, arguments.prompt)
+            path.unlink() if path.is_file() else shutil.rmtree(path)
     print_table(
         rows,
         {

@@ -174,21 +174,11 @@ def check_block(name: str, block: tuple[int, int]) -> None:
 
 
 def check_alike(gate: Matrix, up: Matrix) -> None:
-    """The kernels walk both matrices with the strides of one."""
-    if (gate.format, gate.block) != (up.format, up.block):
-        blocks = "" if gate.block == up.block else f" in blocks {gate.block}, found {up.block}"
-        raise ValueError(
-            f"up: expected the format of gate, {gate.format}, found {up.format}{blocks}"
-        )
+    """The kernels walk the multipliers of both, and the biases, with the strides of one."""
     for name, one, other in (
-        ("up", gate.values, up.values),
-        ("up scales", gate.scales, up.scales),
-        ("up zeros", gate.zeros, up.zeros),
         ("up multiplier", gate.multiplier, up.multiplier),
         ("up bias", gate.bias, up.bias),
     ):
-        if (one is None) != (other is None):
-            raise ValueError(f"{name}: expected gate and up to have one, or neither")
         if one is None or other is None:
             continue
         check_dtype(name, other, (one.dtype,))

@@ -44,9 +44,13 @@ def gate_up_shared(
     gate_multiplier_ptr, up_multiplier_ptr, gate_bias_ptr, up_bias_ptr, act_ptr, groups_ptr,
     rows_ptr,
     T, top_k, H, I, stride_ht, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
+    stride_up_ws, stride_up_wn, stride_up_wk, stride_up_cs, stride_up_cn, stride_up_ck,
     stride_ms, stride_bs, stride_bn, alpha, limit,
     FORMAT: tl.constexpr, SCALE_TYPE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    UP_FORMAT: tl.constexpr, UP_SCALE_TYPE: tl.constexpr, UP_SCALE_N: tl.constexpr,
+    UP_SCALE_K: tl.constexpr,
     FOLD: tl.constexpr, FUNCTION: tl.constexpr, ACTIVATION: tl.constexpr, UPCAST: tl.constexpr,
+    UP_FOLD: tl.constexpr, UP_UPCAST: tl.constexpr,
     TOKENS: tl.constexpr, K_PAD: tl.constexpr, R_PAD: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
@@ -59,6 +63,7 @@ def gate_up_shared(
     | gate, up | [S, I, H] | by FORMAT | (stride_ws, stride_wn, stride_wk) | up may be None |
     | gate_scales, up_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
     | gate_zeros, up_zeros | | int8 | as the scales, see Matrix | or None |
+    | UP_FORMAT, stride_up_... | | | | how up is stored; None: as gate |
     | gate_multiplier, up_multiplier | [S] | float32 | stride_ms | or None |
     | gate_bias, up_bias | [S, I] | X/float32 | (stride_bs, stride_bn) | or None |
     | act | [T*k, I] | X | contiguous | written at the first route of each token of a group |
@@ -102,12 +107,22 @@ def gate_up_shared(
                 FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_H, False,
             )  # fmt: skip
             if up_ptr is not None:
-                up = add_product(
-                    up, x, up_ptr, up_scales_ptr, up_zeros_ptr, slot, i[:, None], in_i[:, None],
-                    h0, H,
-                    stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-                    FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_H, False,
-                )  # fmt: skip
+                if UP_FORMAT is None:
+                    up = add_product(
+                        up, x, up_ptr, up_scales_ptr, up_zeros_ptr, slot, i[:, None], in_i[:, None],
+                        h0, H,
+                        stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
+                        FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_H, False,
+                    )  # fmt: skip
+                else:
+                    up = add_product(
+                        up, x, up_ptr, up_scales_ptr, up_zeros_ptr, slot, i[:, None], in_i[:, None],
+                        h0, H,
+                        stride_up_ws, stride_up_wn, stride_up_wk,
+                        stride_up_cs, stride_up_cn, stride_up_ck,
+                        UP_FORMAT, UP_SCALE_TYPE, UP_SCALE_N, UP_SCALE_K, UP_FOLD, UP_UPCAST,
+                        BLOCK_H, False,
+                    )  # fmt: skip
         gate = multiplied(gate, gate_multiplier_ptr, slot, True, stride_ms)
         if up_ptr is not None:
             up = multiplied(up, up_multiplier_ptr, slot, True, stride_ms)

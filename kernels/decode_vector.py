@@ -20,8 +20,11 @@ def gate_up_vector(
     gate_zeros_ptr, up_zeros_ptr,
     gate_multiplier_ptr, up_multiplier_ptr, gate_bias_ptr, up_bias_ptr, act_ptr,
     top_k, H, I, stride_ht, stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
+    stride_up_ws, stride_up_wn, stride_up_wk, stride_up_cs, stride_up_cn, stride_up_ck,
     stride_ms, stride_bs, stride_bn, alpha, limit,
     FORMAT: tl.constexpr, SCALE_TYPE: tl.constexpr, SCALE_N: tl.constexpr, SCALE_K: tl.constexpr,
+    UP_FORMAT: tl.constexpr, UP_SCALE_TYPE: tl.constexpr, UP_SCALE_N: tl.constexpr,
+    UP_SCALE_K: tl.constexpr,
     FUNCTION: tl.constexpr, ACTIVATION: tl.constexpr, ROWWISE: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -34,6 +37,7 @@ def gate_up_vector(
     | gate, up | [S, I, H] | by FORMAT | (stride_ws, stride_wn, stride_wk) | up may be None |
     | gate_scales, up_scales | | by FORMAT | (stride_cs, stride_cn, stride_ck) | or None |
     | gate_zeros, up_zeros | | int8 | as the scales, see Matrix | or None |
+    | UP_FORMAT, stride_up_... | | | | how up is stored; None: as gate |
     | gate_multiplier, up_multiplier | [S] | float32 | stride_ms | or None |
     | gate_bias, up_bias | [S, I] | X/float32 | (stride_bs, stride_bn) | or None |
     | act | [T*k, I] | X | contiguous | written for present routes only |
@@ -70,11 +74,19 @@ def gate_up_vector(
             )  # fmt: skip
             gate = tl.fma(w, x, gate)
             if up_ptr is not None:
-                w = load_tile(
-                    up_ptr, up_scales_ptr, up_zeros_ptr, slot, i[:, None], in_i[:, None], h0, H,
-                    stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
-                    tl.float32, FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, BLOCK_H,
-                )  # fmt: skip
+                if UP_FORMAT is None:
+                    w = load_tile(
+                        up_ptr, up_scales_ptr, up_zeros_ptr, slot, i[:, None], in_i[:, None], h0, H,
+                        stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
+                        tl.float32, FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, BLOCK_H,
+                    )  # fmt: skip
+                else:
+                    w = load_tile(
+                        up_ptr, up_scales_ptr, up_zeros_ptr, slot, i[:, None], in_i[:, None], h0, H,
+                        stride_up_ws, stride_up_wn, stride_up_wk,
+                        stride_up_cs, stride_up_cn, stride_up_ck,
+                        tl.float32, UP_FORMAT, UP_SCALE_TYPE, UP_SCALE_N, UP_SCALE_K, BLOCK_H,
+                    )  # fmt: skip
                 up = tl.fma(w, x, up)
         gate_sum = multiplied(tl.sum(gate, axis=1), gate_multiplier_ptr, slot, True, stride_ms)
         up_sum = tl.sum(up, axis=1)

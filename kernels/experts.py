@@ -38,7 +38,7 @@ def fused_experts(
     | hidden | [T, H], unit stride in H | bfloat16, float16 or float32 | tokens, T >= 1 |
     | ids | [T, k], contiguous | int32 or int64 | slots; -1 = not here, adds nothing |
     | topk_weights | [T, k], contiguous | float32, bfloat16 or float16 | routing weights |
-    | matrices | see ExpertMatrices | by weight format | gate and up have the same strides |
+    | matrices | see ExpertMatrices | by weight format | of gate, of up and of down |
     | form | see ExpertForm | | what an expert computes |
     | expert_map | [E], contiguous | int32 or int64 | makes ids expert ids: id -> slot or -1 |
     | out | [T, H], unit stride in H | as hidden | written and returned; a new tensor if None |

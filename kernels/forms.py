@@ -86,6 +86,17 @@ class ExpertMatrices:
     down: Matrix
 
     @cached_property
+    def up_is_as_gate(self) -> bool:
+        """Whether one set of strides and constants serves both; not so where there is no up."""
+
+        def kind(matrix: Matrix) -> tuple[object, ...]:
+            scales = matrix.scales
+            of_scales = None if scales is None else (scales.dtype, scales.stride())
+            return matrix.format, matrix.block, matrix.values.stride(), of_scales
+
+        return self.up is not None and kind(self.up) == kind(self.gate)
+
+    @cached_property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
         """The values of gate, up and down, then the other parts in this order; None if absent.
 

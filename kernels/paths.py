@@ -26,6 +26,8 @@ from .tiles import make_tiles
 
 PATHS = ("vector", "shared", "grouped")
 DECODE_TOKENS = 16
+# Where gate and up both have a multiplier, or a bias, its strides are the same.
+OF_BOTH = ("stride_ms", "stride_bs", "stride_bn")
 
 
 def has_tensor_cores_for(dtype: torch.dtype, device: torch.device) -> bool:
@@ -73,12 +75,23 @@ def routes_dtype(a: Arguments, path: str) -> torch.dtype:
     return a.dtype if path == "grouped" else torch.float32
 
 
-def tuning_key(kernel: str, a: Arguments, rows_per_tile: int = 0) -> dict[str, Any]:
-    """What the tuning table is asked for this kernel."""
-    matrix = a.matrices.gate if kernel.startswith("gate_up") else a.matrices.down
+def matrices_of(kernel: str, a: Arguments) -> tuple[Matrix, ...]:
+    """The matrices that a kernel multiplies; gate alone where up is stored as gate is."""
+    if not kernel.startswith("gate_up"):
+        return (a.matrices.down,)
+    gate, up = a.matrices.gate, a.matrices.up
+    return (gate,) if up is None or a.matrices.up_is_as_gate else (gate, up)
+
+
+def tuning_key(
+    kernel: str, a: Arguments, rows_per_tile: int = 0, matrix: Matrix | None = None
+) -> dict[str, Any]:
+    """What the tuning table is asked for this kernel, of one of its matrices or of the first."""
+    every = matrices_of(kernel, a)
+    matrix = matrix or every[0]
     # Tiles of blocks in float32 need more registers: all but those of gate_up_vector are smaller.
     # Both products of a prefill have tiles of the same rows.
-    multiplied = (a.matrices.gate, a.matrices.down) if kernel.endswith("grouped") else (matrix,)
+    multiplied = prefill_matrices(a) if kernel.endswith("grouped") else every
     in_floats = kernel != "gate_up_vector" and any(
         FORMATS[each.format].unit > 1
         and (kernel == "down_vector" or must_upcast(each, a.dtype, a.device))
@@ -95,18 +108,23 @@ def tuning_key(kernel: str, a: Arguments, rows_per_tile: int = 0) -> dict[str, A
 
 
 def config_of(kernel: str, a: Arguments, rows_per_tile: int = 0) -> Mapping[str, Any]:
-    config = tuning.config(
-        kernel, tuning.device_names(a.device), **tuning_key(kernel, a, rows_per_tile)
+    every, devices = matrices_of(kernel, a), tuning.device_names(a.device)
+    config = min(
+        (tuning.config(kernel, devices, **tuning_key(kernel, a, rows_per_tile, m)) for m in every),
+        key=lambda one: one["BLOCK_H"] * one["BLOCK_I"],
     )
-    first = kernel.startswith("gate_up")
-    matrix, summed = (a.matrices.gate, "BLOCK_H") if first else (a.matrices.down, "BLOCK_I")
-    cols = matrix.block[1] if matrix.block else 0
-    if not must_upcast(matrix, a.dtype, a.device):
-        cols = cols or FORMATS[matrix.format].group
-    if cols == 0 or kernel.endswith("vector") or folds(matrix.format, matrix.scales, a.dtype):
-        return config
-    # Scales that multiply the sums of a tile are the same for all of its columns.
-    return {**config, summed: min(config[summed], cols)}
+    summed = "BLOCK_H" if kernel.startswith("gate_up") else "BLOCK_I"
+    for matrix in every:
+        cols = matrix.block[1] if matrix.block else 0
+        if not must_upcast(matrix, a.dtype, a.device):
+            cols = cols or FORMATS[matrix.format].group
+        # Scales that multiply the sums of a tile are the same for all of its columns.
+        multiplies_sums = not kernel.endswith("vector") and not folds(
+            matrix.format, matrix.scales, a.dtype
+        )
+        if cols and multiplies_sums and cols < config[summed]:
+            config = {**config, summed: cols}
+    return config
 
 
 def scale_type(matrix: Matrix) -> str | None:
@@ -143,13 +161,26 @@ def product_values(matrix: Matrix, a: Arguments) -> dict[str, Any]:
     }
 
 
-def gate_up_values(a: Arguments) -> dict[str, Any]:
-    """Everything but tensors, block sizes and what a path adds."""
+def gate_up_values(a: Arguments, multiply: bool = True) -> dict[str, Any]:
+    """Everything but tensors, block sizes and what a path adds. `multiply`: on tensor cores."""
     gate = a.form.gate
+    of_gate, *of_up = (
+        {**matrix_values(matrix), **(product_values(matrix, a) if multiply else {})}
+        for matrix in matrices_of("gate_up", a)
+    )
+    other = {
+        name.replace("stride_", "stride_up_") if name.startswith("stride_") else f"UP_{name}": (
+            of_up[0][name] if of_up else None
+        )
+        for name in of_gate
+        if name not in OF_BOTH
+    }
+    if of_up and of_gate["stride_ms"] is None:
+        of_gate["stride_ms"] = of_up[0]["stride_ms"]
     return {
         "top_k": a.k, "H": a.H, "I": a.I, "stride_ht": a.hidden.stride(0),
         "alpha": gate.alpha, "limit": gate.limit,
-        "FUNCTION": gate.function, "ACTIVATION": gate.activation, **matrix_values(a.matrices.gate),
+        "FUNCTION": gate.function, "ACTIVATION": gate.activation, **of_gate, **other,
     }  # fmt: skip
 
 
@@ -170,7 +201,8 @@ def vector_launches(a: Arguments, per_route: bool, out_stride: int) -> tuple[Lau
     return (
         Launch(
             gate_up_vector, (a.T * a.k, triton.cdiv(a.I, first["BLOCK_I"])),
-            **gate_up_values(a), ROWWISE=a.matrices.gate.values.stride(2) == 1, **first,
+            **gate_up_values(a, multiply=False),
+            ROWWISE=a.matrices.gate.values.stride(2) == 1, **first,
         ),
         Launch(
             down_vector, (a.T, triton.cdiv(a.H, second["BLOCK_H"])), unread,
@@ -190,8 +222,7 @@ def shared_launches(a: Arguments, per_route: bool, out_stride: int) -> tuple[Lau
     return (
         Launch(
             gate_up_shared, (R, triton.cdiv(a.I, first["BLOCK_I"])), **gate_up_values(a), **common,
-            **product_values(a.matrices.gate, a), K_PAD=triton.next_power_of_2(a.k),
-            R_PAD=triton.next_power_of_2(R), **first,
+            K_PAD=triton.next_power_of_2(a.k), R_PAD=triton.next_power_of_2(R), **first,
         ),
         Launch(
             down_shared, (triton.cdiv(a.H, second["BLOCK_H"]),), unread,
@@ -222,19 +253,24 @@ def decode_plan(a: Arguments, path: str, per_route: bool, out: torch.Tensor | No
 def rows_per_tile(a: Arguments) -> int:
     """BLOCK_M for the mean number of rows per expert; never a function of the number of slots.
 
-    Scaled formats keep a second tile of sums, for which tiles of 128 rows have no registers;
-    blocks and zero points need more yet, and those of 64 have none.
+    Scaled formats keep a second tile of sums, for which tiles of 128 rows have no registers.
+    Blocks, zero points, and gate and up of two formats need more yet: those of 64 have none.
     """
     experts = a.num_experts
     if experts is None:
         experts = 64 if a.expert_map is None else a.expert_map.numel()
     mean = a.T * a.k / experts
-    both = a.matrices.gate, a.matrices.down
-    rows = [FORMATS[matrix.format] for matrix in both]
+    every = prefill_matrices(a)
+    rows = [FORMATS[matrix.format] for matrix in every]
     most = 64 if any(row.scaled for row in rows) else 128
-    if any(row.unit > 1 for row in rows) or any(matrix.zeros is not None for matrix in both):
+    more = any(row.unit > 1 for row in rows) or any(matrix.zeros is not None for matrix in every)
+    if more or len(every) > 2:
         most = 32
     return min(next((count for count in (16, 32, 64) if mean <= count), most), most)
+
+
+def prefill_matrices(a: Arguments) -> tuple[Matrix, ...]:
+    return (*matrices_of("gate_up_grouped", a), a.matrices.down)
 
 
 def run_grouped(
@@ -261,8 +297,7 @@ def run_grouped(
     }  # fmt: skip
     with on_device(a.device):
         gate_up_grouped[(count * triton.cdiv(a.I, first["BLOCK_I"]),)](
-            hidden_ptr=a.hidden, act_ptr=act, **pointers, **gate_up_values(a), **common,
-            **product_values(a.matrices.gate, a), **first,
+            hidden_ptr=a.hidden, act_ptr=act, **pointers, **gate_up_values(a), **common, **first,
         )  # fmt: skip
         down_grouped[(count * triton.cdiv(a.H, second["BLOCK_H"]),)](
             act_ptr=act, routes_ptr=every, **down, H=a.H, I=a.I, **matrix_values(a.matrices.down),

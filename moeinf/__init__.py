@@ -112,6 +112,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module("moeinf.kernels")
     if name not in _HOMES:
         raise AttributeError(f"module 'moeinf' has no attribute {name!r}")
+    if name == "ExpertCache":  # torch.ops.moeinf take its name: whoever has one has them
+        importlib.import_module("moeinf.experts.op")
     value = getattr(importlib.import_module(_HOMES[name]), name)
     globals()[name] = value
     return value

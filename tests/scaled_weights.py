@@ -46,13 +46,11 @@ EVERY = {**SCALED, **{f"gguf-{name}": FORMATS[name] for name in BLOCKS}}
 # Experts whose gate and up are of two formats: gate, up and down.
 MIXED = {
     "q4_k+q6_k": (FORMATS["q4_k"], FORMATS["q6_k"], FORMATS["q5_k"]),
-    "q8_0+q4_0": (FORMATS["q8_0"], FORMATS["q4_0"], FORMATS["q8_0"]),
     "int4+int8": (SCALED["int4-128"], SCALED["int8-channel"], SCALED["int4-32"]),
     "int8-zeros+int4": (SCALED["int8-32-zeros"], SCALED["int4-32"], SCALED["int4-channel-zeros"]),
     "bf16+fp8": (FORMATS["bf16"], SCALED["fp8-channel"], FORMATS["bf16"]),
     "fp8+bf16": (SCALED["fp8-128x128-f32"], FORMATS["bf16"], SCALED["fp8-tensor"]),
     "nvfp4+mxfp4": (SCALED["nvfp4"], SCALED["mxfp4"], SCALED["nvfp4"]),
-    "fp8-tensor+fp8-32x32": (SCALED["fp8-tensor"], SCALED["fp8-32x32-f16"], SCALED["mxfp8"]),
 }
 
 

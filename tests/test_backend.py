@@ -328,6 +328,13 @@ def test_the_output_of_strided_tokens_is_as_torch_compile_expects(
     assert moeinf.fused_experts(hidden, ids, weights, cache, 0).is_contiguous()
 
 
+def test_who_has_a_cache_has_the_operators() -> None:
+    """Also where nothing else of the package was used."""
+    program = "import moeinf, torch; moeinf.ExpertCache; print(torch.ops.moeinf.fused_experts)"
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.stdout == "moeinf.fused_experts\n", ran.stderr
+
+
 def test_who_watches_operators_sees_the_step(store: moeinf.ExpertStore) -> None:
     """Where nobody does, a step does not go through torch's dispatcher."""
     cache = moeinf.ExpertCache(store, slots=4)

@@ -84,6 +84,7 @@ def test_what_doctor_measures_caches_use(
 def test_it_counts_for_its_disk_alone(read_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     disk_tuning.store(POCKET, {"rows": [], "threads": 3, "chunk_bytes": 0})
     assert read_with() == (3, 0)
+    assert disk_tuning.settings(["memory"], 0, 0) == USUAL  # experts in no file
     monkeypatch.setattr(disk_tuning, "_disk_of", lambda path: "another disk")
     assert read_with() == USUAL
 

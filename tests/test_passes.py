@@ -7,6 +7,7 @@ that text.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 from typing import Any
@@ -403,14 +404,21 @@ def test_a_run_that_is_abandoned(served: Any, routing: Any, seed: int) -> None:
 
 def test_experts_per_token_changed_while_recording(folder: Path, seed: int) -> None:
     model = moeinf.load(folder, slots=5)
-    routers = [m for m in model.modules() if hasattr(m, "top_k") and hasattr(m, "weight")]
+    # Transformers 5.0 has the number of DeepSeek-V3 in the block, later versions in the router.
+    every = ([m for m in layer.modules() if hasattr(m, "top_k")] for layer in model.model.layers)
+    layers = [routers for routers in every if routers]
+    assert layers
+
+    def route_to(top_k: int, layers: list[list[Any]]) -> None:
+        for router in itertools.chain(*layers):
+            router.top_k = top_k
+
     ids = random_ids(seed, 1, 4)
     with model.moeinf.cache.record() as recorder, torch.no_grad():
         for top_k in (2, 1, 4):
-            for router in routers:
-                router.top_k = top_k
+            route_to(top_k, layers)
             model(ids)
-        routers[0].top_k = 1  # one layer alone
+        route_to(1, layers[:1])
         model(ids)
     trace = recorder.trace()
     used = (trace.experts >= 0).sum(-1)

@@ -12,14 +12,13 @@
 namespace moeinf {
 namespace {
 
-// Routes that share one pass over a block of weight rows. The matrix unit takes 32 at a time, and
-// longer blocks of weights instead.
+// Routes that share one pass over a block of weight rows.
 constexpr int64_t kRowsPerWalk = 64;
-constexpr int64_t kTiledRowsPerWalk = 2 * kTileRows;
 // A block is a multiple of this many weight rows, a multiple in turn of every tile's width.
 constexpr int64_t kBlockRows = 48;
-// Gate values (and up values) that one task holds at a time.
+// Gate values (and up values) that one task holds at a time. The matrix unit takes longer blocks.
 constexpr int64_t kGateValues = kRowsPerWalk * kBlockRows;
+constexpr int64_t kTiledGateValues = 2 * kGateValues;
 // The most bytes of a block. Weights that are read once profit from long blocks, where the hardware
 // prefetcher works best. Weights that are read again must stay in the L2 cache with the
 // activations.
@@ -69,7 +68,7 @@ bool on_tiles(const KernelSet& kernels, const ExpertFfn& expert, const FfnInput&
         if (kernels.formats[static_cast<size_t>(matrix.format)].tiles == nullptr) return false;
         if (!matrix.scales) return true;
         const int64_t group = matrix.scales->block_cols;
-        return !matrix.scales->zeros && (group == kTileDepth / 2 || group % kTileDepth == 0);
+        return group == kTileDepth / 2 || group % kTileDepth == 0;
     };
     return input.hidden_dtype == DType::kBF16 && served(expert.gate) &&
            (!expert.up || served(*expert.up)) && served(expert.down) &&
@@ -160,10 +159,11 @@ ExpertFfnCall::Activations ExpertFfnCall::reserve(const Matrix& matrix, DType dt
                                                   size_t& size) const {
     Activations x{.product = &product_of(kernels_, matrix, dtype), .offset = size};
     const auto cols = static_cast<size_t>(matrix.cols);
-    x.row_bytes = tiled_ ? round_up(cols, size_t{kTileDepth}) * dtype_bytes(dtype)
+    x.row_bytes = tiled_ ? static_cast<size_t>(tile_row_bytes(matrix.cols))
                          : activation_row_bytes(*x.product, cols, dtype);
     if (tiled_ || x.product->arrange != nullptr) {
-        size += round_up(static_cast<size_t>(rows) * x.row_bytes, kAlign);
+        size +=
+            round_up(static_cast<size_t>(rows) * x.row_bytes + (tiled_ ? kTileBehind : 0), kAlign);
     }
     return x;
 }
@@ -277,7 +277,7 @@ void ExpertFfnCall::compute(std::span<const SlotOfExpert> ready) {
     }
     const int64_t up_bytes = expert_.up ? row_bytes(*expert_.up) : 0;
     run_blocks(ready, expert_.intermediate(), std::max(row_bytes(expert_.gate), up_bytes),
-               kGateValues,
+               tiled_ ? kTiledGateValues : kGateValues,
                [this](const SlotOfExpert& expert, int64_t first, int64_t rows) noexcept {
                    gate_up(expert, first, rows);
                });
@@ -286,11 +286,6 @@ void ExpertFfnCall::compute(std::span<const SlotOfExpert> ready) {
                [this](const SlotOfExpert& expert, int64_t first, int64_t rows) noexcept {
                    down(expert, first, rows);
                });
-}
-
-// Routes that share one pass over a block of weight rows.
-int64_t ExpertFfnCall::rows_per_walk() const noexcept {
-    return tiled_ ? kTiledRowsPerWalk : kRowsPerWalk;
 }
 
 // Cuts the `rows` weight rows of each expert into blocks, and calls block(expert, first, count) for
@@ -308,9 +303,9 @@ void ExpertFfnCall::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows
     int64_t left = static_cast<int64_t>(ready.size()) * rows;
     for (const SlotOfExpert& expert : ready) {
         const int64_t routes = routing_.counts()[static_cast<size_t>(expert.position)];
-        const int64_t walk = rows_per_walk();
-        const int64_t most_bytes = tiled_ || routes <= walk ? kStreamBytes : kRewalkBytes;
-        const int64_t most = std::min(most_bytes / row_bytes, most_values / std::min(routes, walk));
+        const int64_t most_bytes = tiled_ || routes <= kRowsPerWalk ? kStreamBytes : kRewalkBytes;
+        const int64_t most =
+            std::min(most_bytes / row_bytes, most_values / std::min(routes, kRowsPerWalk));
         for (int64_t first = 0, count = 0; first < rows; first += count, left -= count) {
             const int64_t share = left / (kSharesPerThread * engine_.pool().threads());
             const int64_t units = std::min(share, most) / kBlockRows;
@@ -329,12 +324,11 @@ void ExpertFfnCall::gate_up(const SlotOfExpert& expert, int64_t first,
                             int64_t count) const noexcept {
     const auto p = static_cast<size_t>(expert.position);
     const bool to_bf16 = inner_dtype_ == DType::kBF16;
-    float gate[kGateValues];
-    float up[kGateValues];
-    const int64_t walk = rows_per_walk();
+    float gate[kTiledGateValues];
+    float up[kTiledGateValues];
     const int64_t step = tiled_ ? kTileRows : 1;
-    for (int64_t row = begin_[p]; row < begin_[p + 1]; row += walk) {
-        const int64_t rows = std::min<int64_t>(walk, begin_[p + 1] - row);
+    for (int64_t row = begin_[p]; row < begin_[p + 1]; row += kRowsPerWalk) {
+        const int64_t rows = std::min<int64_t>(kRowsPerWalk, begin_[p + 1] - row);
         const auto product = [&](const Matrix& matrix, const Activations& x, float* y) {
             const void* pointers[kRowsPerWalk];
             for (int64_t r = 0; r < rows; r += step) {
@@ -365,10 +359,9 @@ void ExpertFfnCall::gate_up(const SlotOfExpert& expert, int64_t first,
 void ExpertFfnCall::down(const SlotOfExpert& expert, int64_t first, int64_t count) const noexcept {
     const auto p = static_cast<size_t>(expert.position);
     const void* x[kRowsPerWalk];
-    const int64_t walk = rows_per_walk();
     const int64_t step = tiled_ ? kTileRows : 1;
-    for (int64_t row = begin_[p]; row < begin_[p + 1]; row += walk) {
-        const int64_t rows = std::min<int64_t>(walk, begin_[p + 1] - row);
+    for (int64_t row = begin_[p]; row < begin_[p + 1]; row += kRowsPerWalk) {
+        const int64_t rows = std::min<int64_t>(kRowsPerWalk, begin_[p + 1] - row);
         for (int64_t r = 0; r < rows; r += step) x[r / step] = down_x_.row(row + r);
         DotJob job{.x = x,
                    .rows = rows,

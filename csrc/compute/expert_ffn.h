@@ -106,7 +106,6 @@ private:
             return rows + static_cast<size_t>(index) * row_bytes;
         }
     };
-    [[nodiscard]] int64_t rows_per_walk() const noexcept;
     [[nodiscard]] auto dot_of(const Matrix& matrix, const Activations& x) const noexcept {
         return tiled_ ? kernels_.formats[static_cast<size_t>(matrix.format)].tiles : x.product->dot;
     }

@@ -70,12 +70,21 @@ struct Product {
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileDepth = 32;
 
+// Bytes of each activation as KernelSet::arrange_tiles writes it.
+constexpr int64_t tile_row_bytes(int64_t depth) {
+    const int64_t tiles = (depth + kTileDepth - 1) / kTileDepth;
+    const int64_t bytes = tiles * (kTileDepth * 2 + static_cast<int64_t>(sizeof(float)));
+    return (bytes + 63) / 64 * 64;
+}
+
 // `bf16` multiplies bf16 activations without widening them and without loss. Its functions are null
-// if the set must widen activations first. `tiles` does it on a matrix unit, for any scales but
-// those with zero points; it takes activations as KernelSet::arrange_tiles writes them. x[i] of a
-// job is then the place of activations 16 i to 16 i + 15. Null where the set has none. `decode`
-// writes the weights of a job as numbers, row after row; it reads neither its activations nor its
-// y.
+// if the set must widen activations first. `tiles` does it on a matrix unit, for scales of all
+// columns, of 16, or of a multiple of kTileDepth. It takes activations as KernelSet::arrange_tiles
+// writes them: x[i] of a job is the place of activations 16 i to 16 i + 15. It may read kTileBehind
+// bytes behind the last ones. Null where the set has none, and for weights that are not exact in
+// bf16. `decode` writes the weights of a job as numbers, row after row; it reads neither its
+// activations nor its y.
+constexpr int64_t kTileBehind = 64;
 struct FormatKernels {
     Product f32;
     Product bf16;
@@ -97,7 +106,8 @@ struct KernelSet {
     const GateKernels* gates;      // indexed by Gate::kernel
 
     // Writes up to 16 rows of bf16, with as many elements for each as the depth, rounded up to
-    // kTileDepth. Null in a set without a matrix unit.
+    // kTileDepth; and behind all of them, the sum of each kTileDepth elements of each. Null in a
+    // set without a matrix unit.
     void (*arrange_tiles)(const void* const* rows, int64_t count, int64_t depth, void* to);
 
     void (*widen)(const void* from, DType dtype, int64_t count, float* to);

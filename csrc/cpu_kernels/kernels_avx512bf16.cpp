@@ -246,11 +246,19 @@ constexpr Amx::Tiles Amx::kTiles<Q80Weights> = amx_q8_0;
 template <>
 constexpr Amx::Tiles Amx::kTiles<Q40Weights> = amx_q4_0;
 template <>
+constexpr Amx::Tiles Amx::kTiles<Q50Weights> = amx_q5_0;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Q51Weights> = amx_q5_1;
+template <>
 constexpr Amx::Tiles Amx::kTiles<Iq4NlWeights> = amx_iq4_nl;
 template <>
 constexpr Amx::Tiles Amx::kTiles<Mxfp4Weights> = amx_mxfp4;
 template <>
 constexpr Amx::Tiles Amx::kTiles<Q4KWeights> = amx_q4_k;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Q5KWeights> = amx_q5_k;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Q6KWeights> = amx_q6_k;
 
 }  // namespace
 

@@ -25,9 +25,13 @@ void amx_int8(const DotJob& job);
 void amx_int4(const DotJob& job);
 void amx_q8_0(const DotJob& job);
 void amx_q4_0(const DotJob& job);
+void amx_q5_0(const DotJob& job);
+void amx_q5_1(const DotJob& job);
 void amx_iq4_nl(const DotJob& job);
 void amx_mxfp4(const DotJob& job);
 void amx_q4_k(const DotJob& job);
+void amx_q5_k(const DotJob& job);
+void amx_q6_k(const DotJob& job);
 #endif
 
 }  // namespace moeinf

@@ -1,334 +1,352 @@
-// The products of packed matrices on the matrix unit of x86. 32 columns of a row are decoded into
-// bf16, without loss, where a tile of weights is loaded from. The sums of the columns that share a
+// The products of packed matrices on the matrix unit of x86. The sums of the columns that share a
 // scale are multiplied by it and added in 32-bit floats:
 //
 //   y[r][n] = multiplier * sum over groups of scale * (sum over the group of x[r][k] * w[n][k])
 //
-// and where a group has a minimum, it is subtracted times the sum of the group's x.
-#include <memory>
-
-#include "cpu_kernels/dot_scaled.h"
-#include "cpu_kernels/formats/decoders.h"
-#include "cpu_kernels/tiles_amx.h"
+// Where a group has a minimum, it is subtracted times the sum of the group's x. Zero points are
+// subtracted from the integers, which leaves integers that are exact in bf16.
+//
+// A panel is 32 outputs by 256 columns. It is decoded once, and multiplied by up to 64 activations:
+// a pair of tiles, 32 of them, at a time. The vector unit decodes the rows of the next panel while
+// the matrix unit multiplies this one.
+//
+//   sums of a group, in tile registers --ended--> `ended`, two groups --scaled--> `acc` --> y
+//         ^            |
+//         +-- `open` <-+ where the panel ends before the group
+//
+// Where the weights are multiplied by their scales as they are decoded (Folded codes), all columns
+// are one group without a scale. Its sums stay `open`, and are added to `acc` at the end. A panel
+// with scales that do not allow it is decoded anew, without them.
+#include "cpu_kernels/packed_panel.h"
 
 namespace moeinf {
 namespace {
 
-using F = Floats512;
-using Scaling = ScaleJob<F>;
+constexpr int64_t kPairRows = 2 * kTileRows;
+constexpr int64_t kPairs = 2;
+constexpr int64_t kNoEnd = int64_t{1} << 40;  // columns
 
-constexpr int64_t kOutputs = 2 * kTileRows;
-constexpr int64_t kRowScales = Scaling::kRow;
-
-// 16 numbers as bf16, twice, so that the fifth bit of an index does not matter.
-template <class Decoder>
-__m512i table() {
-    const __m512i bits = _mm512_castps_si512(_mm512_loadu_ps(Decoder::kTable));
-    return _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(_mm512_srli_epi32(bits, 16)));
-}
-
-__m512i to_bf16(__m512 first, __m512 second) {
-    return reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-}
-
-// Each has load(row, k, n): columns k to k + n of a row as bf16, for a k of whole tiles and n
-// <= 32.
-
-// A byte for each column.
-template <class Number>
-struct Bytes {
-    static constexpr bool kMinima = false;
-    static __m512i load(const std::byte* row, int64_t k, int64_t n) {
-        if constexpr (requires { F::bf16_of<0>(__m512i{}, Number{}); }) {
-            const auto mask = static_cast<__mmask32>((uint64_t{1} << n) - 1);
-            const __m256i bytes = _mm256_maskz_loadu_epi8(mask, row + k);
-            return F::bf16_of<0>(_mm512_cvtepu8_epi16(bytes), Number{});
-        }
-        const auto* from = reinterpret_cast<const Number*>(row) + k;
-        if (n == kTileDepth) return to_bf16(F::load(from), F::load(from + 16));
-        return to_bf16(F::load_first(from, std::min<int64_t>(n, 16)),
-                       n > 16 ? F::load_first(from + 16, n - 16) : F::splat(0.0f));
-    }
+// Four tiles of sums: by 16 outputs and 16 activations.
+struct alignas(64) Sums {
+    float of[4][kTileRows * kTileRows];
 };
 
-// Two columns in a byte, the first one in its lower half.
-template <class Decoder>
-struct Nibbles {
-    static constexpr bool kMinima = false;
-    static __m512i load(const std::byte* row, int64_t k, int64_t n) {
-        const auto mask = static_cast<__mmask16>((1u << (n / 2)) - 1u);
-        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, row + k / 2));
-        const __m512i codes = _mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12));
-        return _mm512_permutexvar_epi16(codes, table<Decoder>());
-    }
+// Two tiles of activations.
+struct Pair {
+    const std::byte* x[2];  // as KernelSet::arrange_tiles writes them
+    int64_t rows[2];        // how many they are; the second may be none
 };
 
-struct Q80Codes {
-    using Decoder = Q80Weights;
-    static constexpr bool kMinima = false;
-    static __m512i load(const std::byte* row, int64_t k, int64_t /*n*/) {
-        const std::byte* block = row + k / 32 * static_cast<int64_t>(sizeof(Q80Weights::Stored));
-        return Bytes<int8_t>::load(block + Q80Weights::kFirst, 0, kTileDepth);
-    }
+// What a thread computes with: it fits in the first two levels of its caches.
+struct Work {
+    Panel panels[2];
+    Sums ended[2];
+    Sums open[kPairs];
+    // A store to a place 4096 bytes before a load delays it.
+    alignas(64) std::byte apart[2048];
+    Sums acc[kPairs];
 };
 
-// Blocks of 32 columns: the first 16 in the lower halves of 16 bytes.
-template <class D>
-struct BlockNibbles {
-    using Decoder = D;
-    static constexpr bool kMinima = false;
-    static __m512i load(const std::byte* row, int64_t k, int64_t /*n*/) {
-        const std::byte* block = row + k / 32 * static_cast<int64_t>(sizeof(typename D::Stored));
-        const __m256i bytes = _mm256_cvtepu8_epi16(F::bytes(block + D::kFirst));
-        const __m512i codes =
-            _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
-        return _mm512_permutexvar_epi16(codes, table<D>());
-    }
-};
-
-// Blocks of 256 columns: 64 at a time, the first 32 in the lower halves of 32 bytes.
-struct Q4KCodes {
-    using Decoder = Q4KWeights;
-    static constexpr bool kMinima = true;
-    static __m512i load(const std::byte* row, int64_t k, int64_t /*n*/) {
-        const std::byte* block = row + k / 256 * static_cast<int64_t>(sizeof(Q4KWeights::Stored));
-        const std::byte* from = block + Q4KWeights::kFirst + k % 256 / 64 * 32;
-        const __m512i bytes =
-            _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-        const __m512i codes = k % 64 == 0 ? bytes : _mm512_srli_epi16(bytes, 4);
-        return _mm512_permutexvar_epi16(codes, table<Q4KWeights>());
-    }
-};
-
-// Scales and minima of the rows of a block of outputs, and the sums of the activations of each
-// group.
-struct Kept {
-    alignas(64) float scales[kOutputs * kRowScales];
-    alignas(64) float minima[kOutputs * kRowScales];
-    alignas(64) float sums[kMaxScales][2][kTileRows];
-};
-
-// Kept between calls. All formats share it, and a thread that computes no tiles has none: it is
-// nearly a megabyte.
-Kept& kept_by_this_thread() {
-    static thread_local std::unique_ptr<Kept> kept;
-    if (kept == nullptr) kept = std::make_unique<Kept>();
-    return *kept;
-}
-
-template <class Codes>
-void load_scales(const DotJob& job, int64_t output, int64_t count, Kept& kept) {
-    if constexpr (requires { typename Codes::Decoder; }) {
-        using Decoder = typename Codes::Decoder;
-        for (int64_t n = 0; n < count; n += kScaleOutputs) {
-            Decoder::template scales<F>(
-                {.w = job.w + (output + n) * job.w_stride,
-                 .stride = job.w_stride,
-                 .count = static_cast<int>(std::min<int64_t>(kScaleOutputs, count - n)),
-                 .blocks = job.depth / Decoder::kPack,
-                 .scales = kept.scales + n * kRowScales,
-                 .minima = kept.minima + n * kRowScales});
-        }
-    } else {
-        for (int64_t n = 0; n < count; ++n) {
-            float* to = kept.scales + n * kRowScales;
-            *to = 1;
-            if (job.how == nullptr) continue;
-            const int64_t row = (job.first + output + n) / job.how->block_rows;
-            widen_scales<F>(job.scales + row * job.how->rows.stride, job.how->type,
-                            job.how->count(job.depth), to);
-        }
-    }
-}
-
-template <class Codes>
-int64_t group_of(const DotJob& job) {
-    if constexpr (requires { typename Codes::Decoder; }) {
-        return Codes::Decoder::kGroup;
-    } else {
-        if (job.how != nullptr && job.how->block_cols != 0) return job.how->block_cols;
-        return std::max(job.depth, kTileDepth);  // one group
-    }
-}
-
-// Of both tiles of activations, for each tile of depth.
-void sum_activations(const DotJob& job, const std::byte* const (&x)[2], const int64_t (&rows)[2],
-                     Kept& kept) {
-    for (int half = 0; half < 2; ++half) {
-        const auto mask = static_cast<__mmask16>((1u << rows[half]) - 1u);
-        const std::byte* from = x[half];
-        for (int64_t k = 0; k < job.depth; k += kTileDepth) {
-            __m512 sum = F::splat(0.0f);
-            for (int i = 0; i < kTileRows && rows[half] > 0; ++i, from += 4 * rows[half]) {
-                const __m512i pairs = _mm512_maskz_loadu_epi32(mask, from);
-                const __m512i second = _mm512_and_si512(pairs, _mm512_set1_epi32(-0x10000));
-                sum = _mm512_add_ps(sum, _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)));
-                sum = _mm512_add_ps(sum, _mm512_castsi512_ps(second));
+// acc += sums of kGroups groups times their scales, from the panel's group `first` on.
+template <int kGroups, bool kMinima, bool kTwoOutputs, bool kTwoRows>
+void add_groups(const Form& form, const Panel& panel, const Pair& pair, int64_t first,
+                const Sums (&ended)[2], Sums& acc) {
+    constexpr int kTiles = kTwoRows ? 2 : 1;
+    __m512 x[kGroups][2];  // sums of the activations
+    if constexpr (kMinima) {
+        const int64_t tiles = (form.job.depth + kTileDepth - 1) / kTileDepth;
+        const int64_t at = panel.first / kTileDepth + first;
+        for (int half = 0; half < kTiles; ++half) {
+            const int64_t rows = pair.rows[half];
+            const std::byte* sums = pair.x[half] + tiles * kLine * rows;
+            for (int g = 0; g < kGroups; ++g) {
+                x[g][half] =
+                    F::load_first(reinterpret_cast<const float*>(sums) + (at + g) * rows, rows);
             }
-            _mm512_store_ps(kept.sums[k / kTileDepth][half], sum);
         }
     }
-}
-
-struct Block {
-    int64_t outputs;  // 1 to 32
-    bool two_outputs, two_rows;
-    alignas(
-        64) std::byte weights[2][2][kTileBytes];  // by half of a group's columns, and of outputs
-    alignas(64) float tile[4][kTileRows * kTileRows];
-    alignas(64) float acc[4][kTileRows * kTileRows];
-};
-
-// Adds the sums of a group to those of the block.
-template <class Codes>
-void add_group(Block& block, const Kept& kept, int64_t group) {
-    _tile_stored(0, block.tile[0], kLine);
-    if (block.two_rows) _tile_stored(1, block.tile[1], kLine);
-    if (block.two_outputs) _tile_stored(2, block.tile[2], kLine);
-    if (block.two_outputs && block.two_rows) _tile_stored(3, block.tile[3], kLine);
-    for (int at = 0; at < 4; ++at) {
-        if ((at % 2 == 1 && !block.two_rows) || (at / 2 == 1 && !block.two_outputs)) continue;
-        const int64_t first = at / 2 * kTileRows * kRowScales + group;
-        for (int m = 0; m < kTileRows; ++m) {
-            float* acc = block.acc[at] + m * kTileRows;
-            __m512 sum = _mm512_load_ps(acc);
-            sum = _mm512_fmadd_ps(_mm512_load_ps(block.tile[at] + m * kTileRows),
-                                  _mm512_set1_ps(kept.scales[first + m * kRowScales]), sum);
-            if constexpr (Codes::kMinima) {
-                sum = _mm512_fnmadd_ps(_mm512_set1_ps(kept.minima[first + m * kRowScales]),
-                                       _mm512_load_ps(kept.sums[group][at % 2]), sum);
+    for (int at = 0; at < (kTwoOutputs ? 4 : 2); at += 2) {
+        const float* scales = panel.scales[at / 2 * kTileRows] + first;
+        for (int m = 0; m < kTileRows; ++m, scales += kPanelScales) {
+            __m512 sum[kTiles];
+#pragma GCC unroll 2
+            for (int half = 0; half < kTiles; ++half) {
+                sum[half] = _mm512_load_ps(acc.of[at + half] + m * kTileRows);
             }
-            _mm512_store_ps(acc, sum);
+#pragma GCC unroll 2
+            for (int g = 0; g < kGroups; ++g) {
+                const __m512 scale = _mm512_set1_ps(scales[g]);
+#pragma GCC unroll 2
+                for (int half = 0; half < kTiles; ++half) {
+                    const __m512 of_group = _mm512_load_ps(ended[g].of[at + half] + m * kTileRows);
+                    sum[half] = _mm512_fmadd_ps(scale, of_group, sum[half]);
+                    if constexpr (kMinima) {
+                        sum[half] = _mm512_fnmadd_ps(_mm512_set1_ps(scales[g + form.minima]),
+                                                     x[g][half], sum[half]);
+                    }
+                }
+            }
+#pragma GCC unroll 2
+            for (int half = 0; half < kTiles; ++half) {
+                _mm512_store_ps(acc.of[at + half] + m * kTileRows, sum[half]);
+            }
         }
     }
 }
 
-// Decodes 32 columns of all rows; of groups of 16, each half with zeros for the other.
-template <class Codes>
-void decode(const DotJob& job, const std::byte* w, int64_t k, bool halves, Block& block) {
-    const int64_t columns = std::min(kTileDepth, job.depth - k);
-    for (int64_t n = 0; n < block.outputs; ++n, w += job.w_stride) {
-        const __m512i weights = Codes::load(w, k, columns);
-        std::byte* to = block.weights[0][n / kTileRows] + n % kTileRows * kLine;
-        if (!halves) {
-            _mm512_store_si512(to, weights);
-            continue;
-        }
-        _mm512_store_si512(to, _mm512_maskz_mov_epi32(0x00ff, weights));
-        _mm512_store_si512(to + sizeof block.weights[0], _mm512_maskz_mov_epi32(0xff00, weights));
+// A panel by a pair of tiles.
+template <bool kMinima, bool kTwoOutputs, bool kTwoRows>
+void multiply(const Form& form, const Panel& panel, const Pair& pair, Decoding& next,
+              Sums (&ended)[2], Sums& open, Sums& acc) {
+    int64_t added = 0;  // groups
+    int waiting = 0;    // ended groups that are not added
+    const auto add = [&] {
+        written();
+        const auto groups = [&]<int kGroups>() {
+            add_groups<kGroups, kMinima, kTwoOutputs, kTwoRows>(form, panel, pair, added, ended,
+                                                                acc);
+        };
+        if (waiting == 2) groups.template operator()<2>();
+        if (waiting == 1) groups.template operator()<1>();
+        added += waiting;
+        waiting = 0;
+    };
+    const int64_t end = panel.first + panel.columns;
+    const int64_t group = panel.folded ? kNoEnd : form.group;
+    int64_t begins = panel.first / group * group;  // the next group's first column
+    if (begins == panel.first) {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    } else {
+        _tile_loadd(0, open.of[0], kLine);
+        if constexpr (kTwoRows) _tile_loadd(1, open.of[1], kLine);
+        if constexpr (kTwoOutputs) _tile_loadd(2, open.of[2], kLine);
+        if constexpr (kTwoOutputs && kTwoRows) _tile_loadd(3, open.of[3], kLine);
     }
-    written();
-}
-
-// The sums of a step: the tiles of weights by those of activations.
-void multiply_tiles(const Block& block, const std::byte* const (&weights)[2],
-                    const std::byte* const (&x)[2], const int64_t (&rows)[2]) {
-    _tile_loadd(4, weights[0], kLine);
-    if (block.two_outputs) _tile_loadd(5, weights[1], kLine);
-    _tile_loadd(6, x[0], 4 * rows[0]);
-    _tile_dpbf16ps(0, 4, 6);
-    if (block.two_outputs) _tile_dpbf16ps(2, 5, 6);
-    if (!block.two_rows) return;
-    _tile_loadd(7, x[1], 4 * rows[1]);
-    _tile_dpbf16ps(1, 4, 7);
-    if (block.two_outputs) _tile_dpbf16ps(3, 5, 7);
-}
-
-// All groups of up to 32 outputs by up to 32 activations.
-template <class Codes>
-void walk_groups(const DotJob& job, const std::byte* w, const std::byte* const (&x)[2],
-                 const int64_t (&rows)[2], Kept& kept, Block& block) {
-    const int64_t group = group_of<Codes>(job);
-    const bool halves = group < kTileDepth;
-    int64_t done = 0;  // groups
-    for (int64_t k = 0; k < job.depth; k += kTileDepth) {
-        decode<Codes>(job, w, k, halves, block);
-        const std::byte* at[2] = {x[0] + 2 * k * rows[0], x[1] + 2 * k * rows[1]};
-        for (int half = 0; half < (halves ? 2 : 1); ++half) {
-            const int64_t begin = k + half * group;
-            if (halves && begin >= job.depth) break;
-            if (halves || k % group == 0) {
-                _tile_zero(0);
+    begins += group;
+    for (int64_t k = panel.first; k < end; k += form.step) {
+        const std::byte* weights =
+            panel.weights[(k - panel.first) / kTileDepth][0] + 2 * (k % kTileDepth);
+        const bool fresh = k == begins;
+        Sums& full = ended[waiting];
+        const int64_t first = 4 * pair.rows[0];
+        _tile_loadd(4, weights, kLine);
+        _tile_loadd(6, pair.x[0] + k / 2 * first, first);
+        if (fresh) {
+            _tile_stored(0, full.of[0], kLine);
+            _tile_zero(0);
+        }
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (kTwoRows) {
+            const int64_t second = 4 * pair.rows[1];
+            _tile_loadd(7, pair.x[1] + k / 2 * second, second);
+            if (fresh) {
+                _tile_stored(1, full.of[1], kLine);
                 _tile_zero(1);
+            }
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if constexpr (kTwoOutputs) {
+            _tile_loadd(5, weights + kTileBytes, kLine);
+            if (fresh) {
+                _tile_stored(2, full.of[2], kLine);
                 _tile_zero(2);
+            }
+            _tile_dpbf16ps(2, 5, 6);
+        }
+        if constexpr (kTwoOutputs && kTwoRows) {
+            if (fresh) {
+                _tile_stored(3, full.of[3], kLine);
                 _tile_zero(3);
             }
-            multiply_tiles(block, {block.weights[half][0], block.weights[half][1]}, at, rows);
-            const int64_t next = k + kTileDepth;
-            if (halves || next % group == 0 || next >= job.depth) {
-                add_group<Codes>(block, kept, done++);
-            }
+            _tile_dpbf16ps(3, 5, 7);
+        }
+        next.some();
+        if (fresh) {
+            begins += group;
+            if (++waiting == 2) add();
         }
     }
+    const bool ends = !panel.folded && (end == begins || end == form.job.depth);
+    Sums& last = ends ? ended[waiting++] : open;
+    _tile_stored(0, last.of[0], kLine);
+    if constexpr (kTwoRows) _tile_stored(1, last.of[1], kLine);
+    if constexpr (kTwoOutputs) _tile_stored(2, last.of[2], kLine);
+    if constexpr (kTwoOutputs && kTwoRows) _tile_stored(3, last.of[3], kLine);
+    add();
 }
 
-void write_block(const DotJob& job, Block& block, const int64_t (&rows)[2], float* y) {
+using Multiply = void (*)(const Form& form, const Panel& panel, const Pair& pair, Decoding& next,
+                          Sums (&ended)[2], Sums& open, Sums& acc);
+
+template <bool kMinima>
+Multiply multiply_of(bool two_outputs, bool two_rows) {
+    if (two_outputs)
+        return two_rows ? multiply<kMinima, true, true> : multiply<kMinima, true, false>;
+    return two_rows ? multiply<kMinima, false, true> : multiply<kMinima, false, false>;
+}
+
+void write_pair(const Form& form, const Pair& pair, int64_t outputs, const Sums& open, Sums& acc,
+                float* y) {
+    const DotJob& job = form.job;
     const __m512 multiplier = _mm512_set1_ps(job.multiplier);
+    written();
     for (int at = 0; at < 4; ++at) {
         const int64_t row = at % 2 * kTileRows;
         const int64_t output = at / 2 * kTileRows;
-        if (output >= block.outputs || rows[at % 2] == 0) continue;
-        float* acc = block.acc[at];
+        if (output >= outputs || pair.rows[at % 2] == 0) continue;
+        float* sums = acc.of[at];
         for (int i = 0; i < kTileRows * kTileRows; i += kTileRows) {
-            _mm512_store_ps(acc + i, _mm512_mul_ps(_mm512_load_ps(acc + i), multiplier));
+            __m512 sum = _mm512_load_ps(sums + i);
+            if (form.folded) sum = _mm512_add_ps(sum, _mm512_load_ps(open.of[at] + i));
+            _mm512_store_ps(sums + i, _mm512_mul_ps(sum, multiplier));
         }
-        write(acc, rows[at % 2], block.outputs - output, y + row * job.y_stride + output,
+        write(sums, pair.rows[at % 2], outputs - output, y + row * job.y_stride + output,
               job.y_stride);
+    }
+}
+
+// All outputs by some pairs of tiles.
+void multiply_pairs(const Form& form, std::span<const Pair> pairs, DecodeRow row, DecodeRow plain,
+                    float* y, Work& work) {
+    const DotJob& job = form.job;
+    place(form, 0, 0, work.panels[0]);
+    Decoding{form, work.panels[0], row, plain, work.panels[0].outputs}.rest();
+    for (int64_t turn = 0, output = 0; output < job.outputs; ++turn) {
+        const Panel& panel = work.panels[turn % 2];
+        Panel& ahead = work.panels[(turn + 1) % 2];
+        const bool last = panel.first + panel.columns == job.depth;
+        const int64_t next = last ? output + kOutputs : output;
+        Decoding decoding{form, ahead, row, plain};
+        if (next < job.outputs) {
+            place(form, next, last ? 0 : panel.first + kPanelDepth, ahead);
+            const auto steps =
+                static_cast<int64_t>(pairs.size()) * ((panel.columns + form.step - 1) / form.step);
+            decoding.rows = ahead.outputs;
+            decoding.share = (ahead.outputs + steps - 1) / steps;
+        }
+        if (panel.first == 0) {
+            std::memset(work.acc, 0, pairs.size() * sizeof work.acc[0]);
+            std::memset(work.open, 0, pairs.size() * sizeof work.open[0]);
+        }
+        written();
+        for (size_t i = 0; i < pairs.size(); ++i) {
+            const bool two_outputs = panel.outputs > kTileRows;
+            const bool two_rows = pairs[i].rows[1] > 0;
+            const Multiply function = form.minima != 0 ? multiply_of<true>(two_outputs, two_rows)
+                                                       : multiply_of<false>(two_outputs, two_rows);
+            function(form, panel, pairs[i], decoding, work.ended, work.open[i], work.acc[i]);
+        }
+        decoding.rest();
+        if (last) {
+            for (size_t i = 0; i < pairs.size(); ++i) {
+                write_pair(form, pairs[i], panel.outputs, work.open[i], work.acc[i],
+                           y + static_cast<int64_t>(i) * kPairRows * job.y_stride + output);
+            }
+        }
+        output = next;
     }
 }
 
 template <class Codes>
 void dot(const DotJob& job) {
-    Kept& kept = kept_by_this_thread();
-    Block block{};
-    for (int64_t row = 0; row < job.rows; row += 2 * kTileRows) {
-        const int64_t first = std::min(kTileRows, job.rows - row);
-        const int64_t rows[2] = {first, std::min(kTileRows, job.rows - row - first)};
-        const auto* x = reinterpret_cast<const std::byte* const*>(job.x) + row / kTileRows;
-        const std::byte* tiles[2] = {x[0], rows[1] > 0 ? x[1] : x[0]};
-        block.two_rows = rows[1] > 0;
-        if constexpr (Codes::kMinima) sum_activations(job, tiles, rows, kept);
-        configure(rows[0], rows[1]);
-        for (int64_t n = 0; n < job.outputs; n += kOutputs) {
-            block.outputs = std::min(kOutputs, job.outputs - n);
-            block.two_outputs = block.outputs > kTileRows;
-            std::memset(block.acc, 0, sizeof block.acc);
-            load_scales<Codes>(job, n, block.outputs, kept);
-            walk_groups<Codes>(job, job.w + n * job.w_stride, tiles, rows, kept, block);
-            write_block(job, block, rows, job.y + row * job.y_stride + n);
+    Form form{
+        .job = job,
+        .group = 0,
+        .step = kTileDepth,
+        .folded = false,
+        .minima = 0,
+        .bytes = Codes::kBytes,
+    };
+    if constexpr (requires { Codes::kGroup; }) {
+        form.group = Codes::kGroup;
+        form.minima = Codes::kMinima;
+    } else {
+        form.group = job.how == nullptr ? 0 : job.how->block_cols;
+        if (form.group == 0) form.group = std::max(job.depth, kTileDepth);  // one group
+    }
+    if constexpr (requires { Codes::kFolded; }) {
+        form.group = Codes::kFolded;
+        form.folded = true;
+    }
+    form.step = form.folded ? kTileDepth : std::min(form.group, kTileDepth);
+    Work work;
+    std::memset(work.ended, 0, sizeof work.ended);
+    configure(kTileRows, kTileRows, form.step);
+    for (int64_t row = 0; row < job.rows; row += kPairs * kPairRows) {
+        Pair pairs[kPairs];
+        size_t count = 0;
+        for (int64_t at = row; at < job.rows && count < kPairs; at += kPairRows) {
+            Pair& pair = pairs[count++];
+            for (int64_t half = 0; half < 2; ++half) {
+                const int64_t tile = at / kTileRows + half;
+                pair.rows[half] = std::clamp<int64_t>(job.rows - tile * kTileRows, 0, kTileRows);
+                pair.x[half] =
+                    pair.rows[half] == 0 ? nullptr : static_cast<const std::byte*>(job.x[tile]);
+            }
         }
+        DecodeRow plain = nullptr;
+        if constexpr (requires { typename Codes::Plain; }) plain = decode<typename Codes::Plain>;
+        multiply_pairs(form, {pairs, count}, decode<Codes>, plain, job.y + row * job.y_stride,
+                       work);
     }
     _tile_release();
+}
+
+template <class Codes>
+bool is_folded(const DotJob& job, ScaleType type) {
+    return job.how != nullptr && job.how->type == type && job.how->block_cols == Codes::kFolded;
+}
+
+template <class Codes>
+void with_or_without_zeros(const DotJob& job) {
+    if (job.zeros == nullptr) return dot<Codes>(job);
+    dot<typename Codes::Zeroed>(job);
 }
 
 }  // namespace
 
 void amx_e4m3(const DotJob& job) {
-    dot<Bytes<E4M3>>(job);
+    is_folded<Mxfp8Codes>(job, ScaleType::kE8M0) ? dot<Mxfp8Codes>(job) : dot<E4M3Codes>(job);
 }
 void amx_e2m1(const DotJob& job) {
-    dot<Nibbles<E2M1Weights>>(job);
+    if (is_folded<Nvfp4Codes>(job, ScaleType::kE4M3)) return dot<Nvfp4Codes>(job);
+    is_folded<Mxfp4Codes>(job, ScaleType::kE8M0) ? dot<Mxfp4Codes>(job) : dot<E2M1Codes>(job);
 }
 void amx_int8(const DotJob& job) {
-    dot<Bytes<int8_t>>(job);
+    with_or_without_zeros<Int8Codes>(job);
 }
 void amx_int4(const DotJob& job) {
-    dot<Nibbles<Int4Weights>>(job);
+    with_or_without_zeros<Int4Codes>(job);
 }
 void amx_q8_0(const DotJob& job) {
     dot<Q80Codes>(job);
 }
 void amx_q4_0(const DotJob& job) {
-    dot<BlockNibbles<Q40Weights>>(job);
+    dot<SmallBlockCodes<Q40Weights>>(job);
+}
+void amx_q5_0(const DotJob& job) {
+    dot<SmallBlockCodes<Q50Weights>>(job);
+}
+void amx_q5_1(const DotJob& job) {
+    dot<SmallBlockCodes<Q51Weights>>(job);
 }
 void amx_iq4_nl(const DotJob& job) {
-    dot<BlockNibbles<Iq4NlWeights>>(job);
+    dot<SmallBlockCodes<Iq4NlWeights>>(job);
 }
 void amx_mxfp4(const DotJob& job) {
-    dot<BlockNibbles<Mxfp4Weights>>(job);
+    dot<GgufMxfp4Codes>(job);
 }
 void amx_q4_k(const DotJob& job) {
-    dot<Q4KCodes>(job);
+    dot<LargeBlockCodes<Q4KWeights>>(job);
+}
+void amx_q5_k(const DotJob& job) {
+    dot<LargeBlockCodes<Q5KWeights>>(job);
+}
+void amx_q6_k(const DotJob& job) {
+    dot<Q6KCodes>(job);
 }
 
 }  // namespace moeinf

@@ -123,6 +123,9 @@ void amx_bf16(const DotJob& job) {
 
 void amx_arrange(const void* const* rows, int64_t count, int64_t depth, void* to) {
     auto* out = static_cast<std::byte*>(to);
+    const int64_t tiles = (depth + kTileDepth - 1) / kTileDepth;
+    auto* sums = reinterpret_cast<float*>(out + tiles * kLine * count);
+    const auto ones = reinterpret_cast<__m512bh>(_mm512_set1_epi16(0x3f80));
     for (int64_t k = 0; k < depth; k += kTileDepth) {
         const int64_t left = std::min(kTileDepth, depth - k);
         const auto part = static_cast<__mmask32>((uint64_t{1} << left) - 1);
@@ -134,10 +137,14 @@ void amx_arrange(const void* const* rows, int64_t count, int64_t depth, void* to
                            : _mm512_setzero_si512();
         }
         transpose(lines);
+        __m512 sum = _mm512_setzero_ps();
         for (const __m512i& line : lines) {
             _mm512_mask_storeu_epi32(out, columns, line);
             out += 4 * count;
+            sum = _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(line), ones);
         }
+        _mm512_mask_storeu_ps(sums, columns, sum);
+        sums += count;
     }
 }
 

@@ -41,19 +41,19 @@ void written() {
     asm volatile("" ::: "memory");
 }
 
-// Of so many activations in the first tile and in the second one.
-void configure(int64_t first, int64_t second) {
+// Of so many activations in the first tile and in the second one, and so many elements of depth.
+void configure(int64_t first, int64_t second, int64_t depth = kTileDepth) {
     Config config;
-    const auto set = [&](int tile, int64_t columns) {
+    const auto set = [&](int tile, int64_t columns, int64_t rows = kTileRows) {
         config.row_bytes[tile] = static_cast<uint16_t>(4 * columns);
-        config.rows[tile] = kTileRows;
+        config.rows[tile] = static_cast<uint8_t>(rows);
     };
     for (int half = 0; half < 2; ++half) {
         const int64_t columns = std::max<int64_t>(1, half == 0 ? first : second);
         set(kSums + half, columns);
         set(kSums + 2 + half, columns);
-        set(kRows + half, columns);
-        set(kWeights + half, kLine / 4);
+        set(kRows + half, columns, depth / 2);
+        set(kWeights + half, depth / 2);
     }
     written();
     _tile_loadconfig(&config);

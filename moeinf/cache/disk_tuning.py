@@ -86,7 +86,8 @@ def settings(paths: Sequence[str], threads: int, chunk_bytes: int) -> tuple[int,
     """Threads and chunk for files at these paths: those given, else what was measured, else 0."""
     if threads or chunk_bytes or not paths or not KEPT.path().exists():
         return threads, chunk_bytes
-    measured = KEPT.get(_disk_of(Path(paths[0])))
+    path = Path(paths[0])
+    measured = KEPT.get(_disk_of(path)) if path.exists() else None  # experts may be in no file
     if measured is None:
         return USUAL
     found = measured if isinstance(measured, dict) else {}

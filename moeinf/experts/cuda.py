@@ -45,12 +45,6 @@ class CudaExperts:
         self.hidden = self.store.layout.hidden
         self._triton = _triton_kernels(on_cpu=self.is_fake)
         self.dtype = _dtype_of_tokens(self.store)
-        layout = self.store.layout
-        if self._triton is not None and layout.up and layout.up.format != layout.gate.format:
-            raise UnsupportedError(
-                f"{self.store.paths[0]}: {self.store.modules[0]}: gate in {layout.gate.format.name}"
-                f" and up in {layout.up.format.name}: the kernels for GPUs take one format"
-            )
         cache.kernels = "torch" if self._triton is None else "triton"
         self._lock = threading.Lock()  # of the matrices
         self._matrices = self.store.layout.matrices(torch.from_dlpack(self.core.leased_rows()))

@@ -285,9 +285,10 @@ void a_matrix_unit_sums_each_output_alone(uint32_t seed) {
             };
             const std::vector<uint16_t> w = numbers((outputs - 1) * stride + depth);
             const std::vector<uint16_t> x = numbers(rows * depth);
-            const int64_t padded = (depth + kTileDepth - 1) / kTileDepth * kTileDepth;
+            const int64_t row = tile_row_bytes(depth) / 2;
             const auto product = [&](int64_t begin, int64_t count) {
-                std::vector<uint16_t> arranged(static_cast<size_t>(count * padded), 0xffff);
+                std::vector<uint16_t> arranged(static_cast<size_t>(count * row + kTileBehind / 2),
+                                               0xffff);
                 std::vector<const void*> pointers;
                 for (int64_t r = 0; r < count; r += kTileRows) {
                     const void* from[kTileRows];
@@ -295,7 +296,7 @@ void a_matrix_unit_sums_each_output_alone(uint32_t seed) {
                     for (int64_t i = 0; i < some; ++i) {
                         from[i] = &x[static_cast<size_t>((begin + r + i) * depth)];
                     }
-                    uint16_t* to = &arranged[static_cast<size_t>(r * padded)];
+                    uint16_t* to = &arranged[static_cast<size_t>(r * row)];
                     kernels->arrange_tiles(from, some, depth, to);
                     pointers.push_back(to);
                 }
@@ -331,6 +332,102 @@ void a_matrix_unit_sums_each_output_alone(uint32_t seed) {
     }
 }
 
+void every_format_that_is_exact_in_bf16_has_tiles() {
+    for (const KernelSet* kernels : kernel_sets()) {
+        if (kernels->arrange_tiles == nullptr) continue;
+        for (const std::string& name : format_names()) {
+            const bool exact = name != "f16" && name != "f32";
+            const auto format = static_cast<size_t>(find_format(name));
+            CHECK_EQ(kernels->formats[format].tiles != nullptr, exact);
+        }
+    }
+}
+
+// Integers with zero points, more activations than share a panel, and groups that end inside of a
+// panel, behind it, or not at all. Nothing lies behind the weights, scales and zero points.
+void packed_tiles_are_the_products_of_what_is_decoded(uint32_t seed) {
+    std::mt19937 random(seed);
+    const auto draw = [&](int64_t from, int64_t to) {
+        return std::uniform_int_distribution<int64_t>(from, to)(random);
+    };
+    for (const KernelSet* kernels : kernel_sets()) {
+        if (kernels->arrange_tiles == nullptr || !kernels->supported()) continue;
+        for (int round = 0; round < 60; ++round) {
+            const bool bytes = draw(0, 1) == 0;
+            const auto& format =
+                kernels->formats[static_cast<size_t>(find_format(bytes ? "int8" : "int4"))];
+            const int64_t groups[] = {0, 16, 32, 64, 128, 256, 384};
+            Scales how{.block_rows = draw(1, 3), .block_cols = groups[draw(0, 6)]};
+            const int64_t rows = draw(1, 150);
+            const int64_t outputs = draw(1, 70);
+            const int64_t first = draw(0, 5);
+            const int64_t depth = 2 * draw(1, 500);
+            const int64_t count = how.count(depth);
+            const int64_t scale_rows = (first + outputs - 1) / how.block_rows + 1;
+            how.rows.stride = 4 * count;
+            how.zeros = Rows{0, count};
+            const int64_t stride = bytes ? depth : depth / 2;
+            std::vector<std::byte> w(static_cast<size_t>(outputs * stride));
+            for (std::byte& byte : w) byte = static_cast<std::byte>(draw(0, 255));
+            std::vector<float> scales(static_cast<size_t>(scale_rows * count));
+            for (float& scale : scales) scale = static_cast<float>(draw(1, 512)) / 256;
+            std::vector<int8_t> zeros(scales.size());
+            const int64_t half = bytes ? 128 : 8;
+            for (int8_t& zero : zeros) zero = static_cast<int8_t>(draw(-half, half - 1));
+            std::vector<uint16_t> x(static_cast<size_t>(rows * depth));
+            for (uint16_t& value : x) {
+                const auto number = static_cast<float>(draw(-128, 128)) / 64;
+                value = static_cast<uint16_t>(std::bit_cast<uint32_t>(number) >> 16);
+            }
+            const int64_t row = tile_row_bytes(depth);
+            std::vector<std::byte> arranged(static_cast<size_t>(rows * row + kTileBehind),
+                                            std::byte{0xff});
+            std::vector<const void*> pointers;
+            for (int64_t r = 0; r < rows; r += kTileRows) {
+                const void* from[kTileRows];
+                const int64_t some = std::min(kTileRows, rows - r);
+                for (int64_t i = 0; i < some; ++i)
+                    from[i] = &x[static_cast<size_t>((r + i) * depth)];
+                std::byte* to = &arranged[static_cast<size_t>(r * row)];
+                kernels->arrange_tiles(from, some, depth, to);
+                pointers.push_back(to);
+            }
+            std::vector<float> y(static_cast<size_t>(rows * outputs), NAN);
+            const DotJob job{.x = pointers.data(),
+                             .rows = rows,
+                             .w = w.data(),
+                             .w_stride = stride,
+                             .first = first,
+                             .how = &how,
+                             .scales = reinterpret_cast<const std::byte*>(scales.data()),
+                             .zeros = reinterpret_cast<const std::byte*>(zeros.data()),
+                             .outputs = outputs,
+                             .depth = depth,
+                             .y = y.data(),
+                             .y_stride = outputs,
+                             .from_memory = draw(0, 1) == 1};
+            format.tiles(job);
+            std::vector<float> decoded(static_cast<size_t>(outputs * depth));
+            format.decode(job, decoded.data(), DType::kF32);
+            for (int64_t r = 0; r < rows; ++r) {
+                for (int64_t n = 0; n < outputs; ++n) {
+                    double sum = 0;
+                    double size = 0;
+                    for (int64_t k = 0; k < depth; ++k) {
+                        const uint16_t bits = x[static_cast<size_t>(r * depth + k)];
+                        const double term = 1.0 * std::bit_cast<float>(uint32_t{bits} << 16) *
+                                            decoded[static_cast<size_t>(n * depth + k)];
+                        sum += term;
+                        size += std::abs(term);
+                    }
+                    const float found = y[static_cast<size_t>(r * outputs + n)];
+                    CHECK(std::abs(found - sum) <= 1e-5 * size);
+                }
+            }
+        }
+    }
+}
+
 void the_read_probe_reads_every_word() {
     ThreadPool pool(2);
     constexpr size_t kBytes = 64 << 10;
@@ -356,6 +453,8 @@ int main() {
     results_are_right_and_have_the_same_bits_however_computed(seed);
     weights_with_scales_are_summed_block_by_block(seed);
     a_matrix_unit_sums_each_output_alone(seed);
+    every_format_that_is_exact_in_bf16_has_tiles();
+    packed_tiles_are_the_products_of_what_is_decoded(seed);
     the_read_probe_reads_every_word();
     return test_result();
 }

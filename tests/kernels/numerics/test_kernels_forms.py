@@ -208,24 +208,28 @@ def test_the_form_of_vllm(path: str, T: int, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("path,T", PATHS)
 def test_any_strides(path: str, T: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where no dimension of a matrix is contiguous; what lies between is NaN."""
+    """Also where no dimension of a matrix is contiguous, and where up has other strides than gate;
+    what lies between is NaN."""
     small_blocks.use(monkeypatch)
     layer = Layer(T, 2, 3, 40, 24, bias=True)
     slots, where = resident(layer)
     call = (layer.hidden.to(DEVICE), slot_ids(layer.ids, where), layer.weights.to(DEVICE))
     matrices, form = slots.weights()
 
-    def spread(tensor: torch.Tensor) -> torch.Tensor:
-        wide = torch.full([2 * n for n in tensor.shape], torch.nan, device=DEVICE)
-        view = wide[tuple(slice(1, None, 2) for _ in tensor.shape)]
+    def spread(tensor: torch.Tensor, step: int = 2) -> torch.Tensor:
+        wide = torch.full([step * n for n in tensor.shape], torch.nan, device=DEVICE)
+        view = wide[tuple(slice(1, None, step) for _ in tensor.shape)]
         return view.copy_(tensor)
 
-    gate, up, down = (
-        Matrix(spread(matrix.values), None, spread(matrix.bias), matrix.format)
-        for matrix in (matrices.gate, matrices.up, matrices.down)
-    )
-    found = fused_experts(*call, ExpertMatrices(gate, up, down), form, path=path)
-    assert error(found, layer.expected()) <= TOLERANCE[torch.float32]
+    for up_step in (2, 3):
+        gate, up, down = (
+            Matrix(spread(matrix.values, step), None, spread(matrix.bias), matrix.format)
+            for matrix, step in (
+                (matrices.gate, 2), (matrices.up, up_step), (matrices.down, 2),
+            )
+        )  # fmt: skip
+        found = fused_experts(*call, ExpertMatrices(gate, up, down), form, path=path)
+        assert error(found, layer.expected()) <= TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("path,T", PATHS)

@@ -14,11 +14,11 @@ import triton.language as tl
 from layers import DEVICE, ROW_TOLERANCE, TOLERANCE, error, row_error
 
 sys.path.append(str(Path(__file__).parents[2]))
-from scaled_weights import EVERY, every_code, random_experts, whole
+from scaled_weights import EVERY, MIXED, every_code, random_experts, whole
 
 from moeinf.checkpoint.formats import FORMATS, WeightFormat
-from moeinf.checkpoint.layout import Layout
-from moeinf.kernels import ExpertForm, Gate, blocks, formats, fused_experts, paths
+from moeinf.checkpoint.layout import Formats, Layout, format_of_each
+from moeinf.kernels import ExpertForm, Gate, blocks, formats, fused_experts, launch_plan, paths
 
 
 @triton.jit
@@ -26,9 +26,9 @@ def multiply_widened(a, b, acc, UPCAST: tl.constexpr):
     return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
 
 
-def use_blocks(patch: pytest.MonkeyPatch, row: WeightFormat) -> None:
+def use_blocks(patch: pytest.MonkeyPatch, row: Formats) -> None:
     """Tiles that are smaller than the matrices, and few: the interpreter is slow."""
-    if row.pack == 256:
+    if whole(row, 1) == 256:
         small_blocks.use(patch, BLOCK_H=128, BLOCK_I=128)
     else:
         small_blocks.use(patch)
@@ -45,20 +45,49 @@ def test_matches_the_float64_reference(
     use_blocks(monkeypatch, row)
     draw = random.Random(seed)
     for dtype in (torch.bfloat16, draw.choice((torch.float16, torch.float32))):
-        H = whole(row, 2 * draw.choice((32, 35, 88)))
-        I = whole(row, 2 * draw.choice((16, 33, 56)))  # noqa: E741
-        experts = random_experts(row, H, I, 3, seed)
-        rng = torch.Generator().manual_seed(seed)
-        hidden = torch.randn(T, H, generator=rng).to(dtype)
-        ids, weights = torch.randint(0, 3, (T, 2), generator=rng), torch.rand(T, 2, generator=rng)
-        found = fused_experts(
-            hidden.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE),
-            experts.layout.matrices(experts.pool.to(DEVICE)), experts.form, path=path,
-        )  # fmt: skip
-        expected, _ = experts.expected(hidden, ids, weights)
-        assert error(found, expected) <= TOLERANCE[dtype], (dtype, H, I)
-        # Random bytes have a few large values, whose rounding is measured against all of a row.
-        assert row_error(found, expected) <= 3 * ROW_TOLERANCE[dtype], (dtype, H, I)
+        compare(row, path, T, dtype, draw)
+
+
+def compare(row: Formats, path: str, T: int, dtype: torch.dtype, draw: random.Random) -> None:
+    H = whole(row, 2 * draw.choice((32, 35, 88)))
+    I = whole(row, 2 * draw.choice((16, 33, 56)))  # noqa: E741
+    seed = draw.randrange(2**31)
+    experts = random_experts(row, H, I, 3, seed)
+    rng = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(T, H, generator=rng).to(dtype)
+    ids, weights = torch.randint(0, 3, (T, 2), generator=rng), torch.rand(T, 2, generator=rng)
+    found = fused_experts(
+        hidden.to(DEVICE), ids.to(DEVICE), weights.to(DEVICE),
+        experts.layout.matrices(experts.pool.to(DEVICE)), experts.form, path=path,
+    )  # fmt: skip
+    expected, _ = experts.expected(hidden, ids, weights)
+    assert error(found, expected) <= TOLERANCE[dtype], (dtype, H, I)
+    # Random bytes have a few large values, whose rounding is measured against all of a row.
+    assert row_error(found, expected) <= 3 * ROW_TOLERANCE[dtype], (dtype, H, I)
+
+
+def use_tensor_cores(patch: pytest.MonkeyPatch) -> None:
+    """Tiles of bf16, as for tensor cores. The interpreter, which multiplies floats alone, is given
+    their widened product."""
+    if DEVICE == "cpu":
+        patch.setattr(paths, "must_upcast", lambda *_: False)
+        for module in (formats, blocks):
+            patch.setattr(module, "multiply", multiply_widened)
+
+
+@pytest.mark.parametrize("path,T", PATHS[1:])
+@pytest.mark.parametrize("name", MIXED)
+def test_gate_and_up_of_two_formats(
+    name: str, path: str, T: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on tensor cores, where each has tiles of its own."""
+    row, draw = MIXED[name], random.Random(seed)
+    use_blocks(monkeypatch, row)
+    if all(torch.float32 in formats.FORMATS[one.name].tokens for one in format_of_each(row)):
+        compare(row, path, T, draw.choice((torch.float16, torch.float32)), draw)
+    use_tensor_cores(monkeypatch)
+    launch_plan.PLANS.clear()
+    compare(row, path, T, torch.bfloat16, draw)
 
 
 @pytest.mark.parametrize("path,T", [("vector", 8), ("shared", 16), ("grouped", 48)])
@@ -75,16 +104,10 @@ def test_every_value_and_every_scale_is_exact(
     seed: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Token k is 1 at k and 0 elsewhere, and passes to down unchanged: its output is column k.
-
-    `as_on_a_gpu`: tiles of bf16, as for tensor cores; the interpreter, which can multiply floats
-    alone, is given their widened product.
-    """
+    """Token k is 1 at k and 0 elsewhere, and passes to down unchanged: its output is column k."""
     use_blocks(monkeypatch, row)
-    if as_on_a_gpu and DEVICE == "cpu":
-        monkeypatch.setattr(paths, "must_upcast", lambda *_: False)
-        for module in (formats, blocks):
-            monkeypatch.setattr(module, "multiply", multiply_widened)
+    if as_on_a_gpu:
+        use_tensor_cores(monkeypatch)
     rows, cols = 80, whole(row, 96)
     parts = every_code(row, rows, cols, seed)
     form = ExpertForm(Gate("plain", "relu"), has_gate=False)
