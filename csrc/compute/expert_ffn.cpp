@@ -26,8 +26,9 @@ constexpr int64_t kStreamBytes = 768 << 10;
 constexpr int64_t kRewalkBytes = 192 << 10;
 // `down` writes its results to their final place.
 constexpr int64_t kAnyValues = int64_t{1} << 40;
-// The size of the tasks of all other work.
-constexpr int64_t kSharesPerThread = 4;
+// A task takes this share of the work that is left, if a block is no larger. Each task begins with
+// a wait for memory, so there are few.
+constexpr int64_t kSharesPerThread = 2;
 constexpr int64_t kMaxTopK = 64;
 constexpr size_t kAlign = 64;
 // Bytes of activations that one task arranges. A call for a single token stays on its thread.

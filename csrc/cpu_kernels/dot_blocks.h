@@ -195,6 +195,9 @@ struct ScalesInBlocks {
         }
     }
 
+    // They lie in the rows.
+    static void prefetch(const DotJob& /*job*/, int64_t /*output*/, int64_t /*count*/) {}
+
     static void load(const DotJob& job, int64_t /*output*/, int count, ScaledPanel<P>& panel) {
         const int64_t scales = job.depth / D::kGroup;
         D::scales(ScaleJob<F>{panel.w, job.w_stride, count, job.depth / D::kPack, panel.scales[0],

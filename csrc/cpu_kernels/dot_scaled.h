@@ -106,6 +106,17 @@ struct ScalesBeside {
         }
     }
 
+    // Asks for the scales of some rows, which no row of weights announces.
+    static void prefetch(const DotJob& job, int64_t output, int64_t count) {
+        if (job.how == nullptr || output >= job.outputs) return;
+        const int64_t first = (job.first + output) / job.how->block_rows;
+        const int64_t last =
+            (job.first + std::min(output + count, job.outputs) - 1) / job.how->block_rows;
+        const std::byte* from = job.scales + first * job.how->rows.stride;
+        const std::byte* end = job.scales + (last + 1) * job.how->rows.stride;
+        for (; from < end; from += 64) __builtin_prefetch(from, 0, 3);
+    }
+
     // The scales of `count` rows from row `output` of the job.
     static void load(const DotJob& job, int64_t output, int count, ScaledPanel<P>& panel) {
         const int64_t scales = job.how == nullptr ? 1 : job.how->count(job.depth);
@@ -402,11 +413,17 @@ inline void dot_runs(const DotJob& job) {
     // Whole panels: fewer bytes could lie in this panel, whose other rows are being read already.
     const int64_t row_bytes = Scales::byte_at(job.depth);
     panel.ahead = (kPrefetch / (step * row_bytes + 1) + 1) * step * job.w_stride;
-    const int64_t lines = P::kOutputs * (row_bytes + 63) / 64;
+    const int64_t lines = step * ((row_bytes + 63) / 64);
     const int64_t tiles = (job.rows + P::kRows - 1) / P::kRows;
     panel.w = job.w;
+    if (job.from_memory) {  // nothing has prefetched the first panel
+        Scales::prefetch(job, 0, step);
+        Ahead{job.w, job.w_stride, row_bytes, std::min<int64_t>(step, job.outputs), lines}
+            .prefetch();
+    }
     for (int64_t n = 0; n < job.outputs; n += step, panel.w += step * job.w_stride) {
         const auto count = static_cast<int>(std::min<int64_t>(step, job.outputs - n));
+        Scales::prefetch(job, n + step, step);  // of the next panel
         Scales::load(job, n, count, panel);
         if (panel.kept == nullptr) {
             stored_rows<P, Scales, kSteps>(job, panel, count, job.y + n);
