@@ -170,3 +170,20 @@ def test_a_loaded_model_gives_the_same_logits_without(
                 found[side, length] = model(prompt).logits
     for length in (1, 3, 40):
         assert torch.equal(found["served", length], found["plain", length])
+
+
+@pytest.mark.parametrize("loaded", TYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_norm_that_is_changed_later_is_still_the_models(
+    seed: int, kind: Any, loaded: torch.dtype
+) -> None:
+    """Cast to another type, copied, or given another epsilon."""
+    torch.manual_seed(seed)
+    for dtype in (*TYPES, torch.float16):
+        plain, served = norm_of(kind, 64, loaded)
+        plain, served = plain.to(dtype), copy.deepcopy(served).to(dtype)
+        x = torch.randn(4, 64).to(dtype)
+        check(plain, served, x)
+        for module in (plain, served):
+            setattr(module, "eps" if hasattr(module, "eps") else "variance_epsilon", 0.5)
+        check(plain, served, x)
