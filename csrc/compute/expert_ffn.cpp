@@ -16,8 +16,8 @@ namespace {
 constexpr int64_t kRowsPerWalk = 64;
 // A block is a multiple of this many weight rows, a multiple in turn of every tile's width.
 constexpr int64_t kBlockRows = 48;
-// On a matrix unit also of a panel of outputs: how a panel is decoded depends on all its scales, and
-// which outputs are in it must not depend on how the work is cut.
+// On a matrix unit also of a panel of outputs: how a panel is decoded depends on all its scales,
+// and which outputs are in it must not depend on how the work is cut.
 constexpr int64_t kTiledBlockRows = 96;
 // Gate values (and up values) that one task holds at a time. The matrix unit takes longer blocks.
 constexpr int64_t kGateValues = kRowsPerWalk * kBlockRows;

@@ -152,7 +152,8 @@ constexpr Products make_nvfp4_products() {
 constexpr Products kNvfp4Products = make_nvfp4_products();
 
 // Powers of two from 2^-30 to 2^30 keep every product in the range of bf16, and its product with an
-// activation too: the matrix unit takes numbers below 2^-126 for zero, so one of 2^-94 is the least.
+// activation too: the matrix unit takes numbers below 2^-126 for zero, so one of 2^-94 is the
+// least.
 constexpr int kLeastPower = 97, kMostPower = 157;
 inline bool is_far(uint8_t power) {
     return power < kLeastPower || power > kMostPower;
