@@ -22,8 +22,8 @@ from moeinf.errors import ReadError
 # The pieces of a matrix, in the order in which they lie in a slot.
 VALUES, SCALES, ZEROS, MULTIPLIER, BIAS = "values", "scales", "zeros", "multiplier", "bias"
 PLAIN_SUFFIXES = {".weight": VALUES, "": VALUES}
-PANEL = 1 << 18  # stored values of which float64 numbers, and copies of them, are held at a time
 BIAS_SUFFIXES = {".bias": BIAS, "_bias": BIAS}  # of every format: a bias is no part of the weights
+PANEL = 1 << 18  # stored values of which float64 numbers, and copies of them, are held at a time
 
 # How scales are stored, by the name that the core has for it. e8m0 is a power of two in a byte.
 SCALE_TYPES = {
