@@ -1,4 +1,4 @@
-// Linear layers and norms for a few tokens, over tensors of the Python caller.
+// Linear layers for a few tokens, over tensors of the Python caller.
 #include "compute/linear.h"
 
 #include <pybind11/pybind11.h>
@@ -6,7 +6,6 @@
 #include "bindings/bindings.h"
 #include "bindings/tensor_view.h"
 #include "compute/cpu_engine.h"
-#include "compute/rms_norm.h"
 #include "cpu_kernels/formats/formats.h"
 
 namespace py = pybind11;
