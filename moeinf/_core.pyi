@@ -144,6 +144,9 @@ class Catalog:
         sources: collections.abc.Mapping[int, ByteSource] = {},
         recodes: collections.abc.Sequence[tuple[str, int, int, int, int, int]] = [],
         copies: collections.abc.Sequence[tuple[int, int, str, ByteSource | None]] = [],
+        palettes: collections.abc.Sequence[
+            typing.Annotated[collections.abc.Sequence[int], "FixedSize(4)"]
+        ] = [],
     ) -> None:
         """files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as (file,
         file offset, bytes, slot offset), experts by layer * num_experts + expert.
@@ -153,7 +156,8 @@ class Catalog:
         tensors: (file, file offset, name), for messages. sources: by index of `files`, of
         those that are none. recodes: (kind, slot offset, rows, columns, bits, plus) of
         integers that are written again in the slot. copies: (index of `files`, place from
-        1, path, source or None) of the same bytes elsewhere."""
+        1, path, source or None) of the same bytes elsewhere. palettes: (slot offset, bytes,
+        bytes of a row, bytes of its tail) of rows of bf16 in 12 bits."""
 
     def extents(self, expert: int) -> numpy.typing.NDArray[numpy.uint64]:
         """uint64 [extents, 4] of one flat expert id, as given to the constructor."""

@@ -104,6 +104,32 @@ struct Floats512 {
         return _mm512_permutexvar_ps(_mm512_srli_epi32(words, kShift), _mm512_loadu_ps(table));
     }
 
+    // The exponents of 16 codes at their places in bf16, twice: so the fifth bit of a code does not
+    // matter. The last code stands for 0.
+    static Words exponents(unsigned base) {
+        const __m256i codes =
+            _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 0);
+        const __m256i sums =
+            _mm256_maskz_add_epi16(0x7fff, codes, _mm256_set1_epi16(static_cast<int16_t>(base)));
+        return _mm512_broadcast_i64x4(_mm256_srli_epi16(_mm256_slli_epi16(sums, 8), 1));
+    }
+    // 64 numbers: 32 bytes of codes, and then a byte for each with its sign and its fraction.
+    static void expand(Words exponents, const std::byte* from, BF16* to) {
+        const Words codes = words_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        store_number(to, from + 32, _mm512_permutexvar_epi16(codes, exponents));
+        store_number(to + 32, from + 64,
+                     _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), exponents));
+    }
+    static Words words_of(__m256i bytes) { return _mm512_cvtepu8_epi16(bytes); }
+    static void store_number(BF16* to, const std::byte* from, Words exponents) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        // What the mask takes of the bytes, which have their sign in all upper bits, or an
+        // exponent.
+        _mm512_storeu_si512(
+            to, _mm512_ternarylogic_epi32(_mm512_cvtepi8_epi16(bytes), _mm512_set1_epi16(-0x7f81),
+                                          exponents, 0xea));
+    }
+
     // The lower (kUpper = 0) or upper bytes of 32 words as bf16. Exponent and mantissa are moved to
     // their places, and 120 is added to the exponent. Subnormal numbers (exponent 0, mantissa m:
     // m * 2^-9) get another number added, because bf16 products take subnormal bf16 for zero.

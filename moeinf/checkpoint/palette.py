@@ -104,7 +104,7 @@ def bases(weights: Tensor) -> tuple[Tensor, Tensor]:
 
 def encode(weights: Tensor, base: Tensor, rare: int) -> Tensor:
     """bf16 [rows, cols] -> uint8 [rows, bytes] for rows of at most `rare` rare weights."""
-    rows, cols = weights.shape
+    rows = len(weights)
     exponents, zero = _exponents(weights)
     bits = weights.view(torch.int16)
     codes = exponents - base[:, None]

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from moeinf.cli import options, quiet_interrupts
 from moeinf.cli.output import console, human_bytes, print_facts, print_json
+from moeinf.packing.palettes import BF16_PALETTE
 from moeinf.packing.targets import TARGETS
 
 
@@ -19,7 +20,9 @@ def command(
     dest: Annotated[Path, typer.Argument(help="A new folder. Give the same one to go on.")],
     format: Annotated[
         str | None,
-        typer.Option(help=f"Of the experts: {', '.join(TARGETS)}; as they are without it."),
+        typer.Option(
+            help=f"Of the experts: {', '.join((*TARGETS, BF16_PALETTE))}; as they are without it."
+        ),
     ] = None,
     revision: options.Revision = None,
     max_shard_size: Annotated[str, typer.Option(help="Bytes of a file.")] = "4GiB",
@@ -51,6 +54,8 @@ def command(
         "an expert": "one read" if report.one_read else "a read for each tensor of all experts",
         "written": f"{human_bytes(written)} at {written / report.seconds / 1e9:.2f} GB/s",
     }
+    for matrix, formats in report.weights.items():
+        facts[matrix] = formats
     for module, error in report.errors.items():
         facts[f"error, {module}"] = f"{error:.2%} of the output"
     print_facts(report.path, facts)

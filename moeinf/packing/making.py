@@ -13,6 +13,7 @@ import torch
 
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.errors import CheckpointError
+from moeinf.packing.palettes import PaletteExpert
 from moeinf.packing.quantised import Judged, QuantisedExpert
 from moeinf.packing.shards import Copied, Shard
 from moeinf.packing.writer import Disk, FileWriter, in_threads
@@ -83,7 +84,9 @@ def _copy(
     return Result(end - begin), iter([(begin, data)])
 
 
-def _quantise(shard: Shard, part: QuantisedExpert, disk: Disk) -> tuple[Result, Runs]:
+def _quantise(
+    shard: Shard, part: QuantisedExpert | PaletteExpert, disk: Disk
+) -> tuple[Result, Runs]:
     """The runs of bytes of one expert."""
     made, judged = part.make()
     tensors = sorted((shard.places[name], tensor) for name, tensor in made.items())

@@ -25,12 +25,14 @@ from moeinf.checkpoint.folder import Checkpoint
 from moeinf.errors import CapacityError, CheckpointError, UnsupportedError
 from moeinf.output_files import replacing
 from moeinf.packing.making import Result, check_shard, write_shard
+from moeinf.packing.palettes import BF16_PALETTE
 from moeinf.packing.plan import PackPlan
 from moeinf.packing.quantised import Judged
 from moeinf.packing.shards import write_index
 from moeinf.packing.targets import TARGETS
 from moeinf.packing.writer import Disk
 
+FORMATS = (*TARGETS, BF16_PALETTE)
 STATE = ".moeinf-pack.json"
 SHARD_BYTES = 4 << 30
 
@@ -41,6 +43,7 @@ class PackReport:
 
     format         of the experts; None where it is the source's
     resumed_bytes  in shards that an earlier call had finished
+    weights        of a lossless pack: by matrix, its formats and in how many layers
     errors         by module of experts: relative error of the outputs of a few experts for random
                    inputs; empty where nothing was rounded
     one_read       whether the bytes of each expert follow each other in one file
@@ -54,6 +57,7 @@ class PackReport:
     resumed_bytes: int
     seconds: float
     errors: dict[str, float]
+    weights: dict[str, str]
     one_read: bool
 
 
@@ -74,11 +78,14 @@ def pack(
     Args:
         source: a checkpoint folder, or a name on the Hub.
         dest: a folder that does not exist, is empty, or holds an unfinished pack of this source.
-        format: of the experts: one of `packing.targets.TARGETS`. Without it they stay as they are,
-            to the bit, whatever format they are in. Experts with scales are not quantised again.
+        format: of the experts: one of `FORMATS`. Without it they stay as they are, to the bit,
+            whatever format they are in. Experts with scales are not quantised again. Those of
+            "bf16-palette" keep all bits of bf16 in 12 bits, and only this library reads them; they
+            are read twice.
         revision: branch, tag or commit on the Hub.
         max_shard_size: bytes of a file.
-        progress: called with (bytes done, bytes in all).
+        progress: called with (bytes done, bytes in all). Where experts are read twice, each pass
+            counts its own.
 
     Raises:
         ValueError: `dest` is not empty, or lies in `source`; or no such format.
@@ -90,15 +97,16 @@ def pack(
     from moeinf.integrations.transformers.load import open_checkpoint
 
     start = time.perf_counter()
-    if format is not None and format not in TARGETS:
-        raise ValueError(f"no format is named {format!r}; there are: {', '.join(TARGETS)}")
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"no format is named {format!r}; there are: {', '.join(FORMATS)}")
     dest = Path(dest)
     _check_folder(Path(source), dest)
     checkpoint = open_checkpoint(source, revision)
     if checkpoint.gguf is not None:
         raise UnsupportedError(f"{checkpoint.path}: expected safetensors files, found a GGUF file")
     _check_folder(checkpoint.path, dest)
-    pack = PackPlan.of(checkpoint, format, parse_bytes(max_shard_size))
+    tell = progress or (lambda done, total: None)
+    pack = PackPlan.of(checkpoint, format, parse_bytes(max_shard_size), tell)
     pack.check_opens()
     state = _State.begin(dest, pack)
     with Disk(pack.largest) as disk:
@@ -112,7 +120,6 @@ def pack(
         free += sum(part.stat().st_size for part in dest.glob("*.part"))
         if left > free:
             raise CapacityError(f"{dest}: the pack needs {left:,} bytes more, {free:,} are free")
-        tell = progress or (lambda done, total: None)
         done = resumed
         tell(done, pack.nbytes)
         for shard in pack.shards:
@@ -135,6 +142,7 @@ def pack(
         resumed_bytes=resumed,
         seconds=time.perf_counter() - start,
         errors={module: judged.error for module, judged in state.judged.items()},
+        weights=pack.weights,
         one_read=pack.one_read,
     )
 
