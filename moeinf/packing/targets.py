@@ -254,3 +254,36 @@ TARGETS = {
         _nvfp4,
     ),
 }
+
+# Of linear layers outside the experts. In nvfp4 runtimes that fuse layers need a scale of them all.
+DENSE = ("fp8", "int8", "int4", "mxfp4")
+
+
+def check_dense(format: str | None, dense: str) -> None:
+    """Raises ValueError unless one configuration can say both."""
+    if dense not in DENSE:
+        raise ValueError(f"dense={dense!r}: expected one of {', '.join(DENSE)}")
+    if format in (None, "bf16"):
+        raise ValueError(f"dense={dense!r} goes with experts in a format of fewer bits: give one")
+    if (format == "fp8") != (dense == "fp8"):
+        raise ValueError(
+            f"dense={dense!r} does not go with format={format!r}: a checkpoint of fp8 blocks has "
+            "no other format"
+        )
+
+
+def configuration(
+    experts: Target, others: list[str], linear: Mapping[str, Target]
+) -> dict[str, Any] | None:
+    """The quantization_config of experts, of linear layers by path, and of others as they are."""
+    config = experts.config(experts.row, others)
+    target = next(iter(linear.values()), experts)
+    if config is None or target.row == experts.row:
+        return config
+    stated = target.config(target.row, [])
+    assert stated is not None
+    groups = {
+        **config["config_groups"],
+        "group_1": {**stated["config_groups"]["group_0"], "targets": [*linear]},
+    }
+    return {**config, "format": "mixed-precision", "config_groups": groups}
