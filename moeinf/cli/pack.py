@@ -12,7 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from moeinf.cli import options, quiet_interrupts
 from moeinf.cli.output import console, human_bytes, print_facts, print_json
 from moeinf.packing.palettes import BF16_PALETTE
-from moeinf.packing.targets import TARGETS
+from moeinf.packing.targets import DENSE, TARGETS
 
 
 def command(
@@ -22,6 +22,13 @@ def command(
         str | None,
         typer.Option(
             help=f"Of the experts: {', '.join((*TARGETS, BF16_PALETTE))}; as they are without it."
+        ),
+    ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of linear layers outside the experts: {', '.join(DENSE)}; as they are without "
+            "it. fp8 goes with fp8, the others with each other."
         ),
     ] = None,
     revision: options.Revision = None,
@@ -39,6 +46,7 @@ def command(
             source,
             dest,
             format=format,
+            dense=dense,
             revision=revision,
             max_shard_size=max_shard_size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
@@ -51,6 +59,7 @@ def command(
         "source": human_bytes(report.source_bytes),
         "pack": f"{human_bytes(report.bytes)} in {report.files} files",
         "format": report.format or "as in the source, to the bit",
+        "linear layers": report.dense or "as in the source",
         "an expert": "one read" if report.one_read else "a read for each tensor of all experts",
         "written": f"{human_bytes(written)} at {written / report.seconds / 1e9:.2f} GB/s",
     }

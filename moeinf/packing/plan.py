@@ -16,6 +16,8 @@ from moeinf.checkpoint.headers import TensorEntry, read_header
 from moeinf.checkpoint.packed_entry import PackedEntry, tensors_of
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
+from moeinf.integrations.transformers.plan import Plan
+from moeinf.packing.linear import QuantisedLinear, quantised_linear
 from moeinf.packing.making import BLOCK
 from moeinf.packing.palettes import (
     BF16_PALETTE,
@@ -25,9 +27,9 @@ from moeinf.packing.palettes import (
     palette_experts,
     summary,
 )
-from moeinf.packing.quantised import quantised
+from moeinf.packing.quantised import QuantisedExpert, quantised
 from moeinf.packing.shards import Copied, Part, Shard, split, write_index
-from moeinf.packing.targets import TARGETS
+from moeinf.packing.targets import TARGETS, configuration
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth",
            ".gguf", ".h5", ".msgpack")  # fmt: skip
@@ -54,8 +56,11 @@ class PackPlan:
         self.files = sorted({(e.file.path.name, e.file.nbytes, e.file.modified_ns)
                              for e in raw.values()})  # fmt: skip
         parts = [part for shard in shards for part in shard.parts]
-        experts = [part.nbytes for part in parts if not isinstance(part, Copied)]
-        self.largest = max([BLOCK, *experts])
+        experts = [
+            part.nbytes for part in parts if isinstance(part, QuantisedExpert | PaletteExpert)
+        ]
+        panels = [part.panel_bytes for part in parts if isinstance(part, QuantisedLinear)]
+        self.largest = max([BLOCK, *experts, *panels])
         self.one_read = one_read
         in_rows = [part for part in parts if isinstance(part, PaletteExpert)]
         self.weights = summary(in_rows) if config and "quantization_config" in config else {}
@@ -65,6 +70,7 @@ class PackPlan:
         cls,
         checkpoint: Checkpoint,
         format: str | None,
+        dense: str | None,
         shard_bytes: int,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> PackPlan:
@@ -74,7 +80,9 @@ class PackPlan:
             for file in sorted(names_by_shard(checkpoint.path))
             for name, entry in read_header(checkpoint.path / file).items()
         }
-        stores = stores_of(checkpoint)
+        plan = _plan_of(checkpoint)
+        stores = plan.stores
+        linear: dict[str, QuantisedLinear] = {}
         plain = {store.layout.format_names for store in stores} == {format}
         if format is None or plain:
             experts: list[Part] = _as_they_are(stores, raw)
@@ -96,6 +104,9 @@ class PackPlan:
                 )
             names = {name for store in stores for name in store.tensor_names()}
             used = {one.name for name in names for one in tensors_of(checkpoint.tensors[name])}
+            if dense is not None:
+                linear = quantised_linear(plan, TARGETS[dense])
+                used |= {part.entry.name for part in linear.values()}
             config = dict(checkpoint.config)
             config.pop("quantization_config", None)
             others = sorted(
@@ -112,14 +123,19 @@ class PackPlan:
             else:
                 target = TARGETS[format]
                 found = [one for store in stores for one in quantised(store, target)]
-                experts, stated = [*found], target.config(found[0].target.row, others)
+                experts = [*found]
+                stated = configuration(
+                    found[0].target, others, {path: part.target for path, part in linear.items()}
+                )
             if stated is not None:
                 config["quantization_config"] = stated
-        dense = [Copied((entry,)) for name, entry in raw.items() if name not in used]
-        dense.sort(key=lambda part: -part.specs[0].width)
-        shards = split((dense, experts), shard_bytes)
+        copied = [Copied((entry,)) for name, entry in raw.items() if name not in used]
+        copied.sort(key=lambda part: -part.specs[0].width)
+        shards = split((copied, [*linear.values()], experts), shard_bytes)
         whole = len(experts) == sum(store.num_layers * store.num_experts for store in stores)
-        one_read = whole and all(shard.in_runs() for shard in shards)
+        one_read = whole and all(
+            shard.in_runs() for shard in shards if not isinstance(shard.parts[0], QuantisedLinear)
+        )
         return cls(checkpoint, stores, shards, config, raw, one_read)
 
     @property
@@ -170,13 +186,17 @@ class PackPlan:
 
 
 def stores_of(checkpoint: Checkpoint) -> list[ExpertStore]:
+    return _plan_of(checkpoint).stores
+
+
+def _plan_of(checkpoint: Checkpoint) -> Plan:
     from moeinf.integrations.transformers.models import model_of
     from moeinf.integrations.transformers.plan import make_plan
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tensors that the model has no use for: they are copied
         base, config = model_of(checkpoint)
-        return make_plan(base, config, checkpoint).stores
+        return make_plan(base, config, checkpoint)
 
 
 def _as_they_are(stores: Sequence[ExpertStore], raw: dict[str, TensorEntry]) -> list[Part]:
