@@ -6,6 +6,7 @@ import torch
 
 from moeinf.checkpoint.blocks import BLOCKS
 from moeinf.checkpoint.formats import FORMATS, WeightFormat
+from moeinf.checkpoint.palette import bases, encode
 
 SCALED = {
     "fp8": FORMATS["e4m3"].with_scales("f32", (128, 128)),
@@ -33,6 +34,14 @@ def fill_like_weights(piece: str, row: WeightFormat, view: torch.Tensor) -> None
     """One piece of an expert: random codes, and scales of the size of trained weights'."""
     if piece.endswith((".scales", ".multiplier")):
         view.copy_(torch.full_like(view, 110) if row.scales == "e8m0" else 0.01)
+        return
+    if row.tail:
+        rows = view.view(-1, view.shape[-1])
+        weights = (torch.randn(len(rows), row.cols(rows.shape[1])) / 64).bfloat16()
+        base, _ = bases(weights)
+        # All but the rarest of the small ones, so that the rest has room in the tail.
+        weights[weights.abs() < torch.exp2(base.double() - 128)[:, None]] = 0
+        rows.copy_(encode(weights, base, row.tail // 4 - 1))
         return
     stored = view.view(torch.uint8)
     if row.name == "e4m3":

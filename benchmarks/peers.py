@@ -46,7 +46,7 @@ from moeinf.pocket import POCKET
 
 RUNTIME = {"moeinf": 1200 << 20, "llama.cpp": 256 << 20}  # beside the weights; of torch: 1200 MiB
 FTYPES = {"Q4_K_M": 15, "Q8_0": 7}
-PACKS = ("int4", "mxfp4", "fp8")
+PACKS = ("int4", "mxfp4", "fp8", "bf16-palette")
 BOTH = "int4+int8"  # experts, and linear layers outside them
 SHARES = (50.0, 25.0, 12.5)
 OFFLOAD_TOKENS = 3
@@ -137,6 +137,7 @@ def all_runs(arguments: argparse.Namespace, disk: ReadAhead) -> Iterator[Run]:
     yield Run("transformers", "bf16", 100)
     if arguments.small:
         yield Run("moeinf", "bf16", 25)
+        yield Run("moeinf", "bf16-palette", 25)
         return
     for share in SHARES:
         yield Run("moeinf", "bf16", share)
