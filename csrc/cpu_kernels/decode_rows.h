@@ -11,6 +11,7 @@
 
 #include "cpu_kernels/dot_scaled.h"
 #include "cpu_kernels/formats/ggml.h"
+#include "cpu_kernels/palette_rows.h"
 
 namespace moeinf {
 namespace {
@@ -136,6 +137,16 @@ template <class F, class Decoder, class Out>
 inline void decode_as(const DotJob& job, Out* out) {
     if constexpr (requires { Decoder::kBlock; }) {
         decode_blocks<F, Decoder>(job, out);
+    } else if constexpr (is_palette<Decoder>) {
+        const float one[] = {1};
+        const float zero[] = {0};
+        const PaletteJob rows(job, Decoder::kRare);
+        BF16 row[kMostPaletteCols];
+        for (int64_t n = 0; n < job.outputs; ++n, out += job.depth) {
+            expand_row<F>(rows, n, row);
+            decode_scaled_row<F, Bf16Weights>(job, reinterpret_cast<const std::byte*>(row), one,
+                                              zero, out);
+        }
     } else {
         float scales[kMaxScales + 64] = {1};
         float zeros[kMaxScales + 64] = {};

@@ -224,6 +224,15 @@ template <>
 constexpr Product Bf16::kProduct<Q5KWeights> = block_product<NibbleBlocksProduct<Q5KWeights>>();
 template <>
 constexpr Product Bf16::kProduct<Q6KWeights> = block_product<NibbleBlocksProduct<Q6KWeights>>();
+template <>
+constexpr Product Bf16::kProduct<Palette3Weights> = {
+    palette_product<Floats512, Bf16Product, Palette3Weights>};
+template <>
+constexpr Product Bf16::kProduct<Palette7Weights> = {
+    palette_product<Floats512, Bf16Product, Palette7Weights>};
+template <>
+constexpr Product Bf16::kProduct<Palette15Weights> = {
+    palette_product<Floats512, Bf16Product, Palette15Weights>};
 
 // The same, with a matrix unit.
 struct Amx : Bf16 {
@@ -259,6 +268,15 @@ template <>
 constexpr Amx::Tiles Amx::kTiles<Q5KWeights> = amx_q5_k;
 template <>
 constexpr Amx::Tiles Amx::kTiles<Q6KWeights> = amx_q6_k;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Palette3Weights> =
+    palette_tiles<Floats512, amx_bf16, Palette3Weights>;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Palette7Weights> =
+    palette_tiles<Floats512, amx_bf16, Palette7Weights>;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Palette15Weights> =
+    palette_tiles<Floats512, amx_bf16, Palette15Weights>;
 
 }  // namespace
 

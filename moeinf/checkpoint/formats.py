@@ -221,7 +221,7 @@ FORMATS = {
         *(
             WeightFormat(
                 f"palette{rare}", torch.uint8, pack=palette.COLUMNS, unit=palette.BLOCK_BYTES,
-                tail=palette.tail_bytes(rare), suffixes={".weight_palette": VALUES},
+                tail=palette.tail_bytes(rare),
                 decode=palette.decode_rows(rare),
             )
             for rare in palette.RARE

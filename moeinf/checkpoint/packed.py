@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeinf.checkpoint import integers
+from moeinf.checkpoint import integers, palette
 from moeinf.checkpoint.config import Config, quantization
 from moeinf.checkpoint.config_groups import ConfigGroups, Integers
 from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
@@ -36,7 +36,7 @@ SCALE_TYPES = {
 # A fused matrix has its own name for its values, and "_" before the others' ends.
 _PARTS = re.compile(
     r"(?P<base>.+?)(?:[._](?P<part>weight_scale_inv|weight_scale_2|weight_scale|weight_global_scale"
-    r"|weight_packed|weight_shape|weight_zero_point|weight_g_idx|pre_quant_scale|input_scale"
+    r"|weight_packed|weight_palette|weight_shape|weight_zero_point|weight_g_idx|pre_quant_scale|input_scale"
     r"|input_global_scale|scale_inv|scale|blocks|scales|qweight|qzeros|g_idx|absmax|weight))?"
 )
 _SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale")
@@ -78,8 +78,8 @@ def join(tensors: Mapping[str, TensorEntry], config: Config, file: Path) -> dict
                 joined[entry.name] = entry
     if stated and not any_packed:
         raise CheckpointError(
-            f"{file}: quant_method is {stated['quant_method']!r}, expected tensors with scales, "
-            "found none"
+            f"{file}: quant_method is {stated.get('quant_method')!r}, expected tensors with "
+            "scales, found none"
         )
     return joined
 
@@ -95,6 +95,8 @@ def _packed(
         return _mxfp4_blocks(base, parts["blocks"], parts["scales"])
     if "qweight" in parts and "scales" in parts:
         return integers.entry(base, parts, config)
+    if "weight_palette" in parts:
+        return _palette(base, parts["weight_palette"])
     name, values = base, parts.get("")
     if "weight_packed" in parts:
         name, values = f"{base}.weight", parts["weight_packed"]
@@ -141,6 +143,21 @@ def _packed(
             )
         pieces[MULTIPLIER] = second
     return make_entry(name, row, shape, pieces, "weight_global_scale" in parts, stored)
+
+
+def _palette(base: str, values: TensorEntry) -> PackedEntry:
+    """bf16 in 12 bits. The tail of a row says which of the formats it is: no two of them have the
+    same bytes modulo a block."""
+    *lead, stored = values.shape if len(values.shape) > 1 else (0, 0)
+    for rare in palette.RARE:
+        row = FORMATS[f"palette{rare}"]
+        if values.dtype == "U8" and 0 not in lead and stored % row.unit == row.tail < stored:
+            return make_entry(f"{base}.weight", row, (*lead, row.cols(stored)), {VALUES: values})
+    raise CheckpointError(
+        f"{values.path}: {values}: expected U8 rows of bf16 in 12 bits: blocks of "
+        f"{palette.BLOCK_BYTES} bytes and a tail of "
+        f"{', '.join(str(palette.tail_bytes(rare)) for rare in palette.RARE)} bytes"
+    )
 
 
 def _by_columns(row: WeightFormat, values: TensorEntry, scales: TensorEntry) -> bool:

@@ -93,10 +93,12 @@ def refuse(stored: Tensor, tail: int, name: str, first: int) -> None:
 def bases(weights: Tensor) -> tuple[Tensor, Tensor]:
     """For bf16 [rows, cols]: the base exponent of each row, which leaves the fewest rare weights,
     and their number."""
-    exponents, zero = _exponents(weights)
-    counts = torch.zeros(len(weights), 256, dtype=torch.int32)
-    counts.scatter_add_(1, exponents, (~zero).int())
-    sums = torch.nn.functional.pad(counts.cumsum(1, dtype=torch.int32), (1, 0))
+    rows = len(weights)
+    size = weights.view(torch.int16) & 0x7FFF
+    place = (size >> 7) + torch.arange(0, 256 * rows, 256, dtype=torch.int32)[:, None]
+    counts = torch.bincount(place.view(-1), minlength=256 * rows).view(rows, 256)
+    counts[:, 0] -= (size == 0).sum(1)  # which need no exponent
+    sums = torch.nn.functional.pad(counts.cumsum(1), (1, 0))
     inside = sums[:, WINDOW:] - sums[:, :-WINDOW]  # for each base
     most, base = inside[:, :MOST_BASE].max(1)  # the highest window would hold infinities
     return base, sums[:, -1] - most
@@ -105,24 +107,21 @@ def bases(weights: Tensor) -> tuple[Tensor, Tensor]:
 def encode(weights: Tensor, base: Tensor, rare: int) -> Tensor:
     """bf16 [rows, cols] -> uint8 [rows, bytes] for rows of at most `rare` rare weights."""
     rows, cols = weights.shape
-    exponents, zero = _exponents(weights)
     bits = weights.view(torch.int16)
-    codes = exponents - base[:, None]
-    outside = ~zero & ((codes < 0) | (codes >= WINDOW))
+    size = bits & 0x7FFF
+    zero = size == 0
+    codes = (size >> 7).sub_(base.short()[:, None])
+    outside = ((codes < 0) | (codes >= WINDOW)) & ~zero
     codes = codes.masked_fill_(zero | outside, ZERO).to(torch.uint8).view(rows, -1, COLUMNS)
-    bytes_ = (bits & 127 | bits >> 8 & 128).to(torch.uint8).masked_fill_(outside, 0)
-    halves = codes[..., :32] | codes[..., 32:] << 4
-    blocks = torch.cat([halves, bytes_.view(rows, -1, COLUMNS)], -1).flatten(1)
-    head = base.int() & 255
+    rest = ((bits & 127) | (bits >> 8 & 128)).to(torch.uint8).masked_fill_(outside, 0)
+    stored = torch.zeros(rows, cols // COLUMNS * BLOCK_BYTES + tail_bytes(rare), dtype=torch.uint8)
+    blocks = stored[:, : -tail_bytes(rare)].unflatten(1, (-1, BLOCK_BYTES))
+    blocks[..., :32] = codes[..., :32] | codes[..., 32:] << 4
+    blocks[..., 32:] = rest.view(rows, -1, COLUMNS)
     entries = torch.zeros(rows, 1 + rare, dtype=torch.int32)
-    entries[:, 0] = head
+    entries[:, 0] = base
     row, column = outside.nonzero(as_tuple=True)
     number = torch.arange(len(row)) - torch.searchsorted(row, row)  # among those of its row
     entries[row, 1 + number] = (column << 16 | bits[row, column].long() & 0xFFFF).to(torch.int32)
-    return torch.cat([blocks, entries.view(torch.uint8).view(rows, -1)], 1)
-
-
-def _exponents(weights: Tensor) -> tuple[Tensor, Tensor]:
-    """The biased exponents, int64, and where a weight is 0 of either sign."""
-    bits = weights.view(torch.int16)
-    return (bits >> 7 & 255).long(), bits & 0x7FFF == 0
+    stored[:, -tail_bytes(rare) :] = entries.view(torch.uint8)
+    return stored
