@@ -1,7 +1,6 @@
 // AVX-512 with bf16 products. bf16 hidden states and weights are multiplied without conversion,
 // in pairs, into 32-bit sums. The activations between the two products are rounded to bf16. The
 // rest is the same as in kernels_avx512.cpp.
-#include <algorithm>
 #include <array>
 #include <bit>
 
@@ -60,79 +59,6 @@ struct ScaledBf16Product {
     static WVec load_w(const BF16* p) { return Bf16Product::load(p); }
     static void store_w(BF16* p, WVec w) { _mm512_storeu_si512(p, reinterpret_cast<__m512i>(w)); }
     static __m512 madd(__m512 acc, XVec x, WVec w) { return _mm512_dpbf16_ps(acc, x, w); }
-};
-
-// Weights of bf16 in 12 bits. Those of a single token are multiplied as they are expanded, in the
-// order of Bf16Product.
-struct PaletteProduct : Bf16Product {
-    using F = Floats512;
-
-    struct Row {
-        const std::byte* block;
-        const std::byte* tail;
-        int most;
-        __m512i exponents;
-        Acc acc = zero();
-        int next = 0;  // rare weight
-
-        [[nodiscard]] uint32_t entry() const { return next < most ? rare_weight(tail, next) : 0; }
-        // Where that weight is, or `blocks`.
-        [[nodiscard]] int64_t rare_block(int64_t blocks) const {
-            const uint32_t found = entry();
-            return found == 0 ? blocks : std::min<int64_t>(blocks, (found >> 16) / kPaletteCols);
-        }
-        void multiply(XVec first, XVec second) {
-            const __m512i codes = F::palette_codes(block);
-            const auto weights = [&]<int kHalf>() {
-                return reinterpret_cast<WVec>(F::palette_numbers<kHalf>(exponents, codes, block));
-            };
-            acc = madd(acc, first, weights.template operator()<0>());
-            acc = madd(acc, second, weights.template operator()<1>());
-            block += kPaletteBytes;
-        }
-        // The same for block b of `blocks`, which has rare weights.
-        void multiply_rare(XVec first, XVec second, int64_t b, int64_t blocks) {
-            alignas(64) BF16 numbers[kPaletteCols];
-            F::expand(exponents, block, numbers);
-            for (; rare_block(blocks) == b; ++next) {
-                numbers[(entry() >> 16) % kPaletteCols].bits = static_cast<uint16_t>(entry());
-            }
-            acc = madd(acc, first, load(numbers));
-            acc = madd(acc, second, load(numbers + kStep));
-            block += kPaletteBytes;
-        }
-    };
-
-    template <int kRows>
-    static void palette_rows(const PaletteJob& job, int64_t n) {
-        const auto* x = static_cast<const BF16*>(job.job.x[0]);
-        Row rows[kRows];
-#pragma GCC unroll 2
-        for (int i = 0; i < kRows; ++i) {
-            const std::byte* w = job.job.w + (n + i) * job.job.w_stride;
-            const std::byte* tail = w + job.blocks * kPaletteBytes;
-            rows[i] = {w, tail, job.rare, F::exponents(std::to_integer<unsigned>(*tail))};
-        }
-        for (int64_t b = 0; b < job.blocks; ++b, x += kPaletteCols) {
-            int64_t end = job.blocks;
-            for (const Row& row : rows) end = std::min(end, row.rare_block(job.blocks));
-            for (; b < end; ++b, x += kPaletteCols) {
-                const XVec first = load(x);
-                const XVec second = load(x + kStep);
-#pragma GCC unroll 2
-                for (Row& row : rows) {
-                    __builtin_prefetch(row.block + job.ahead, 0, 2);
-                    __builtin_prefetch(row.block + job.ahead + kLine, 0, 2);
-                    row.multiply(first, second);
-                }
-            }
-            if (b == job.blocks) break;
-            for (Row& row : rows) row.multiply_rare(load(x), load(x + kStep), b, job.blocks);
-        }
-        float sums[4];
-        sum4(rows[0].acc, rows[kRows - 1].acc, zero(), zero(), sums);
-        for (int i = 0; i < kRows; ++i) job.job.y[n + i] = sums[i];
-    }
 };
 
 // 16 floats as bf16.
@@ -300,13 +226,13 @@ template <>
 constexpr Product Bf16::kProduct<Q6KWeights> = block_product<NibbleBlocksProduct<Q6KWeights>>();
 template <>
 constexpr Product Bf16::kProduct<Palette3Weights> = {
-    palette_product<Floats512, PaletteProduct, Palette3Weights>};
+    palette_product<Floats512, Bf16Product, Palette3Weights>};
 template <>
 constexpr Product Bf16::kProduct<Palette7Weights> = {
-    palette_product<Floats512, PaletteProduct, Palette7Weights>};
+    palette_product<Floats512, Bf16Product, Palette7Weights>};
 template <>
 constexpr Product Bf16::kProduct<Palette15Weights> = {
-    palette_product<Floats512, PaletteProduct, Palette15Weights>};
+    palette_product<Floats512, Bf16Product, Palette15Weights>};
 
 // The same, with a matrix unit.
 struct Amx : Bf16 {

@@ -48,13 +48,6 @@ inline void expand_block(unsigned base, const std::byte* __restrict block, BF16*
     }
 }
 
-// Rare weight i: its column, and then its bits; 0 where there are no more.
-inline uint32_t rare_weight(const std::byte* tail, int i) {
-    uint32_t entry;
-    std::memcpy(&entry, tail + 4 + 4 * i, sizeof entry);
-    return entry;
-}
-
 // Row n as bf16. Writes nothing outside of it, whatever its bytes are.
 template <class F>
 inline void expand_row(const PaletteJob& rows, int64_t n, BF16* to) {
@@ -78,7 +71,8 @@ inline void expand_row(const PaletteJob& rows, int64_t n, BF16* to) {
         expand([&](const std::byte* from, BF16* out) { expand_block(base, from, out); });
     }
     for (int i = 0; i < rows.rare; ++i) {
-        const uint32_t entry = rare_weight(tail, i);
+        uint32_t entry;
+        std::memcpy(&entry, tail + 4 + 4 * i, sizeof entry);
         if (entry == 0) break;
         if (entry >> 16 < rows.job.depth) to[entry >> 16].bits = static_cast<uint16_t>(entry);
     }
@@ -92,13 +86,6 @@ template <class F, class P>
     const DotJob& job = rows.job;
     const int64_t stride = job.depth + kRowGap;
     int64_t n = 0;
-    if constexpr (requires { P::template palette_rows<1>(rows, n); }) {
-        if (job.rows == 1) {
-            for (; n + 2 <= job.outputs; n += 2) P::template palette_rows<2>(rows, n);
-            if (n < job.outputs) P::template palette_rows<1>(rows, n);
-            return;
-        }
-    }
     for (; n + P::kOutputs <= job.outputs && P::kOutputs * stride <= kBuffer; n += P::kOutputs) {
         for (int i = 0; i < P::kOutputs; ++i) expand_row<F>(rows, n + i, buffer + i * stride);
         panel_tiles<P, P::kOutputs, 0>(job, buffer, stride, job.y + n, nullptr);

@@ -136,23 +136,19 @@ struct Floats512 {
     }
     // 64 numbers: 32 bytes of codes, and then a byte for each with its sign and its fraction.
     static void expand(Words exponents, const std::byte* from, BF16* to) {
-        const Words codes = palette_codes(from);
-        _mm512_storeu_si512(to, palette_numbers<0>(exponents, codes, from));
-        _mm512_storeu_si512(to + 32, palette_numbers<1>(exponents, codes, from));
+        const Words codes = words_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        store_number(to, from + 32, _mm512_permutexvar_epi16(codes, exponents));
+        store_number(to + 32, from + 64,
+                     _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), exponents));
     }
-    static Words palette_codes(const std::byte* from) {
-        return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-    }
-    // The first or the second 32 of them.
-    template <int kHalf>
-    static Words palette_numbers(Words exponents, Words codes, const std::byte* from) {
-        const auto* rest = reinterpret_cast<const __m256i*>(from + 32 + 32 * kHalf);
-        const Words exponent =
-            _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * kHalf), exponents);
+    static Words words_of(__m256i bytes) { return _mm512_cvtepu8_epi16(bytes); }
+    static void store_number(BF16* to, const std::byte* from, Words exponents) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
         // What the mask takes of the bytes, which have their sign in all upper bits, or an
         // exponent.
-        return _mm512_ternarylogic_epi32(_mm512_cvtepi8_epi16(_mm256_loadu_si256(rest)),
-                                         _mm512_set1_epi16(-0x7f81), exponent, 0xea);
+        _mm512_storeu_si512(
+            to, _mm512_ternarylogic_epi32(_mm512_cvtepi8_epi16(bytes), _mm512_set1_epi16(-0x7f81),
+                                          exponents, 0xea));
     }
 
     // The lower (kUpper = 0) or upper bytes of 32 words as bf16. Exponent and mantissa are moved to
