@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import moeinf
 from moeinf.checkpoint.folder import Checkpoint
-from moeinf.packing.targets import TARGETS
+from moeinf.packing.pack import FORMATS
 from moeinf.planning import rates as measuring
 from moeinf.planning.estimate import (
     CURVE,
@@ -90,7 +90,7 @@ def test_the_formats_of_a_plan_are_those_that_a_pack_can_have(tmp_path: Path) ->
     bf16: dict[str, Any] = {"dtype": torch.bfloat16}
     fits = write_checkpoint(tmp_path / "a", hidden_size=64, moe_intermediate_size=96, **bf16)
     odd = write_checkpoint(tmp_path / "b", **bf16)  # 40 columns: no whole groups
-    assert set(read_model(Checkpoint.open(fits)).layouts()) == set(TARGETS)
+    assert set(read_model(Checkpoint.open(fits)).layouts()) == set(FORMATS)
     assert set(read_model(Checkpoint.open(odd)).layouts()) == {"bf16", "fp8"}
     for name, layout in read_model(Checkpoint.open(fits)).layouts().items():
         if name != "bf16":
@@ -186,7 +186,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [one["memory"] for one in facts["budgets"]] == ["auto", "25%", "1MiB"]
     for budget in facts["budgets"]:
-        assert budget["fits"] and [one["format"] for one in budget["estimates"]] == [*TARGETS]
+        assert budget["fits"] and [one["format"] for one in budget["estimates"]] == [*FORMATS]
         for one in budget["estimates"]:
             assert one["memory_bytes"] <= budget["bytes"]
             assert 0 < one["low"] <= one["tokens_per_second"] <= one["high"]
