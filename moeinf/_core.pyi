@@ -486,8 +486,40 @@ class RmsNorm:
 
     def __init__(self, epsilon: float, offset: float, rounds_first: bool) -> None: ...
 
+class AttentionForm:
+    """How an attention computes; see csrc/bindings/attention_inputs.cpp."""
+
+    def __init__(
+        self,
+        *,
+        projections: typing.Annotated[collections.abc.Sequence[typing.Any], "FixedSize(3)"],
+        packed: typing.Annotated[collections.abc.Sequence[bool], "FixedSize(3)"],
+        norms: typing.Annotated[collections.abc.Sequence[typing.Any], "FixedSize(2)"] | None,
+        norms_rows: bool,
+        half: bool,
+        whole: bool,
+        heads_outside: bool,
+        head_dim: int,
+    ) -> None: ...
+    @property
+    def heads_outside(self) -> bool: ...
+
 def activations() -> list[str]:
     """The activations of the gate functions."""
+
+def attention_inputs(
+    engine: CpuEngine,
+    form: AttentionForm,
+    attention: typing.Any,
+    hidden: typing.Any,
+    cos: typing.Any,
+    sin: typing.Any,
+    most: int,
+    most_of_bf16: int,
+) -> typing.Any:
+    """(queries, keys, values) of [batch, tokens, columns], each [batch, heads, tokens, head_dim].
+    None, and nothing is done, for more tokens than the most, where a part of the attention has
+    hooks or another class, and for tensors that are not rows of numbers of one type in RAM."""
 
 def available_memory() -> int:
     """Bytes of RAM that this process could still take, or fewer in a control group."""

@@ -1,9 +1,10 @@
 #include "compute/rms_norm.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstring>
+
+#include "compute/bf16.h"
 
 namespace moeinf {
 namespace {
@@ -53,17 +54,6 @@ float sum(const float* squares, int64_t count) {
     for (int64_t k = vectors * kLanes; k < count; ++k) total += squares[k];
     for (int l = 0; l < kLanes; ++l) total += columns[0][l];
     return total;
-}
-
-// To the nearest, ties to even; a NaN is made quiet and stays one.
-BF16 rounded(float value) {
-    const auto bits = std::bit_cast<uint32_t>(value);
-    const uint32_t nearest = bits + 0x7fffu + ((bits >> 16) & 1u);
-    return {static_cast<uint16_t>((value != value ? bits | 0x00400000u : nearest) >> 16)};
-}
-
-float widened(BF16 value) {
-    return std::bit_cast<float>(uint32_t{value.bits} << 16);
 }
 
 void scale_row(const RmsNorm& norm, const float* x, float r, const BF16* weight, int64_t cols,

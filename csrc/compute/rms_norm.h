@@ -26,7 +26,7 @@ struct NormCall {
     int64_t rows;
     int64_t cols;
     const void* weight;  // [cols]
-    void* out;           // [rows, cols], contiguous
+    void* out;           // [rows, cols], contiguous; may be x, where that is contiguous too
     DType dtype;         // of all three: bf16 or f32
 };
 

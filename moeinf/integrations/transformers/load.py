@@ -26,6 +26,7 @@ from moeinf.errors import UnsupportedError
 from moeinf.experts.checks import check_routes
 from moeinf.experts.cpu import use_threads
 from moeinf.experts.linear import serve_linear
+from moeinf.integrations.transformers.attention import serve_attention
 from moeinf.integrations.transformers.caches import make_caches
 from moeinf.integrations.transformers.dense import choose_dense, load_dense
 from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
@@ -187,6 +188,7 @@ def load(
     if linear == "auto" and caches[0].device.type == "cpu":
         serve_linear(model)
         serve_norms(model)
+        serve_attention(model)
         model.moeinf.torch_threads = TorchThreads(model)
     return model
 

@@ -98,10 +98,11 @@ def _is_same(module: Any, norm: _core.RmsNorm, x: torch.Tensor, weight: torch.Te
             expected = torch.func.functional_call(module, {"weight": weight}, (x,))
         except (TypeError, ValueError, AttributeError, RuntimeError):
             return False
-    return found is not None and isinstance(expected, torch.Tensor) and _same_bits(found, expected)
+    return found is not None and isinstance(expected, torch.Tensor) and same_bits(found, expected)
 
 
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Of tensors of 16 or 32 bits."""
     integers = torch.int16 if one.element_size() == 2 else torch.int32
     alike = one.dtype == other.dtype and one.shape == other.shape
     return alike and torch.equal(one.view(integers), other.contiguous().view(integers))
