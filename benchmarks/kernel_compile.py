@@ -347,8 +347,8 @@ def default_cases(
 ) -> list[Case]:
     """One case per kernel: bfloat16 (float16 on Turing), by rows, in blocks that `weights` suit.
 
-    `weights` names a format, None stands for that of the tokens. `others`: more formats of the call;
-    kernels/paths.py chooses tiles of float32 where one of them is multiplied as that.
+    `weights` names a format, None stands for that of the tokens. `others`: more formats of the
+    call. kernels/paths.py chooses tiles of float32 where one of them is multiplied as that.
     """
     formats = () if weights is None else (weights, *others)
     dtype = "bfloat16" if arch >= 80 else "float16"

@@ -42,7 +42,7 @@ def fill_like_weights(piece: str, row: WeightFormat, view: torch.Tensor) -> None
         rows = view.view(-1, view.shape[-1])
         weights = (torch.randn(len(rows), row.cols(rows.shape[1])) / 64).bfloat16()
         base, _ = bases(weights)
-        # All but the rarest of the small ones, so that the rest has room in the tail.
+        # The smallest become 0, so that the tail has room for the rest that is rare.
         weights[weights.abs() < torch.exp2(base.double() - 128)[:, None]] = 0
         rows.copy_(encode(weights, base, row.tail // 4 - 1))
         return

@@ -238,8 +238,8 @@ def load_tile(
     | SCALE_N, SCALE_K | | rows and columns that share a scale; 0 columns: all |
 
     The shapes of slot, n and in_n broadcast; the columns are the last dimension of the tile.
-    Columns beyond the matrix, and rows whose mask is false, are 0 in formats without scales; else
-    they are numbers of no meaning, but finite.
+    Columns beyond the matrix, and rows whose mask is false, are 0 in plain formats; else they are
+    numbers of no meaning, but finite.
     """
     if SCALE_TYPE == "blocks":
         row = values_ptr + slot * stride_ws + row_at(n, stride_wn, FORMAT)

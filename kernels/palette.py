@@ -13,7 +13,7 @@ from .blocks import byte_at, word_at
 
 @triton.jit
 def two_numbers(bits, DTYPE: tl.constexpr):
-    """bfloat16 of the lower halves of int32, and of the upper ones, in a dtype that holds both."""
+    """The numbers whose bfloat16 are the lower and the upper half of each int32, side by side."""
     if tl.bfloat16 == DTYPE:
         lower = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
         upper = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -25,16 +25,14 @@ def two_numbers(bits, DTYPE: tl.constexpr):
 
 @triton.jit
 def load_palette(row, in_n, k0, K, COUNT: tl.constexpr, DTYPE: tl.constexpr):
-    """bfloat16, or float32 unless that is DTYPE, [..., COUNT]: columns from k0 on, rare ones as 0; k0 and COUNT are multiples of 4.
-    `row` points to rows, their last size 1. What the masks exclude is finite.
+    """[..., COUNT]: columns from k0 on, rare ones as 0; k0 and COUNT are multiples of 4.
 
-    Four columns at a time: their codes, and their signs and fractions, are the bytes of a word.
+    bfloat16 if that is DTYPE, else float32. `row` points to rows, their last size 1. What the masks
+    exclude is finite. Four columns at a time: the bytes of a word are their codes, those of another
+    one their signs and fractions.
     """
     word = tl.arange(0, COUNT // 4)
-    if len(in_n.shape) == 3:
-        word = word[None, None, :]
-    else:
-        word = word[None, :]
+    word = word[None, None, :] if len(in_n.shape) == 3 else word[None, :]
     # Shifts, because the compiler does not see the alignment of a quotient.
     word += k0 >> 2
     mask = in_n & (word < (K >> 2))
@@ -66,8 +64,8 @@ def add_rare(
     if SCALE_TYPE == "palette":
         RARE: tl.constexpr = 3 if FORMAT == "palette3" else 7 if FORMAT == "palette7" else 15
         tail = values_ptr + slot * stride_s + n.to(tl.int64) * stride_n + K // 64 * 96
-        # Most rows have none or one. Entries that are not used come last: the loop ends where no row
-        # has one.
+        # Most rows have none or one. Entries that are not used come last, so the loop ends where no
+        # row has one.
         number = 1
         entry = word_at(tail, 4, in_n)
         left = tl.max((entry != 0).to(tl.int32))

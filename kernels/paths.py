@@ -256,7 +256,8 @@ def rows_per_tile(a: Arguments) -> int:
     """BLOCK_M for the mean number of rows per expert; never a function of the number of slots.
 
     Scaled formats keep a second tile of sums, for which tiles of 128 rows have no registers.
-    Blocks with scales, zero points, and gate and up of two formats need more yet: those of 64 have none.
+    Blocks with scales, zero points, and gate and up of two formats need more yet: those of 64 have
+    none.
     """
     experts = a.num_experts
     if experts is None:

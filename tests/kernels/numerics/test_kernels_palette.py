@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import small_blocks
 import torch
-from layers import DEVICE, ROW_TOLERANCE, row_error
+from layers import DEVICE
 
 sys.path.append(str(Path(__file__).parents[2]))
 from scaled_weights import ordinary_weights
@@ -52,12 +52,13 @@ def pools(H: int, I: int, rare: int, seed: int) -> list[ExpertMatrices]:  # noqa
 
 
 @pytest.mark.parametrize("path,T", [("vector", 1), ("shared", 3), ("grouped", 18)])
-@pytest.mark.parametrize("H,I", [(2880, 64), (64, 704)])
+@pytest.mark.parametrize("H,I,rare", [(2880, 64, 0), (64, 704, 7)])
 def test_outputs_are_those_of_plain_bf16(
     path: str,
     T: int,
     H: int,
     I: int,  # noqa: E741
+    rare: int,
     seed: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -67,13 +68,15 @@ def test_outputs_are_those_of_plain_bf16(
     hidden = torch.randn(T, H, generator=rng).bfloat16().to(DEVICE)
     ids = (torch.randint(0, 2, (T, 1), generator=rng) * 2).to(DEVICE)
     weights = torch.rand(T, 1, generator=rng).to(DEVICE)
-    for rare in (0, 7):
-        packed, plain = (
-            fused_experts(hidden, ids, weights, matrices, FORM, path=path)
-            for matrices in pools(H, I, rare, seed)
-        )
-        assert row_error(packed, plain.double().cpu()) <= ROW_TOLERANCE[torch.bfloat16]
-        assert rare or torch.equal(packed, plain)
+    packed, plain = (
+        fused_experts(hidden, ids, weights, matrices, FORM, path=path).double()
+        for matrices in pools(H, I, rare, seed)
+    )
+    if rare:  # other roundings, of sums and of each value between the two products
+        least = 2**-6 * plain.abs() + 2**-5 * plain.square().mean(1, keepdim=True).sqrt()
+        assert ((packed - plain).abs() <= least).all()
+    else:
+        assert torch.equal(packed, plain)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="loads are counted in the interpreter")
