@@ -160,6 +160,8 @@ def test_the_advice(costs: ModelCosts, seed: int) -> None:
     assert same.pack_format is None and same.tokens_per_second == 10
     exact = advise(speeds(bf16=10, fp8=29, int8=28, int4=30, mxfp4=30.5), 100, "learned")
     assert exact.pack_format == "int8"  # the most exact of those within a tenth of the fastest
+    lossless = advise(speeds(bf16=10, int8=15) + speeds(**{"bf16-palette": 14}), 100, "learned")
+    assert lossless.pack_format == "bf16-palette"
     small = advise(speeds(bf16=10, fp8=15, int8=14, int4=30, mxfp4=31), 100, "learned")
     assert (small.pack_format, small.pack_tokens_per_second) == ("int4", 30)
     assert advise(speeds(e4m3=10), 100, "lru").pack_format is None
