@@ -95,6 +95,27 @@ struct Floats512 {
         const __m512i more = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
         return _mm512_srlv_epi32(twice, _mm512_add_epi32(more, _mm512_set1_epi32(shift)));
     }
+    // See SixBitScales: of the first 16 bytes of four blocks.
+    static void six_bits(Words blocks, int8_t* scales, int8_t* minima) {
+        const __m512i low = _mm512_srlv_epi32(_mm512_shuffle_epi32(blocks, _MM_PERM_DCDB),
+                                              _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0, 0, 4)));
+        const __m512i top =
+            _mm512_maskz_srli_epi32(0xaaaa, _mm512_shuffle_epi32(blocks, _MM_PERM_CABA), 2);
+        const __m512i places = _mm512_set1_epi64(0x0f0f0f0f3f3f3f3f);
+        const __m512i whole = _mm512_and_si512(_mm512_ternarylogic_epi32(places, low, top, 0xca),
+                                               _mm512_set1_epi8(63));
+        const __m512i apart =
+            _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), whole);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(scales), _mm512_castsi512_si256(apart));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(minima),
+                            _mm512_extracti64x4_epi64(apart, 1));
+    }
+    // The two float16 in the first word of each of four blocks.
+    static Vec first_halves(Words blocks) {
+        const __m512i words = _mm512_permutexvar_epi32(
+            _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12), blocks);
+        return _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+    }
     static Words load_bytes(const std::byte* p, int shift = 0) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
         return _mm512_srli_epi32(_mm512_cvtepu8_epi32(bytes), static_cast<unsigned>(shift));
@@ -174,6 +195,9 @@ struct Floats512 {
     }
 
     static Vec splat(float value) { return _mm512_set1_ps(value); }
+    static Vec splat(F16 value) {
+        return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(value.bits)));
+    }
     static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
     static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
     static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }

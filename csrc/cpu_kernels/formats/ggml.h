@@ -150,34 +150,12 @@ struct LargeBlocks {
     static constexpr int64_t kPack = 256;
     static constexpr int64_t kCodes = 128;
     static constexpr float kTable[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-    static constexpr int64_t kBlocks = kMaxScales / 8;  // in a row
-    static constexpr int64_t kFactors = kBlocks + 16;
-
-    // Whole numbers of all groups, times the float16 of each block at `first`.
-    template <class F>
-    static void times(const ScaleJob<F>& job, const int8_t* whole, int64_t first, int64_t groups,
-                      float* to) {
-        F16 halves[kScaleOutputs * kFactors];
-        float factors[kScaleOutputs * kFactors];
-        int32_t block_of[F::kLanes];
-        for (int64_t l = 0; l < F::kLanes; ++l) block_of[l] = static_cast<int32_t>(l / groups);
-        const auto lanes = F::lanes(block_of);
-        gather<Stored>(job, first, halves, kFactors);
-        for (int64_t n = 0; n < job.count; ++n) {
-            widen_row<F>(halves + n * kFactors, job.blocks, factors + n * kFactors);
-        }
-        for (int64_t n = 0; n < job.count; ++n) {
-            const int64_t row = n * ScaleJob<F>::kRow;
-            for (int64_t i = 0; i < job.blocks * groups; i += F::kLanes) {
-                const auto factor = F::spread(factors + n * kFactors + i / groups, lanes);
-                F::store(to + row + i, F::mul(F::load(whole + row + i), factor));
-            }
-        }
-    }
 };
 
-// Eight groups with scales and minima of six bits in 12 bytes.
+// Eight groups with scales and minima of six bits in 12 bytes, behind two float16. In three words
+// of 32 bits, those of the first four groups are the lower bits of the first word and of the
+// second. Of the last four groups, the lower four bits are in the third word, and the upper two
+// above the bits of the first four. F::six_bits takes them apart for some blocks.
 template <size_t kSize>
 struct SixBitScales : LargeBlocks<kSize> {
     static constexpr int64_t kGroup = 32;
@@ -187,25 +165,39 @@ struct SixBitScales : LargeBlocks<kSize> {
     }
     template <class F>
     static void scales(const ScaleJob<F>& job) {
-        constexpr uint32_t kLow4 = 0x0f0f0f0f;
-        constexpr uint32_t kLow6 = 0x3f3f3f3f;
-        constexpr uint32_t kTop2 = 0x30303030;
-        int8_t whole[2][kScaleOutputs * ScaleJob<F>::kRow];
-        for (int n = 0; n < job.count; ++n) {
-            const std::byte* from = job.w + n * job.stride + 4;
-            for (int64_t i = 0; i < job.blocks; ++i, from += kSize) {
-                uint32_t in[3];
-                std::memcpy(in, from, sizeof in);
-                const uint32_t first[2] = {in[0] & kLow6, (in[2] & kLow4) | (in[0] >> 2 & kTop2)};
-                const uint32_t second[2] = {in[1] & kLow6,
-                                            (in[2] >> 4 & kLow4) | (in[1] >> 2 & kTop2)};
-                std::memcpy(whole[0] + n * ScaleJob<F>::kRow + 8 * i, first, sizeof first);
-                std::memcpy(whole[1] + n * ScaleJob<F>::kRow + 8 * i, second, sizeof second);
+        for (int64_t n = 0; n < job.count; ++n) {
+            const std::byte* from = job.w + n * job.stride;
+            float* scales = job.scales + n * ScaleJob<F>::kRow;
+            float* minima = job.minima + n * ScaleJob<F>::kRow;
+            int64_t left = job.blocks;
+            constexpr int64_t kTogether = F::kLanes / 4;
+            for (; left >= kTogether; left -= kTogether, from += kTogether * kSize) {
+                together<F>(F::load_quarters(from, kSize), scales, minima);
+                scales += 2 * F::kLanes;
+                minima += 2 * F::kLanes;
             }
+            if (left > 0) together<F>(F::load_quarters_first(from, kSize, left), scales, minima);
         }
-        using Base = LargeBlocks<kSize>;
-        Base::template times<F>(job, whole[0], 0, 8, job.scales);
-        Base::template times<F>(job, whole[1], 2, 8, job.minima);
+    }
+    // Of the blocks of which a vector holds the first 16 bytes.
+    template <class F>
+    [[gnu::always_inline]] static void together(typename F::Words blocks, float* scales,
+                                                float* minima) {
+        int8_t whole[2][2 * F::kLanes];
+        F::six_bits(blocks, whole[0], whole[1]);
+        float factors[F::kLanes];
+        F::store(factors, F::first_halves(blocks));
+        const auto part = [&](const int8_t* from, int64_t second, float* to) {
+            for (int64_t i = 0; i < 2 * F::kLanes; i += F::kLanes) {
+                int32_t factor[F::kLanes];
+                for (int64_t l = 0; l < F::kLanes; ++l) {
+                    factor[l] = static_cast<int32_t>((i + l) / 8 * 2 + second);
+                }
+                F::store(to + i, F::mul(F::load(from + i), F::spread(factors, F::lanes(factor))));
+            }
+        };
+        part(whole[0], 0, scales);
+        part(whole[1], 1, minima);
     }
 };
 
@@ -246,15 +238,18 @@ struct Q6KWeights : LargeBlocks<210> {
     }
     template <class F>
     static void scales(const ScaleJob<F>& job) {
-        int8_t whole[kScaleOutputs * ScaleJob<F>::kRow];
-        for (int n = 0; n < job.count; ++n) {
+        for (int64_t n = 0; n < job.count; ++n) {
             const std::byte* from = job.w + n * job.stride + 192;
-            int8_t* to = whole + n * ScaleJob<F>::kRow;
-            for (int64_t i = 0; i < job.blocks; ++i, from += 210) {
-                std::memcpy(to + 16 * i, from, 16);
+            float* to = job.scales + n * ScaleJob<F>::kRow;
+            for (int64_t i = 0; i < job.blocks; ++i, from += 210, to += 16) {
+                F16 half;
+                std::memcpy(&half, from + 16, sizeof half);
+                const auto* whole = reinterpret_cast<const int8_t*>(from);
+                for (int64_t l = 0; l < 16; l += F::kLanes) {
+                    F::store(to + l, F::mul(F::load(whole + l), F::splat(half)));
+                }
             }
         }
-        times<F>(job, whole, 208, 16, job.scales);
     }
 };
 
