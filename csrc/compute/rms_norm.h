@@ -3,7 +3,8 @@
 //   r      = 1 / sqrt(mean of x[i]^2 + epsilon)                   in 32-bit floats
 //   out[i] = (offset + weight[i]) * x[i] * r                      rounded to the type of x
 //
-// The bits depend on the order of the sum, which is that of ATen's. Whoever replaces a norm of torch compares the bits of both first.
+// The bits depend on the order of the sum, which is that of ATen's. Whoever replaces a norm of
+// torch compares the bits of both first.
 #pragma once
 
 #include <cstdint>
