@@ -174,7 +174,7 @@ struct NibbleBlocksProduct : NibbleBlocks<Floats512, D, 2> {
     template <size_t kPart>
     static WVec decode(const typename Base::Packed& packed) {
         constexpr int kAt = static_cast<int>(kPart);
-        const __m512i low = _mm512_srli_epi16(packed.codes, 4 * kAt);
+        const __m512i low = _mm512_srli_epi16(packed.codes, Base::shift_of(kPart));
         if constexpr (D::kHighBits == 0) {
             return look_up(low, table_twice(D::kTable));
         } else {
@@ -211,6 +211,8 @@ constexpr Product Bf16::kProduct<Int4Weights> = scaled_product<Int4Product>();
 template <>
 constexpr Product Bf16::kProduct<Q40Weights> = block_product<NibbleBlocksProduct<Q40Weights>>();
 template <>
+constexpr Product Bf16::kProduct<Q41Weights> = block_product<NibbleBlocksProduct<Q41Weights>>();
+template <>
 constexpr Product Bf16::kProduct<Q50Weights> = block_product<NibbleBlocksProduct<Q50Weights>>();
 template <>
 constexpr Product Bf16::kProduct<Q51Weights> = block_product<NibbleBlocksProduct<Q51Weights>>();
@@ -218,6 +220,12 @@ template <>
 constexpr Product Bf16::kProduct<Iq4NlWeights> = block_product<NibbleBlocksProduct<Iq4NlWeights>>();
 template <>
 constexpr Product Bf16::kProduct<Mxfp4Weights> = block_product<NibbleBlocksProduct<Mxfp4Weights>>();
+template <>
+constexpr Product Bf16::kProduct<Iq4XsWeights> = block_product<NibbleBlocksProduct<Iq4XsWeights>>();
+template <>
+constexpr Product Bf16::kProduct<Q2KWeights> = block_product<NibbleBlocksProduct<Q2KWeights>>();
+template <>
+constexpr Product Bf16::kProduct<Q3KWeights> = block_product<NibbleBlocksProduct<Q3KWeights>>();
 template <>
 constexpr Product Bf16::kProduct<Q4KWeights> = block_product<NibbleBlocksProduct<Q4KWeights>>();
 template <>
@@ -246,6 +254,8 @@ constexpr Amx::Tiles Amx::kTiles<Q80Weights> = amx_q8_0;
 template <>
 constexpr Amx::Tiles Amx::kTiles<Q40Weights> = amx_q4_0;
 template <>
+constexpr Amx::Tiles Amx::kTiles<Q41Weights> = amx_q4_1;
+template <>
 constexpr Amx::Tiles Amx::kTiles<Q50Weights> = amx_q5_0;
 template <>
 constexpr Amx::Tiles Amx::kTiles<Q51Weights> = amx_q5_1;
@@ -253,6 +263,10 @@ template <>
 constexpr Amx::Tiles Amx::kTiles<Iq4NlWeights> = amx_iq4_nl;
 template <>
 constexpr Amx::Tiles Amx::kTiles<Mxfp4Weights> = amx_mxfp4;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Iq4XsWeights> = amx_iq4_xs;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Q3KWeights> = amx_q3_k;
 template <>
 constexpr Amx::Tiles Amx::kTiles<Q4KWeights> = amx_q4_k;
 template <>
