@@ -22,7 +22,10 @@ SCALED = {
 # as random bytes give (subnormal floats) take many times as long.
 SCALE_BYTES = {
     "mxfp4": {0: 118},
+    "q4_1": {1: 24, 3: 24},
     "q5_1": {1: 24, 3: 24},
+    "q2_k": {81: 24, 83: 24},
+    "q3_k": {109: 24},
     "q4_k": {1: 24, 3: 24},
     "q5_k": {1: 24, 3: 24},
     "q6_k": {209: 24},

@@ -149,9 +149,7 @@ def profile(name: str, folder: Path, rounds: int, tokens: int) -> list[dict[str,
     layers: list[Any] = [
         one
         for one in model.modules()
-        if type(one) is linear.Linear
-        or hasattr(one, "moeinf_norm")
-        or hasattr(one, "moeinf_attention")
+        if type(one) is linear.Linear or hasattr(one, "moeinf_norm") or hasattr(one, "moeinf_rest")
     ]
     ours = [type(one) for one in layers]
     classes = {"moeinf": ours, "torch": [one.__bases__[-1] for one in ours]}

@@ -507,6 +507,16 @@ class AttentionForm:
 def activations() -> list[str]:
     """The activations of the gate functions."""
 
+def add_rms_norm(
+    engine: CpuEngine,
+    type: typing.Any,
+    module: typing.Any,
+    residual: typing.Any,
+    hidden: typing.Any,
+) -> typing.Any:
+    """(residual + hidden, its norm) by a module of that type that `serve_norms` serves. None where
+    it has hooks, and for tensors that are not rows of numbers of one type and shape in RAM."""
+
 def attention_inputs(
     engine: CpuEngine,
     form: AttentionForm,
@@ -651,6 +661,10 @@ def time_cache_misses(
     steps_per_round: int,
 ) -> list[float]:
     """Seconds to plan a step whose experts all miss, no bytes moved, a mean per round."""
+
+def top_k(probabilities: typing.Any, like: typing.Any, k: int, share_out: bool) -> typing.Any:
+    """(weights, ids) of the k largest of each row, of the type of `like` and int64. None for
+    tensors that are not plain ones in RAM."""
 
 def weight_formats() -> list[str]:
     """The weight formats that the CPU computes with."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moeinf.checkpoint.blocks import BLOCKS
+from moeinf.checkpoint.blocks import BLOCKS, NUMBERS
 from moeinf.checkpoint.formats import (
     FORMATS,
     MULTIPLIER,
@@ -66,8 +66,7 @@ def block_scales(row: WeightFormat, raw: torch.Tensor, size: float, rng: torch.G
         around = 127 + round(math.log2(size))
         raw[..., 0] = torch.randint(around - 2, around + 2, raw.shape[:-1], generator=rng)
         return
-    two = [0, 2]
-    for first in {"q6_k": [208], "q4_k": two, "q5_k": two, "q5_1": two}.get(row.name, [0]):
+    for first, _ in NUMBERS[row.name]:
         drawn = (torch.rand(*raw.shape[:-1], 1, generator=rng) + 0.5) * size
         raw[..., first : first + 2] = drawn.half().view(torch.uint8)
 

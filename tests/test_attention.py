@@ -26,6 +26,7 @@ from moeinf.integrations.transformers import attention
 from moeinf.integrations.transformers.attention import LAYERS, serve_attention
 from moeinf.integrations.transformers.norms import serve_norms
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 TYPES = (torch.bfloat16, torch.float32)
 HIDDEN = 256
 SIZES = {
@@ -42,15 +43,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {}, "solar_open": {},
 }  # fmt: skip
 FORMATS = ("fp8-128x128-f32", "nvfp4", "int4-32-zeros", "gguf-q4_k", "gguf-q6_k")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads of torch would spin on the cores of the engine's."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -129,7 +129,13 @@ py::object TensorView::new_rows(int64_t columns) const {
         strides[d] = count;
         count *= shape[d];
     }
-    return make(tensor_.ndim, shape, strides, count);
+    return make(tensor_.ndim, shape, strides, count, tensor_.dtype);
+}
+
+py::object TensorView::new_ids(int64_t columns) const {
+    const int64_t shape[] = {tensor_.shape[0], columns};
+    const int64_t strides[] = {columns, 1};
+    return make(2, shape, strides, shape[0] * columns, {kSignedInteger, 64, 1});
 }
 
 py::object TensorView::new_heads(int64_t batch, int64_t heads, int64_t tokens,
@@ -137,12 +143,12 @@ py::object TensorView::new_heads(int64_t batch, int64_t heads, int64_t tokens,
     const int64_t row = heads * head_dim;
     const int64_t shape[] = {batch, heads, tokens, head_dim};
     const int64_t strides[] = {tokens * row, head_dim, row, 1};
-    return make(4, shape, strides, batch * tokens * row);
+    return make(4, shape, strides, batch * tokens * row, tensor_.dtype);
 }
 
 py::object TensorView::make(int dimensions, const int64_t* shape, const int64_t* strides,
-                            int64_t count) const {
-    const size_t nbytes = tensor_.dtype.bits / 8u * static_cast<size_t>(count);
+                            int64_t count, DLDataType type) const {
+    const size_t nbytes = type.bits / 8u * static_cast<size_t>(count);
     void* memory = std::aligned_alloc(kAlign, sizeof(NewTensor) + round_up(nbytes, kAlign));
     if (memory == nullptr) throw std::bad_alloc();
     auto* made = new (memory) NewTensor;
@@ -151,6 +157,7 @@ py::object TensorView::make(int dimensions, const int64_t* shape, const int64_t*
     made->managed = {{1, 1}, memory, end_new, 0, tensor_};
     DLTensor& to = made->managed.dl_tensor;
     to.data = made + 1;
+    to.dtype = type;
     to.ndim = dimensions;
     to.byte_offset = 0;
     to.shape = made->shape.data();

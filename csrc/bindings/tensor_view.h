@@ -36,7 +36,9 @@ public:
     // 10 to 20 us more where its code is not in the processor's caches.
     [[nodiscard]] pybind11::object new_rows(int64_t columns) const;
 
-    // The same as [batch, heads, tokens, head_dim], where the heads of a token lie beside each
+    // The same of another type. Only where `can_make`.
+    [[nodiscard]] pybind11::object new_ids(int64_t columns) const;
+    // As `new_rows`, [batch, heads, tokens, head_dim], where the heads of a token lie beside each
     // other. Only where `can_make`.
     [[nodiscard]] pybind11::object new_heads(int64_t batch, int64_t heads, int64_t tokens,
                                              int64_t head_dim) const;
@@ -54,7 +56,8 @@ public:
 
 private:
     [[nodiscard]] pybind11::object make(int dimensions, const int64_t* shape,
-                                        const int64_t* strides, int64_t count) const;
+                                        const int64_t* strides, int64_t count,
+                                        DLDataType type) const;
 
     DLTensor tensor_{};  // without dimensions, where the tensor has no memory that can be read
     pybind11::handle object_;

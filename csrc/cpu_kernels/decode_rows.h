@@ -92,9 +92,14 @@ inline void widen_block(const std::byte* block, float* to) {
         }
     } else {
         for (int64_t i = 0; i < D::kCodes; i += F::kLanes) {
-            const auto codes = F::load_bytes(block + D::kFirst + i);
+            const auto codes = [&] {
+                if constexpr (D::kBits == 4)
+                    return F::load_bytes(block + D::kFirst + i);
+                else
+                    return F::load_bytes(block + D::kFirst + D::code_byte(i), D::code_shift(i));
+            }();
             auto low = F::template look_up<0>(codes, D::kTable);
-            auto up = F::template look_up<4>(codes, D::kTable);
+            auto up = F::template look_up<D::kBits>(codes, D::kTable);
             if constexpr (D::kHighBits != 0) {
                 const auto high =
                     F::load_bytes(block + D::kHigh + D::high_byte(i), D::high_shift(i));

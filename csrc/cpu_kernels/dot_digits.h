@@ -64,9 +64,11 @@ struct Digits {
     }
 };
 
-inline __m512i lower_codes(__m512i packed, int part) {
-    return _mm512_and_si512(part == 0 ? packed : _mm512_srli_epi16(packed, 4),
-                            _mm512_set1_epi8(15));
+// The lower or the upper codes of bytes, of some bits.
+template <size_t kPart, int kBits>
+inline __m512i codes_of(__m512i packed) {
+    return _mm512_and_si512(kPart == 0 ? packed : _mm512_srli_epi16(packed, kBits),
+                            _mm512_set1_epi8((1 << kBits) - 1));
 }
 
 // Where codes are looked up: what makes their numbers whole. 0: codes are the numbers.
@@ -78,10 +80,12 @@ template <>
 constexpr int kTimes<Mxfp4Weights> = 2;
 template <>
 constexpr int kTimes<Iq4NlWeights> = 1;
+template <>
+constexpr int kTimes<Iq4XsWeights> = 1;
 
 // Bits of an activation, without its sign: the sum of eight products needs 32 bits at most.
 template <class Decoder>
-constexpr int kBits = kTimes<Decoder> == 1 ? 21 : 22;
+constexpr int kActivationBits = kTimes<Decoder> == 1 ? 21 : 22;
 
 template <class Decoder>
 inline __m512i whole_codes(__m512i codes, int offset) {
@@ -118,7 +122,7 @@ struct NibbleDigits : Digits<kCodeOffset, 1> {
     }
     template <size_t kPart>
     static __m512i decode(Packed packed) {
-        return whole_codes<Decoder>(lower_codes(packed, kPart), kCodeOffset);
+        return whole_codes<Decoder>(codes_of<kPart, 4>(packed), kCodeOffset);
     }
 };
 
@@ -135,7 +139,7 @@ struct ZeroedInt4Digits : NibbleDigits<Int4Weights, 8> {
     }
     template <size_t kPart>
     static __m512i decode(Packed packed, Zero zero) {
-        return _mm512_add_epi8(lower_codes(packed, kPart), zero);
+        return _mm512_add_epi8(codes_of<kPart, 4>(packed), zero);
     }
 };
 
@@ -152,13 +156,17 @@ struct BlockDigits : Digits<kCodeOffset, D::kHalves>, NibbleBlocks<Floats512, D,
     template <size_t kPart>
     static __m512i decode(const typename Blocks::Packed& packed) {
         if constexpr (D::kHighBits == 0) {
-            return whole_codes<D>(lower_codes(packed.codes, kPart), kCodeOffset);
+            return whole_codes<D>(codes_of<kPart, D::kBits>(packed.codes), kCodeOffset);
         } else {
-            constexpr int kShift = 4 - D::kHalfShift * static_cast<int>(kPart);
-            const __m512i high = _mm512_and_si512(_mm512_slli_epi16(packed.high, kShift),
-                                                  _mm512_set1_epi8(D::kHighBits == 1 ? 16 : 48));
-            const __m512i low = kPart == 0 ? packed.codes : _mm512_srli_epi16(packed.codes, 4);
-            return _mm512_ternarylogic_epi32(_mm512_set1_epi8(15), low, high, 0xca);
+            constexpr int kShift = D::kBits - D::kHalfShift * static_cast<int>(kPart);
+            constexpr int kHigh = ((1 << D::kHighBits) - 1) << D::kBits;
+            const __m512i high =
+                _mm512_and_si512(_mm512_slli_epi16(packed.high, kShift), _mm512_set1_epi8(kHigh));
+            const __m512i low =
+                kPart == 0 ? packed.codes : _mm512_srli_epi16(packed.codes, D::kBits);
+            // The lower bits of `low`, all others of `high`.
+            return _mm512_ternarylogic_epi32(_mm512_set1_epi8((1 << D::kBits) - 1), low, high,
+                                             0xca);
         }
     }
 };
@@ -260,12 +268,12 @@ void arrange_digits(const void* from, int64_t count, void* to) {
         in_order<P>(static_cast<const BF16*>(from), k, count, values);
         int largest = 0;
         for (const BF16 value : values) largest = std::max(largest, value.bits & 0x7fff);
-        // All numbers are below 2^kBits, and the power is a normal float.
+        // All numbers are below 2^kActivationBits, and the power is a normal float.
         const int exponent = std::max(largest >> 7, 23);
         const auto power_of = [](int biased) {
             return std::bit_cast<float>(static_cast<uint32_t>(biased) << 23);
         };
-        const auto times = Floats512::splat(power_of(253 + kBits<Decoder> - exponent));
+        const auto times = Floats512::splat(power_of(253 + kActivationBits<Decoder> - exponent));
         for (int64_t i = 0; i < P::kStep; i += 16) {
             // 128 is added to each digit, so that none has a sign.
             const __m512i number = _mm512_add_epi32(
@@ -278,9 +286,10 @@ void arrange_digits(const void* from, int64_t count, void* to) {
                                  _mm_xor_si128(bytes, _mm_set1_epi8(-128)));
             }
         }
-        const float power = largest < 0x7f80
-                                ? power_of(exponent + 1 - kBits<Decoder> - kTimes<Decoder> / 2)
-                                : std::numeric_limits<float>::quiet_NaN();
+        const float power =
+            largest < 0x7f80
+                ? power_of(exponent + 1 - kActivationBits<Decoder> - kTimes<Decoder> / 2)
+                : std::numeric_limits<float>::quiet_NaN();
         std::memcpy(step + P::kPowerAt, &power, sizeof power);
 
         // The sums of the lanes of a half, times a code.

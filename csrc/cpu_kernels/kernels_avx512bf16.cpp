@@ -100,6 +100,8 @@ constexpr Product Bf16::kProduct<Int4Weights> = beside<Int4Digits>();
 template <>
 constexpr Product Bf16::kProduct<Q40Weights> = in_blocks<Q40Weights, 8>();
 template <>
+constexpr Product Bf16::kProduct<Q41Weights> = in_blocks<Q41Weights, 0>();
+template <>
 constexpr Product Bf16::kProduct<Q50Weights> = in_blocks<Q50Weights, 16>();
 template <>
 constexpr Product Bf16::kProduct<Q51Weights> = in_blocks<Q51Weights, 0>();
@@ -107,6 +109,12 @@ template <>
 constexpr Product Bf16::kProduct<Iq4NlWeights> = in_blocks<Iq4NlWeights, 127>();
 template <>
 constexpr Product Bf16::kProduct<Mxfp4Weights> = in_blocks<Mxfp4Weights, 12>();
+template <>
+constexpr Product Bf16::kProduct<Iq4XsWeights> = in_blocks<Iq4XsWeights, 127>();
+template <>
+constexpr Product Bf16::kProduct<Q2KWeights> = in_blocks<Q2KWeights, 0>();
+template <>
+constexpr Product Bf16::kProduct<Q3KWeights> = in_blocks<Q3KWeights, 4>();
 template <>
 constexpr Product Bf16::kProduct<Q4KWeights> = in_blocks<Q4KWeights, 0>();
 template <>
@@ -135,6 +143,8 @@ constexpr Amx::Tiles Amx::kTiles<Q80Weights> = amx_q8_0;
 template <>
 constexpr Amx::Tiles Amx::kTiles<Q40Weights> = amx_q4_0;
 template <>
+constexpr Amx::Tiles Amx::kTiles<Q41Weights> = amx_q4_1;
+template <>
 constexpr Amx::Tiles Amx::kTiles<Q50Weights> = amx_q5_0;
 template <>
 constexpr Amx::Tiles Amx::kTiles<Q51Weights> = amx_q5_1;
@@ -142,6 +152,10 @@ template <>
 constexpr Amx::Tiles Amx::kTiles<Iq4NlWeights> = amx_iq4_nl;
 template <>
 constexpr Amx::Tiles Amx::kTiles<Mxfp4Weights> = amx_mxfp4;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Iq4XsWeights> = amx_iq4_xs;
+template <>
+constexpr Amx::Tiles Amx::kTiles<Q3KWeights> = amx_q3_k;
 template <>
 constexpr Amx::Tiles Amx::kTiles<Q4KWeights> = amx_q4_k;
 template <>

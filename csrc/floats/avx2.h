@@ -74,6 +74,7 @@ struct Floats256 {
     static Words load_quarters_first(const std::byte* p, int64_t stride, int64_t n) {
         return n > 1 ? load_quarters(p, stride) : _mm256_zextsi128_si256(halves(p));
     }
+    template <int /*kMore*/>
     static Words load_shifted(const std::byte* p, int shift) {
         return _mm256_srli_epi32(load_words(p), shift);
     }

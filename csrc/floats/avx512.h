@@ -88,11 +88,12 @@ struct Floats512 {
         words = _mm512_mask_broadcast_i32x4(words, 0x0f00, bytes(p + 2 * stride));
         return _mm512_mask_broadcast_i32x4(words, 0xf000, bytes(p + 3 * stride));
     }
-    // 32 bytes twice, the words shifted to the right; the second ones by two bits more.
+    // 32 bytes twice, the words shifted to the right; the second ones by kMore bits more.
+    template <int kMore>
     static Words load_shifted(const std::byte* p, int shift) {
         const __m512i twice =
             _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-        const __m512i more = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
+        const __m512i more = _mm512_maskz_set1_epi32(0xff00, kMore);
         return _mm512_srlv_epi32(twice, _mm512_add_epi32(more, _mm512_set1_epi32(shift)));
     }
     // See SixBitScales: of the first 16 bytes of four blocks.

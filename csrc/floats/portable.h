@@ -109,6 +109,7 @@ struct Floats128 {
     static Words load_quarters_first(const std::byte* p, int64_t /*stride*/, int64_t /*n*/) {
         return load_words(p);
     }
+    template <int /*kMore*/>
     static Words load_shifted(const std::byte* p, int shift) {
         return load_words(p) >> static_cast<uint32_t>(shift);
     }

@@ -86,7 +86,7 @@ def test_every_load_of_decode_weights_is_16_bytes_wide(form: dict[str, bool]) ->
 
 
 # What the place of a block in a row allows, of the bytes of codes: see kernels/blocks.py.
-WIDTHS = {"mxfp4": 1, "q5_1": 4, "q4_k": 8, "q5_k": 8}
+WIDTHS = {"mxfp4": 1, "q4_1": 4, "q5_1": 4, "q2_k": 4, "iq4_xs": 8, "q4_k": 8, "q5_k": 8}
 
 
 @pytest.mark.parametrize("weights", [name for name in compiling.SCALED if "gguf" in name])
@@ -96,8 +96,8 @@ def test_blocks_are_read_as_wide_as_they_lie(weights: str) -> None:
     loads = compiling.compile_case(case, 90).loads["gate"]
     name = weights.removeprefix("gguf ")
     assert max(loads) >= WIDTHS.get(name, 2), loads
-    # The scales of q6_k are bytes, one for each group of columns.
-    narrow = {"mxfp4": None, "q6_k": 1}.get(name, 0)
+    # Bytes of scales, of each group of columns.
+    narrow = {"mxfp4": None, "q2_k": 1, "q3_k": 2, "q6_k": 1}.get(name, 0)
     assert narrow is None or loads.get(1, 0) == narrow, loads
 
 

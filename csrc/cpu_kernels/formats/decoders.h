@@ -17,10 +17,10 @@
 namespace moeinf {
 namespace {
 
-using Decoders =
-    std::tuple<Bf16Weights, F16Weights, F32Weights, E4M3Weights, E2M1Weights, Int8Weights,
-               Int4Weights, Q80Weights, Q40Weights, Q50Weights, Q51Weights, Iq4NlWeights,
-               Mxfp4Weights, Q4KWeights, Q5KWeights, Q6KWeights>;
+using Decoders = std::tuple<Bf16Weights, F16Weights, F32Weights, E4M3Weights, E2M1Weights,
+                            Int8Weights, Int4Weights, Q80Weights, Q40Weights, Q41Weights,
+                            Q50Weights, Q51Weights, Iq4NlWeights, Mxfp4Weights, Iq4XsWeights,
+                            Q2KWeights, Q3KWeights, Q4KWeights, Q5KWeights, Q6KWeights>;
 
 }  // namespace
 }  // namespace moeinf

@@ -13,12 +13,11 @@ from functools import cache
 from typing import Any, cast
 
 import torch
-from torch.nn.modules import module as torch_module
 
 from moeinf import _core
 from moeinf.experts.cpu import default_engine
 from moeinf.experts.linear import MOST_OF_BF16, MOST_TOKENS, Linear
-from moeinf.experts.marks import is_plain_call
+from moeinf.experts.marks import hooks_everywhere, is_plain_call
 from moeinf.experts.packed_linear import PackedLinear
 from moeinf.integrations.transformers.norms import same_bits
 from moeinf.integrations.transformers.own_source import Function, OwnForward
@@ -36,8 +35,6 @@ NAMES = ("query_states", "key_states", "value_states")
 LAYERS = ("q_proj", "k_proj", "v_proj")
 NORMS = ("q_norm", "k_norm")
 MADE = f"{', '.join(NAMES)} = moeinf_made"
-# Global hooks of torch, which every call of a module would run.
-HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 TRIAL = ((1, 1, 1), (3, 1, 3), (1, 3, 1), (2, 2, 1))  # batch, tokens, rows of cos and sin
 
 
@@ -108,7 +105,7 @@ class _Attention:
             type(position_embeddings) is tuple
             and len(position_embeddings) == 2
             and is_plain_call(hidden_states, *position_embeddings)
-            and not any(HOOKS)
+            and not hooks_everywhere()
         ):
             form = _form(*self.moeinf_attention)
             made = _inputs(form, self, hidden_states, *position_embeddings)

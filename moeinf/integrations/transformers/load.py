@@ -36,8 +36,10 @@ from moeinf.integrations.transformers.models import DTYPES, model_of
 from moeinf.integrations.transformers.norms import serve_norms
 from moeinf.integrations.transformers.passes import PassReader, generating
 from moeinf.integrations.transformers.plan import make_plan
+from moeinf.integrations.transformers.residuals import serve_residuals
 from moeinf.integrations.transformers.routers import listen
 from moeinf.integrations.transformers.served import IMPLEMENTATION, serve
+from moeinf.integrations.transformers.top_k import serve_routers
 from moeinf.integrations.transformers.torch_threads import TorchThreads
 from moeinf.integrations.transformers.whole import make_whole_experts, whole_model
 
@@ -189,6 +191,8 @@ def load(
         serve_linear(model)
         serve_norms(model)
         serve_attention(model)
+        serve_residuals(model)
+        serve_routers(model)
         model.moeinf.torch_threads = TorchThreads(model)
     return model
 

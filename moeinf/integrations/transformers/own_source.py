@@ -15,6 +15,7 @@ from typing import Any
 
 Function = Callable[..., Any]
 DECORATORS = ("deprecate_kwarg",)  # that may stand before such a forward; they stay
+WRAPPERS = ("forward_with_checkpointing",)  # of classes; without gradients they do nothing
 
 
 class OwnForward:
@@ -28,7 +29,8 @@ class OwnForward:
         function: Any = base.forward  # type: ignore[attr-defined]
         wrappers = 0
         while hasattr(function, "__wrapped__"):
-            function, wrappers = function.__wrapped__, wrappers + 1
+            wrappers += function.__code__.co_name not in WRAPPERS
+            function = function.__wrapped__
         try:
             source, self.line = inspect.getsourcelines(function)
             (tree,) = ast.parse(textwrap.dedent("".join(source))).body
