@@ -23,7 +23,8 @@ import moeinf
 from moeinf.experts.linear import MOST_OF_BF16, serve_linear
 from moeinf.experts.packed_linear import make_packed
 from moeinf.integrations.transformers import attention
-from moeinf.integrations.transformers.attention import LAYERS, serve_attention
+from moeinf.integrations.transformers.attention import serve_attention
+from moeinf.integrations.transformers.attention_forms import LAYERS
 from moeinf.integrations.transformers.norms import serve_norms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +41,7 @@ SIZES = {
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_moe": {}, "qwen3_moe": {}, "mixtral": {}, "olmoe": {}, "gpt_oss": {}, "phimoe": {},
     "minimax_m2": {"rotary_dim": 32}, "granitemoe": {},
-    "hunyuan_v1_moe": {}, "solar_open": {},
+    "hunyuan_v1_moe": {}, "solar_open": {}, "glm4_moe": {"use_qk_norm": True}, "hy_v3": {},
 }  # fmt: skip
 FORMATS = ("fp8-128x128-f32", "nvfp4", "int4-32-zeros", "gguf-q4_k", "gguf-q6_k")
 
@@ -157,6 +158,18 @@ def test_turns_of_another_type_than_the_tokens_are_the_models_own(seed: int, cal
     assert is_served(pair.served)
     pair.check(2, 2)
     assert calls and not any(calls)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_norms_by_configuration(seed: int, calls: Any, normed: bool) -> None:
+    random.seed(seed)
+    pair = Pair("glm4_moe", torch.float32, seed, use_qk_norm=normed)
+    calls.clear()
+    pair.check()
+    assert all(calls)
+    if normed:
+        pair.plain.use_qk_norm = pair.served.use_qk_norm = False
+        pair.check()
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)

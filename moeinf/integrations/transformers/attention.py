@@ -8,7 +8,6 @@ where a trial gives the same bits.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, cast
 
@@ -19,79 +18,21 @@ from moeinf.experts.cpu import default_engine
 from moeinf.experts.linear import MOST_OF_BF16, MOST_TOKENS, Linear
 from moeinf.experts.marks import hooks_everywhere, is_plain_call
 from moeinf.experts.packed_linear import PackedLinear
+from moeinf.integrations.transformers.attention_forms import (
+    LAYERS,
+    NAMES,
+    NORMS,
+    SHAPES,
+    TURNS,
+    WRITTEN,
+    Written,
+)
 from moeinf.integrations.transformers.norms import same_bits
 from moeinf.integrations.transformers.own_source import Function, OwnForward
 from moeinf.integrations.transformers.whole import class_of
 
-SHAPES = [
-    "input_shape = hidden_states.shape[:-1]",
-    "hidden_shape = (*input_shape, -1, self.head_dim)",
-]
-TURNS = [
-    "cos, sin = position_embeddings",
-    "query_states, key_states = apply_rotary_pos_emb(query_states, key_states, cos, sin)",
-]
-NAMES = ("query_states", "key_states", "value_states")
-LAYERS = ("q_proj", "k_proj", "v_proj")
-NORMS = ("q_norm", "k_norm")
 MADE = f"{', '.join(NAMES)} = moeinf_made"
 TRIAL = ((1, 1, 1), (3, 1, 3), (1, 3, 1), (2, 2, 1))  # batch, tokens, rows of cos and sin
-
-
-def _in_heads(view: str) -> list[str]:
-    return [f"{name} = {name}.view({view}).transpose(1, 2)" for name in NAMES]
-
-
-def _projected(query: str, key: str, then: str = "") -> list[str]:
-    parts = (query, key, "self.v_proj(hidden_states)")
-    return [f"{name} = {part}{then}" for name, part in zip(NAMES, parts, strict=True)]
-
-
-HEADS = ".view(hidden_shape).transpose(1, 2)"
-NORMED = [
-    f"self.{norm}(self.{layer}(hidden_states))" for norm, layer in zip(NORMS, LAYERS, strict=False)
-]
-CLIP = "if self.config.clip_qkv is not None:\n" + "\n".join(
-    f"    {name}.clamp_(min=-self.config.clip_qkv, max=self.config.clip_qkv)" for name in NAMES
-)
-
-
-@dataclass(frozen=True)
-class Written:
-    """How families write what is replaced.
-
-    norms: "head" or "row" that they are of, "" without.
-    unless: a test; where it holds, the model's own forward runs.
-    """
-
-    statements: list[str]
-    norms: str
-    unless: str = ""
-
-
-WRITTEN = (
-    # Qwen2Moe, Mixtral, gpt-oss, Phi-3.5-MoE, GraniteMoe, MiniMax-Text, Aria, SolarOpen, ...
-    Written(
-        _projected("self.q_proj(hidden_states)", "self.k_proj(hidden_states)", HEADS), norms=""
-    ),
-    # Qwen3Moe, Qwen3-VL and Qwen3-Omni, dots.llm1, ...
-    Written(
-        [
-            f"{name} = self.{norm}(self.{layer}(hidden_states).view(hidden_shape)).transpose(1, 2)"
-            for name, norm, layer in zip(NAMES, NORMS, LAYERS, strict=False)
-        ]
-        + [f"value_states = self.v_proj(hidden_states){HEADS}"],
-        norms="head",
-    ),
-    # FlexOlmo, MiniMax-M2
-    Written([*_projected(*NORMED), *_in_heads("hidden_shape")], norms="row"),
-    # OLMoE
-    Written(
-        [*_projected(*NORMED), CLIP, *_in_heads("*hidden_shape")],
-        norms="row",
-        unless="self.config.clip_qkv is not None",
-    ),
-)
 
 
 class _Attention:
@@ -127,7 +68,7 @@ def serve_attention(model: torch.nn.Module) -> None:
     for module in model.modules():
         split, kind = None, cast(Any, type(module))
         if all(isinstance(getattr(module, layer, None), torch.nn.Linear) for layer in LAYERS):
-            split = _split(kind)
+            split = _split(kind, hasattr(module, NORMS[0]))
         if split is None or (given := _describe(module, split[0])) is None:
             continue
         key = kind, given, _sizes(module)
@@ -141,7 +82,7 @@ def serve_attention(model: torch.nn.Module) -> None:
 
 
 @cache
-def _split(base: type) -> tuple[Written, Function, Function] | None:
+def _split(base: type, has_norms: bool) -> tuple[Written, Function, Function] | None:
     """What is replaced as a function (self, hidden_states, position_embeddings, ...) -> queries,
     keys, values; and the rest, which takes them right after `self`."""
     try:
@@ -151,7 +92,8 @@ def _split(base: type) -> tuple[Written, Function, Function] | None:
     if own.parameters[:3] != ["self", "hidden_states", "position_embeddings"]:
         return None
     for written in WRITTEN:
-        if own.find([*SHAPES, *written.statements, *TURNS]) == 0:
+        known = bool(written.norms) == has_norms
+        if known and own.find([*SHAPES, *written.statements, *TURNS]) == 0:
             end = len(SHAPES) + len(written.statements) + len(TURNS)
             guard = [f"if {written.unless}: return None"] if written.unless else []
             kept: list[Any] = [*own.body[: len(SHAPES)], *guard, own.body[end - 2], MADE]
