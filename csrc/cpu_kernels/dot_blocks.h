@@ -32,6 +32,10 @@ struct Codes<F, 0> {
 // Four bytes of each of n blocks: bits j and j + 16 become bits 0 and 4 of byte j of 16 bytes.
 template <class F>
 inline typename F::Words load_bits(const std::byte* p, int64_t stride, int64_t n) {
+    if constexpr (requires(typename F::Words blocks) { F::spread_bits(blocks); }) {
+        return F::spread_bits(n < 4 ? F::load_quarters_first(p, stride, n)
+                                    : F::load_quarters(p, stride));
+    }
     std::array<uint64_t, F::kLanes / 2> bytes{};
     // Bit j of eight is in byte j; what is added carries it to the top of the byte.
     const auto spread = [](uint32_t bits) {
@@ -225,7 +229,8 @@ struct ScalesInBlocks {
                                 typename F::Vec (&acc)[kRows][kOutputs]) {
         const int64_t groups = job.depth / D::kGroup;
         for (int r = 0; r < kRows; ++r) {
-            const auto* sums = reinterpret_cast<const float*>(x[r] + padded_depth<P>(job.depth));
+            const auto* sums =
+                reinterpret_cast<const float*>(x[r] + arranged_elements<P>(job.depth));
             for (int n = 0; n < kOutputs; ++n) {
                 const float* minima = panel.minima[first + n * apart];
                 for (int64_t g = 0; g < groups; g += F::kLanes) {

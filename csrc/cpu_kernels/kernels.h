@@ -65,6 +65,7 @@ struct Product {
     void (*arrange)(const void* from, int64_t count, void* to) = nullptr;
     int64_t step = 1;
     int64_t sums = 0;
+    int64_t step_bytes = 0;  // of an arranged step; 0: elements of their own type
 };
 
 constexpr int64_t kTileRows = 16;

@@ -34,8 +34,8 @@ struct Floats512 {
     }
     static Vec numbers(__m512i bits) { return _mm512_castsi512_ps(bits); }
     // 2^(b - 127) has exponent b, except for b = 0.
-    static Vec powers(__m128i bytes) {
-        const __m512i b = _mm512_cvtepu8_epi32(bytes);
+    static Vec powers(__m128i bytes) { return powers(_mm512_cvtepu8_epi32(bytes)); }
+    static Vec powers(__m512i b) {
         const __m512i tiny = _mm512_set1_epi32(0x00400000);
         return numbers(
             _mm512_mask_mov_epi32(_mm512_slli_epi32(b, 23), _mm512_testn_epi32_mask(b, b), tiny));
@@ -116,6 +116,30 @@ struct Floats512 {
         const __m512i words = _mm512_permutexvar_epi32(
             _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12), blocks);
         return _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+    }
+    // The number that each of four blocks begins with.
+    static Vec firsts(Words blocks, F16 /*type*/) {
+        const __m512i halves = _mm512_permutexvar_epi16(
+            _mm512_castsi128_si512(_mm_setr_epi16(0, 8, 16, 24, 0, 8, 16, 24)), blocks);
+        return _mm512_castps128_ps512(_mm_cvtph_ps(_mm512_castsi512_si128(halves)));
+    }
+    static Vec firsts(Words blocks, E8M0 /*type*/) {
+        const __m512i words =
+            _mm512_permutexvar_epi32(_mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12)), blocks);
+        return powers(_mm512_and_si512(words, _mm512_set1_epi32(255)));
+    }
+    // Of the first four bytes of each of four blocks, bits j and j + 16 become bits 0 and 4 of byte
+    // j of 16 bytes.
+    static Words spread_bits(Words blocks) {
+        const __m512i bit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201));
+        const auto of_bytes = [&](int64_t first, int64_t second) {
+            return _mm512_test_epi8_mask(
+                bit, _mm512_shuffle_epi8(blocks, _mm512_mask_set1_epi64(
+                                                     _mm512_set1_epi64(first * 0x0101010101010101),
+                                                     0xaa, second * 0x0101010101010101)));
+        };
+        const __m512i low = _mm512_maskz_set1_epi8(of_bytes(0, 1), 1);
+        return _mm512_or_si512(low, _mm512_maskz_set1_epi8(of_bytes(2, 3), 16));
     }
     static Words load_bytes(const std::byte* p, int shift = 0) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

@@ -77,6 +77,21 @@ struct SmallBlocks {
     static constexpr int64_t column(int64_t byte, int64_t half) { return byte + 16 * half; }
     template <class F>
     static void numbers(const ScaleJob<F>& job, int64_t first, float* to) {
+        if constexpr (requires(typename F::Words blocks) { F::firsts(blocks, Number{}); }) {
+            constexpr int64_t kTogether = F::kLanes / 4;
+            for (int64_t n = 0; n < job.count; ++n) {
+                const std::byte* from = job.w + n * job.stride + first;
+                float* at = to + n * ScaleJob<F>::kRow;
+                int64_t i = 0;
+                for (; i + kTogether <= job.blocks; i += kTogether, from += kTogether * kSize) {
+                    F::store(at + i, F::firsts(F::load_quarters(from, kSize), Number{}));
+                }
+                if (i == job.blocks) continue;
+                F::store(at + i,
+                         F::firsts(F::load_quarters_first(from, kSize, job.blocks - i), Number{}));
+            }
+            return;
+        }
         Number numbers[kScaleOutputs * ScaleJob<F>::kRow];
         gather<Stored>(job, first, numbers, ScaleJob<F>::kRow);
         for (int64_t n = 0; n < job.count; ++n) {
