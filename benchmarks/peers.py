@@ -154,6 +154,7 @@ def all_runs(arguments: argparse.Namespace, disk: ReadAhead) -> Iterator[Run]:
             yield Run("llama.cpp", format, share)
     for format in PACKS:
         yield Run("moeinf", format, SHARES[-1], of="bf16")
+    yield Run("moeinf", "bf16-palette", 25, of="bf16")
 
 
 def tokens_of(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
