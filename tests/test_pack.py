@@ -320,6 +320,30 @@ def test_linear_layers_are_packed_too_where_asked(
         assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
+def test_linear_layers_of_other_names_than_the_models(tmp_path: Path, seed: int) -> None:
+    """Published files often lack the prefix of the model, or have another one."""
+    sizes = {**SIZES, "head_dim": 32, "vocab_size": 200}
+    source = write_checkpoint(tmp_path / "a", seed=seed, dtype=torch.bfloat16, **sizes)
+    bare = tmp_path / "bare"
+    shutil.copytree(source, bare)
+    tensors = {key.removeprefix("model."): one for key, one in tensors_of(source).items()}
+    save_file(tensors, bare / "model.safetensors", metadata={"format": "pt"})
+    for folder in (source, bare):
+        moeinf.pack(folder, tmp_path / f"{folder.name}-packed", format="int4", dense="int8")
+    packs = [tmp_path / "a-packed", tmp_path / "bare-packed"]
+    kinds = [
+        {key.removeprefix("model."): one.format for key, one in tensors.items()
+         if isinstance(one, PackedEntry)}
+        for tensors in (Checkpoint.open(one).tensors for one in packs)
+    ]  # fmt: skip
+    assert kinds[0] == kinds[1]
+    assert {one.name for one in kinds[1].values()} == {"int4", "int8"}
+    found = [
+        moeinf.load(tmp_path / name, slots=4, device="cpu") for name in ("a-packed", "bare-packed")
+    ]
+    assert torch.equal(*map(logits, found))
+
+
 @pytest.mark.parametrize(
     ("name", "dense"), [(None, "int8"), ("bf16", "int8"), ("fp8", "int8"), ("int4", "fp8"),
                         ("int4", "nvfp4"), ("int4", "q4_0")],
@@ -330,6 +354,16 @@ def test_formats_of_linear_layers_that_do_not_go_with_the_experts(
     with pytest.raises(ValueError, match=f"dense='{dense}'"):
         moeinf.pack(plain, tmp_path / "b", format=name, dense=dense)
     assert not (tmp_path / "b").exists()
+
+
+def test_linear_layers_beside_experts_that_are_in_the_format_already(
+    plain: Path, tmp_path: Path
+) -> None:
+    """They are not left as they are without a word."""
+    moeinf.pack(plain, tmp_path / "b", format="int4")
+    with pytest.raises(UnsupportedError, match="is quantised already"):
+        moeinf.pack(tmp_path / "b", tmp_path / "c", format="int4", dense="int8")
+    assert not (tmp_path / "c").exists()
 
 
 def test_transformers_opens_an_fp8_pack(tmp_path: Path, seed: int) -> None:
@@ -405,7 +439,7 @@ def test_experts_with_biases_are_not_quantised(tmp_path: Path) -> None:
 def test_names_that_the_model_does_not_take_are_refused(tmp_path: Path) -> None:
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96}
     source = write_checkpoint(tmp_path / "a", "granitemoe", dtype=torch.bfloat16, **SIZES, **sizes)
-    with pytest.raises(UnsupportedError, match="its experts cannot be stored so: "):
+    with pytest.raises(UnsupportedError, match="its experts cannot be stored so: no tensor for "):
         moeinf.pack(source, tmp_path / "b", format="fp8")
     assert not (tmp_path / "b").exists()
 

@@ -84,7 +84,7 @@ class PackPlan:
         stores = plan.stores
         linear: dict[str, QuantisedLinear] = {}
         plain = {store.layout.format_names for store in stores} == {format}
-        if format is None or plain:
+        if format is None or (plain and dense is None):
             experts: list[Part] = _as_they_are(stores, raw)
             used = {spec.name for part in experts for spec in part.specs}
             config = None
@@ -124,9 +124,12 @@ class PackPlan:
                 target = TARGETS[format]
                 found = [one for store in stores for one in quantised(store, target)]
                 experts = [*found]
-                stated = configuration(
-                    found[0].target, others, {path: part.target for path, part in linear.items()}
-                )
+                named = {
+                    name: part.target
+                    for path, part in linear.items()
+                    for name in (path, part.base)  # of the model and of the file: they may differ
+                }
+                stated = configuration(found[0].target, others, named)
             if stated is not None:
                 config["quantization_config"] = stated
         copied = [Copied((entry,)) for name, entry in raw.items() if name not in used]
@@ -159,7 +162,7 @@ class PackPlan:
             try:
                 stores = stores_of(Checkpoint.open(made))
             except (CheckpointError, UnsupportedError) as error:
-                why = str(error).replace(f"{made}/", "")
+                why = str(error).replace(f"{made}/", "").replace(f"{made}: ", "")
                 raise UnsupportedError(
                     f"{self.checkpoint.path}: its experts cannot be stored so: {why}"
                 ) from error
