@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import moeinf
 from moeinf.errors import UnsupportedError
@@ -132,10 +133,25 @@ def test_a_layer_of_the_built_in_model_in_c_is_that_of_python_to_the_bit(
 def test_packed_experts_are_described_with_all_they_have(
     layer_program: Path, tmp_path: Path
 ) -> None:
-    for form in ("int4", "nvfp4", "fp8"):
+    """The last one has up in another format than gate and down."""
+    formats = {"int4": "int4", "nvfp4": "e2m1", "fp8": "e4m3", "mixed": "int4, e2m1"}
+    for form, names in formats.items():
         packed = tmp_path / form
-        moeinf.pack(POCKET, packed, format=form)
+        if form == "mixed":
+            no_weights = shutil.ignore_patterns("*.safetensors*")
+            shutil.copytree(tmp_path / "int4", packed, ignore=no_weights)
+            tensors = {
+                name: tensor
+                for source, is_up in (("int4", False), ("nvfp4", True))
+                for file in (tmp_path / source).glob("*.safetensors")
+                for name, tensor in load_file(file).items()
+                if (".up_proj." in name) is is_up
+            }
+            save_file(tensors, packed / "model.safetensors")
+        else:
+            moeinf.pack(POCKET, packed, format=form)
         store = moeinf.ExpertStore.open(packed)
+        assert store.layout.format_names == names
         store.describe(tmp_path / "experts.txt")
         parts = routed(store, 5, 2, seed=3)
         found = compute_in_c(layer_program, tmp_path / "experts.txt", 1, 4, parts)

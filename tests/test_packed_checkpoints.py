@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from scaled_weights import E2M1, E4M3, INT4, INT8, random_bytes, zero_points
 
 import moeinf
+from moeinf.checkpoint.folder import Checkpoint
 from moeinf.checkpoint.formats import (
     FORMATS,
     MULTIPLIER,
@@ -30,6 +31,7 @@ from moeinf.checkpoint.formats import (
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
 from moeinf.experts.packed_linear import PackedLinear
+from moeinf.planning.model import read_model
 
 Parts = dict[str, torch.Tensor]
 SIZES = {"hidden_size": 64, "moe_intermediate_size": 96, "num_hidden_layers": 2}
@@ -374,6 +376,20 @@ def test_dense_weights_may_be_packed_too(plain, tmp_path, seed, name):
         assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
     many = logits(packed, 40, dense="packed")
     torch.testing.assert_close(many, logits(decoded, 40), rtol=1e-3, atol=1e-3)
+
+
+def test_auto_packs_what_the_kernels_of_the_cpu_compute(plain, tmp_path):
+    folder, _ = quantised(plain, tmp_path, "int4", 0, which="_proj")
+
+    def packed(**options) -> int:
+        model = moeinf.load(folder, device="cpu", slots=4, **options)
+        return sum(isinstance(one, PackedLinear) for one in model.modules())
+
+    assert packed(dense="auto") == packed(dense="packed") > 0
+    assert packed() == packed(dense="auto", linear="torch") == 0
+    costs = read_model(Checkpoint.open(folder))
+    whole = read_model(Checkpoint.open(plain))
+    assert costs.dense_bytes < whole.dense_bytes and costs.loaded_bytes < whole.loaded_bytes
 
 
 def test_a_model_with_packed_layers_is_an_ordinary_one(plain, tmp_path, seed):

@@ -270,7 +270,7 @@ def test_its_state_dict_has_the_decoded_weight(case: Case, layer: torch.nn.Linea
 
 def test_bad_arguments_of_load(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match="dense='fast': expected one of decoded, packed"):
+    with pytest.raises(ValueError, match="dense='fast': expected one of decoded, packed, auto"):
         moeinf.load(folder, dense="fast")
     with pytest.raises(ValueError, match="dense='packed' has no kernels of torch"):
         moeinf.load(folder, dense="packed", linear="torch")

@@ -7,7 +7,6 @@
 // Each product is rounded to a 32-bit float, and the result to the type of `out`.
 #pragma once
 
-#include <array>
 #include <cstring>
 
 #include "cpu_kernels/dot_scaled.h"
@@ -39,26 +38,22 @@ inline void scale_block(const float* x, int64_t count, float scale, float minimu
     }
 }
 
-// Two numbers for each byte.
-template <class Decoder>
-constexpr std::array<float, 512> pairs() {
-    std::array<float, 512> table{};
-    for (size_t i = 0; i < 256; ++i) {
-        table[2 * i] = Decoder::kTable[i % 16];
-        table[2 * i + 1] = Decoder::kTable[i / 16];
-    }
-    return table;
-}
-
 template <class F, class Decoder>
 inline void widen_values(const std::byte* row, int64_t first, int64_t count, float* to) {
     if constexpr (Decoder::kPack == 1) {
         widen_row<F>(reinterpret_cast<const typename Decoder::Stored*>(row) + first, count, to);
     } else {
-        static constexpr std::array<float, 512> kPairs = pairs<Decoder>();
         const std::byte* from = row + first / 2;
-        for (int64_t i = 0; i < count / 2; ++i) {
-            std::memcpy(to + 2 * i, kPairs.data() + 2 * static_cast<size_t>(from[i]), 8);
+        int64_t i = 0;
+        for (; i + F::kLanes <= count / 2; i += F::kLanes) {
+            const auto words = F::load_bytes(from + i);
+            F::store_in_turn(to + 2 * i, F::template look_up<0>(words, Decoder::kTable),
+                             F::template look_up<4>(words, Decoder::kTable));
+        }
+        for (; i < count / 2; ++i) {
+            const auto byte = static_cast<size_t>(from[i]);
+            to[2 * i] = Decoder::kTable[byte % 16];
+            to[2 * i + 1] = Decoder::kTable[byte / 16];
         }
     }
 }
@@ -72,8 +67,8 @@ inline void decode_scaled_row(const DotJob& job, const std::byte* row, const flo
     for (int64_t k = 0; k < job.depth; k += kDecodedCols) {
         const int64_t end = k + kDecodedCols < job.depth ? k + kDecodedCols : job.depth;
         widen_values<F, Decoder>(row, k, end - k, values);
-        for (int64_t at = k; at < end;) {
-            const int64_t g = at / group;
+        int64_t g = k / group;
+        for (int64_t at = k; at < end; ++g) {
             const int64_t last = (g + 1) * group < end ? (g + 1) * group : end;
             scale_run<F>(values + (at - k), last - at, zeros[g], scales[g], job.multiplier,
                          out + at);
@@ -87,23 +82,27 @@ template <class F, class D>
 inline void widen_block(const std::byte* block, float* to) {
     if constexpr (D::kPack == D::kCodes) {
         widen_row<F>(reinterpret_cast<const int8_t*>(block + D::kFirst), D::kPack, to);
-    } else {
-        uint32_t fifth = 0;
-        if constexpr (D::kCodes == 16 && D::kHighBits != 0) {
-            std::memcpy(&fifth, block + D::kHigh, sizeof fifth);
-        }
+    } else if constexpr (D::kCodes == 16 && D::kHighBits != 0) {
+        uint32_t fifth;
+        std::memcpy(&fifth, block + D::kHigh, sizeof fifth);
         for (int64_t i = 0; i < D::kCodes; ++i) {
             const auto code = static_cast<uint32_t>(block[D::kFirst + i]);
-            for (int64_t half = 0; half < 2; ++half) {
-                float value = D::kTable[half == 0 ? code & 15 : code >> 4];
-                if constexpr (D::kCodes == 16 && D::kHighBits != 0) {
-                    value += D::kHighTable[fifth >> (i + 16 * half) & 1];
-                } else if constexpr (D::kHighBits != 0) {
-                    const auto high = static_cast<uint32_t>(block[D::kHigh + D::high_byte(i)]);
-                    value += D::kHighTable[high >> (D::high_shift(i) + D::kHalfShift * half) & 15];
-                }
-                to[D::column(i, half)] = value;
+            to[i] = D::kTable[code & 15] + D::kHighTable[fifth >> i & 1];
+            to[i + 16] = D::kTable[code >> 4] + D::kHighTable[fifth >> (i + 16) & 1];
+        }
+    } else {
+        for (int64_t i = 0; i < D::kCodes; i += F::kLanes) {
+            const auto codes = F::load_bytes(block + D::kFirst + i);
+            auto low = F::template look_up<0>(codes, D::kTable);
+            auto up = F::template look_up<4>(codes, D::kTable);
+            if constexpr (D::kHighBits != 0) {
+                const auto high =
+                    F::load_bytes(block + D::kHigh + D::high_byte(i), D::high_shift(i));
+                low = F::add(low, F::template look_up<0>(high, D::kHighTable));
+                up = F::add(up, F::template look_up<D::kHalfShift>(high, D::kHighTable));
             }
+            F::store(to + D::column(i, 0), low);
+            F::store(to + D::column(i, 1), up);
         }
     }
 }

@@ -77,6 +77,10 @@ struct Floats256 {
     static Words load_shifted(const std::byte* p, int shift) {
         return _mm256_srli_epi32(load_words(p), shift);
     }
+    static Words load_bytes(const std::byte* p, int shift = 0) {
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+        return _mm256_srli_epi32(_mm256_cvtepu8_epi32(bytes), shift);
+    }
     template <int kShift>
     static Vec look_up(Words words, const float (&table)[16]) {
         const __m256i at = _mm256_srli_epi32(words, kShift);
@@ -107,6 +111,12 @@ struct Floats256 {
     }
 
     static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
+    static void store_in_turn(float* p, Vec a, Vec b) {
+        const Vec low = _mm256_unpacklo_ps(a, b);
+        const Vec high = _mm256_unpackhi_ps(a, b);
+        store(p, _mm256_permute2f128_ps(low, high, 0x20));
+        store(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
+    }
     static void store(BF16* p, Vec v) {
         _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(v));
     }

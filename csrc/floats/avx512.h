@@ -95,6 +95,10 @@ struct Floats512 {
         const __m512i more = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
         return _mm512_srlv_epi32(twice, _mm512_add_epi32(more, _mm512_set1_epi32(shift)));
     }
+    static Words load_bytes(const std::byte* p, int shift = 0) {
+        const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm512_srli_epi32(_mm512_cvtepu8_epi32(bytes), static_cast<unsigned>(shift));
+    }
     template <int kShift>
     static Vec look_up(Words words, const float (&table)[16]) {
         return _mm512_permutexvar_ps(_mm512_srli_epi32(words, kShift), _mm512_loadu_ps(table));
@@ -148,6 +152,13 @@ struct Floats512 {
     static __m256i half(Vec v) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
 
     static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
+    static void store_in_turn(float* p, Vec a, Vec b) {
+        const __m512i first =
+            _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+        store(p, _mm512_permutex2var_ps(a, first, b));
+        store(p + 16, _mm512_permutex2var_ps(a, second, b));
+    }
     static void store(BF16* p, Vec v) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v));
     }

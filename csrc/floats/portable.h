@@ -112,6 +112,12 @@ struct Floats128 {
     static Words load_shifted(const std::byte* p, int shift) {
         return load_words(p) >> static_cast<uint32_t>(shift);
     }
+    // A byte for each word, shifted.
+    static Words load_bytes(const std::byte* p, int shift = 0) {
+        const Words words = {static_cast<uint32_t>(p[0]), static_cast<uint32_t>(p[1]),
+                             static_cast<uint32_t>(p[2]), static_cast<uint32_t>(p[3])};
+        return words >> static_cast<uint32_t>(shift);
+    }
     template <int kShift>
     static Vec look_up(Words words, const float (&table)[16]) {
         const Words at = words >> kShift & 15u;
@@ -130,6 +136,11 @@ struct Floats128 {
     }
 
     static void store(float* p, Vec v) { __builtin_memcpy(p, &v, sizeof v); }
+    // The elements of a and b in turn.
+    static void store_in_turn(float* p, Vec a, Vec b) {
+        store(p, Vec{a[0], b[0], a[1], b[1]});
+        store(p + 4, Vec{a[2], b[2], a[3], b[3]});
+    }
     // To the nearest, ties to even; a NaN is made quiet and stays one.
     static void store(BF16* p, Vec v) {
         const Bits bits = bits_of(v);

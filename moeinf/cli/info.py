@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from moeinf.cache.budget import bytes_loaded_as, free_bytes
+from moeinf.cache.budget import free_bytes
 from moeinf.cache.devices import open_device, pick_device
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.checkpoint.store import ExpertStore
@@ -37,6 +37,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     with quiet_interrupts():
         from moeinf.integrations.transformers.caches import slots_that_fit
+        from moeinf.integrations.transformers.dense import choose_dense
         from moeinf.integrations.transformers.load import computing_dtype
         from moeinf.integrations.transformers.models import model_of
         from moeinf.integrations.transformers.plan import make_plan
@@ -58,7 +59,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     total = sum(store.num_layers * store.num_experts for store in stores)
     experts = sum(store.nbytes for store in stores)
     dense = sum(entry.nbytes for entry in plan.dense.values())
-    loaded = bytes_loaded_as(computing_dtype("auto", config, stores[0]), plan.dense.values())
+    weights = choose_dense(plan, device)
+    loaded = weights.bytes_loaded_as(computing_dtype("auto", config, stores[0]))
     kinds = [_of_store(store) for store in stores]
     working_set = sum(kind["working_set"] for kind in kinds)
     return {

@@ -56,8 +56,8 @@ Linear = Annotated[
 Dense = Annotated[
     str,
     typer.Option(
-        help="What a quantised checkpoint has outside the experts: decoded when it is loaded, or "
-        "packed, as it is stored, on the CPU."
+        help="What a quantised checkpoint has outside the experts: decoded when it is loaded; "
+        "packed, as it is stored, on the CPU; or auto, packed on the CPU and decoded elsewhere."
     ),
 ]
 Threads = Annotated[

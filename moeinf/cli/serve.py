@@ -60,7 +60,7 @@ def command(
     policy: options.Policy = None,
     prefetch: options.Prefetch = None,
     linear: options.Linear = "auto",
-    dense: options.Dense = "decoded",
+    dense: options.Dense = "auto",
     threads: options.Threads = None,
     also: options.Also = None,
     device: options.Device = "auto",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from moeinf.cache.budget import bytes_loaded_as
 from moeinf.checkpoint.folder import Checkpoint
 from moeinf.checkpoint.formats import PLAIN_FORMATS
 from moeinf.checkpoint.layout import Layout
@@ -22,7 +21,7 @@ class ModelCosts:
     """
     stores       the experts
     layers       of the decoder, those without experts among them
-    dense_bytes  that each token reads of all other weights, in the dtype they are computed in
+    dense_bytes  that each token reads of all other weights, as the commands keep them on the CPU
     loaded_bytes memory that these and the rest of the model take
     top_k        experts of each layer that a token is routed to
     dtype        of activations and of the other weights
@@ -56,6 +55,7 @@ class ModelCosts:
 
 def read_model(checkpoint: Checkpoint) -> ModelCosts:
     """From the headers alone. Raises what `moeinf.load` would."""
+    from moeinf.integrations.transformers.dense import choose_dense
     from moeinf.integrations.transformers.device_map import stack_of
     from moeinf.integrations.transformers.load import computing_dtype
     from moeinf.integrations.transformers.models import model_of
@@ -72,17 +72,25 @@ def read_model(checkpoint: Checkpoint) -> ModelCosts:
     looked_up = model.get_input_embeddings().weight
     out = model.get_output_embeddings()
     last = [] if out is None else [out.weight]
-    read = {
-        id(parameter): parameter.numel()
+    weights = choose_dense(plan, "cpu")
+    packed = {
+        id(model.get_parameter(f"{path}.weight")): form.nbytes
+        for path, (_, form) in weights.packed.items()
+    }
+    used = [
+        parameter
         for path, parameter in model.named_parameters()
         if path.startswith(f"{stack}.") and parameter is not looked_up
+    ]
+    read = {
+        id(parameter): packed.get(id(parameter), parameter.numel() * dtype.itemsize)
+        for parameter in [*used, *last]
     }
-    read |= {id(parameter): parameter.numel() for parameter in last}
     return ModelCosts(
         stores=plan.stores,
         layers=len(model.get_submodule(stack)),  # type: ignore[arg-type]
-        dense_bytes=sum(read.values()) * dtype.itemsize,
-        loaded_bytes=bytes_loaded_as(dtype, plan.dense.values()),
+        dense_bytes=sum(read.values()),
+        loaded_bytes=weights.bytes_loaded_as(dtype),
         top_k=plan.stores[0].top_k or plan.stores[0].num_experts,
         dtype=dtype,
     )

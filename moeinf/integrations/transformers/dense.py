@@ -61,13 +61,24 @@ class Dense:
             make_packed(layer, form, form.pack(parts), dtype)
 
 
+def choose_dense(plan: Plan, device: str | torch.device | None, how: str = "auto") -> Dense:
+    """As `dense=` of `moeinf.load` says; "auto" is packed on the CPU. Raises as `find_packed`."""
+    if how == "packed" or (how == "auto" and _on_cpu(device)):
+        return find_packed(plan, device)
+    return Dense(plan.dense, {})
+
+
+def _on_cpu(device: str | torch.device | None) -> bool:
+    return str(device).partition(":")[0] == "cpu"
+
+
 def find_packed(plan: Plan, device: str | torch.device | None) -> Dense:
     """The same with every layer packed that can be.
 
     Raises:
         UnsupportedError: a device without kernels for them; None are several devices.
     """
-    if str(device).partition(":")[0] != "cpu":
+    if not _on_cpu(device):
         raise UnsupportedError(
             f"dense='packed' computes on the CPU, not on {device or 'several devices'}: give "
             "device='cpu' or dense='decoded'"

@@ -41,7 +41,7 @@ class Request:
     policy: str | None = None
     prefetch: str | None = None
     linear: str = "auto"
-    dense: str = "decoded"
+    dense: str = "auto"
     threads: int | None = None  # of the CPU's kernels
     also: Sequence[Path] = ()
     options: Mapping[str, Any] = field(default_factory=dict)  # others of `moeinf.load`

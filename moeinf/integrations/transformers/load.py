@@ -27,7 +27,7 @@ from moeinf.experts.checks import check_routes
 from moeinf.experts.cpu import use_threads
 from moeinf.experts.linear import serve_linear
 from moeinf.integrations.transformers.caches import make_caches
-from moeinf.integrations.transformers.dense import Dense, find_packed, load_dense
+from moeinf.integrations.transformers.dense import choose_dense, load_dense
 from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
 from moeinf.integrations.transformers.experts import experts_modules
 from moeinf.integrations.transformers.lookahead import GateLookahead
@@ -42,7 +42,7 @@ from moeinf.integrations.transformers.whole import make_whole_experts, whole_mod
 
 GATE = "gate"
 LINEAR = ("auto", "torch")
-DENSE = ("decoded", "packed")
+DENSE = ("decoded", "packed", "auto")
 
 
 def load(
@@ -90,10 +90,10 @@ def load(
         linear: which kernels compute linear layers of a few tokens on the CPU: "auto", those of the
             experts, or "torch".
         dense: of a quantised checkpoint, linear layers outside the experts: "decoded" when they are
-            loaded, or "packed", as they are stored, for the kernels of the experts on the CPU. A
-            packed layer takes a half or a quarter of the memory, and its `weight` cannot be written
-            to. Embeddings, tied weights, and weights that transformers makes of several tensors are
-            decoded either way.
+            loaded; "packed", as they are stored, for the kernels of the experts on the CPU; or
+            "auto", as the commands have it: packed on the CPU, else decoded. A packed layer takes a
+            half or a quarter of the memory, and its `weight` cannot be written to. Embeddings, tied
+            weights, and weights that transformers makes of several tensors are decoded either way.
         threads: of the kernels of experts and linear layers on the CPU, for the whole process;
             without it, as many as torch uses and the process may use: see `moeinf doctor`.
         fill: where the slots hold every expert, read them all from now on, in the background; see
@@ -158,7 +158,7 @@ def load(
         if placed.only is None and prefetch == GATE:
             raise UnsupportedError("prefetch='gate' runs a router early: give one device")
     where = pick_device(device) if placed is None else placed.only
-    weights = find_packed(plan, where) if dense == "packed" else Dense(plan.dense, {})
+    weights = choose_dense(plan, where, dense if linear == "auto" else "decoded")
     computes_in = computing_dtype(dtype, config, plan.stores[0])
     caches = make_caches(
         plan.stores,
