@@ -42,6 +42,7 @@ from moeinf.memory_read import HugeArea, ReadLimit
 HIDDEN, INTERMEDIATE, EXPERTS, TOP_K = 2048, 768, 128, 8
 SEGMENTS = [2 * INTERMEDIATE * HIDDEN * 2, HIDDEN * INTERMEDIATE * 2]  # bytes of gate_up, down
 SLOT_BYTES = sum(SEGMENTS)
+FORMATS_TIMED = {"bf16-palette": FORMATS["palette7"], **SCALED}
 THEIRS = ["eager", "grouped_mm", "batched_mm"]
 # batched_mm copies the experts of every route: beyond this many bytes it is not worth waiting for.
 MOST_GATHERED = 2 << 30
@@ -160,7 +161,7 @@ class Scaled:
 NEAREST = {
     "fp8": "Q8_0", "fp8-channel": "Q8_0", "mxfp8": "Q8_0", "int8": "Q8_0",
     "mxfp4": "MXFP4", "nvfp4": "Q4_0", "int4-32": "Q4_0", "int4-128": "Q4_0",
-    "gguf-mxfp4": "MXFP4",
+    "gguf-mxfp4": "MXFP4", "bf16-palette": "BF16",
 }  # fmt: skip
 
 
@@ -341,8 +342,8 @@ def main() -> None:
     parser.add_argument("--kernels", default="", help="instruction set (default: the best)")
     parser.add_argument("--json", metavar="FILE", help="write the results here too")
     parser.add_argument(
-        "--format", nargs="+", choices=[*SCALED, "all"], default=[],
-        help="weights with scales, against bf16, instead of bf16 against transformers",
+        "--format", nargs="+", choices=[*FORMATS_TIMED, "all"], default=[],
+        help="weights in fewer bits, against bf16, instead of bf16 against transformers",
     )  # fmt: skip
     parser.add_argument(
         "--llama-python", type=Path,
@@ -356,10 +357,10 @@ def main() -> None:
     gate_up, down = random_weights()
     ours = Ours(engine, gate_up, down)
     if options.format:
-        names = [*SCALED] if "all" in options.format else options.format
+        names = [*FORMATS_TIMED] if "all" in options.format else options.format
         rows = []
         for name in names:
-            scaled = Scaled(engine, SCALED[name])
+            scaled = Scaled(engine, FORMATS_TIMED[name])
             for tokens in options.tokens:
                 llama = None
                 if options.llama_python:

@@ -29,6 +29,7 @@ TOKENS = (1, 16, 512)
 TOLERANCE = 1e-2  # of a result in bf16 against float64, by norm
 FORMATS_TIMED = {
     "bf16": FORMATS["bf16"],
+    "bf16-palette": FORMATS["palette7"],
     **SCALED,
     "int4-128-zeros": FORMATS["int4"].with_scales("bf16", (1, 128), zeros=True),
 }

@@ -49,7 +49,7 @@ class Meter:
 
     def __init__(self) -> None:
         self.launches: list[Launch] = []
-        self._ranges: list[tuple[int, int, str]] = []
+        self._ranges: list[tuple[int, int, str, int]] = []
 
     def __enter__(self) -> Meter:
         from triton.runtime import interpreter
@@ -96,9 +96,9 @@ class Meter:
             last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
             start, end = tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
             # An argument that is not read is given another's tensor, which comes before it.
-            if all(end <= low or high <= start for low, high, _ in self._ranges):
+            if all(end <= low or high <= start for low, high, *_ in self._ranges):
                 stem = name.removesuffix("_ptr")
-                self._ranges.append((start, end, stem))
+                self._ranges.append((start, end, stem, tensor.element_size()))
                 if stem in WEIGHTS:
                     launch.times[stem] = np.zeros(last + 1, np.int64)
         self.launches.append(launch)
@@ -113,12 +113,13 @@ class Meter:
         place = next((r for r in self._ranges if r[0] <= lanes[0] < r[1]), None)
         if place is None:
             raise RuntimeError(f"{launch.kernel}: an access outside of every argument")
-        start, end, name = place
+        start, end, name, element = place
         if not ((start <= lanes) & (lanes < end)).all():
             raise RuntimeError(f"{launch.kernel}: an access that leaves {name}")
         (launch.stored if stored else launch.loaded)[name] += np.unique(lanes).size * size
         if name in launch.times:
-            np.add.at(launch.times[name], (lanes - start) // size, 1)
+            for first in range(0, size, element):  # bytes may be read as words
+                np.add.at(launch.times[name], (lanes - start + first) // element, 1)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from moeinf.checkpoint.blocks import BLOCKS
 from moeinf.kernels import decode_shared, decode_vector, prefill, route_sum, tuning
 from moeinf.kernels.formats import FORMATS as ROWS
+from moeinf.kernels.formats import tuned_as
 from moeinf.kernels.gates import ACTIVATIONS, GATES
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -74,13 +75,14 @@ SCALED = {
     "int4 zeros": Scaled("int4", "u8", "float", "fp16", (1, 128), zeros=True),
     "int8 zeros": Scaled("int8", "i8", "float", "fp16", (1, 0), zeros=True),
     **{f"gguf {name}": Scaled(name, "u8", "blocks", None, (1, 0)) for name in BLOCKS},
+    "palette": Scaled("palette15", "u8", "palette", None, (1, 0)),
 }
 
 
 # Of gate and of up, where they differ.
 PAIRS = (
     ("gguf q4_k", "gguf q6_k"), ("int4 zeros", "int8"), ("nvfp4", "mxfp4"),
-    ("fp8 blocks", "fp8 channels"),
+    ("fp8 blocks", "fp8 channels"), ("palette", "int4"),
 )  # fmt: skip
 
 
@@ -333,18 +335,22 @@ def effective(row: dict[str, Any], arch: int, dtype: str, order: str) -> Mapping
     )
 
 
-def in_floats(kernel: str, arch: int) -> bool:
-    return kernel == "down_vector" or (arch < 80 and kernel != "gate_up_vector")
+def in_floats(kernel: str, arch: int, formats: tuple[str, ...]) -> bool:
+    return kernel != "gate_up_vector" and any(
+        (ROWS[name].group and kernel == "down_vector") or (ROWS[name].unit > 1 and arch < 80)
+        for name in formats
+    )
 
 
 def default_cases(
-    arch: int, rows: int = 64, weights: str = "plain", blocks: bool = False
+    arch: int, rows: int = 64, weights: str | None = None, others: tuple[str, ...] = ()
 ) -> list[Case]:
     """One case per kernel: bfloat16 (float16 on Turing), by rows, in blocks that `weights` suit.
 
-    `blocks`: weights in blocks, for which kernels/paths.py chooses tiles of float32 where they are
-    multiplied as that.
+    `weights` names a format, None stands for that of the tokens. `others`: more formats of the
+    call. kernels/paths.py chooses tiles of float32 where one of them is multiplied as that.
     """
+    formats = () if weights is None else (weights, *others)
     dtype = "bfloat16" if arch >= 80 else "float16"
     cases = []
     for kernel in KERNELS:
@@ -353,8 +359,9 @@ def default_cases(
         else:
             config = tuning.config(
                 kernel, (f"sm_{arch}", "*"),
-                dtype="float32" if blocks and in_floats(kernel, arch) else dtype,
-                hidden=2048, intermediate=768, weights=weights,
+                dtype="float32" if in_floats(kernel, arch, formats) else dtype,
+                hidden=2048, intermediate=768,
+                weights="plain" if weights is None else tuned_as(weights),
                 rows_per_tile=rows if kernel.endswith("grouped") else 0,
             )  # fmt: skip
         cases.append(Case(kernel, dtype, tuple(config.items())))
@@ -382,8 +389,8 @@ def with_form(cases: list[Case], **form: Any) -> list[Case]:
 def form_cases(arch: int) -> list[Case]:
     """Every form of a model on the default configurations, and on the largest prefill tiles.
 
-    Formats with scales take no tiles of 128 rows. Blocks, zero points, and gate and up of two
-    formats take none of 64: see kernels/paths.py.
+    Formats with scales take no tiles of 128 rows. Blocks with scales, zero points, and gate and up
+    of two formats take none of 64: see kernels/paths.py.
     """
     cases = default_cases(arch) + default_cases(arch, rows=128)[-3:-1]
     forms: list[dict[str, Any]] = [
@@ -395,14 +402,14 @@ def form_cases(arch: int) -> list[Case]:
     forms += [{"FUNCTION": name} for name, row in GATES.items() if row.has_up and name != "glu"]
     formed = [case for form in forms for case in with_form(cases, **form)]
     for name, scaled in SCALED.items():
-        blocks = scaled.scales is None
-        rows = 32 if scaled.zeros or blocks else 64
-        cases = default_cases(arch, rows, scaled.format, blocks)
+        row = ROWS[scaled.format]
+        cases = default_cases(arch, 32 if scaled.zeros or row.group else 64, scaled.format)
+        if not (row.scaled or row.group):
+            cases += default_cases(arch, 128, scaled.format)[-3:-1]
         formed += with_form(cases, weights=name)
     for name, other in PAIRS:
-        both = SCALED[name], SCALED[other]
-        blocks = any(one.scales is None for one in both)
-        every = zip(*(default_cases(arch, 32, one.format, blocks) for one in both), strict=True)
+        both = SCALED[name].format, SCALED[other].format
+        every = zip(*(default_cases(arch, 32, one, both) for one in both), strict=True)
         cases = [min(pair, key=lambda case: tile_of(case.config)) for pair in every]
         formed += with_form(cases, weights=name, up_weights=other)
     return formed

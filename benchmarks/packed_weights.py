@@ -6,6 +6,7 @@ import torch
 
 from moeinf.checkpoint.blocks import BLOCKS
 from moeinf.checkpoint.formats import FORMATS, WeightFormat
+from moeinf.checkpoint.palette import bases, encode
 
 SCALED = {
     "fp8": FORMATS["e4m3"].with_scales("f32", (128, 128)),
@@ -22,7 +23,10 @@ SCALED = {
 # as random bytes give (subnormal floats) take many times as long.
 SCALE_BYTES = {
     "mxfp4": {0: 118},
+    "q4_1": {1: 24, 3: 24},
     "q5_1": {1: 24, 3: 24},
+    "q2_k": {81: 24, 83: 24},
+    "q3_k": {109: 24},
     "q4_k": {1: 24, 3: 24},
     "q5_k": {1: 24, 3: 24},
     "q6_k": {209: 24},
@@ -33,6 +37,14 @@ def fill_like_weights(piece: str, row: WeightFormat, view: torch.Tensor) -> None
     """One piece of an expert: random codes, and scales of the size of trained weights'."""
     if piece.endswith((".scales", ".multiplier")):
         view.copy_(torch.full_like(view, 110) if row.scales == "e8m0" else 0.01)
+        return
+    if row.tail:
+        rows = view.view(-1, view.shape[-1])
+        weights = (torch.randn(len(rows), row.cols(rows.shape[1])) / 64).bfloat16()
+        base, _ = bases(weights)
+        # The smallest become 0, so that the tail has room for the rest that is rare.
+        weights[weights.abs() < torch.exp2(base.double() - 128)[:, None]] = 0
+        rows.copy_(encode(weights, base, row.tail // 4 - 1))
         return
     stored = view.view(torch.uint8)
     if row.name == "e4m3":

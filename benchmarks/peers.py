@@ -46,7 +46,8 @@ from moeinf.pocket import POCKET
 
 RUNTIME = {"moeinf": 1200 << 20, "llama.cpp": 256 << 20}  # beside the weights; of torch: 1200 MiB
 FTYPES = {"Q4_K_M": 15, "Q8_0": 7}
-PACKS = ("int4", "mxfp4", "fp8")
+PACKS = ("int4", "mxfp4", "fp8", "bf16-palette")
+BOTH = "int4+int8"  # experts, and linear layers outside them
 SHARES = (50.0, 25.0, 12.5)
 OFFLOAD_TOKENS = 3
 
@@ -136,6 +137,7 @@ def all_runs(arguments: argparse.Namespace, disk: ReadAhead) -> Iterator[Run]:
     yield Run("transformers", "bf16", 100)
     if arguments.small:
         yield Run("moeinf", "bf16", 25)
+        yield Run("moeinf", "bf16-palette", 25)
         return
     for share in SHARES:
         yield Run("moeinf", "bf16", share)
@@ -145,7 +147,7 @@ def all_runs(arguments: argparse.Namespace, disk: ReadAhead) -> Iterator[Run]:
                     yield Run("llama.cpp", "bf16", share, ahead)
     yield Run("accelerate", "bf16", 25)
     for share in (100, 25):
-        for format in PACKS:
+        for format in (*PACKS, BOTH):
             yield Run("moeinf", format, share)
         for format in FTYPES if has_llama else ():
             yield Run("moeinf", format, share)  # the same file
@@ -237,7 +239,8 @@ class Models:
 
         path = self.directory / name
         if not (path / "config.json").exists():  # which a pack writes last
-            pack(self.folder, path, format=run.format)
+            experts, _, dense = run.format.partition("+")
+            pack(self.folder, path, format=experts, dense=dense or None)
         return path
 
     def llama(self, job: dict[str, Any], join: Any = None) -> str:
@@ -388,9 +391,8 @@ def run_child(job: dict[str, Any]) -> dict[str, Any]:
 def load_moeinf(job: dict[str, Any]) -> Any:
     import moeinf
 
-    dense = "packed" if job["model"].endswith(".gguf") else "decoded"
     return moeinf.load(
-        job["model"], memory=job["memory"], fill=job["resident"], dense=dense, device="cpu"
+        job["model"], memory=job["memory"], fill=job["resident"], dense="auto", device="cpu"
     )
 
 

@@ -4,10 +4,11 @@
 
 Models: the built-in one; 24 layers so narrow that the host's own time is all there is; and random
 weights with the geometry of Qwen3-30B-A3B, 5 of its 48 layers, at two sizes of the vocabulary. One
-round decodes the same tokens twice, with the linear layers and norms of `linear="torch"` and with
-those of `linear="auto"`, and measures how fast the threads read memory. The result is of each
-side's fastest token. Timers stand around modules and functions; a part's time is its own, less that
-of the parts inside it. `rest` is what no timer sees: Python, and operators between modules.
+round decodes the same tokens twice, as `linear="torch"` has it and as `linear="auto"` does, and
+measures how fast the threads read memory. The result is of each side's fastest token. Timers stand
+around modules and functions; a part's time is its own, less that of the parts inside it; an
+attention with timers inside runs the model's own forward. `rest` is what no timer sees: Python, and
+operators between modules.
 
 Bytes that must move: every dense matrix of the decoder once, and the experts of the token.
 """
@@ -146,7 +147,9 @@ def profile(name: str, folder: Path, rounds: int, tokens: int) -> list[dict[str,
     model: Any = moeinf.load(folder, device="cpu", memory="100%")
     fill(model)
     layers: list[Any] = [
-        one for one in model.modules() if type(one) is linear.Linear or hasattr(one, "moeinf_norm")
+        one
+        for one in model.modules()
+        if type(one) is linear.Linear or hasattr(one, "moeinf_norm") or hasattr(one, "moeinf_rest")
     ]
     ours = [type(one) for one in layers]
     classes = {"moeinf": ours, "torch": [one.__bases__[-1] for one in ours]}

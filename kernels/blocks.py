@@ -1,10 +1,11 @@
 # mypy: ignore-errors
 """The block formats of GGUF files in kernels: see moeinf/checkpoint/blocks.py.
 
-Blocks of 34, 18, 22 or 210 bytes begin at even places, those of 24 at multiples of 8, of 144 and
-176 at multiples of 16, and those of 17 anywhere. Loads are as wide as that allows: neighbouring
-columns have neighbouring bytes, which Triton joins, and scales are read as words. A byte of two
-codes is loaded for each of them, the second time from L1: no thread passes codes to another one.
+Blocks of 34, 18, 22, 110 or 210 bytes begin at even places, those of 20 and 84 at multiples of 4,
+of 24 and 136 at multiples of 8, of 144 and 176 at multiples of 16, and those of 17 anywhere. Loads
+are as wide as that allows: neighbouring columns have neighbouring bytes, which Triton joins, and
+scales are read as words. A byte of some codes is loaded for each of them, from L1 but for the first
+time: no thread passes codes to another one.
 Codes are exact in bfloat16; their products with scales only in float32. So tensor cores multiply
 the codes of one group, and its scale multiplies the sums.
 """
@@ -51,7 +52,10 @@ def number(half):
 @triton.jit
 def row_at(n, stride, FORMAT: tl.constexpr):
     """int64: bytes from row 0 to row n. The shifts show Triton that they are whole words."""
-    SHIFT: tl.constexpr = 0 if FORMAT == "mxfp4" else 3 if FORMAT == "q5_1" else 1
+    SHIFT: tl.constexpr = (
+        0 if FORMAT == "mxfp4" else 3 if FORMAT == "q5_1" else 3 if FORMAT == "iq4_xs" else
+        2 if FORMAT == "q4_1" else 2 if FORMAT == "q2_k" else 1
+    )  # fmt: skip
     return (n.to(tl.int64) * (stride >> SHIFT)) << SHIFT
 
 
@@ -66,7 +70,7 @@ def small_block(row, k, FORMAT: tl.constexpr):
     """The same in formats of 32 columns, and the first byte of the codes."""
     BYTES: tl.constexpr = (
         34 if FORMAT == "q8_0" else 17 if FORMAT == "mxfp4" else
-        22 if FORMAT == "q5_0" else 24 if FORMAT == "q5_1" else 18
+        20 if FORMAT == "q4_1" else 22 if FORMAT == "q5_0" else 24 if FORMAT == "q5_1" else 18
     )  # fmt: skip
     block, j = place(row, k, 32, BYTES)
     return block, j, BYTES - (32 if FORMAT == "q8_0" else 16)
@@ -87,6 +91,15 @@ def block_codes(row, k, mask, fifth, FORMAT: tl.constexpr):
             high = byte_at(block, 16 + j % 32, mask)
             code |= ((high >> (j // 32)) & 1) << 4
         code = code.to(tl.float32)
+    elif (FORMAT == "q2_k") or (FORMAT == "q3_k"):
+        block, j = place(row, k, 256, 84 if FORMAT == "q2_k" else 110)
+        first = 16 if FORMAT == "q2_k" else 32
+        byte = byte_at(block, first + 32 * (j // 128) + j % 32, mask)
+        code = (byte >> (2 * (j // 32 % 4))) & 3
+        if FORMAT == "q3_k":
+            high = byte_at(block, j % 32, mask)
+            code = (code | (((high >> (j // 32)) & 1) << 2)) - 4
+        code = code.to(tl.float32)
     elif FORMAT == "q6_k":
         block, j = place(row, k, 256, 210)
         byte = byte_at(block, 64 * (j // 128) + j % 64, mask)
@@ -95,16 +108,22 @@ def block_codes(row, k, mask, fifth, FORMAT: tl.constexpr):
         code = (code | (((high >> (2 * (j // 32 % 4))) & 3) << 4)) - 32
         code = code.to(tl.float32)
     else:
-        block, j, first = small_block(row, k, FORMAT)
+        if FORMAT == "iq4_xs":
+            block, j = place(row, k, 256, 136)
+            first = 8 + 16 * (j // 32)
+        else:
+            block, j, first = small_block(row, k, FORMAT)
         # k % 16 and not j % 16, in which Triton sees no neighbours.
         byte = byte_at(block, first + k % 16, mask)
-        code = (byte >> (4 * (j // 16))) & 15
+        code = (byte >> (4 * (j // 16 % 2))) & 15
         if FORMAT == "mxfp4":
             bits = ((code & 7) << 22) | ((code & 8) << 28)
             code = bits.to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
         elif FORMAT == "q4_0":
             code = (code - 8).to(tl.float32)
-        elif FORMAT == "iq4_nl":
+        elif FORMAT == "q4_1":
+            code = code.to(tl.float32)
+        elif (FORMAT == "iq4_nl") or (FORMAT == "iq4_xs"):
             # The numbers of moeinf/checkpoint/blocks.py: IQ4_NL, with 128 added, four in an int32.
             low = tl.where(code < 4, 0x3F2D1801, 0x766A5D4F)
             high = tl.where(code < 12, 0xA6998D81 - 2**32, 0xF1D9C5B5 - 2**32)
@@ -144,13 +163,33 @@ def block_scales(row, k, mask, FORMAT: tl.constexpr):
         scale = sixth.to(tl.float32) * number(factors)
         sixth = tl.where(g < 4, second & 63, ((last >> 4) & 15) | ((second >> 2) & 48))
         minimum = sixth.to(tl.float32) * number(factors >> 16)
+    elif FORMAT == "q2_k":
+        block, j = place(row, k, 256, 84)
+        both, factors = byte_at(block, j // 16, mask), word_at(block, 80, mask)
+        scale = (both & 15).to(tl.float32) * number(factors)
+        minimum = (both >> 4).to(tl.float32) * number(factors >> 16)
+    elif FORMAT == "q3_k":
+        block, j = place(row, k, 256, 110)
+        g = j // 16
+        low = byte_at(block, 96 + g % 8, mask) >> (4 * (g // 8))
+        high = byte_at(block, 104 + g % 4, mask) >> (2 * (g // 4))
+        scale = (((low & 15) | ((high & 3) << 4)) - 32).to(tl.float32)
+        scale = scale * number(half_at(block, 108, mask))
+        minimum = scale * 0.0
+    elif FORMAT == "iq4_xs":
+        block, j = place(row, k, 256, 136)
+        g, factors = j // 32, word_at(block, 0, mask)
+        low = word_at(block, 4, mask) >> (4 * g)
+        high = factors >> (16 + 2 * g)
+        scale = (((low & 15) | ((high & 3) << 4)) - 32).to(tl.float32) * number(factors)
+        minimum = scale * 0.0
     elif FORMAT == "mxfp4":
         block, _, _ = small_block(row, k, FORMAT)
         bits = byte_at(block, 0, mask)
         # 2^(b - 127) has exponent b, except for b = 0.
         scale = tl.where(bits == 0, 0x400000, bits << 23).to(tl.float32, bitcast=True)
         minimum = scale * 0.0
-    elif FORMAT == "q5_1":
+    elif (FORMAT == "q4_1") or (FORMAT == "q5_1"):
         block, _, _ = small_block(row, k, FORMAT)
         factors = word_at(block, 0, mask)
         scale, minimum = number(factors), -number(factors >> 16)
@@ -182,7 +221,9 @@ def spread(groups, COUNT: tl.constexpr, GROUPS: tl.constexpr):
 def load_blocks(row, in_n, k0, K, FORMAT: tl.constexpr, COUNT: tl.constexpr):
     """float32 [..., COUNT]: columns from k0 on, a multiple of COUNT, which is a power of two of at
     least 16. `row` points to rows, their last size 1."""
-    GROUP: tl.constexpr = 16 if FORMAT == "q6_k" else 32
+    GROUP: tl.constexpr = (
+        16 if FORMAT == "q2_k" else 16 if FORMAT == "q3_k" else 16 if FORMAT == "q6_k" else 32
+    )  # fmt: skip
     GROUPS: tl.constexpr = COUNT // GROUP if COUNT > GROUP else 1
     k = tl.arange(0, COUNT)
     first = tl.arange(0, GROUPS) * GROUP
@@ -198,7 +239,9 @@ def load_blocks(row, in_n, k0, K, FORMAT: tl.constexpr, COUNT: tl.constexpr):
     tile = block_codes(row, k, in_n & (k < K), fifth, FORMAT)
     scale, minimum = block_scales(row, first, in_first, FORMAT)
     tile = tile * spread(scale, COUNT, GROUPS)
-    if (FORMAT == "q4_k") or ((FORMAT == "q5_k") or (FORMAT == "q5_1")):
+    if ((FORMAT == "q4_1") or (FORMAT == "q5_1")) or (
+        (FORMAT == "q2_k") or ((FORMAT == "q4_k") or (FORMAT == "q5_k"))
+    ):
         tile = tile - spread(minimum, COUNT, GROUPS)
     return tile
 
@@ -219,7 +262,9 @@ def add_block_product(
     part = tl.zeros(acc.shape, tl.float32)
     part = multiply(x, codes, part, False) if K_FIRST else multiply(codes, x, part, False)
     acc = tl.fma(part, tl.broadcast_to(scale, acc.shape), acc)
-    if (FORMAT == "q4_k") or ((FORMAT == "q5_k") or (FORMAT == "q5_1")):
+    if ((FORMAT == "q4_1") or (FORMAT == "q5_1")) or (
+        (FORMAT == "q2_k") or ((FORMAT == "q4_k") or (FORMAT == "q5_k"))
+    ):
         # Each column of the group has the minimum: it multiplies the sum of x.
         if K_FIRST:
             total = tl.sum(x.to(tl.float32), axis=1)[:, None]

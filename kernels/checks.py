@@ -70,7 +70,7 @@ def check_arguments(
             )
     (T, H), k, (S, _, stored) = hidden.shape, ids.shape[1], down.values.shape
     row = FORMATS.get(down.format)
-    I = stored if row is None else stored // row.unit * row.pack  # noqa: E741
+    I = stored if row is None else row.cols(stored)  # noqa: E741
     if T == 0:
         raise ValueError("hidden: expected at least 1 token, found 0")
     if not 1 <= k <= MAX_TOP_K:
@@ -106,10 +106,12 @@ def check_matrix(
     row = FORMATS[matrix.format]
     slots, rows, cols = shape
     check_dtype("hidden", hidden, row.tokens)
-    stored = (slots, rows, cols // row.pack * row.unit)
+    if cols % row.pack:
+        raise ValueError(f"{name}: expected a multiple of {row.pack} columns, found {cols}")
+    stored = (slots, rows, row.stored(cols))
     check_tensor(name, matrix.values, stored, (row.values,), hidden.device)
     if row.unit > 1:
-        check_places(name, matrix.values, row.unit & -row.unit)
+        check_places(name, matrix.values, 4 if row.tail else row.unit & -row.unit)
     for kind, tensor in (("scales", matrix.scales), ("multiplier", matrix.multiplier)):
         if tensor is not None and not row.scaled:
             raise ValueError(
@@ -141,7 +143,7 @@ def check_matrix(
 
 
 def check_places(name: str, blocks: torch.Tensor, whole: int) -> None:
-    """Blocks are read in words, which begin at multiples of what divides a block."""
+    """Blocks and tails are read in words, which begin at multiples of `whole` bytes."""
     check_unit_stride(name, blocks)
     address, strides = blocks.data_ptr(), blocks.stride()[:-1]
     if any(place % whole for place in (address, *strides)):

@@ -13,6 +13,7 @@ import triton.language as tl
 from .formats import add_product, multiplied
 from .gates import apply_gate
 from .lookup import slot_of
+from .palette import add_rare
 
 
 @triton.jit
@@ -123,8 +124,23 @@ def gate_up_shared(
                         UP_FORMAT, UP_SCALE_TYPE, UP_SCALE_N, UP_SCALE_K, UP_FOLD, UP_UPCAST,
                         BLOCK_H, False,
                     )  # fmt: skip
+        token = hidden_ptr + t[None, :] * stride_ht
+        gate = add_rare(
+            gate, token, here[None, :], gate_ptr, slot, i[:, None], in_i[:, None], H,
+            stride_ws, stride_wn, FORMAT, SCALE_TYPE,
+        )  # fmt: skip
         gate = multiplied(gate, gate_multiplier_ptr, slot, True, stride_ms)
         if up_ptr is not None:
+            if UP_FORMAT is None:
+                up = add_rare(
+                    up, token, here[None, :], up_ptr, slot, i[:, None], in_i[:, None], H,
+                    stride_ws, stride_wn, FORMAT, SCALE_TYPE,
+                )  # fmt: skip
+            else:
+                up = add_rare(
+                    up, token, here[None, :], up_ptr, slot, i[:, None], in_i[:, None], H,
+                    stride_up_ws, stride_up_wn, UP_FORMAT, UP_SCALE_TYPE,
+                )  # fmt: skip
             up = multiplied(up, up_multiplier_ptr, slot, True, stride_ms)
         if gate_bias_ptr is not None:
             offset = slot * stride_bs + i * stride_bn
@@ -196,6 +212,12 @@ def down_shared(
         # Until a group's last block nothing is written; after it the sum starts anew.
         last = block == blocks - 1
         written = h < tl.where(last, H, 0)
+        if SCALE_TYPE == "palette":  # noqa: SIM102 - a constant, and a number of the GPU
+            if last:
+                acc = add_rare(
+                    acc, act_ptr + row.to(tl.int64)[None, :] * I, here[None, :], down_ptr, slot,
+                    h[:, None], (h < H)[:, None], I, stride_ws, stride_wn, FORMAT, SCALE_TYPE,
+                )  # fmt: skip
         y = multiplied(acc, down_multiplier_ptr, slot, last, stride_ms)
         if down_bias_ptr is not None:
             bias = down_bias_ptr + slot * stride_bs + h * stride_bn

@@ -12,6 +12,7 @@ import triton.language as tl
 from .formats import load_tile, multiplied
 from .gates import apply_gate
 from .lookup import slot_of
+from .palette import add_rare
 
 
 @triton.jit
@@ -88,9 +89,23 @@ def gate_up_vector(
                         tl.float32, UP_FORMAT, UP_SCALE_TYPE, UP_SCALE_N, UP_SCALE_K, BLOCK_H,
                     )  # fmt: skip
                 up = tl.fma(w, x, up)
-        gate_sum = multiplied(tl.sum(gate, axis=1), gate_multiplier_ptr, slot, True, stride_ms)
+        gate_sum = add_rare(
+            tl.sum(gate, axis=1), token, in_i, gate_ptr, slot, i, in_i, H,
+            stride_ws, stride_wn, FORMAT, SCALE_TYPE,
+        )  # fmt: skip
+        gate_sum = multiplied(gate_sum, gate_multiplier_ptr, slot, True, stride_ms)
         up_sum = tl.sum(up, axis=1)
         if up_ptr is not None:
+            if UP_FORMAT is None:
+                up_sum = add_rare(
+                    up_sum, token, in_i, up_ptr, slot, i, in_i, H,
+                    stride_ws, stride_wn, FORMAT, SCALE_TYPE,
+                )  # fmt: skip
+            else:
+                up_sum = add_rare(
+                    up_sum, token, in_i, up_ptr, slot, i, in_i, H,
+                    stride_up_ws, stride_up_wn, UP_FORMAT, UP_SCALE_TYPE,
+                )  # fmt: skip
             up_sum = multiplied(up_sum, up_multiplier_ptr, slot, True, stride_ms)
         if gate_bias_ptr is not None:
             offset = slot * stride_bs + i * stride_bn
@@ -166,9 +181,11 @@ def down_vector(
             )  # fmt: skip
             acc = tl.fma(w, a, acc)
         in_y = (h < H)[:, None] & present[None, :]
-        y = multiplied(
-            tl.sum(acc, axis=2), down_multiplier_ptr, slot[None, :], present[None, :], stride_ms
-        )
+        y = add_rare(
+            tl.sum(acc, axis=2), act_ptr + r.to(tl.int64)[None, :] * I, present[None, :],
+            down_ptr, slot[None, :], h[:, None], in_y, I, stride_ws, stride_wn, FORMAT, SCALE_TYPE,
+        )  # fmt: skip
+        y = multiplied(y, down_multiplier_ptr, slot[None, :], present[None, :], stride_ms)
         if down_bias_ptr is not None:
             bias = down_bias_ptr + slot[None, :] * stride_bs + h[:, None] * stride_bn
             y += tl.load(bias, mask=in_y, other=0.0).to(tl.float32)

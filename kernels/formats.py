@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .blocks import add_block_product, load_blocks, row_at
+from .palette import load_palette
 from .product import multiply
 
 TOKENS = (torch.bfloat16, torch.float16, torch.float32)
@@ -34,8 +35,8 @@ SCALE_TYPES = {
 class Format:
     """One row: the dtype of `Matrix.values`, and the dtypes of tokens that it is computed with.
 
-    pack: elements in one stored value, or in a block of `unit` bytes that has its own scales, one
-    for each `group` of elements.
+    pack: elements in one stored value, or in a block of `unit` bytes. group: elements of a block
+    that share one of its scales, 0 where blocks have none. tail: bytes after the blocks of a row.
     scaled: a matrix may have scales and a multiplier. zeros: and zero points, which leave integers
     that are exact in bfloat16.
     """
@@ -45,8 +46,16 @@ class Format:
     pack: int = 1
     unit: int = 1
     group: int = 0
+    tail: int = 0
     scaled: bool = True
     zeros: bool = False
+
+    def stored(self, cols: int) -> int:
+        """Stored values of a row of that many elements."""
+        return cols // self.pack * self.unit + self.tail
+
+    def cols(self, stored: int) -> int:
+        return (stored - self.tail) // self.unit * self.pack
 
 
 FORMATS = {
@@ -59,14 +68,26 @@ FORMATS = {
     "int4": Format(torch.uint8, pack=2, zeros=True),
     "q8_0": Format(torch.uint8, pack=32, unit=34, group=32, scaled=False),
     "q4_0": Format(torch.uint8, pack=32, unit=18, group=32, scaled=False),
+    "q4_1": Format(torch.uint8, pack=32, unit=20, group=32, scaled=False),
     "q5_0": Format(torch.uint8, pack=32, unit=22, group=32, scaled=False),
     "q5_1": Format(torch.uint8, pack=32, unit=24, group=32, scaled=False),
     "iq4_nl": Format(torch.uint8, pack=32, unit=18, group=32, scaled=False),
     "mxfp4": Format(torch.uint8, pack=32, unit=17, group=32, scaled=False),
+    "iq4_xs": Format(torch.uint8, pack=256, unit=136, group=32, scaled=False),
+    "q2_k": Format(torch.uint8, pack=256, unit=84, group=16, scaled=False),
+    "q3_k": Format(torch.uint8, pack=256, unit=110, group=16, scaled=False),
     "q4_k": Format(torch.uint8, pack=256, unit=144, group=32, scaled=False),
     "q5_k": Format(torch.uint8, pack=256, unit=176, group=32, scaled=False),
     "q6_k": Format(torch.uint8, pack=256, unit=210, group=16, scaled=False),
+    "palette3": Format(torch.uint8, pack=64, unit=96, tail=16, scaled=False),
+    "palette7": Format(torch.uint8, pack=64, unit=96, tail=32, scaled=False),
+    "palette15": Format(torch.uint8, pack=64, unit=96, tail=64, scaled=False),
 }
+
+
+def tuned_as(format_: str) -> str:
+    """The name that the tuning table has for it: one for all that differ in their tails alone."""
+    return format_.rstrip("0123456789") if FORMATS[format_].tail else format_
 
 
 def folds(format_: str, scales: torch.Tensor | None, tokens: torch.dtype) -> bool:
@@ -213,16 +234,19 @@ def load_tile(
     | slot | int64, one or a block | which slot |
     | n, in_n | int32 block and mask, their last size 1 | row (output) of the matrix |
     | k0, K | | first column (summed) of the tile; columns of the matrix |
-    | FORMAT, SCALE_TYPE | | how values and scales are stored; "blocks": see blocks.py |
+    | FORMAT, SCALE_TYPE | | how values and scales are stored; see blocks.py, palette.py |
     | SCALE_N, SCALE_K | | rows and columns that share a scale; 0 columns: all |
 
     The shapes of slot, n and in_n broadcast; the columns are the last dimension of the tile.
-    Columns beyond the matrix, and rows whose mask is false, are 0 in formats without scales; else
-    they are numbers of no meaning, but finite.
+    Columns beyond the matrix, and rows whose mask is false, are 0 in plain formats; else they are
+    numbers of no meaning, but finite.
     """
     if SCALE_TYPE == "blocks":
         row = values_ptr + slot * stride_ws + row_at(n, stride_wn, FORMAT)
         tile = load_blocks(row, in_n, k0, K, FORMAT, COUNT)
+    elif SCALE_TYPE == "palette":
+        row = values_ptr + slot * stride_ws + n.to(tl.int64) * stride_wn
+        tile = load_palette(row, in_n, k0, K, COUNT, DTYPE)
     else:
         tile = load_values(
             values_ptr, slot, n, in_n, k0, K, stride_ws, stride_wn, stride_wk, FORMAT, COUNT, False
@@ -271,7 +295,7 @@ def add_product(
         row = values_ptr + slot * stride_ws + row_at(n, stride_wn, FORMAT)
         acc = add_block_product(acc, x, row, in_n, k0, K, FORMAT, COUNT, K_FIRST)
     else:
-        if ((scales_ptr is None) and (SCALE_TYPE != "blocks")) or ((not FOLD) and (not UPCAST)):
+        if (SCALE_TYPE is None) or ((SCALE_TYPE != "palette") and ((not FOLD) and (not UPCAST))):
             w = load_values(
                 values_ptr, slot, n, in_n, k0, K, stride_ws, stride_wn, stride_wk, FORMAT, COUNT,
                 K_FIRST,

@@ -17,7 +17,7 @@ from . import launch_plan, tuning
 from .checks import INTERPRETED, Arguments
 from .decode_shared import down_shared, gate_up_shared
 from .decode_vector import down_vector, gate_up_vector
-from .formats import FORMATS, SCALE_TYPES, folds
+from .formats import FORMATS, SCALE_TYPES, folds, tuned_as
 from .forms import Matrix
 from .launch_plan import FUSE, MATRICES, Launch, LaunchPlan, Scratch, on_device
 from .prefill import down_grouped, gate_up_grouped
@@ -89,12 +89,13 @@ def tuning_key(
     """What the tuning table is asked for this kernel, of one of its matrices or of the first."""
     every = matrices_of(kernel, a)
     matrix = matrix or every[0]
-    # Tiles of blocks in float32 need more registers: all but those of gate_up_vector are smaller.
-    # Both products of a prefill have tiles of the same rows.
+    # Tiles of blocks in float32 need more registers: all but those of gate_up_vector are smaller,
+    # and those of down_vector only where blocks have scales. Both products of a prefill have tiles
+    # of the same rows.
     multiplied = prefill_matrices(a) if kernel.endswith("grouped") else every
     in_floats = kernel != "gate_up_vector" and any(
-        FORMATS[each.format].unit > 1
-        and (kernel == "down_vector" or must_upcast(each, a.dtype, a.device))
+        (FORMATS[each.format].group and kernel == "down_vector")
+        or (FORMATS[each.format].unit > 1 and must_upcast(each, a.dtype, a.device))
         for each in multiplied
     )
     return {
@@ -102,7 +103,7 @@ def tuning_key(
         "hidden": a.H,
         "intermediate": a.I,
         "order": "rows" if matrix.values.stride(2) == 1 else "columns",
-        "weights": "plain" if matrix.values.dtype == a.dtype else matrix.format,
+        "weights": "plain" if matrix.values.dtype == a.dtype else tuned_as(matrix.format),
         "rows_per_tile": rows_per_tile,
     }
 
@@ -128,8 +129,9 @@ def config_of(kernel: str, a: Arguments, rows_per_tile: int = 0) -> Mapping[str,
 
 
 def scale_type(matrix: Matrix) -> str | None:
-    if FORMATS[matrix.format].unit > 1:
-        return "blocks"
+    row = FORMATS[matrix.format]
+    if row.unit > 1:
+        return "blocks" if row.group else "palette"
     return None if matrix.scales is None else SCALE_TYPES[matrix.scales.dtype]
 
 
@@ -254,7 +256,8 @@ def rows_per_tile(a: Arguments) -> int:
     """BLOCK_M for the mean number of rows per expert; never a function of the number of slots.
 
     Scaled formats keep a second tile of sums, for which tiles of 128 rows have no registers.
-    Blocks, zero points, and gate and up of two formats need more yet: those of 64 have none.
+    Blocks with scales, zero points, and gate and up of two formats need more yet: those of 64 have
+    none.
     """
     experts = a.num_experts
     if experts is None:
@@ -263,7 +266,7 @@ def rows_per_tile(a: Arguments) -> int:
     every = prefill_matrices(a)
     rows = [FORMATS[matrix.format] for matrix in every]
     most = 64 if any(row.scaled for row in rows) else 128
-    more = any(row.unit > 1 for row in rows) or any(matrix.zeros is not None for matrix in every)
+    more = any(row.group for row in rows) or any(matrix.zeros is not None for matrix in every)
     if more or len(every) > 2:
         most = 32
     return min(next((count for count in (16, 32, 64) if mean <= count), most), most)

@@ -12,6 +12,7 @@ import triton.language as tl
 
 from .formats import add_product, multiplied
 from .gates import apply_gate
+from .palette import add_rare
 
 
 @triton.jit
@@ -98,8 +99,22 @@ def gate_up_grouped(
                         UP_FORMAT, UP_SCALE_TYPE, UP_SCALE_N, UP_SCALE_K, UP_FOLD, UP_UPCAST,
                         BLOCK_H, True,
                     )  # fmt: skip
+        gate = add_rare(
+            gate, x_row, in_tile[:, None], gate_ptr, slot, i[None, :], in_i[None, :], H,
+            stride_ws, stride_wn, FORMAT, SCALE_TYPE,
+        )  # fmt: skip
         gate = multiplied(gate, gate_multiplier_ptr, slot, True, stride_ms)
         if up_ptr is not None:
+            if UP_FORMAT is None:
+                up = add_rare(
+                    up, x_row, in_tile[:, None], up_ptr, slot, i[None, :], in_i[None, :], H,
+                    stride_ws, stride_wn, FORMAT, SCALE_TYPE,
+                )  # fmt: skip
+            else:
+                up = add_rare(
+                    up, x_row, in_tile[:, None], up_ptr, slot, i[None, :], in_i[None, :], H,
+                    stride_up_ws, stride_up_wn, UP_FORMAT, UP_SCALE_TYPE,
+                )  # fmt: skip
             up = multiplied(up, up_multiplier_ptr, slot, True, stride_ms)
         if gate_bias_ptr is not None:
             offset = slot * stride_bs + i * stride_bn
@@ -161,6 +176,10 @@ def down_grouped(
                 stride_ws, stride_wn, stride_wk, stride_cs, stride_cn, stride_ck,
                 FORMAT, SCALE_TYPE, SCALE_N, SCALE_K, FOLD, UPCAST, BLOCK_I, True,
             )  # fmt: skip
+        acc = add_rare(
+            acc, a_row, in_tile[:, None], down_ptr, slot, h[None, :], (h < H)[None, :], I,
+            stride_ws, stride_wn, FORMAT, SCALE_TYPE,
+        )  # fmt: skip
         acc = multiplied(acc, down_multiplier_ptr, slot, True, stride_ms)
         if down_bias_ptr is not None:
             bias = down_bias_ptr + slot * stride_bs + h * stride_bn

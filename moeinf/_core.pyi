@@ -144,6 +144,9 @@ class Catalog:
         sources: collections.abc.Mapping[int, ByteSource] = {},
         recodes: collections.abc.Sequence[tuple[str, int, int, int, int, int]] = [],
         copies: collections.abc.Sequence[tuple[int, int, str, ByteSource | None]] = [],
+        palettes: collections.abc.Sequence[
+            typing.Annotated[collections.abc.Sequence[int], "FixedSize(4)"]
+        ] = [],
     ) -> None:
         """files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as (file,
         file offset, bytes, slot offset), experts by layer * num_experts + expert.
@@ -153,7 +156,8 @@ class Catalog:
         tensors: (file, file offset, name), for messages. sources: by index of `files`, of
         those that are none. recodes: (kind, slot offset, rows, columns, bits, plus) of
         integers that are written again in the slot. copies: (index of `files`, place from
-        1, path, source or None) of the same bytes elsewhere."""
+        1, path, source or None) of the same bytes elsewhere. palettes: (slot offset, bytes,
+        bytes of a row, bytes of its tail) of rows of bf16 in 12 bits."""
 
     def extents(self, expert: int) -> numpy.typing.NDArray[numpy.uint64]:
         """uint64 [extents, 4] of one flat expert id, as given to the constructor."""
@@ -486,8 +490,50 @@ class RmsNorm:
 
     def __init__(self, epsilon: float, offset: float, rounds_first: bool) -> None: ...
 
+class AttentionForm:
+    """How an attention computes; see csrc/bindings/attention_inputs.cpp."""
+
+    def __init__(
+        self,
+        *,
+        projections: typing.Annotated[collections.abc.Sequence[typing.Any], "FixedSize(3)"],
+        packed: typing.Annotated[collections.abc.Sequence[bool], "FixedSize(3)"],
+        norms: typing.Annotated[collections.abc.Sequence[typing.Any], "FixedSize(2)"] | None,
+        norms_rows: bool,
+        half: bool,
+        whole: bool,
+        heads_outside: bool,
+        head_dim: int,
+    ) -> None: ...
+    @property
+    def heads_outside(self) -> bool: ...
+
 def activations() -> list[str]:
     """The activations of the gate functions."""
+
+def add_rms_norm(
+    engine: CpuEngine,
+    type: typing.Any,
+    module: typing.Any,
+    residual: typing.Any,
+    hidden: typing.Any,
+) -> typing.Any:
+    """(residual + hidden, its norm) by a module of that type that `serve_norms` serves. None where
+    it has hooks, and for tensors that are not rows of numbers of one type and shape in RAM."""
+
+def attention_inputs(
+    engine: CpuEngine,
+    form: AttentionForm,
+    attention: typing.Any,
+    hidden: typing.Any,
+    cos: typing.Any,
+    sin: typing.Any,
+    most: int,
+    most_of_bf16: int,
+) -> typing.Any:
+    """(queries, keys, values) of [batch, tokens, columns], each [batch, heads, tokens, head_dim].
+    None, and nothing is done, for more tokens than the most, where a part of the attention has
+    hooks or another class, and for tensors that are not rows of numbers of one type in RAM."""
 
 def available_memory() -> int:
     """Bytes of RAM that this process could still take, or fewer in a control group."""
@@ -619,6 +665,10 @@ def time_cache_misses(
     steps_per_round: int,
 ) -> list[float]:
     """Seconds to plan a step whose experts all miss, no bytes moved, a mean per round."""
+
+def top_k(probabilities: typing.Any, like: typing.Any, k: int, share_out: bool) -> typing.Any:
+    """(weights, ids) of the k largest of each row, of the type of `like` and int64. None for
+    tensors that are not plain ones in RAM."""
 
 def weight_formats() -> list[str]:
     """The weight formats that the CPU computes with."""

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import write_checkpoint
 
 
@@ -23,6 +24,15 @@ def seed() -> int:
     drawn = random.SystemRandom().randrange(2**31)
     print(f"seed: {drawn}")
     return drawn
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Threads of torch would spin on the cores of the engine's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -45,6 +45,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 BARE = {"e_score_correction_bias": "exp_probs_b.bias", "dt_bias": "ssm_dt.bias", "A_log": "ssm_a"}
 
 
+# Where the numbers of a block lie, of the types that gguf-py cannot quantise.
+PLACES = {Kind.Q2_K: (80, 82), Kind.Q3_K: (108,), Kind.Q4_K: (0, 2), Kind.Q5_K: (0, 2),
+          Kind.Q6_K: (208,), Kind.IQ4_NL: (0,), Kind.IQ4_XS: (0,)}  # fmt: skip
+
+
 def make_model(architecture: str, seed: int, **changes: Any) -> Any:
     """A random model in float32, as transformers has it."""
     torch.manual_seed(seed)
@@ -61,10 +66,7 @@ def make_model(architecture: str, seed: int, **changes: Any) -> Any:
 
 def stored(values: np.ndarray[Any, Any], kind: Kind) -> tuple[np.ndarray[Any, Any], torch.Tensor]:
     """An array as it lies in the file, and the float32 that it stands for."""
-    if kind in (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K, Kind.IQ4_NL):
-        raw = random_blocks(values, kind)
-    else:
-        raw = gguf.quants.quantize(values, kind)
+    raw = random_blocks(values, kind) if kind in PLACES else gguf.quants.quantize(values, kind)
     return raw, torch.from_numpy(gguf.quants.dequantize(raw, kind).copy()).view(values.shape)
 
 
@@ -76,10 +78,8 @@ def random_blocks(values: np.ndarray[Any, Any], kind: Kind) -> np.ndarray[Any, A
     shape = (*values.shape[:-1], values.shape[-1] // elements, size)
     raw = rng.integers(0, 256, shape, dtype=np.uint8)
     scale = np.full((*shape[:-1], 1), np.std(values) / 500, dtype=np.float16).view(np.uint8)
-    first = 208 if kind == Kind.Q6_K else 0
-    raw[..., first : first + 2] = scale
-    if kind in (Kind.Q4_K, Kind.Q5_K):
-        raw[..., 2:4] = scale
+    for first in PLACES[kind]:
+        raw[..., first : first + 2] = scale
     return raw.reshape(*shape[:-2], -1)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moeinf.checkpoint.blocks import BLOCKS
+from moeinf.checkpoint.blocks import BLOCKS, NUMBERS
 from moeinf.checkpoint.formats import (
     FORMATS,
     MULTIPLIER,
@@ -18,6 +18,7 @@ from moeinf.checkpoint.formats import (
     WeightFormat,
 )
 from moeinf.checkpoint.layout import Formats, Layout, format_of_each
+from moeinf.checkpoint.palette import bases, encode
 from moeinf.kernels.forms import ExpertForm, Matrix
 
 E4M3, E2M1, INT4, INT8 = (FORMATS[name] for name in ("e4m3", "e2m1", "int4", "int8"))
@@ -43,6 +44,7 @@ SCALED = {
     "int8-channel-zeros": INT8.with_scales("f16", (1, 0), zeros=True),
 }
 EVERY = {**SCALED, **{f"gguf-{name}": FORMATS[name] for name in BLOCKS}}
+PALETTES = {name: row for name, row in FORMATS.items() if name.startswith("palette")}
 # Experts whose gate and up are of two formats: gate, up and down.
 MIXED = {
     "q4_k+q6_k": (FORMATS["q4_k"], FORMATS["q6_k"], FORMATS["q5_k"]),
@@ -50,6 +52,8 @@ MIXED = {
     "int8-zeros+int4": (SCALED["int8-32-zeros"], SCALED["int4-32"], SCALED["int4-channel-zeros"]),
     "bf16+fp8": (FORMATS["bf16"], SCALED["fp8-channel"], FORMATS["bf16"]),
     "fp8+bf16": (SCALED["fp8-128x128-f32"], FORMATS["bf16"], SCALED["fp8-tensor"]),
+    "palette+int4": (FORMATS["palette3"], SCALED["int4-32"], FORMATS["bf16"]),
+    "fp8+palette": (SCALED["fp8-tensor"], FORMATS["palette15"], SCALED["fp8-tensor"]),
     "nvfp4+mxfp4": (SCALED["nvfp4"], SCALED["mxfp4"], SCALED["nvfp4"]),
 }
 
@@ -66,10 +70,39 @@ def block_scales(row: WeightFormat, raw: torch.Tensor, size: float, rng: torch.G
         around = 127 + round(math.log2(size))
         raw[..., 0] = torch.randint(around - 2, around + 2, raw.shape[:-1], generator=rng)
         return
-    two = [0, 2]
-    for first in {"q6_k": [208], "q4_k": two, "q5_k": two, "q5_1": two}.get(row.name, [0]):
+    for first, _ in NUMBERS[row.name]:
         drawn = (torch.rand(*raw.shape[:-1], 1, generator=rng) + 0.5) * size
         raw[..., first : first + 2] = drawn.half().view(torch.uint8)
+
+
+def ordinary_weights(rows: int, cols: int, rng: torch.Generator) -> torch.Tensor:
+    """bf16 weights like trained ones, none of them rare. The smallest are zeros."""
+    weights = (torch.randn(rows, cols, generator=rng) / math.sqrt(cols)).bfloat16()
+    largest = torch.frexp(weights.float().abs().amax(1))[1]
+    return weights.masked_fill_(weights.abs() < torch.exp2(largest.double() - 15)[:, None], -0.0)
+
+
+def palette_rows(stored: torch.Tensor, tail: int, bases: list[int], rng: torch.Generator) -> None:
+    """Gives rows of blocks, uint8 [rows, bytes], these base exponents, and rare weights: none, one,
+    or all that fit, with the first or the last column among them. Rare weights are subnormal, or
+    just below or above the exponents of the row."""
+    rows, cols = stored.numpy(), (stored.shape[1] - tail) // 96 * 64
+    for n, base in enumerate(bases):
+        count = (0, 1, tail // 4 - 1)[n % 3]
+        chosen = torch.randperm(cols, generator=rng)[:count].tolist()
+        end = (0, cols - 1)[n // 3 % 2]
+        if count and end not in chosen:
+            chosen[0] = end
+        drawn = torch.randint(0, 1 << 16, (count,), generator=rng).tolist()
+        words = [base]
+        for column, bits in zip(sorted(chosen), drawn, strict=True):
+            exponent = (0, max(base - 1, 0), min(base + 15, 254))[bits % 3]
+            words.append(column << 16 | exponent << 7 | bits & 0x807F | 1)
+            first, j = column // 64 * 96, column % 64
+            rows[n, first + j % 32] |= 15 << j // 32 * 4
+            rows[n, first + 32 + j] = 0
+        words += [0] * (tail // 4 - len(words))
+        rows[n, -tail:] = list(b"".join(word.to_bytes(4, "little") for word in words))
 
 
 @dataclass
@@ -120,6 +153,15 @@ def fill(matrix: Matrix, row: WeightFormat, e: int, rng: torch.Generator) -> tor
     if row in PLAIN_FORMATS.values():
         rows, cols = matrix.values[e].shape
         matrix.values[e] = torch.randn(rows, cols, generator=rng) / math.sqrt(cols)
+        return row.decode(matrix.values[e])
+    if row in PALETTES.values():
+        rows, cols = len(matrix.values[e]), row.cols(matrix.values[e].shape[1])
+        weights = ordinary_weights(rows, cols, rng)
+        base, _ = bases(weights)
+        stored = encode(weights, base, row.tail // 4 - 1)
+        palette_rows(stored, row.tail, base.tolist(), rng)
+        matrix.values[e] = stored
+        row.refuse(parts, row.name)
         return row.decode(matrix.values[e])
     random_bytes(matrix.values[e], rng)
     if row.unit > 1:
@@ -185,6 +227,11 @@ def every_code(row: WeightFormat, rows: int, cols: int, seed: int) -> dict[str, 
     for piece, (dtype, shape) in row.segments(rows, cols).items():
         count = math.prod(shape)
         codes = torch.randperm(count, generator=rng) % 256
+        if row in PALETTES.values():
+            parts[piece] = codes.to(torch.uint8).view(shape)
+            palette_rows(parts[piece], row.tail, [n * 240 // (rows - 1) for n in range(rows)], rng)
+            row.refuse(parts, row.name)
+            continue
         if row.unit > 1:
             blocks = parts[piece] = codes.to(torch.uint8).view(shape)
             block_scales(row, blocks.unflatten(-1, (-1, row.unit)), 1.0, rng)

@@ -134,7 +134,10 @@ def test_packed_experts_are_described_with_all_they_have(
     layer_program: Path, tmp_path: Path
 ) -> None:
     """The last one has up in another format than gate and down."""
-    formats = {"int4": "int4", "nvfp4": "e2m1", "fp8": "e4m3", "mixed": "int4, e2m1"}
+    formats = {
+        "int4": "int4", "nvfp4": "e2m1", "fp8": "e4m3", "bf16-palette": "bf16, palette3",
+        "mixed": "int4, e2m1",
+    }  # fmt: skip
     for form, names in formats.items():
         packed = tmp_path / form
         if form == "mixed":

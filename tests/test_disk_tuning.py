@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import moeinf
 from moeinf import _core
@@ -36,8 +39,8 @@ def read_with(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(_core, "ExpertCache", Told)
 
-    def read(**options: Any) -> tuple[int, int]:
-        moeinf.ExpertCache(moeinf.ExpertStore.open(POCKET), slots=4, **options)
+    def read(store: Any = None, **options: Any) -> tuple[int, int]:
+        moeinf.ExpertCache(store or moeinf.ExpertStore.open(POCKET), slots=2, **options)
         return told["threads"], told["chunk_bytes"]
 
     return read
@@ -84,9 +87,57 @@ def test_what_doctor_measures_caches_use(
 def test_it_counts_for_its_disk_alone(read_with: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     disk_tuning.store(POCKET, {"rows": [], "threads": 3, "chunk_bytes": 0})
     assert read_with() == (3, 0)
-    assert disk_tuning.settings(["memory"], 0, 0) == USUAL  # experts in no file
     monkeypatch.setattr(disk_tuning, "_disk_of", lambda path: "another disk")
     assert read_with() == USUAL
+
+
+def test_the_disk_is_that_of_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder of links: the shards lie elsewhere."""
+    monkeypatch.setattr(disk_tuning, "_disk_of", lambda path: str(path.resolve().parent))
+    disk_tuning.KEPT.put(str(POCKET.resolve()), {"rows": [], "threads": 3, "chunk_bytes": 0})
+    (tmp_path / "linked").mkdir()
+    for file in POCKET.iterdir():
+        (tmp_path / "linked" / file.name).symlink_to(file)
+    for folder in (POCKET, tmp_path / "linked"):
+        entry = moeinf.ExpertStore.open(folder).extents(0, 0)[0].entry
+        assert disk_tuning.settings(entry.path, 0, 0) == (3, 0)
+    assert disk_tuning.settings(tmp_path / "gone", 0, 0) == USUAL
+
+
+def test_experts_in_no_file_are_on_no_disk(read_with: Any) -> None:
+    disk_tuning.store(POCKET, {"rows": [], "threads": 3, "chunk_bytes": 0})
+    experts = [{"gate_up": torch.zeros(2, 8, 4), "down": torch.zeros(2, 4, 4)}]
+    assert read_with(moeinf.ExpertStore.from_tensors(experts)) == USUAL
+
+
+NOBODY = """
+import os, sys
+import moeinf
+from moeinf.pocket import POCKET
+
+def load():
+    moeinf.ExpertCache(moeinf.ExpertStore.open(POCKET), slots=4)
+
+load()  # whose modules another user may not read
+os.environ.pop("XDG_CACHE_HOME", None)
+os.environ["HOME"] = sys.argv[1]  # of another user
+if os.getuid() == 0:
+    os.setgid(54321)
+    os.setuid(54321)
+load()
+del os.environ["HOME"]
+if os.getuid() == 54321:  # who has no home
+    load()
+"""
+
+
+def test_a_user_without_a_home_has_caches_too(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    home.mkdir(mode=0o700)
+    done = subprocess.run([sys.executable, "-c", NOBODY, home], capture_output=True, text=True)
+    if "Permission denied" in done.stderr and os.fspath(POCKET) in done.stderr:
+        pytest.skip("another user may not read the built-in model here")
+    assert done.returncode == 0, done.stderr
 
 
 def test_where_it_cannot_be_kept_the_reason_is_said(
@@ -107,7 +158,8 @@ def test_where_it_cannot_be_kept_the_reason_is_said(
         {"threads": -1, "chunk_bytes": 0},
         {"threads": True, "chunk_bytes": 0},
         {"threads": 3, "chunk_bytes": 1000},
-        {"threads": 257, "chunk_bytes": 0},
+        {"threads": 65, "chunk_bytes": 0},
+        {"threads": 3, "chunk_bytes": 1 << 30},
         {"threads": 3, "chunk_bytes": "1MiB"},
     ],
 )

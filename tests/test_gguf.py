@@ -20,7 +20,7 @@ from hub_server import NAME, hub_of  # noqa: E402
 from test_hub import be_the_hub  # noqa: E402
 
 import moeinf  # noqa: E402
-from moeinf.checkpoint.blocks import BLOCKS  # noqa: E402
+from moeinf.checkpoint.blocks import BLOCKS, NUMBERS  # noqa: E402
 from moeinf.checkpoint.formats import FORMATS  # noqa: E402
 from moeinf.checkpoint.gguf import TYPES, read_gguf  # noqa: E402
 from moeinf.errors import CheckpointError, UnsupportedError  # noqa: E402
@@ -211,8 +211,7 @@ def test_decoders_are_those_of_the_gguf_package(seed: int, name: str) -> None:
     """All bytes of codes and of scales; the numbers of a block that are float16 stay finite."""
     kind, (_, size, decode) = Kind[name.upper()], BLOCKS[name]
     raw = np.random.default_rng(seed).integers(0, 256, (200, size), dtype=np.uint8)
-    two = [0, 2]
-    halves = {"q6_k": [208], "q4_k": two, "q5_k": two, "q5_1": two, "mxfp4": []}.get(name, [0])
+    halves = [place for place, kind in NUMBERS[name] if kind == "f16"]
     for first in halves:
         raw[:, first + 1] &= 0xBF  # no infinity, no NaN
     if name == "mxfp4":
@@ -354,8 +353,8 @@ def test_what_no_model_can_be_made_of_is_named(tmp_path: Path) -> None:
     writer.close()
     with pytest.raises(UnsupportedError, match=r"architecture 'mamba'; moeinf serves.*qwen3moe"):
         moeinf.load(path)
-    write_gguf(path, experts=Kind.Q4_1)
-    with pytest.raises(UnsupportedError, match=r"Q4_1.*expected F32, F16, BF16 or one of Q8_0"):
+    write_gguf(path, experts=Kind.TQ2_0, **WIDE)
+    with pytest.raises(UnsupportedError, match=r"TQ2_0.*expected F32, F16, BF16 or one of Q8_0"):
         moeinf.load(path)
     with pytest.raises(CheckpointError, match="no such file"):
         moeinf.load(tmp_path / "absent.gguf")

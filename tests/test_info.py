@@ -11,7 +11,9 @@ import pytest
 import torch
 from checkpoints import write_checkpoint
 from hub_server import NAME, hub_of
+from safetensors.torch import load_file
 from test_hub import be_the_hub
+from test_packed_checkpoints import SIZES, STORED, stored_as
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import moeinf.cli
@@ -63,6 +65,24 @@ def test_what_is_said_of_experts_is_what_the_files_and_the_model_have(
     words = info(str(qwen3_folder))
     for said in ("qwen3_moe", "yes, as Qwen3MoeForCausalLM", "6, 2 per token", "f32", "100.0%"):
         assert said in words
+
+
+@pytest.mark.parametrize("name", ["int4 with zero points", "gptq", "awq", "nvfp4", "fp8 blocks"])
+def test_all_tensors_of_quantised_files_are_counted(info: Any, tmp_path: Path, name: str) -> None:
+    plain = write_checkpoint(tmp_path / "plain", "qwen3_moe", **SIZES)
+    row, config, store = STORED[name]
+    packed, _ = stored_as(plain, tmp_path, {"_proj": (row, store)}, config, 0)
+    bytes_of = {"experts": 0, "others": 0, "unread": 0}
+    for key, tensor in load_file(packed / "model.safetensors").items():
+        unread = key.endswith(("weight_shape", "input_scale"))
+        kind = "unread" if unread else "experts" if ".experts." in key else "others"
+        bytes_of[kind] += tensor.nbytes
+    facts = info(str(packed), "--json")
+    assert facts["all_experts_bytes"] == bytes_of["experts"]
+    assert facts["other_bytes"] == bytes_of["others"]
+    assert facts["unused_bytes"] == bytes_of["unread"]
+    assert facts["bytes"] == sum(bytes_of.values()) == sum(facts["bytes_by_dtype"].values())
+    assert ("not used" in info(str(packed))) == (bytes_of["unread"] > 0)
 
 
 def test_what_fits_is_what_a_budget_of_auto_gives(

@@ -59,7 +59,7 @@ def check(plain: Any, served: Any, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_bits_are_those_of_the_model(seed: int, kind: Any, dtype: torch.dtype) -> None:
     torch.manual_seed(seed)
-    for width in (8, 64, 100, 128, int(torch.randint(9, 3000, ())), 2048, MOST):
+    for width in (1, 7, 8, 64, 100, 128, int(torch.randint(9, 3000, ())), 2048, MOST):
         plain, served = norm_of(kind, width, dtype)
         assert is_served(served) and type(served).__name__ == kind.__name__
         size = torch.rand(()) * 100
@@ -114,7 +114,7 @@ def test_norms_with_other_bits_are_left_alone() -> None:
     hooked.register_forward_hook(lambda module, given, result: 2 * result)
     for module in (
         OtherRMSNorm(64), Qwen3NextRMSNormGated(64), torch.nn.LayerNorm(64), hooked,
-        Qwen3MoeRMSNorm(7), Qwen3MoeRMSNorm(64).half(), Qwen3MoeRMSNorm(64).double(),
+        Qwen3MoeRMSNorm(64).half(), Qwen3MoeRMSNorm(64).double(),
         Qwen3MoeRMSNorm(64).to("meta"),
     ):  # fmt: skip
         kind = type(module)
@@ -170,3 +170,20 @@ def test_a_loaded_model_gives_the_same_logits_without(
                 found[side, length] = model(prompt).logits
     for length in (1, 3, 40):
         assert torch.equal(found["served", length], found["plain", length])
+
+
+@pytest.mark.parametrize("loaded", TYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_norm_that_is_changed_later_is_still_the_models(
+    seed: int, kind: Any, loaded: torch.dtype
+) -> None:
+    """Cast to another type, copied, or given another epsilon."""
+    torch.manual_seed(seed)
+    for dtype in (*TYPES, torch.float16):
+        plain, served = norm_of(kind, 64, loaded)
+        plain, served = plain.to(dtype), copy.deepcopy(served).to(dtype)
+        x = torch.randn(4, 64).to(dtype)
+        check(plain, served, x)
+        for module in (plain, served):
+            setattr(module, "eps" if hasattr(module, "eps") else "variance_epsilon", 0.5)
+        check(plain, served, x)

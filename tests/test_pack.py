@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from test_packed_checkpoints import SIZES, STORED, quantised
 from transformers import AutoModelForCausalLM
 
 import moeinf
+from moeinf.checkpoint.folder import Checkpoint, read_tensor
 from moeinf.checkpoint.formats import MULTIPLIER, SCALES, VALUES
+from moeinf.checkpoint.packed_entry import PackedEntry
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CapacityError, CheckpointError, UnsupportedError
-from moeinf.packing import writer
+from moeinf.packing import linear, writer
 from moeinf.packing.pack import STATE
 from moeinf.packing.targets import TARGETS
 
@@ -277,6 +279,57 @@ def test_a_model_computes_with_a_pack_as_with_the_decoded_weights(
         logits(moeinf.load(tmp_path / one, slots=4, dtype=torch.float32)) for one in ("b", "c")
     )
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+# The largest error of a weight, in the largest weight of those that share its scale: half a step
+# of integers, with a scale that was rounded to bf16; half of the widest step of floats.
+STEPS = {"int8": 0.5 / 127.5, "int4": 0.5 / 7.5, "mxfp4": 0.25, "fp8": 16 / 448}
+PAIRS = [("int4", "int8"), ("nvfp4", "int8"), ("int4", "int4"), ("int8", "mxfp4"), ("fp8", "fp8")]
+
+
+@pytest.mark.parametrize("most", [1 << 22, 1 << 12], ids=["whole", "panels"])
+@pytest.mark.parametrize(("name", "dense"), PAIRS)
+def test_linear_layers_are_packed_too_where_asked(
+    name: str, dense: str, most: int, tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "PANEL", most)
+    sizes = {**SIZES, "head_dim": 32, "vocab_size": 200}
+    source = write_checkpoint(tmp_path / "a", seed=seed, dtype=torch.bfloat16, **sizes)
+    report = moeinf.pack(source, tmp_path / "b", format=name, dense=dense)
+    assert report.dense == dense and 0 < report.errors[linear.MODULE] < ERRORS[dense]
+    before, stored = tensors_of(source), Checkpoint.open(tmp_path / "b").tensors
+    packed = {key for key, entry in stored.items() if isinstance(entry, PackedEntry)}
+    assert packed == {key for key in before if key.endswith(("_proj.weight", "lm_head.weight"))}
+    decoded = {key: tensor.float() for key, tensor in before.items()}
+    decoded |= {key: read_tensor(stored[key]).float() for key in packed}
+    for key in (key for key in packed if ".experts." not in key):
+        high, wide = TARGETS[dense].row.block if dense == "fp8" else (1, 32)
+        change = (decoded[key] - before[key].float()).abs()
+        for i, j in product(range(0, len(change), high), range(0, change.shape[1], wide)):
+            # The scale of int8 is that of 32 columns here or of more, so of the row at most.
+            # A scale that bf16 rounds down cuts off the largest weight.
+            own = before[key][i : i + high] if dense == "int8" else before[key][i:, j : j + wide]
+            size = float(own[:high].abs().max())
+            assert float(change[i : i + high, j : j + wide].max()) <= (STEPS[dense] + 2**-8) * size
+    shutil.copytree(source, tmp_path / "c")
+    save_file(decoded, tmp_path / "c" / "model.safetensors", metadata={"format": "pt"})
+    options: dict[str, Any] = {"slots": 4, "dtype": torch.float32, "device": "cpu"}
+    expected = logits(moeinf.load(tmp_path / "c", **options))
+    for how in ("decoded", "packed"):
+        found = logits(moeinf.load(tmp_path / "b", dense=how, **options))
+        assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("name", "dense"), [(None, "int8"), ("bf16", "int8"), ("fp8", "int8"), ("int4", "fp8"),
+                        ("int4", "nvfp4"), ("int4", "q4_0")],
+)  # fmt: skip
+def test_formats_of_linear_layers_that_do_not_go_with_the_experts(
+    plain: Path, tmp_path: Path, name: str | None, dense: str
+) -> None:
+    with pytest.raises(ValueError, match=f"dense='{dense}'"):
+        moeinf.pack(plain, tmp_path / "b", format=name, dense=dense)
+    assert not (tmp_path / "b").exists()
 
 
 def test_transformers_opens_an_fp8_pack(tmp_path: Path, seed: int) -> None:

@@ -15,6 +15,7 @@ from checkpoints import write_checkpoint
 from safetensors.torch import load_file
 
 import moeinf
+from moeinf.checkpoint.folder import Checkpoint, read_tensor
 from moeinf.checkpoint.formats import MULTIPLIER, SCALES, VALUES
 from moeinf.checkpoint.store import ExpertStore
 
@@ -62,3 +63,33 @@ def test_it_decodes_the_same_numbers(name: str, tmp_path: Path, seed: int) -> No
                     wide = {k: v.float() if v.is_floating_point() else v for k, v in mine.items()}
                     found = decoder.decompress(wide, scheme)["weight"]
                     assert torch.equal(found.double(), numbers)
+
+
+@pytest.mark.parametrize(("name", "dense"), [("int4", "int8"), ("mxfp4", "int4")])
+def test_linear_layers_have_a_scheme_of_their_own(
+    name: str, dense: str, tmp_path: Path, seed: int
+) -> None:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 96, "head_dim": 32}
+    source = write_checkpoint(tmp_path / "a", seed=seed, dtype=torch.bfloat16, **sizes)
+    moeinf.pack(source, tmp_path / "b", format=name, dense=dense)
+    stated = json.loads((tmp_path / "b" / "config.json").read_text())["quantization_config"]
+    with torch.device("meta"):
+        attention = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(64, 128)})
+        expert = torch.nn.ModuleDict({"up_proj": torch.nn.Linear(64, 96)})
+        mlp = torch.nn.ModuleDict({"experts": torch.nn.ModuleList([expert])})
+        layer = torch.nn.ModuleDict({"self_attn": attention, "mlp": mlp})
+        body = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([layer])})
+        model = torch.nn.ModuleDict({"model": body})
+    apply_quantization_config(model, QuantizationConfig.model_validate(stated))
+    entries = Checkpoint.open(tmp_path / "b").tensors
+    stored = {k: v for f in (tmp_path / "b").glob("*.safetensors") for k, v in load_file(f).items()}
+    for path in ("model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.0.up_proj"):
+        scheme = model.get_submodule(path).quantization_scheme
+        decoder = BaseCompressor.get_value_from_registry(scheme.format)
+        mine = {k.removeprefix(path + "."): v for k, v in stored.items() if k.startswith(path)}
+        wide = {k: v.float() if v.is_floating_point() else v for k, v in mine.items()}
+        found = decoder.decompress(wide, scheme)["weight"]
+        assert torch.equal(found.float(), read_tensor(entries[path + ".weight"]))

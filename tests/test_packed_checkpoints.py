@@ -357,14 +357,95 @@ def test_gate_and_up_of_two_formats(plain, tmp_path, seed, name):
     assert torch.equal(logits(tmp_path / "again"), found)
 
 
-def test_integers_of_two_widths_need_names(plain, tmp_path):
-    """Shapes do not say how wide integers are, and a class of modules does not where there are two
-    groups of it."""
+def widths(size: int = 32, **targets: list[str]) -> dict[str, Any]:
+    """Groups of the widths that their names end in, such as a4 and b8, in this order."""
+    weights = {"type": "int", "group_size": size}
+    return {
+        name: {"targets": of, "weights": {**weights, "num_bits": int(name[-1])}}
+        for name, of in targets.items()
+    }
+
+
+DOWNS = [f"model.layers.{layer}.mlp.experts.{e}.down_proj" for layer in (0, 1) for e in range(6)]
+# How down is stored where the other matrices are int4; and the groups, in the order of the file.
+TARGETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "a class, and a name of another layer": ("int4", widths(a4=["Linear"], b8=["lm_head"])),
+    "two classes": ("int4", widths(a8=["Embedding"], b4=["Linear"])),
+    "a name before a class": ("int8 words", widths(a4=["Linear"], b8=DOWNS)),
+    "a name before a pattern": ("int8 words", widths(a4=["re:.*experts.*"], b8=DOWNS)),
+    "a pattern before a class": ("int8 words", widths(a4=["Linear"], b8=["re:.*down_proj"])),
+    "the first pattern": ("int8 words", widths(a8=["re:.*down_proj"], b4=["re:.*experts"])),
+    "the first pattern, where scales fit both": (
+        "int8 words with zero points", widths(-1, a8=["re:.*no", "re:.*down"], b4=["re:.*"])),
+    "the pattern that the scales fit": (
+        "int8 words", widths(a4=["re:.*experts"], b8=["re:.*down_proj"])),
+    "patterns match from the start": ("int4", widths(a4=["Linear"], b8=["re:down_proj"])),
+    "a group without weights": (
+        "int4", {"a": {"targets": ["re:.*experts"], "weights": None}, **widths(b4=["Linear"])}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_group_of_a_module_says_how_wide_its_integers_are(plain, tmp_path, seed, name):
+    down, groups = TARGETS[name]
+    row, _, store = STORED[down]
+    config = {**TENSORS, "config_groups": groups}
+    kinds = {"down_proj": (row, store), ".experts.": (STORED["int4"][0], packed_words(4))}
+    packed, decoded = stored_as(plain, tmp_path, kinds, config, seed)
+    assert ExpertStore.open(packed).layout.down.format == row
+    found, expected = logits(packed), logits(decoded)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def group(targets: Any = ("Linear",), **weights: Any) -> dict[str, Any]:
+    return {"g": {"targets": targets, "weights": {"num_bits": 4, "type": "int", **weights}}}
+
+
+@pytest.mark.parametrize(
+    ("groups", "error", "message"),
+    [
+        (widths(a4=["re:.*attn.*"], b8=["Embedding"]), CheckpointError,
+         r"model.safetensors: .*down_proj.weight_packed .*expected a target in config_groups of "
+         r"config.json .*experts.0.down_proj' or its class Linear, found 'Embedding', 're:.*attn"),
+        (widths(a4=["Linear"], b8=["Linear"]), CheckpointError,
+         r"config.json: config_groups: b8: 'Linear' is a target of a4 too, .* 4 and 32; found 8"),
+        (widths(a8=["Linear"]), CheckpointError,
+         r"weight_scale .*expected a scale for each 1 x 32 .*with 8 bits, .* in a8"),
+        (group(num_bits=3), UnsupportedError, "weight_packed.*3 bits, expected 4 or 8, .* in g"),
+        (group(num_bits=[4]), CheckpointError, r"config.json: .* g: num_bits is \[4\], expected"),
+        (group(num_bits="4"), CheckpointError, "config.json: .* g: num_bits is '4', expected"),
+        (group(num_bits=None), CheckpointError, "config.json: .* g: num_bits is None, expected"),
+        (group(num_bits=0), CheckpointError, "config.json: .* g: num_bits is 0, expected"),
+        (group(group_size=[32]), CheckpointError, r"json: .* g: group_size is \[32\], expected"),
+        (group(["re:("]), CheckpointError, r"config.json: .* g: targets has 're:\(', .*no pattern"),
+        (group("Linear"), CheckpointError, "config.json: .* g: targets is 'Linear', expected a li"),
+        (group([4]), CheckpointError, r"config.json: .* g: targets is \[4\], expected a list"),
+        ({"g": ["Linear"]}, CheckpointError, r"json: config_groups: g is \['Linear'\], expected"),
+        ({"g": {"weights": 4}}, CheckpointError, "json: config_groups: g: weights is 4, expected"),
+        ([4], CheckpointError, r"config.json: config_groups is \[4\], expected an object"),
+    ],
+)  # fmt: skip
+def test_groups_that_say_nothing_are_refused(plain, tmp_path, groups, error, message):
     packed, _ = quantised(plain, tmp_path, "int4", 0)
-    both = [{"targets": ["Linear"], "weights": {"num_bits": bits}} for bits in (4, 8)]
-    rewrite(packed, lambda tensors: None, config_groups=dict(enumerate(both)))
-    with pytest.raises(UnsupportedError, match=r"weight_packed.*integers of 4 and 8 bits"):
+    rewrite(packed, lambda tensors: None, config_groups=groups)
+    with pytest.raises(error, match=message):
         ExpertStore.open(packed)
+
+
+def test_experts_of_two_widths_in_a_layer_are_refused_in_words(plain, tmp_path):
+    kinds = {one: (STORED[name][0], STORED[name][2])
+             for one, name in (("experts.1.", "int8 words"), (".experts.", "int4"))}  # fmt: skip
+    config = {**TENSORS, "config_groups": widths(a8=["re:.*experts.1."], b4=["Linear"])}
+    packed, _ = stored_as(plain, tmp_path, kinds, config, 0)
+    with pytest.raises(CheckpointError) as refused:
+        ExpertStore.open(packed)
+    for said in (
+        "experts.1.",
+        "int8 / bf16 1x32, values with 128 added [",
+        "experts must be alike",
+    ):
+        assert said in str(refused.value)
+    assert "(turned" not in str(refused.value)
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -605,8 +686,6 @@ DOWN = "model.layers.0.mlp.experts.0.down_proj"
          "expected integers of 4 bits"),
         ("gptq", ".scales", torch.ones(3, 64, dtype=torch.int32), {}, CheckpointError,
          "expected qzeros and scales of F16"),
-        ("int4", "", None, {"config_groups": {"g": {"weights": {"num_bits": 3}}}},
-         UnsupportedError, "integers of 3 bits, expected 4 or 8"),
         ("nvfp4", ".pre_quant_scale", torch.ones(96), {}, UnsupportedError,
          "scales of the inputs are not supported"),
         ("nvfp4", ".weight_scale_2", torch.tensor(-1.0), {}, CheckpointError,

@@ -7,7 +7,7 @@ import io
 import math
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -274,6 +274,9 @@ def test_bad_arguments_of_load(tmp_path: Path) -> None:
         moeinf.load(folder, dense="fast")
     with pytest.raises(ValueError, match="dense='packed' has no kernels of torch"):
         moeinf.load(folder, dense="packed", linear="torch")
+    for how in ("decoded", "packed", "auto"):
+        with pytest.raises(ValueError, match="device=None: expected auto, cpu, cuda or cuda:N"):
+            moeinf.load(folder, dense=how, device=cast(Any, None))
     moeinf.load(folder, dense="packed", device_map={"": "cpu"})
     with pytest.raises(UnsupportedError, match="dense='packed' computes on the CPU, not on cuda"):
         moeinf.load(folder, dense="packed", device="cuda:0")

@@ -44,7 +44,7 @@ def test_a_small_run_writes_a_row_for_each_system(tmp_path: Path) -> None:
         check=True, cwd=ROOT,
     )  # fmt: skip
     rows = json.loads(result.read_text())["rows"]
-    assert [row["share"] for row in rows] == [100, 25]
-    assert len({row["likeliest"] for row in rows}) == 1, "a budget changes no token"
+    assert [row["share"] for row in rows] == [100, 25, 25]
+    assert len({row["likeliest"] for row in rows}) == 1, "a token, and its bits, stay"
     for row in rows:
         assert row["tokens_per_second"] > 0 and row["prefill_seconds"] > 0 and row["peak_gb"] > 0

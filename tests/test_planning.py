@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 import moeinf
 from moeinf.checkpoint.folder import Checkpoint
-from moeinf.packing.targets import TARGETS
+from moeinf.packing.pack import FORMATS
 from moeinf.planning import rates as measuring
 from moeinf.planning.estimate import (
     CURVE,
@@ -90,7 +90,7 @@ def test_the_formats_of_a_plan_are_those_that_a_pack_can_have(tmp_path: Path) ->
     bf16: dict[str, Any] = {"dtype": torch.bfloat16}
     fits = write_checkpoint(tmp_path / "a", hidden_size=64, moe_intermediate_size=96, **bf16)
     odd = write_checkpoint(tmp_path / "b", **bf16)  # 40 columns: no whole groups
-    assert set(read_model(Checkpoint.open(fits)).layouts()) == set(TARGETS)
+    assert set(read_model(Checkpoint.open(fits)).layouts()) == set(FORMATS)
     assert set(read_model(Checkpoint.open(odd)).layouts()) == {"bf16", "fp8"}
     for name, layout in read_model(Checkpoint.open(fits)).layouts().items():
         if name != "bf16":
@@ -160,6 +160,8 @@ def test_the_advice(costs: ModelCosts, seed: int) -> None:
     assert same.pack_format is None and same.tokens_per_second == 10
     exact = advise(speeds(bf16=10, fp8=29, int8=28, int4=30, mxfp4=30.5), 100, "learned")
     assert exact.pack_format == "int8"  # the most exact of those within a tenth of the fastest
+    lossless = advise(speeds(bf16=10, int8=15) + speeds(**{"bf16-palette": 14}), 100, "learned")
+    assert lossless.pack_format == "bf16-palette"
     small = advise(speeds(bf16=10, fp8=15, int8=14, int4=30, mxfp4=31), 100, "learned")
     assert (small.pack_format, small.pack_tokens_per_second) == ("int4", 30)
     assert advise(speeds(e4m3=10), 100, "lru").pack_format is None
@@ -186,7 +188,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [one["memory"] for one in facts["budgets"]] == ["auto", "25%", "1MiB"]
     for budget in facts["budgets"]:
-        assert budget["fits"] and [one["format"] for one in budget["estimates"]] == [*TARGETS]
+        assert budget["fits"] and [one["format"] for one in budget["estimates"]] == [*FORMATS]
         for one in budget["estimates"]:
             assert one["memory_bytes"] <= budget["bytes"]
             assert 0 < one["low"] <= one["tokens_per_second"] <= one["high"]

@@ -220,3 +220,29 @@ def test_blocks_that_no_product_takes_are_refused(scales, message):
     with pytest.raises(ValueError, match=message):
         _core.ExpertFfn(gate=matrix(64, 96), up=matrix(64, 96), down=matrix(96, 64),
                         function=_core.Gate("glu", "silu"))  # fmt: skip
+
+
+FAR = {name: row for name, row in EVERY.items() if row.scales == "e8m0" or row.name == "mxfp4"}
+
+
+@pytest.mark.parametrize("row", FAR.values(), ids=FAR)
+@pytest.mark.parametrize("kernels", ISAS)
+def test_scales_far_apart_have_the_same_bits_however_work_is_cut(seed, row: WeightFormat, kernels):
+    """A matrix unit decodes panels with such scales in another way than others."""
+    rng = random.Random(seed)
+    hidden, intermediate = whole(row, 32 * rng.randint(2, 24)), whole(row, 32 * rng.randint(2, 16))
+    experts = random_experts(row, hidden, intermediate, 3, rng.randrange(2**31))
+    draw = torch.Generator().manual_seed(seed)
+    for name, view in experts.layout.views(experts.pool).items():
+        piece = name.rpartition(".")[2]
+        scales = view if piece == "scales" else view[..., :: row.unit]
+        if piece == "scales" or (piece == "values" and row.unit > 1):
+            far = torch.rand(scales.shape, generator=draw) < 0.002
+            scales[far] = torch.randint(0, 60, scales.shape, generator=draw).to(torch.uint8)[far]
+    call = random_call(seed, 150, hidden, 3, torch.bfloat16)
+    wanted = None
+    for threads, waves in ((1, False), (2, False), (3, False), (2, True)):
+        engine = _core.CpuEngine(threads=threads, kernels=kernels)
+        found = run(engine, experts, *call, waves=waves)
+        wanted = found if wanted is None else wanted
+        assert torch.equal(found, wanted), (threads, waves, hidden, intermediate)

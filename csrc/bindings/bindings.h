@@ -19,6 +19,8 @@ void bind_step_stream(pybind11::module_& module);
 void bind_fused_experts(pybind11::module_& module);
 void bind_linear(pybind11::module_& module);
 void bind_rms_norm(pybind11::module_& module);
+void bind_attention_inputs(pybind11::module_& module);
+void bind_top_k(pybind11::module_& module);
 void bind_eam(pybind11::module_& module);
 void bind_trace(pybind11::module_& module);
 

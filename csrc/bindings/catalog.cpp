@@ -48,7 +48,8 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
                                       const std::vector<std::array<uint64_t, 4>>& transposes,
                                       const std::vector<Check>& checks, std::vector<Tensor> tensors,
                                       const Sources& sources, const std::vector<Recoded>& recodes,
-                                      const std::vector<Copy>& copies) {
+                                      const std::vector<Copy>& copies,
+                                      const std::vector<std::array<uint64_t, 4>>& palettes) {
     if (extents.ndim() != 3 || extents.shape(2) != 4 ||
         extents.shape(0) != static_cast<py::ssize_t>(num_layers) * num_experts) {
         std::string found = "[";
@@ -76,6 +77,9 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
     std::vector<NumberCheck> numbers;
     for (const auto& [offset, nbytes, type, negative, step] : checks) {
         numbers.push_back({offset, nbytes, type, negative, step});
+    }
+    for (const auto& [offset, nbytes, row, tail] : palettes) {
+        numbers.push_back({offset, nbytes, {}, true, row, tail});
     }
     std::vector<CatalogTensor> named;
     named.reserve(tensors.size());
@@ -128,6 +132,7 @@ void bind_catalog(py::module_& module) {
              py::arg("checks") = std::vector<Check>{}, py::arg("tensors") = std::vector<Tensor>{},
              py::arg("sources") = Sources{}, py::arg("recodes") = std::vector<Recoded>{},
              py::arg("copies") = std::vector<Copy>{},
+             py::arg("palettes") = std::vector<std::array<uint64_t, 4>>{},
              "files: list of (path, bytes). extents: uint64 [experts, extents per expert, 4] as "
              "(file, file offset, bytes, slot offset), experts by layer * num_experts + expert. "
              "transposes: (slot offset, rows, columns, bytes of an element), as they are read; in "
@@ -138,7 +143,8 @@ void bind_catalog(py::module_& module) {
              "are none. recodes: (kind, slot offset, rows, columns, bits, plus) of integers that "
              "are "
              "written again in the slot. copies: (index of `files`, place from 1, path, source or "
-             "None) of the same bytes elsewhere.")
+             "None) of the same bytes elsewhere. palettes: (slot offset, bytes, bytes of a row, "
+             "bytes of its tail) of rows of bf16 in 12 bits.")
         .def_property_readonly("num_layers", &Catalog::num_layers)
         .def_property_readonly("num_experts", &Catalog::num_experts)
         .def_property_readonly("slot_bytes", &Catalog::slot_bytes)

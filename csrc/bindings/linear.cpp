@@ -1,12 +1,9 @@
-// Linear layers and norms for a few tokens, over tensors of the Python caller.
-#include "compute/linear.h"
-
+// Linear layers for a few tokens, over tensors of the Python caller.
 #include <pybind11/pybind11.h>
 
 #include "bindings/bindings.h"
-#include "bindings/tensor_view.h"
+#include "bindings/linear_parts.h"
 #include "compute/cpu_engine.h"
-#include "compute/rms_norm.h"
 #include "cpu_kernels/formats/formats.h"
 
 namespace py = pybind11;
@@ -20,62 +17,79 @@ WeightFormat format_of(DType dtype) {
     return formats[static_cast<size_t>(dtype)];
 }
 
-// The product of 1 to `most` tokens with a weight of `rows` x `cols`. None, and nothing is done,
-// for tensors that are not rows of numbers of one type in RAM.
-py::object product(CpuEngine& engine, const Matrix& weight, const void* base, const TensorView& x,
-                   py::handle bias, py::handle out, int64_t most) {
-    const auto tokens = x.as_rows();
-    if (!tokens || !x.floats() || tokens->columns != weight.cols || tokens->columns == 0 ||
-        tokens->count < 1 || tokens->count > most) {
-        return py::none();
-    }
-    LinearCall call{.x = x.data(),
-                    .x_dtype = *x.floats(),
-                    .x_stride = tokens->stride,
-                    .tokens = tokens->count,
-                    .bias_dtype = *x.floats()};
+std::optional<LinearPart> part_of(const LinearCall& call, const Matrix& weight, const void* base,
+                                  py::handle bias) {
+    LinearPart part{
+        .weight = weight, .base = static_cast<const std::byte*>(base), .bias_dtype = call.x_dtype};
     if (!bias.is_none()) {
         const TensorView added(bias);
         const auto row = added.as_rows();
         if (!added.is_plain_vector() || row->columns != weight.rows ||
-            added.floats() != x.floats()) {
-            return py::none();
+            added.floats() != call.x_dtype) {
+            return std::nullopt;
         }
-        call.bias = static_cast<const std::byte*>(added.data());
+        part.bias = static_cast<const std::byte*>(added.data());
+    }
+    return part;
+}
+
+// `out` or a new tensor; None without a part, and for more than `most` tokens.
+py::object product(CpuEngine& engine, const TensorView& x, const LinearCall& call,
+                   std::optional<LinearPart> part, py::handle out, int64_t most) {
+    if (!part || x.as_rows()->columns != part->weight.cols || call.tokens > most) {
+        return py::none();
     }
     py::object made =
-        out.is_none() ? x.new_rows(weight.rows) : py::reinterpret_borrow<py::object>(out);
-    call.out = TensorView(made).data();
+        out.is_none() ? x.new_rows(part->weight.rows) : py::reinterpret_borrow<py::object>(out);
+    part->out = TensorView(made).data();
     const py::gil_scoped_release unlocked;
-    linear(engine, weight, static_cast<const std::byte*>(base), call);
+    linear(engine, call, {&*part, 1});
     return made;
 }
 
 py::object linear_of(CpuEngine& engine, py::handle x, py::handle weight, py::handle bias,
                      py::handle out, int64_t most, int64_t most_of_bf16) {
     const TensorView tokens(x);
-    const TensorView w(weight);
-    const auto rows = w.as_rows();
-    if (w.dimensions() != 2 || !rows || !w.floats() || w.floats() != tokens.floats()) {
-        return py::none();
-    }
-    const DType dtype = *w.floats();
-    const Matrix matrix{.format = format_of(dtype),
-                        .rows = rows->count,
-                        .cols = rows->columns,
-                        .values = {0, rows->stride * static_cast<int64_t>(dtype_bytes(dtype))}};
-    return product(engine, matrix, w.data(), tokens, bias, out,
-                   dtype == DType::kBF16 ? most_of_bf16 : most);
+    const auto call = linear_call(tokens);
+    if (!call) return py::none();
+    return product(engine, tokens, *call, plain_part(*call, TensorView(weight), bias), out,
+                   call->x_dtype == DType::kBF16 ? most_of_bf16 : most);
 }
 
 py::object packed_linear_of(CpuEngine& engine, py::handle x, const LinearWeight& weight,
                             py::handle packed, py::handle bias, py::handle out) {
-    const TensorView bytes(packed);
-    if (!bytes.is_plain_vector() || !bytes.bytes()) return py::none();
-    return product(engine, weight.matrix, bytes.data(), TensorView(x), bias, out, kLinearTokens);
+    const TensorView tokens(x);
+    const auto call = linear_call(tokens);
+    if (!call) return py::none();
+    return product(engine, tokens, *call, packed_part(*call, weight, TensorView(packed), bias), out,
+                   kLinearTokens);
 }
 
 }  // namespace
+
+std::optional<LinearCall> linear_call(const TensorView& x) {
+    const auto tokens = x.as_rows();
+    if (!tokens || !x.floats() || tokens->columns == 0 || tokens->count < 1) return std::nullopt;
+    return LinearCall{x.data(), *x.floats(), tokens->stride, tokens->count};
+}
+
+std::optional<LinearPart> plain_part(const LinearCall& call, const TensorView& weight,
+                                     py::handle bias) {
+    const auto rows = weight.as_rows();
+    if (weight.dimensions() != 2 || !rows || weight.floats() != call.x_dtype) return std::nullopt;
+    const Matrix matrix{
+        .format = format_of(call.x_dtype),
+        .rows = rows->count,
+        .cols = rows->columns,
+        .values = {0, rows->stride * static_cast<int64_t>(dtype_bytes(call.x_dtype))}};
+    return part_of(call, matrix, weight.data(), bias);
+}
+
+std::optional<LinearPart> packed_part(const LinearCall& call, const LinearWeight& weight,
+                                      const TensorView& packed, py::handle bias) {
+    if (!packed.is_plain_vector() || !packed.bytes()) return std::nullopt;
+    return part_of(call, weight.matrix, packed.data(), bias);
+}
 
 void bind_linear(py::module_& module) {
     module.attr("LINEAR_TOKENS") = kLinearTokens;

@@ -20,6 +20,8 @@ PYBIND11_MODULE(_core, module) {
     moeinf::bind_fused_experts(module);
     moeinf::bind_linear(module);
     moeinf::bind_rms_norm(module);
+    moeinf::bind_attention_inputs(module);
+    moeinf::bind_top_k(module);
     module.def(
         "promised_memory", &moeinf::promised_memory,
         "Bytes of RAM that caches of this process have and that nothing has touched so far.");

@@ -1,9 +1,11 @@
 #include "bindings/tensor_view.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <utility>
 
 #include "base/sizes.h"
 
@@ -12,26 +14,35 @@ namespace py = pybind11;
 namespace moeinf {
 namespace {
 
-// Of the type of the latest tensor: nearly all are of one type. Guarded by the interpreter's lock.
-const DLPackExchange* exchange_of(PyTypeObject* type) {
-    static PyTypeObject* known = nullptr;
-    static const DLPackExchange* exchange = nullptr;
-    if (type == known) return exchange;
+const DLPackExchange* find_exchange(PyTypeObject* type) {
     const py::object capsule =
         py::getattr(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__", py::none());
-    exchange = nullptr;
-    if (PyCapsule_CheckExact(capsule.ptr())) {
-        exchange = static_cast<const DLPackExchange*>(
-            PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-        if (exchange == nullptr) throw py::error_already_set();
-        while (exchange != nullptr && exchange->version.major != 1) exchange = exchange->older;
-        if (exchange != nullptr &&
-            (exchange->tensor_from_object == nullptr || exchange->owned_to_object == nullptr)) {
-            exchange = nullptr;
-        }
+    if (!PyCapsule_CheckExact(capsule.ptr())) return nullptr;
+    const auto* exchange = static_cast<const DLPackExchange*>(
+        PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (exchange == nullptr) throw py::error_already_set();
+    while (exchange != nullptr && exchange->version.major != 1) exchange = exchange->older;
+    if (exchange == nullptr || exchange->tensor_from_object == nullptr ||
+        exchange->owned_to_object == nullptr) {
+        return nullptr;
     }
-    known = type;
     return exchange;
+}
+
+// Of the two types of the latest tensors: nearly all are tensors or parameters. Guarded by the
+// interpreter's lock.
+const DLPackExchange* exchange_of(PyTypeObject* type) {
+    struct Known {
+        PyTypeObject* type;
+        const DLPackExchange* exchange;
+    };
+    static Known latest{};
+    static Known other{};
+    if (type != latest.type) {
+        std::swap(latest, other);
+        if (type != latest.type) latest = {type, find_exchange(type)};
+    }
+    return latest.exchange;
 }
 
 constexpr int kMostDimensions = 8;
@@ -110,21 +121,44 @@ py::object TensorView::new_rows(int64_t columns) const {
         }
         return object_.attr("new_empty")(shape);
     }
-    size_t nbytes = tensor_.dtype.bits / 8u * static_cast<size_t>(columns);
-    for (int d = 0; d + 1 < tensor_.ndim; ++d) nbytes *= static_cast<size_t>(tensor_.shape[d]);
+    int64_t shape[kMostDimensions];
+    int64_t strides[kMostDimensions];
+    int64_t count = 1;
+    for (int d = tensor_.ndim - 1; d >= 0; --d) {
+        shape[d] = d + 1 < tensor_.ndim ? tensor_.shape[d] : columns;
+        strides[d] = count;
+        count *= shape[d];
+    }
+    return make(tensor_.ndim, shape, strides, count, tensor_.dtype);
+}
+
+py::object TensorView::new_ids(int64_t columns) const {
+    const int64_t shape[] = {tensor_.shape[0], columns};
+    const int64_t strides[] = {columns, 1};
+    return make(2, shape, strides, shape[0] * columns, {kSignedInteger, 64, 1});
+}
+
+py::object TensorView::new_heads(int64_t batch, int64_t heads, int64_t tokens,
+                                 int64_t head_dim) const {
+    const int64_t row = heads * head_dim;
+    const int64_t shape[] = {batch, heads, tokens, head_dim};
+    const int64_t strides[] = {tokens * row, head_dim, row, 1};
+    return make(4, shape, strides, batch * tokens * row, tensor_.dtype);
+}
+
+py::object TensorView::make(int dimensions, const int64_t* shape, const int64_t* strides,
+                            int64_t count, DLDataType type) const {
+    const size_t nbytes = type.bits / 8u * static_cast<size_t>(count);
     void* memory = std::aligned_alloc(kAlign, sizeof(NewTensor) + round_up(nbytes, kAlign));
     if (memory == nullptr) throw std::bad_alloc();
     auto* made = new (memory) NewTensor;
-    int64_t stride = 1;
-    for (int d = tensor_.ndim - 1; d >= 0; --d) {
-        const auto at = static_cast<size_t>(d);
-        made->shape[at] = d + 1 < tensor_.ndim ? tensor_.shape[d] : columns;
-        made->strides[at] = stride;
-        stride *= made->shape[at];
-    }
+    std::copy_n(shape, dimensions, made->shape.begin());
+    std::copy_n(strides, dimensions, made->strides.begin());
     made->managed = {{1, 1}, memory, end_new, 0, tensor_};
     DLTensor& to = made->managed.dl_tensor;
     to.data = made + 1;
+    to.dtype = type;
+    to.ndim = dimensions;
     to.byte_offset = 0;
     to.shape = made->shape.data();
     to.strides = made->strides.data();

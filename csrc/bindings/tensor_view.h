@@ -36,6 +36,14 @@ public:
     // 10 to 20 us more where its code is not in the processor's caches.
     [[nodiscard]] pybind11::object new_rows(int64_t columns) const;
 
+    // The same of another type. Only where `can_make`.
+    [[nodiscard]] pybind11::object new_ids(int64_t columns) const;
+    // As `new_rows`, [batch, heads, tokens, head_dim], where the heads of a token lie beside each
+    // other. Only where `can_make`.
+    [[nodiscard]] pybind11::object new_heads(int64_t batch, int64_t heads, int64_t tokens,
+                                             int64_t head_dim) const;
+    [[nodiscard]] bool can_make() const noexcept { return exchange_ != nullptr; }
+
     [[nodiscard]] int64_t rows() const noexcept { return tensor_.shape[0]; }
     [[nodiscard]] int64_t columns() const noexcept { return tensor_.shape[1]; }
 
@@ -43,9 +51,14 @@ public:
     [[nodiscard]] std::optional<bool> ints_of_64() const noexcept;  // false: of 32
     [[nodiscard]] bool bytes() const noexcept;
     [[nodiscard]] int dimensions() const noexcept { return tensor_.ndim; }
+    [[nodiscard]] int64_t size(int dimension) const noexcept { return tensor_.shape[dimension]; }
     [[nodiscard]] void* data() const noexcept;
 
 private:
+    [[nodiscard]] pybind11::object make(int dimensions, const int64_t* shape,
+                                        const int64_t* strides, int64_t count,
+                                        DLDataType type) const;
+
     DLTensor tensor_{};  // without dimensions, where the tensor has no memory that can be read
     pybind11::handle object_;
     const DLPackExchange* exchange_;  // null: torch before 2.10

@@ -121,6 +121,11 @@ private:
             const auto type = scale_type_of(word());
             const bool negative = number<int32_t>() != 0;
             checks_.push_back({offset, nbytes, type, negative, number<uint64_t>()});
+        } else if (kind == "palette") {
+            const auto offset = number<uint64_t>();
+            const auto nbytes = number<uint64_t>();
+            const auto row = number<uint64_t>();
+            checks_.push_back({offset, nbytes, {}, true, row, number<uint64_t>()});
         } else if (kind == "recode") {
             const auto row = static_cast<Recode::Kind>(find_name(kRecodes, word(), "recode"));
             const auto offset = number<uint64_t>();

@@ -63,6 +63,10 @@ void check_matrix(const Matrix& matrix, const std::string& name) {
         invalid(name + ": a row of " + std::string(format.name) + " needs a multiple of " +
                 number(format.pack) + " columns, got " + number(cols));
     }
+    if (format.most_cols != 0 && cols > format.most_cols) {
+        invalid(name + ": a row of " + std::string(format.name) + " has at most " +
+                number(format.most_cols) + " columns, got " + number(cols));
+    }
     check_rows(matrix.values, format.row_bytes(cols), format.alignment, name);
     if (format.group != 0 && cols / format.group > kMaxScales) {
         invalid(name + ": expected at most " + number(kMaxScales * format.group) +

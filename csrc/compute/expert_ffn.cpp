@@ -16,9 +16,12 @@ namespace {
 constexpr int64_t kRowsPerWalk = 64;
 // A block is a multiple of this many weight rows, a multiple in turn of every tile's width.
 constexpr int64_t kBlockRows = 48;
+// On a matrix unit also of a panel of outputs: how a panel is decoded depends on all its scales,
+// and which outputs are in it must not depend on how the work is cut.
+constexpr int64_t kTiledBlockRows = 96;
 // Gate values (and up values) that one task holds at a time. The matrix unit takes longer blocks.
 constexpr int64_t kGateValues = kRowsPerWalk * kBlockRows;
-constexpr int64_t kTiledGateValues = 2 * kGateValues;
+constexpr int64_t kTiledGateValues = kRowsPerWalk * kTiledBlockRows;
 // The most bytes of a block. Weights that are read once profit from long blocks, where the hardware
 // prefetcher works best. Weights that are read again must stay in the L2 cache with the
 // activations.
@@ -300,6 +303,7 @@ void ExpertFfnCall::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows
         int64_t count;
     };
     std::vector<Task> tasks;
+    const int64_t unit = tiled_ ? kTiledBlockRows : kBlockRows;
     int64_t left = static_cast<int64_t>(ready.size()) * rows;
     for (const SlotOfExpert& expert : ready) {
         const int64_t routes = routing_.counts()[static_cast<size_t>(expert.position)];
@@ -308,8 +312,8 @@ void ExpertFfnCall::run_blocks(std::span<const SlotOfExpert> ready, int64_t rows
             std::min(most_bytes / row_bytes, most_values / std::min(routes, kRowsPerWalk));
         for (int64_t first = 0, count = 0; first < rows; first += count, left -= count) {
             const int64_t share = left / (kSharesPerThread * engine_.pool().threads());
-            const int64_t units = std::min(share, most) / kBlockRows;
-            count = std::min(std::max<int64_t>(1, units) * kBlockRows, rows - first);
+            const int64_t units = std::min(share, most) / unit;
+            count = std::min(std::max<int64_t>(1, units) * unit, rows - first);
             tasks.push_back({&expert, first, count});
         }
     }

@@ -27,24 +27,108 @@ constexpr size_t kAlign = 64;
     throw Error(ErrorCode::kInvalid, "linear: " + message);
 }
 
-void check(const Matrix& weight, const LinearCall& call) {
-    if (call.tokens < 0 || call.tokens > kLinearTokens) {
+void check(const LinearCall& call, std::span<const LinearPart> parts) {
+    if (call.tokens < 0 || call.tokens > kLinearTokens || parts.size() > kLinearParts) {
         invalid("expected 0 to " + std::to_string(kLinearTokens) + " tokens, got " +
-                std::to_string(call.tokens));
+                std::to_string(call.tokens) + ", for " + std::to_string(parts.size()) + " layers");
     }
-    if (weight.rows < 0 || weight.cols < 1 || weight.values.stride < row_bytes(weight) ||
-        call.x_stride < 0) {
-        invalid("a matrix of " + std::to_string(weight.rows) + " x " + std::to_string(weight.cols) +
-                " in rows of " + std::to_string(weight.values.stride) +
-                " bytes, and tokens that are " + std::to_string(call.x_stride) +
-                " elements apart, are none that it can multiply");
+    for (const LinearPart& part : parts) {
+        const Matrix& weight = part.weight;
+        if (weight.rows < 0 || weight.cols < 1 || weight.values.stride < row_bytes(weight) ||
+            weight.cols != parts[0].weight.cols || call.x_stride < 0) {
+            invalid("a matrix of " + std::to_string(weight.rows) + " x " +
+                    std::to_string(weight.cols) + " in rows of " +
+                    std::to_string(weight.values.stride) + " bytes, and tokens that are " +
+                    std::to_string(call.x_stride) +
+                    " elements apart, are none that it can multiply");
+        }
     }
 }
 
-int64_t rows_of_task(const Matrix& weight, int64_t tokens, int64_t threads) {
-    const int64_t share = weight.rows / (kTasksPerThread * threads);
+// The tokens as a product takes them: widened, then arranged, where it needs that.
+struct Tokens {
+    void (*arrange)(const void* from, int64_t count, void* to) = nullptr;
+    DType dtype = DType::kF32;
+    size_t wide = 0;      // bytes of a widened row
+    size_t arranged = 0;  // bytes of an arranged row
+    const void* x[kLinearTokens] = {};
+
+    Tokens() = default;
+    Tokens(const KernelSet& kernels, const LinearCall& call, const Matrix& weight) {
+        const bool as_it_is = call.x_dtype == DType::kBF16 &&
+                              product_of(kernels, weight, DType::kBF16).dot != nullptr;
+        dtype = as_it_is ? DType::kBF16 : DType::kF32;
+        const Product& product = product_of(kernels, weight, dtype);
+        arrange = product.arrange;
+        const auto cols = static_cast<size_t>(weight.cols);
+        wide = call.x_dtype == dtype ? 0 : round_up(cols * sizeof(float), kAlign);
+        if (arrange != nullptr) {
+            arranged = round_up(activation_row_bytes(product, cols, dtype), kAlign);
+        }
+    }
+
+    [[nodiscard]] bool same_as(const Tokens& other) const noexcept {
+        return arrange == other.arrange && dtype == other.dtype && arranged == other.arranged;
+    }
+
+    [[nodiscard]] size_t scratch_bytes(const LinearCall& call) const noexcept {
+        const size_t row = arranged != 0 ? arranged : wide;
+        return row == 0 ? 0 : static_cast<size_t>(call.tokens) * row + wide;
+    }
+
+    void make(const KernelSet& kernels, const LinearCall& call, int64_t cols, std::byte* scratch) {
+        const size_t row = arranged != 0 ? arranged : wide;
+        const size_t unit = dtype_bytes(call.x_dtype);
+        for (int64_t t = 0; t < call.tokens; ++t) {
+            const void* from = static_cast<const std::byte*>(call.x) +
+                               static_cast<size_t>(t * call.x_stride) * unit;
+            std::byte* to = scratch + static_cast<size_t>(t) * row;
+            if (wide != 0) {
+                auto* floats = reinterpret_cast<float*>(
+                    arranged == 0 ? to : scratch + static_cast<size_t>(call.tokens) * row);
+                kernels.widen(from, call.x_dtype, cols, floats);
+                from = floats;
+            }
+            if (arranged != 0) {
+                arrange(from, cols, to);
+                from = to;
+            }
+            x[t] = from;
+        }
+    }
+};
+
+int64_t rows_of_task(const Matrix& weight, int64_t all_rows, int64_t tokens, int64_t threads) {
+    const int64_t share = all_rows / (kTasksPerThread * threads);
     const int64_t most = std::min(kTaskBytes / row_bytes(weight), kTaskValues / tokens);
     return std::max<int64_t>(1, std::min(share, most) / kUnitRows) * kUnitRows;
+}
+
+void multiply_rows(const KernelSet& kernels, const LinearCall& call, const LinearPart& part,
+                   const Tokens& tokens, int64_t first, int64_t count) noexcept {
+    const Matrix& weight = part.weight;
+    const bool in_place = call.x_dtype == DType::kF32;
+    float values[kTaskValues];
+    DotJob job{.x = tokens.x,
+               .rows = call.tokens,
+               .outputs = count,
+               .depth = weight.cols,
+               .y = in_place ? static_cast<float*>(part.out) + first : values,
+               .y_stride = in_place ? weight.rows : count,
+               .from_memory = true};
+    multiply(kernels, weight, product_of(kernels, weight, tokens.dtype).dot, job, part.base, first);
+    if (part.bias != nullptr) {
+        add_bias(kernels, part.bias, static_cast<int64_t>(dtype_bytes(part.bias_dtype)),
+                 part.bias_dtype, job);
+    }
+    if (in_place) return;
+    const float one = 1;
+    for (int64_t t = 0; t < call.tokens; ++t) {
+        const float* y = values + t * count;
+        auto* out = static_cast<std::byte*>(part.out) +
+                    static_cast<size_t>(t * weight.rows + first) * dtype_bytes(call.x_dtype);
+        kernels.combine({&y, &one, 1, count, out, call.x_dtype});
+    }
 }
 
 }  // namespace
@@ -53,76 +137,56 @@ LinearWeight::LinearWeight(const Matrix& weight) : matrix(weight) {
     check_matrix(weight, "linear: weight");
 }
 
-void linear(CpuEngine& engine, const Matrix& weight, const std::byte* base,
-            const LinearCall& call) {
-    check(weight, call);
-    if (call.tokens == 0 || weight.rows == 0) return;
+void linear(CpuEngine& engine, const LinearCall& call, std::span<const LinearPart> parts) {
+    check(call, parts);
+    if (call.tokens == 0 || parts.empty()) return;
     const Range range("moeinf linear");
     const KernelSet& kernels = engine.kernels();
-    const bool as_it_is =
-        call.x_dtype == DType::kBF16 && product_of(kernels, weight, DType::kBF16).dot != nullptr;
-    const DType dtype = as_it_is ? DType::kBF16 : DType::kF32;
-    const Product& product = product_of(kernels, weight, dtype);
 
-    // The activations as the product takes them: widened, then arranged, where it needs that.
-    const size_t unit = dtype_bytes(call.x_dtype);
-    const auto cols = static_cast<size_t>(weight.cols);
-    const size_t wide = call.x_dtype == dtype ? 0 : round_up(cols * sizeof(float), kAlign);
-    const size_t arranged = product.arrange == nullptr
-                                ? 0
-                                : round_up(activation_row_bytes(product, cols, dtype), kAlign);
+    Tokens ways[kLinearParts];  // those that differ
+    size_t offsets[kLinearParts];
+    const Tokens* tokens_of[kLinearParts];
+    size_t count = 0;
+    size_t scratch_bytes = 0;
+    int64_t all_rows = 0;
+    for (size_t p = 0; p < parts.size(); ++p) {
+        const Tokens way(kernels, call, parts[p].weight);
+        ways[count] = way;
+        size_t found = 0;
+        while (!ways[found].same_as(way)) ++found;
+        if (found == count) {
+            offsets[count++] = scratch_bytes;
+            scratch_bytes += way.scratch_bytes(call);
+        }
+        tokens_of[p] = &ways[found];
+        all_rows += parts[p].weight.rows;
+    }
     ScratchBuffer scratch;
-    const size_t row = arranged != 0 ? arranged : wide;
-    if (row != 0) {
-        scratch = engine.take_scratch(static_cast<size_t>(call.tokens) * row + wide);
-    }
-    const void* x[kLinearTokens];
-    for (int64_t t = 0; t < call.tokens; ++t) {
-        const void* from =
-            static_cast<const std::byte*>(call.x) + static_cast<size_t>(t * call.x_stride) * unit;
-        std::byte* to = scratch.data() + static_cast<size_t>(t) * row;
-        if (wide != 0) {
-            auto* floats = reinterpret_cast<float*>(
-                arranged == 0 ? to : scratch.data() + static_cast<size_t>(call.tokens) * row);
-            kernels.widen(from, call.x_dtype, weight.cols, floats);
-            from = floats;
-        }
-        if (arranged != 0) {
-            product.arrange(from, weight.cols, to);
-            from = to;
-        }
-        x[t] = from;
+    if (scratch_bytes != 0) scratch = engine.take_scratch(scratch_bytes);
+    for (size_t w = 0; w < count; ++w) {
+        ways[w].make(kernels, call, parts[0].weight.cols, scratch.data() + offsets[w]);
     }
 
-    const size_t out_unit = dtype_bytes(call.x_dtype);
-    const bool in_place = call.x_dtype == DType::kF32;
-    const int64_t step = rows_of_task(weight, call.tokens, engine.pool().threads());
-    engine.pool().run((weight.rows + step - 1) / step, [&](int64_t task) noexcept {
-        const int64_t first = task * step;
-        const int64_t count = std::min(step, weight.rows - first);
-        float values[kTaskValues];
-        DotJob job{.x = x,
-                   .rows = call.tokens,
-                   .outputs = count,
-                   .depth = weight.cols,
-                   .y = in_place ? static_cast<float*>(call.out) + first : values,
-                   .y_stride = in_place ? weight.rows : count,
-                   .from_memory = true};
-        multiply(kernels, weight, product.dot, job, base, first);
-        if (call.bias != nullptr) {
-            add_bias(kernels, call.bias, static_cast<int64_t>(dtype_bytes(call.bias_dtype)),
-                     call.bias_dtype, job);
-        }
-        if (in_place) return;
-        const float one = 1;
-        for (int64_t t = 0; t < call.tokens; ++t) {
-            const float* y = values + t * count;
-            auto* out = static_cast<std::byte*>(call.out) +
-                        static_cast<size_t>(t * weight.rows + first) * out_unit;
-            kernels.combine({&y, &one, 1, count, out, call.x_dtype});
+    int64_t steps[kLinearParts];
+    int64_t tasks = 0;
+    for (size_t p = 0; p < parts.size(); ++p) {
+        const Matrix& weight = parts[p].weight;
+        steps[p] = rows_of_task(weight, all_rows, call.tokens, engine.pool().threads());
+        tasks += (weight.rows + steps[p] - 1) / steps[p];
+    }
+    engine.pool().run(tasks, [&](int64_t task) noexcept {
+        for (size_t p = 0;; ++p) {
+            const int64_t rows = parts[p].weight.rows;
+            const int64_t mine = (rows + steps[p] - 1) / steps[p];
+            if (task < mine) {
+                const int64_t first = task * steps[p];
+                return multiply_rows(kernels, call, parts[p], *tokens_of[p], first,
+                                     std::min(steps[p], rows - first));
+            }
+            task -= mine;
         }
     });
-    if (row != 0) engine.give_scratch(std::move(scratch));
+    if (scratch_bytes != 0) engine.give_scratch(std::move(scratch));
 }
 
 void decode(CpuEngine& engine, const Matrix& weight, const std::byte* base, int64_t first,

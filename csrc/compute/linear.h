@@ -1,4 +1,4 @@
-// A linear layer for a few tokens, with the kernels and the threads of the experts, for W in any
+// Linear layers for a few tokens, with the kernels and the threads of the experts, for W in any
 // weight format:
 //
 //   out[t] = W x[t] + bias
@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "compute/cpu_engine.h"
 #include "layout/matrix.h"
@@ -31,14 +32,22 @@ struct LinearCall {
     DType x_dtype = DType::kF32;
     int64_t x_stride = 0;  // elements from one token to the next
     int64_t tokens = 0;
+};
+
+// One of the layers that take the same tokens.
+struct LinearPart {
+    Matrix weight;  // its offsets count from `base`
+    const std::byte* base = nullptr;
     const std::byte* bias = nullptr;  // [rows], contiguous; null: the matrix's own, or none
     DType bias_dtype = DType::kF32;
     void* out = nullptr;  // [tokens, rows], contiguous, of the type of x
 };
 
-// The offsets of `weight` count from `base`. Throws Error(kInvalid) for more than kLinearTokens
-// tokens and for sizes that make no sense.
-void linear(CpuEngine& engine, const Matrix& weight, const std::byte* base, const LinearCall& call);
+// All of them in one job of the threads: small ones do not wait for each other. Throws
+// Error(kInvalid) for more than kLinearTokens tokens, more than kLinearParts layers, and sizes that
+// make no sense.
+constexpr size_t kLinearParts = 3;
+void linear(CpuEngine& engine, const LinearCall& call, std::span<const LinearPart> parts);
 
 // Writes `count` rows of W from row `first` on, [count, cols] of `dtype`, at `out`.
 void decode(CpuEngine& engine, const Matrix& weight, const std::byte* base, int64_t first,

@@ -25,7 +25,10 @@ int64_t row_bytes(const Matrix& matrix) {
 }
 
 size_t activation_row_bytes(const Product& product, size_t cols, DType dtype) {
-    size_t bytes = round_up(cols, static_cast<size_t>(product.step)) * dtype_bytes(dtype);
+    const auto step = static_cast<size_t>(product.step);
+    const auto step_bytes = static_cast<size_t>(product.step_bytes);
+    size_t bytes =
+        round_up(cols, step) / step * (step_bytes == 0 ? step * dtype_bytes(dtype) : step_bytes);
     if (product.sums != 0) {
         bytes += round_up(cols / static_cast<size_t>(product.sums) * sizeof(float), kAlign);
     }

@@ -3,8 +3,8 @@
 //   r      = 1 / sqrt(mean of x[i]^2 + epsilon)                   in 32-bit floats
 //   out[i] = (offset + weight[i]) * x[i] * r                      rounded to the type of x
 //
-// The bits depend on the order of the sum, which is that of ATen's sums over rows of eight numbers
-// or more. Whoever replaces a norm of torch compares the bits of both first.
+// The bits depend on the order of the sum, which is that of ATen's. Whoever replaces a norm of
+// torch compares the bits of both first.
 #pragma once
 
 #include <cstdint>
@@ -26,12 +26,15 @@ struct NormCall {
     int64_t rows;
     int64_t cols;
     const void* weight;  // [cols]
-    void* out;           // [rows, cols], contiguous
+    void* out;           // [rows, cols], contiguous; may be x, where that is contiguous too
     DType dtype;         // of all three: bf16 or f32
 };
 
 constexpr int64_t kNormColumns = 8192;  // of a row, at most
 
 void rms_norm(CpuEngine& engine, const RmsNorm& norm, const NormCall& call);
+
+// out[i] = one[i] + other[i], rounded to their type: bf16 or f32.
+void add(const void* one, const void* other, int64_t count, DType dtype, void* out);
 
 }  // namespace moeinf

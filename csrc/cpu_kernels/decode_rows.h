@@ -11,6 +11,7 @@
 
 #include "cpu_kernels/dot_scaled.h"
 #include "cpu_kernels/formats/ggml.h"
+#include "cpu_kernels/palette_rows.h"
 
 namespace moeinf {
 namespace {
@@ -92,9 +93,14 @@ inline void widen_block(const std::byte* block, float* to) {
         }
     } else {
         for (int64_t i = 0; i < D::kCodes; i += F::kLanes) {
-            const auto codes = F::load_bytes(block + D::kFirst + i);
+            const auto codes = [&] {
+                if constexpr (D::kBits == 4)
+                    return F::load_bytes(block + D::kFirst + i);
+                else
+                    return F::load_bytes(block + D::kFirst + D::code_byte(i), D::code_shift(i));
+            }();
             auto low = F::template look_up<0>(codes, D::kTable);
-            auto up = F::template look_up<4>(codes, D::kTable);
+            auto up = F::template look_up<D::kBits>(codes, D::kTable);
             if constexpr (D::kHighBits != 0) {
                 const auto high =
                     F::load_bytes(block + D::kHigh + D::high_byte(i), D::high_shift(i));
@@ -136,6 +142,16 @@ template <class F, class Decoder, class Out>
 inline void decode_as(const DotJob& job, Out* out) {
     if constexpr (requires { Decoder::kBlock; }) {
         decode_blocks<F, Decoder>(job, out);
+    } else if constexpr (is_palette<Decoder>) {
+        const float one[] = {1};
+        const float zero[] = {0};
+        const PaletteJob rows(job, Decoder::kRare);
+        BF16 row[kMostPaletteCols];
+        for (int64_t n = 0; n < job.outputs; ++n, out += job.depth) {
+            expand_row<F>(rows, n, row);
+            decode_scaled_row<F, Bf16Weights>(job, reinterpret_cast<const std::byte*>(row), one,
+                                              zero, out);
+        }
     } else {
         float scales[kMaxScales + 64] = {1};
         float zeros[kMaxScales + 64] = {};

@@ -32,6 +32,10 @@ struct Codes<F, 0> {
 // Four bytes of each of n blocks: bits j and j + 16 become bits 0 and 4 of byte j of 16 bytes.
 template <class F>
 inline typename F::Words load_bits(const std::byte* p, int64_t stride, int64_t n) {
+    if constexpr (requires(typename F::Words blocks) { F::spread_bits(blocks); }) {
+        return F::spread_bits(n < 4 ? F::load_quarters_first(p, stride, n)
+                                    : F::load_quarters(p, stride));
+    }
     std::array<uint64_t, F::kLanes / 2> bytes{};
     // Bit j of eight is in byte j; what is added carries it to the top of the byte.
     const auto spread = [](uint32_t bits) {
@@ -80,12 +84,25 @@ struct NibbleBlocks {
         } else if constexpr (D::kCodes == 16) {
             return {F::load_quarters(block + D::kFirst, kSize)};
         } else if constexpr (D::kHighBits == 0) {
-            return {F::load_words(block + D::kFirst + byte % D::kCodes)};
+            return {load_codes(block, byte % D::kCodes)};
         } else {
             const int64_t at = byte % D::kCodes;
-            return {F::load_words(block + D::kFirst + at),
-                    F::load_shifted(block + D::kHigh + D::high_byte(at), D::high_shift(at))};
+            return {load_codes(block, at),
+                    F::template load_shifted<2>(block + D::kHigh + D::high_byte(at),
+                                                D::high_shift(at))};
         }
+    }
+    static typename F::Words load_codes(const std::byte* block, int64_t at) {
+        if constexpr (D::kBits == 4) {
+            return F::load_words(block + D::kFirst + at);
+        } else {
+            return F::template load_shifted<4>(block + D::kFirst + D::code_byte(at),
+                                               D::code_shift(at));
+        }
+    }
+    // Bits from the first code of a word to that of a part.
+    static constexpr int shift_of(size_t part) {
+        return static_cast<int>(8 * (part / 2) + D::kBits * (part % 2));
     }
     // Blocks of 256 columns end with a step.
     static Packed load_first(const std::byte* row, int64_t k, int64_t n) {
@@ -116,11 +133,11 @@ struct BlockFloatProduct : NibbleBlocks<Floats, D, 4> {
 
     template <size_t kPart>
     static WVec decode(const typename Base::Packed& packed) {
-        constexpr int kAt = static_cast<int>(kPart);
-        const auto low = F::template look_up<4 * kAt>(packed.codes, D::kTable);
+        const auto low = F::template look_up<Base::shift_of(kPart)>(packed.codes, D::kTable);
         if constexpr (D::kHighBits == 0) {
             return low;
         } else {
+            constexpr int kAt = static_cast<int>(kPart);
             constexpr int kShift = 8 * (kAt / 2) + D::kHalfShift * (kAt % 2);
             return F::add(low, F::template look_up<kShift>(packed.high, D::kHighTable));
         }
@@ -212,7 +229,8 @@ struct ScalesInBlocks {
                                 typename F::Vec (&acc)[kRows][kOutputs]) {
         const int64_t groups = job.depth / D::kGroup;
         for (int r = 0; r < kRows; ++r) {
-            const auto* sums = reinterpret_cast<const float*>(x[r] + padded_depth<P>(job.depth));
+            const auto* sums =
+                reinterpret_cast<const float*>(x[r] + arranged_elements<P>(job.depth));
             for (int n = 0; n < kOutputs; ++n) {
                 const float* minima = panel.minima[first + n * apart];
                 for (int64_t g = 0; g < groups; g += F::kLanes) {

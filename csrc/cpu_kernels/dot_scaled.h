@@ -62,6 +62,16 @@ constexpr int64_t padded_depth(int64_t depth) {
     return (depth + P::kStep - 1) / P::kStep * P::kStep;
 }
 
+// Elements of an arranged row.
+template <class P>
+constexpr int64_t arranged_elements(int64_t depth) {
+    if constexpr (requires { P::kStepBytes; }) {
+        return padded_depth<P>(depth) / P::kStep * P::kStepBytes;
+    } else {
+        return padded_depth<P>(depth);
+    }
+}
+
 template <class F>
 inline void widen_scales(const std::byte* from, ScaleType type, int64_t count, float* to) {
     switch (type) {

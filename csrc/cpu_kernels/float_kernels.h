@@ -13,6 +13,7 @@
 #include "cpu_kernels/dot_tile.h"
 #include "cpu_kernels/formats/decoders.h"
 #include "cpu_kernels/gates.h"
+#include "cpu_kernels/palette_rows.h"
 
 namespace moeinf {
 namespace {
@@ -61,6 +62,8 @@ struct FloatKernels {
             } else {
                 return block_product<BlockFloatProduct<F, Decoder>>();
             }
+        } else if constexpr (is_palette<Decoder>) {
+            return {palette_product<F, FloatProduct<F, Bf16Weights>, Decoder>};
         } else if constexpr (has_zeros<Decoder>) {
             return scaled_product<IntegerFloatProduct<F, Decoder>>();
         } else if constexpr (Decoder::kScaled) {

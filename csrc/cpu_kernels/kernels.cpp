@@ -47,7 +47,8 @@ bool cpu_has_avx512() {
 }
 
 bool cpu_has_avx512bf16() {
-    return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16");
+    return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("avx512vnni");
 }
 
 // Linux gives the registers of tiles to processes that ask for them.

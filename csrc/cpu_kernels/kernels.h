@@ -65,6 +65,7 @@ struct Product {
     void (*arrange)(const void* from, int64_t count, void* to) = nullptr;
     int64_t step = 1;
     int64_t sums = 0;
+    int64_t step_bytes = 0;  // of an arranged step; 0: elements of their own type
 };
 
 constexpr int64_t kTileRows = 16;
@@ -81,9 +82,9 @@ constexpr int64_t tile_row_bytes(int64_t depth) {
 // if the set must widen activations first. `tiles` does it on a matrix unit, for scales of all
 // columns, of 16, or of a multiple of kTileDepth. It takes activations as KernelSet::arrange_tiles
 // writes them: x[i] of a job is the place of activations 16 i to 16 i + 15. It may read kTileBehind
-// bytes behind the last ones. Null where the set has none, and for weights that are not exact in
-// bf16. `decode` writes the weights of a job as numbers, row after row; it reads neither its
-// activations nor its y.
+// bytes behind the last ones. Null where the set has none, for weights that are not exact in bf16,
+// and for minima of 16 columns. `decode` writes the weights of a job as numbers, row after row; it
+// reads neither its activations nor its y.
 constexpr int64_t kTileBehind = 64;
 struct FormatKernels {
     Product f32;

@@ -327,6 +327,9 @@ void amx_q8_0(const DotJob& job) {
 void amx_q4_0(const DotJob& job) {
     dot<SmallBlockCodes<Q40Weights>>(job);
 }
+void amx_q4_1(const DotJob& job) {
+    dot<SmallBlockCodes<Q41Weights>>(job);
+}
 void amx_q5_0(const DotJob& job) {
     dot<SmallBlockCodes<Q50Weights>>(job);
 }
@@ -338,6 +341,12 @@ void amx_iq4_nl(const DotJob& job) {
 }
 void amx_mxfp4(const DotJob& job) {
     dot<GgufMxfp4Codes>(job);
+}
+void amx_iq4_xs(const DotJob& job) {
+    dot<Iq4XsCodes>(job);
+}
+void amx_q3_k(const DotJob& job) {
+    dot<Q3KCodes>(job);
 }
 void amx_q4_k(const DotJob& job) {
     dot<LargeBlockCodes<Q4KWeights>>(job);

@@ -65,15 +65,18 @@ struct Q80Codes : HalfScaled<Q80Weights> {
     }
 };
 
+// The lower halves of 16 bytes, then their upper halves.
+inline __m512i halves_of(__m128i bytes) {
+    const __m256i words = _mm256_cvtepu8_epi16(bytes);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(words), _mm256_srli_epi16(words, 4), 1);
+}
+
 // Blocks of 32 columns: the first 16 in the lower halves of 16 bytes. A fifth bit of column j is
 // bit j of four bytes.
 template <class D, class Base = HalfScaled<D>>
 struct SmallBlockCodes : Base {
     // The lower four bits of each word, and others above them.
-    static __m512i codes(const std::byte* block) {
-        const __m256i bytes = _mm256_cvtepu8_epi16(F::bytes(block + D::kFirst));
-        return _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
-    }
+    static __m512i codes(const std::byte* block) { return halves_of(F::bytes(block + D::kFirst)); }
     static __m512i load(const std::byte* row, int64_t k, int64_t /*n*/) {
         const std::byte* block = Base::block(row, k);
         if constexpr (D::kHighBits == 0) {
@@ -146,16 +149,51 @@ struct LargeBlockCodes : SixBitScaled<D> {
     }
 };
 
+// 16 whole numbers times a float16.
+inline void whole_times(const int8_t* whole, const std::byte* half, float* to) {
+    F16 factor;
+    std::memcpy(&factor, half, sizeof factor);
+    const __m128 number = _mm_cvtph_ps(_mm_cvtsi32_si128(factor.bits));
+    F::store(to, F::mul(F::load(whole), _mm512_broadcastss_ps(number)));
+}
+
+// Blocks of 256 columns. Of 32 columns, the first 16 are in the lower halves of 16 bytes.
+struct Iq4XsCodes : BlockCodes<Iq4XsWeights> {
+    static void scales(const std::byte* row, int64_t /*n*/, float* to) {
+        int8_t whole[16] = {};
+        Iq4XsWeights::whole_scales(row, whole);
+        whole_times(whole, row, to);
+    }
+    static __m512i load(const std::byte* row, int64_t k, int64_t /*n*/) {
+        return kTableOf<Iq4XsWeights>.of_five(
+            halves_of(F::bytes(row + Iq4XsWeights::kFirst + k / 2)));
+    }
+};
+
+// Blocks of 256 columns. Of 128 columns, 32 are in each pair of bits of 32 bytes. Their third bits
+// are in 32 other bytes, a bit for each 32 columns.
+struct Q3KCodes : BlockCodes<Q3KWeights> {
+    using D = Q3KWeights;
+    static void scales(const std::byte* row, int64_t /*n*/, float* to) {
+        int8_t whole[16];
+        D::whole_scales(row, whole);
+        whole_times(whole, row + 108, to);
+    }
+    static __m512i load(const std::byte* row, int64_t k, int64_t /*n*/) {
+        const auto group = static_cast<unsigned>(k / 32);
+        const __m512i pairs = bytes_as_words(row + D::kFirst + k / 128 * 32);
+        const __m512i high = _mm512_slli_epi16(bytes_as_words(row + D::kHigh), 4);
+        return kTableOf<D>.of_five(with_high_bits(_mm512_srli_epi16(pairs, group % 4 * 2),
+                                                  _mm512_srli_epi16(high, group)));
+    }
+};
+
 // Blocks of 256 columns. Of 128 columns, the first 64 are in the lower halves of 64 bytes. Their
 // other two bits are in 32 other bytes, those of columns at a distance of 32 side by side.
 struct Q6KCodes : BlockCodes<Q6KWeights> {
     using D = Q6KWeights;
     static void scales(const std::byte* row, int64_t /*n*/, float* to) {
-        F16 factor;
-        std::memcpy(&factor, row + 208, sizeof factor);
-        const auto* whole = reinterpret_cast<const int8_t*>(row + 192);
-        F::store(to, F::mul(F::load(whole),
-                            _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(factor.bits)))));
+        whole_times(reinterpret_cast<const int8_t*>(row + 192), row + 208, to);
     }
     static __m512i load(const std::byte* row, int64_t k, int64_t /*n*/) {
         const int64_t part = k / 128;

@@ -151,15 +151,16 @@ constexpr Products make_nvfp4_products() {
 }
 constexpr Products kNvfp4Products = make_nvfp4_products();
 
-// Powers of two from 2^-63 to 2^63 keep every product, and its product with an activation of usual
-// size, in the range of bf16.
-constexpr int kLeastPower = 64, kMostPower = 190;
+// Powers of two from 2^-30 to 2^30 keep every product in the range of bf16, and its product with an
+// activation too: the matrix unit takes numbers below 2^-126 for zero, so one of 2^-94 is the
+// least.
+constexpr int kLeastPower = 97, kMostPower = 157;
 inline bool is_far(uint8_t power) {
     return power < kLeastPower || power > kMostPower;
 }
 constexpr Products make_mxfp4_products() {
     Products products{};
-    float value = 1.0f / (int64_t{1} << 62) / 2;
+    float value = 1.0f / (int64_t{1} << 30);
     for (int power = kLeastPower; power <= kMostPower; ++power, value *= 2) {
         for (int code = 0; code < 16; ++code) {
             products.of[power][code] = upper_half(value * E2M1Weights::kTable[code]);

@@ -74,8 +74,27 @@ struct Floats256 {
     static Words load_quarters_first(const std::byte* p, int64_t stride, int64_t n) {
         return n > 1 ? load_quarters(p, stride) : _mm256_zextsi128_si256(halves(p));
     }
+    template <int /*kMore*/>
     static Words load_shifted(const std::byte* p, int shift) {
         return _mm256_srli_epi32(load_words(p), shift);
+    }
+    // See SixBitScales: of the first 16 bytes of two blocks.
+    static void six_bits(Words blocks, int8_t* scales, int8_t* minima) {
+        const __m256i low = _mm256_srlv_epi32(_mm256_shuffle_epi32(blocks, 0xed),
+                                              _mm256_setr_epi32(0, 0, 0, 4, 0, 0, 0, 4));
+        const __m256i top = _mm256_srli_epi32(_mm256_shuffle_epi32(blocks, 0x84), 2);
+        const __m256i whole =
+            _mm256_or_si256(_mm256_and_si256(low, _mm256_set1_epi64x(0x0f0f0f0f3f3f3f3f)),
+                            _mm256_and_si256(top, _mm256_set1_epi64x(0x3030303000000000)));
+        const __m256i apart = _mm256_permute4x64_epi64(whole, 0xd8);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(scales), _mm256_castsi256_si128(apart));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(minima), _mm256_extracti128_si256(apart, 1));
+    }
+    // The two float16 in the first word of each of two blocks.
+    static Vec first_halves(Words blocks) {
+        const __m256i words =
+            _mm256_permutevar8x32_epi32(blocks, _mm256_setr_epi32(0, 4, 0, 4, 0, 4, 0, 4));
+        return _mm256_cvtph_ps(_mm256_castsi256_si128(words));
     }
     static Words load_bytes(const std::byte* p, int shift = 0) {
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
@@ -129,6 +148,9 @@ struct Floats256 {
     static void store_first(F16* p, Vec v, int64_t n) { store_copy(p, v, n); }
 
     static Vec splat(float value) { return _mm256_set1_ps(value); }
+    static Vec splat(F16 value) {
+        return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(value.bits)));
+    }
     static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
     static Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
     static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }

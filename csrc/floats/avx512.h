@@ -34,8 +34,8 @@ struct Floats512 {
     }
     static Vec numbers(__m512i bits) { return _mm512_castsi512_ps(bits); }
     // 2^(b - 127) has exponent b, except for b = 0.
-    static Vec powers(__m128i bytes) {
-        const __m512i b = _mm512_cvtepu8_epi32(bytes);
+    static Vec powers(__m128i bytes) { return powers(_mm512_cvtepu8_epi32(bytes)); }
+    static Vec powers(__m512i b) {
         const __m512i tiny = _mm512_set1_epi32(0x00400000);
         return numbers(
             _mm512_mask_mov_epi32(_mm512_slli_epi32(b, 23), _mm512_testn_epi32_mask(b, b), tiny));
@@ -88,12 +88,58 @@ struct Floats512 {
         words = _mm512_mask_broadcast_i32x4(words, 0x0f00, bytes(p + 2 * stride));
         return _mm512_mask_broadcast_i32x4(words, 0xf000, bytes(p + 3 * stride));
     }
-    // 32 bytes twice, the words shifted to the right; the second ones by two bits more.
+    // 32 bytes twice, the words shifted to the right; the second ones by kMore bits more.
+    template <int kMore>
     static Words load_shifted(const std::byte* p, int shift) {
         const __m512i twice =
             _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-        const __m512i more = _mm512_set_epi32(2, 2, 2, 2, 2, 2, 2, 2, 0, 0, 0, 0, 0, 0, 0, 0);
+        const __m512i more = _mm512_maskz_set1_epi32(0xff00, kMore);
         return _mm512_srlv_epi32(twice, _mm512_add_epi32(more, _mm512_set1_epi32(shift)));
+    }
+    // See SixBitScales: of the first 16 bytes of four blocks.
+    static void six_bits(Words blocks, int8_t* scales, int8_t* minima) {
+        const __m512i low = _mm512_srlv_epi32(_mm512_shuffle_epi32(blocks, _MM_PERM_DCDB),
+                                              _mm512_broadcast_i32x4(_mm_setr_epi32(0, 0, 0, 4)));
+        const __m512i top =
+            _mm512_maskz_srli_epi32(0xaaaa, _mm512_shuffle_epi32(blocks, _MM_PERM_CABA), 2);
+        const __m512i places = _mm512_set1_epi64(0x0f0f0f0f3f3f3f3f);
+        const __m512i whole = _mm512_and_si512(_mm512_ternarylogic_epi32(places, low, top, 0xca),
+                                               _mm512_set1_epi8(63));
+        const __m512i apart =
+            _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7), whole);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(scales), _mm512_castsi512_si256(apart));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(minima),
+                            _mm512_extracti64x4_epi64(apart, 1));
+    }
+    // The two float16 in the first word of each of four blocks.
+    static Vec first_halves(Words blocks) {
+        const __m512i words = _mm512_permutexvar_epi32(
+            _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12), blocks);
+        return _mm512_cvtph_ps(_mm512_castsi512_si256(words));
+    }
+    // The number that each of four blocks begins with.
+    static Vec firsts(Words blocks, F16 /*type*/) {
+        const __m512i halves = _mm512_permutexvar_epi16(
+            _mm512_castsi128_si512(_mm_setr_epi16(0, 8, 16, 24, 0, 8, 16, 24)), blocks);
+        return _mm512_castps128_ps512(_mm_cvtph_ps(_mm512_castsi512_si128(halves)));
+    }
+    static Vec firsts(Words blocks, E8M0 /*type*/) {
+        const __m512i words =
+            _mm512_permutexvar_epi32(_mm512_castsi128_si512(_mm_setr_epi32(0, 4, 8, 12)), blocks);
+        return powers(_mm512_and_si512(words, _mm512_set1_epi32(255)));
+    }
+    // Of the first four bytes of each of four blocks, bits j and j + 16 become bits 0 and 4 of byte
+    // j of 16 bytes.
+    static Words spread_bits(Words blocks) {
+        const __m512i bit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201));
+        const auto of_bytes = [&](int64_t first, int64_t second) {
+            return _mm512_test_epi8_mask(
+                bit, _mm512_shuffle_epi8(blocks, _mm512_mask_set1_epi64(
+                                                     _mm512_set1_epi64(first * 0x0101010101010101),
+                                                     0xaa, second * 0x0101010101010101)));
+        };
+        const __m512i low = _mm512_maskz_set1_epi8(of_bytes(0, 1), 1);
+        return _mm512_or_si512(low, _mm512_maskz_set1_epi8(of_bytes(2, 3), 16));
     }
     static Words load_bytes(const std::byte* p, int shift = 0) {
         const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -102,6 +148,32 @@ struct Floats512 {
     template <int kShift>
     static Vec look_up(Words words, const float (&table)[16]) {
         return _mm512_permutexvar_ps(_mm512_srli_epi32(words, kShift), _mm512_loadu_ps(table));
+    }
+
+    // The exponents of 16 codes at their places in bf16, twice: so the fifth bit of a code does not
+    // matter. The last code stands for 0.
+    static Words exponents(unsigned base) {
+        const __m256i codes =
+            _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 0);
+        const __m256i sums =
+            _mm256_maskz_add_epi16(0x7fff, codes, _mm256_set1_epi16(static_cast<int16_t>(base)));
+        return _mm512_broadcast_i64x4(_mm256_srli_epi16(_mm256_slli_epi16(sums, 8), 1));
+    }
+    // 64 numbers: 32 bytes of codes, and then a byte for each with its sign and its fraction.
+    static void expand(Words exponents, const std::byte* from, BF16* to) {
+        const Words codes = words_of(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+        store_number(to, from + 32, _mm512_permutexvar_epi16(codes, exponents));
+        store_number(to + 32, from + 64,
+                     _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4), exponents));
+    }
+    static Words words_of(__m256i bytes) { return _mm512_cvtepu8_epi16(bytes); }
+    static void store_number(BF16* to, const std::byte* from, Words exponents) {
+        const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        // What the mask takes of the bytes, which have their sign in all upper bits, or an
+        // exponent.
+        _mm512_storeu_si512(
+            to, _mm512_ternarylogic_epi32(_mm512_cvtepi8_epi16(bytes), _mm512_set1_epi16(-0x7f81),
+                                          exponents, 0xea));
     }
 
     // The lower (kUpper = 0) or upper bytes of 32 words as bf16. Exponent and mantissa are moved to
@@ -174,6 +246,9 @@ struct Floats512 {
     }
 
     static Vec splat(float value) { return _mm512_set1_ps(value); }
+    static Vec splat(F16 value) {
+        return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(value.bits)));
+    }
     static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
     static Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
     static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }

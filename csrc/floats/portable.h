@@ -109,8 +109,25 @@ struct Floats128 {
     static Words load_quarters_first(const std::byte* p, int64_t /*stride*/, int64_t /*n*/) {
         return load_words(p);
     }
+    template <int /*kMore*/>
     static Words load_shifted(const std::byte* p, int shift) {
         return load_words(p) >> static_cast<uint32_t>(shift);
+    }
+    // See SixBitScales: of the first 16 bytes of a block.
+    static void six_bits(Words block, int8_t* scales, int8_t* minima) {
+        const Words low = {block[1], block[3], block[2], block[3] >> 4};
+        const Words top = {0, block[1], 0, block[2]};
+        const Words whole = (low & Words{0x3f3f3f3f, 0x0f0f0f0f, 0x3f3f3f3f, 0x0f0f0f0f}) |
+                            (top >> 2 & (Bits{} + 0x30303030u));
+        __builtin_memcpy(scales, &whole, 8);
+        __builtin_memcpy(minima, reinterpret_cast<const int8_t*>(&whole) + 8, 8);
+    }
+    // The two float16 in the first word of a block.
+    static Vec first_halves(Words block) {
+        const Words words = {block[0], block[0], block[0], block[0]};
+        F16 halves[4];
+        __builtin_memcpy(halves, &words, sizeof halves);
+        return load(halves);
     }
     // A byte for each word, shifted.
     static Words load_bytes(const std::byte* p, int shift = 0) {
@@ -165,6 +182,10 @@ struct Floats128 {
     static void store_first(F16* p, Vec v, int64_t n) { store_copy(p, v, n); }
 
     static Vec splat(float value) { return Vec{value, value, value, value}; }
+    static Vec splat(F16 value) {
+        const F16 values[4] = {value, value, value, value};
+        return load(values);
+    }
     static Vec add(Vec a, Vec b) { return a + b; }
     static Vec sub(Vec a, Vec b) { return a - b; }
     static Vec mul(Vec a, Vec b) { return a * b; }

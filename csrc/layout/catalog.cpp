@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/error.h"
+#include "layout/palette.h"
 
 namespace moeinf {
 namespace {
@@ -76,6 +77,19 @@ void check_overlap(std::span<const Extent> extents, const std::vector<CatalogFil
                     " in the slot: expected a slot offset of at least " + text_of(end) +
                     ", found " + text_of(after.slot_offset));
         }
+    }
+}
+
+void check_palette(const NumberCheck& rows, uint64_t slot_bytes) {
+    const bool inside =
+        rows.slot_offset <= slot_bytes && rows.nbytes <= slot_bytes - rows.slot_offset;
+    if (!inside || rows.tail < 4 || rows.tail % 4 != 0 || rows.step <= rows.tail ||
+        (rows.step - rows.tail) % kPaletteBytes != 0 || rows.nbytes % rows.step != 0) {
+        invalid("check of " + text_of(rows.nbytes) + " bytes at slot offset " +
+                text_of(rows.slot_offset) +
+                ": expected whole rows of bf16 in 12 bits in a slot of " + text_of(slot_bytes) +
+                " bytes, found rows of " + text_of(rows.step) + " bytes with a tail of " +
+                text_of(rows.tail));
     }
 }
 
@@ -154,6 +168,11 @@ Catalog::Catalog(ModelShape shape, uint64_t slot_bytes, std::vector<CatalogFile>
     }
     uint64_t unit = 1;
     for (const NumberCheck& check : checks_) {
+        if (check.tail != 0) {
+            check_palette(check, slot_bytes);
+            cuts_numbers_ = true;
+            continue;
+        }
         unit = std::max(unit, static_cast<uint64_t>(scale_bytes(check.type)));
         if (check.slot_offset > slot_bytes || check.nbytes > slot_bytes - check.slot_offset ||
             check.step < static_cast<uint64_t>(scale_bytes(check.type)) ||

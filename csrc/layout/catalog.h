@@ -70,6 +70,9 @@ struct NumberCheck {
     ScaleType type;
     bool negative;
     uint64_t step;  // bytes from one number to the next
+    // Else the bytes are rows of bf16 in 12 bits (layout/palette.h), `step` bytes each, with such a
+    // tail. They must be well formed.
+    uint64_t tail = 0;
 };
 
 // The same bytes as those of a file, in another place. The files themselves lie in place 0.

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "base/error.h"
+#include "layout/palette.h"
 
 // Reads are checked at the speed of a cache, which takes wider registers than every CPU has.
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -103,20 +104,44 @@ uint64_t first_broken(const NumberCheck& check, const std::byte* from, uint64_t 
     __builtin_unreachable();
 }
 
+// The last byte first where they are one number.
+std::string hex(const std::byte* from, uint64_t count, bool one_number = false) {
+    static constexpr char kDigits[] = "0123456789abcdef";
+    std::string text;
+    for (uint64_t i = 0; i < count; ++i) {
+        const auto byte = std::to_integer<unsigned>(from[one_number ? count - 1 - i : i]);
+        text += {kDigits[byte >> 4], kDigits[byte & 15]};
+    }
+    return text;
+}
+
 [[noreturn]] void refuse(const Catalog& catalog, ExpertId expert, const NumberCheck& check,
                          const std::byte* slot, uint64_t slot_offset) {
     static constexpr const char* kNames[] = {"F32", "BF16", "F16", "F8_E8M0", "F8_E4M3"};
-    static constexpr char kDigits[] = "0123456789abcdef";
-    std::string code;
-    for (auto i = static_cast<uint64_t>(scale_bytes(check.type)); i-- > 0;) {
-        const auto byte = std::to_integer<unsigned>(slot[slot_offset + i]);
-        code += {kDigits[byte >> 4], kDigits[byte & 15]};
-    }
+    const std::string code =
+        hex(slot + slot_offset, static_cast<uint64_t>(scale_bytes(check.type)), true);
     const auto [place, bytes_before] = catalog.origin(expert, slot_offset);
     throw Error(ErrorCode::kRead, place + ": expected finite numbers" +
                                       (check.negative ? "" : ", none of them negative") +
                                       ", found " + kNames[static_cast<int>(check.type)] + " 0x" +
                                       code + " at byte " + std::to_string(bytes_before));
+}
+
+// All rows. The slot is there in full: no such row is checked before (Catalog::cuts_numbers).
+void check_palette(const Catalog& catalog, ExpertId expert, const NumberCheck& check,
+                   const std::byte* slot) {
+    const uint64_t body = check.step - check.tail;
+    const int64_t cols = static_cast<int64_t>(body) / kPaletteBytes * kPaletteCols;
+    for (uint64_t at = 0; at < check.nbytes; at += check.step) {
+        const uint64_t row = check.slot_offset + at;
+        const char* wanted = palette_fault(slot + row, cols, static_cast<int64_t>(check.tail));
+        if (wanted == nullptr) continue;
+        const auto [place, bytes_before] = catalog.origin(expert, row);
+        throw Error(ErrorCode::kRead, place + ": expected " + wanted + ", found " +
+                                          hex(slot + row + body, check.tail) +
+                                          " at the end of the row at byte " +
+                                          std::to_string(bytes_before));
+    }
 }
 
 void check_apart(const Catalog& catalog, ExpertId expert, const NumberCheck& check,
@@ -137,6 +162,10 @@ void check_numbers(const Catalog& catalog, ExpertId expert, const std::byte* slo
         const uint64_t from = std::max(begin, check.slot_offset);
         const uint64_t to = std::min(end, check.slot_offset + check.nbytes);
         if (from >= to) continue;
+        if (check.tail != 0) {
+            check_palette(catalog, expert, check, slot);
+            continue;
+        }
         const auto unit = static_cast<uint64_t>(scale_bytes(check.type));
         if (check.step != unit) {
             check_apart(catalog, expert, check, slot, from, to);

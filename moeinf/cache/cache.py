@@ -169,7 +169,9 @@ class ExpertCache:
         )
         if shared is None:  # else the core asks, where the memory is not there yet
             check_fits(room, store.slot_bytes, dense_bytes, free)
-        threads, chunk = disk_tuning.settings(store.paths, reader_threads, chunk_bytes)
+        file = store.extents(0, 0)[0].entry.file  # that of a first expert stands for all
+        at = None if file.source is not None else file.path
+        threads, chunk = disk_tuning.settings(at, reader_threads, chunk_bytes)
         make_core = partial(
             _core.ExpertCache,
             store.catalog,

@@ -35,8 +35,13 @@ def open_device(device: str | torch.device) -> _core.CudaDevice | None:
     return opened
 
 
-def pick_device(device: str | torch.device) -> str | torch.device:
-    """What "auto" means here: the GPU where torch and the core can both use one, else the cpu."""
+def pick_device(device: str | torch.device | None) -> str | torch.device:
+    """What "auto" means here: the GPU where torch and the core can both use one, else the cpu.
+
+    Raises ValueError for None.
+    """
+    if device is None:
+        raise ValueError("device=None: expected auto, cpu, cuda or cuda:N")
     if str(device) != "auto":
         return device
     if torch.cuda.is_available():

@@ -13,7 +13,6 @@ import random
 import shutil
 import statistics
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ EXPERT_BYTES = 4 << 20
 AT_ONCE = 8  # experts, about what a decode step reads
 ROUNDS = 5
 MARGIN = 1.1
-MOST = (256, 1 << 30)  # that a file may say
+MOST = (64, 16 << 20)  # that a file may say: each thread has a buffer of a chunk
 
 
 def measure(sample: Path) -> dict[str, Any]:
@@ -82,21 +81,29 @@ def store(folder: Path, measured: dict[str, Any]) -> Path:
     return KEPT.put(_disk_of(folder), measured)
 
 
-def settings(paths: Sequence[str], threads: int, chunk_bytes: int) -> tuple[int, int]:
-    """Threads and chunk for files at these paths: those given, else what was measured, else 0."""
-    if threads or chunk_bytes or not paths or not KEPT.path().exists():
+def settings(file: Path | None, threads: int, chunk_bytes: int) -> tuple[int, int]:
+    """Threads and chunk for a file: those given, else what was measured for its disk, else 0. None:
+    experts in no file."""
+    if threads or chunk_bytes or file is None:
         return threads, chunk_bytes
-    path = Path(paths[0])
-    measured = KEPT.get(_disk_of(path)) if path.exists() else None  # experts may be in no file
+    try:
+        measured = KEPT.get(_disk_of(file))
+    except OSError:  # it is gone, which is said where it is opened
+        return USUAL
     if measured is None:
         return USUAL
     found = measured if isinstance(measured, dict) else {}
-    values = found.get("threads"), found.get("chunk_bytes")
-    for value, most in zip(values, MOST, strict=True):
-        if type(value) is not int or not 0 <= value <= most or (most == MOST[1] and value % 4096):
-            KEPT.warn(f"threads and chunk_bytes are {values}")
-            return USUAL
-    return values[0], values[1]  # type: ignore[return-value]
+    number, chunk = found.get("threads"), found.get("chunk_bytes")
+    if (
+        type(number) is int
+        and type(chunk) is int
+        and 0 <= number <= MOST[0]
+        and 0 <= chunk <= MOST[1]
+        and chunk % 4096 == 0
+    ):
+        return number, chunk
+    KEPT.warn(f"threads and chunk_bytes are {number!r} and {chunk!r}")
+    return USUAL
 
 
 def _rate(reader: _core.FileReader, pool: _core.SlotPool, experts: list[int]) -> float:

@@ -28,7 +28,10 @@ class Measured:
 
     def put(self, device: str, found: dict[str, Any]) -> Path:
         """Keeps it beside those of other devices. Raises OSError where it cannot be written."""
-        target = self.path()
+        try:
+            target = self.path()
+        except RuntimeError as error:
+            raise FileNotFoundError(f"{self._name}.json: no home folder: {error}") from error
         target.parent.mkdir(parents=True, exist_ok=True)
         content = {"format": self._format, "devices": self._read() | {_key(device): found}}
         with replacing(target) as part:
@@ -36,8 +39,12 @@ class Measured:
         return target
 
     def get(self, device: str) -> Any:
-        """None if this device was never measured with this version."""
-        return self._read().get(_key(device))
+        """None if this device was never measured with this version, and for a user without a home
+        of their own."""
+        try:
+            return self._read().get(_key(device))
+        except RuntimeError:
+            return None
 
     def warn(self, problem: str) -> None:
         warnings.warn(
@@ -48,7 +55,7 @@ class Measured:
     def _read(self) -> dict[str, Any]:
         try:
             content = json.loads(self.path().read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError, PermissionError):  # another user's home
             return {}
         except (OSError, ValueError, RecursionError) as error:
             self.warn(str(error))

@@ -39,6 +39,11 @@ def q4_0(blocks: Tensor) -> Tensor:
     return _half(blocks, 0) * (_nibbles(blocks[..., 2:], 16).double() - 8)
 
 
+def q4_1(blocks: Tensor) -> Tensor:
+    """d, m, which is added, 32 codes."""
+    return _half(blocks, 0) * _nibbles(blocks[..., 4:], 16).double() + _half(blocks, 2)
+
+
 def _fifth_bits(word: Tensor) -> Tensor:
     """Bit j of four bytes, 16 for 1, belongs to element j."""
     return torch.cat([(word[..., j // 8, None] >> j % 8 & 1) << 4 for j in range(32)], -1)
@@ -69,6 +74,49 @@ def mxfp4(blocks: Tensor) -> Tensor:
     numbers = E2M1 + [-value for value in E2M1]
     table = torch.tensor(numbers, dtype=torch.float64, device=blocks.device)
     return scale * table[_nibbles(blocks[..., 1:], 16).long()]
+
+
+def iq4_xs(blocks: Tensor) -> Tensor:
+    """d, scales of 8 groups of 32, 256 places in a table.
+
+    Scale g has 32 added. Bits 2g and 2g + 1 of two bytes are its upper ones, half g of the next
+    four bytes its lower ones.
+    """
+    word = blocks[..., 2].int() | (blocks[..., 3].int() << 8)
+    high = torch.stack([(word >> 2 * g) & 3 for g in range(8)], -1)
+    low = torch.stack([blocks[..., 4:8] & 15, blocks[..., 4:8] >> 4], -1).flatten(-2).int()
+    scales = _half(blocks, 0) * ((low | (high << 4)).double() - 32)
+    table = torch.tensor(IQ4_NL, dtype=torch.float64, device=blocks.device)
+    numbers = table[_nibbles(blocks[..., 8:], 16).long()]
+    return (scales.unsqueeze(-1) * numbers.unflatten(-1, (8, 32))).flatten(-2)
+
+
+def _pairs(stored: Tensor) -> Tensor:
+    """Codes of 2 bits: each 32 bytes hold 128 elements, 32 in each pair of bits."""
+    parts = stored.unflatten(-1, (-1, 32))
+    return torch.stack([(parts >> 2 * g) & 3 for g in range(4)], -2).flatten(-3)
+
+
+def q2_k(blocks: Tensor) -> Tensor:
+    """Scales (lower halves) and minima (upper halves) of 16 groups of 16, 256 codes, d, m."""
+    scales = _half(blocks, 80) * (blocks[..., :16] & 15).double()
+    minima = _half(blocks, 82) * (blocks[..., :16] >> 4).double()
+    codes = _pairs(blocks[..., 16:80]).unflatten(-1, (16, 16)).double()
+    return (scales.unsqueeze(-1) * codes - minima.unsqueeze(-1)).flatten(-2)
+
+
+def q3_k(blocks: Tensor) -> Tensor:
+    """The third bits of 256 codes, their lower two, 16 scales of 6 bits, d.
+
+    Bit g of byte j belongs to element j of group g of 32. Codes have 4 added. Scales have 32 added:
+    eight bytes hold the lower 4 bits of two each, four bytes the upper 2 bits of four.
+    """
+    high = torch.stack([(blocks[..., :32] >> g) & 1 for g in range(8)], -2).flatten(-2)
+    codes = (_pairs(blocks[..., 32:96]) | (high << 2)).double() - 4
+    low = torch.cat([blocks[..., 96:104] & 15, blocks[..., 96:104] >> 4], -1)
+    upper = torch.cat([(blocks[..., 104:108] >> 2 * g) & 3 for g in range(4)], -1)
+    scales = _half(blocks, 108) * ((low | (upper << 4)).double() - 32)
+    return (scales.unsqueeze(-1) * codes.unflatten(-1, (16, 16))).flatten(-2)
 
 
 def _scales_and_minima(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,10 +161,14 @@ def q6_k(blocks: Tensor) -> Tensor:
 BLOCKS: dict[str, tuple[int, int, Callable[[Tensor], Tensor]]] = {
     "q8_0": (32, 34, q8_0),
     "q4_0": (32, 18, q4_0),
+    "q4_1": (32, 20, q4_1),
     "q5_0": (32, 22, q5_0),
     "q5_1": (32, 24, q5_1),
     "iq4_nl": (32, 18, iq4_nl),
     "mxfp4": (32, 17, mxfp4),
+    "iq4_xs": (256, 136, iq4_xs),
+    "q2_k": (256, 84, q2_k),
+    "q3_k": (256, 110, q3_k),
     "q4_k": (256, 144, q4_k),
     "q5_k": (256, 176, q5_k),
     "q6_k": (256, 210, q6_k),
@@ -127,10 +179,14 @@ BLOCKS: dict[str, tuple[int, int, Callable[[Tensor], Tensor]]] = {
 NUMBERS: dict[str, tuple[tuple[int, str], ...]] = {
     "q8_0": ((0, "f16"),),
     "q4_0": ((0, "f16"),),
+    "q4_1": ((0, "f16"), (2, "f16")),
     "q5_0": ((0, "f16"),),
     "q5_1": ((0, "f16"), (2, "f16")),
     "iq4_nl": ((0, "f16"),),
     "mxfp4": ((0, "e8m0"),),
+    "iq4_xs": ((0, "f16"),),
+    "q2_k": ((80, "f16"), (82, "f16")),
+    "q3_k": ((108, "f16"),),
     "q4_k": ((0, "f16"), (2, "f16")),
     "q5_k": ((0, "f16"), (2, "f16")),
     "q6_k": ((208, "f16"),),

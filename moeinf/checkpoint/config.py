@@ -21,6 +21,7 @@ TOP_K_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk
 ACTIVATION_KEYS = ("hidden_act", "hidden_activation")
 # Of quantization_config; auto-round where its tensors are those of GPTQ or AWQ.
 METHODS = ("fp8", "mxfp8", "mxfp4", "modelopt", "compressed-tensors", "gptq", "awq", "auto-round")
+BF16_PALETTE = "bf16-palette"  # a format of this library, of no method: bf16 in 12 bits
 ACTIVATIONS = {  # transformers' name: ours
     "silu": "silu",
     "swish": "silu",
@@ -96,13 +97,17 @@ def quantization(config: Config, file: Path) -> Config:
         found = part.get("quantization_config") if isinstance(part, dict) else None
         if found is not None:
             method = found.get("quant_method") if isinstance(found, dict) else found
-            if not isinstance(found, dict) or method not in METHODS:
+            if not isinstance(found, dict) or not (method in METHODS or in_palettes(found)):
                 raise UnsupportedError(
                     f"{file}: quantization_config says that weights are stored as {method!r}; "
                     f"supported are {', '.join(METHODS)}"
                 )
             return found
     return {}
+
+
+def in_palettes(stated: Config) -> bool:
+    return "quant_method" not in stated and stated.get("format") == BF16_PALETTE
 
 
 def _count(config: Config, keys: tuple[str, ...], file: Path) -> int:

@@ -25,7 +25,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 class Described:
     """What a description says. `experts`: the extents of every expert, layer by layer.
 
-    transposes, checks and recodes are those of `_core.Catalog`.
+    transposes, checks, recodes and palettes are those of `_core.Catalog`.
     """
 
     form: ExpertForm
@@ -35,6 +35,7 @@ class Described:
     transposes: Sequence[tuple[int, int, int, int]]
     checks: Sequence[tuple[int, int, _core.ScaleType, bool, int]]
     recodes: Sequence[tuple[str, int, int, int, int, int]]
+    palettes: Sequence[tuple[int, int, int, int]]
 
     def lines(self) -> Iterator[str]:
         layout, gate, num_experts = self.layout, self.form.gate, len(self.experts)
@@ -48,6 +49,8 @@ class Described:
         for offset, nbytes, kind, negative, step in self.checks:
             name = str(kind).removeprefix("ScaleType.")
             yield f"check {offset} {nbytes} {name} {int(negative)} {step}"
+        for palette in self.palettes:
+            yield " ".join(map(str, ("palette", *palette)))
         for recode in self.recodes:
             yield " ".join(map(str, ("recode", *recode)))
         files: dict[FileState, int] = {}

@@ -24,6 +24,7 @@ from moeinf.checkpoint.headers import (
 )
 from moeinf.checkpoint.integers import check_groups
 from moeinf.checkpoint.packed import PackedEntry, join
+from moeinf.checkpoint.packed_entry import tensors_of
 from moeinf.errors import CheckpointError, ReadError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,6 +42,7 @@ class Checkpoint:
         self.path = path
         self.config = config
         self.tensors = tensors
+        self.unread: list[TensorEntry] = []  # beside packed matrices, of no use here
         self.has_weights = True
         self.trust_remote_code = False
         self.gguf: GgufFile | None = None
@@ -140,6 +142,8 @@ class Checkpoint:
                 tensors[name] = entry
         check_counts(config, tensors.values(), folder / "config.json")
         made = cls(folder, config, join(tensors, config, folder / "config.json"))
+        known = {one.name for entry in made.tensors.values() for one in tensors_of(entry)}
+        made.unread = [entry for name, entry in tensors.items() if name not in known]
         made.trust_remote_code = trust_remote_code
         return made
 

@@ -16,14 +16,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from moeinf.checkpoint import palette
 from moeinf.checkpoint.blocks import BLOCKS, E2M1, NUMBERS, decode_rows
 from moeinf.errors import ReadError
 
 # The pieces of a matrix, in the order in which they lie in a slot.
 VALUES, SCALES, ZEROS, MULTIPLIER, BIAS = "values", "scales", "zeros", "multiplier", "bias"
 PLAIN_SUFFIXES = {".weight": VALUES, "": VALUES}
-PANEL = 1 << 18  # stored values of which float64 numbers, and copies of them, are held at a time
 BIAS_SUFFIXES = {".bias": BIAS, "_bias": BIAS}  # of every format: a bias is no part of the weights
+PANEL = 1 << 18  # stored values of which float64 numbers, and copies of them, are held at a time
 
 # How scales are stored, by the name that the core has for it. e8m0 is a power of two in a byte.
 SCALE_TYPES = {
@@ -50,6 +51,7 @@ class WeightFormat:
     values      dtype of the stored values
     pack        elements of a row in one stored value, or in one block of stored values
     unit        stored values in a block
+    tail        stored values after the last block of a row
     scaled      whether a matrix may have scales and a multiplier
     block       (rows, cols) that share one scale, or None; 0 columns are all columns. Blocks at the
                 edges may be smaller
@@ -65,6 +67,7 @@ class WeightFormat:
     values: torch.dtype
     pack: int = 1
     unit: int = 1
+    tail: int = 0
     scaled: bool = False
     block: tuple[int, int] | None = None
     scales: str | None = None
@@ -89,8 +92,12 @@ class WeightFormat:
         """Piece -> dtype and shape, in slot order."""
         if cols % self.pack:
             raise ValueError(f"{self.name}: expected a multiple of {self.pack} columns, got {cols}")
+        if self.tail and cols > palette.MOST_COLUMNS:
+            raise ValueError(
+                f"{self.name}: expected at most {palette.MOST_COLUMNS} columns, got {cols}"
+            )
         pieces: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-            VALUES: (self.values, (rows, cols // self.pack * self.unit))
+            VALUES: (self.values, (rows, cols // self.pack * self.unit + self.tail))
         }
         if self.block is not None and self.scales is not None:
             grid = (-(-rows // self.block[0]), -(-cols // (self.block[1] or cols)))
@@ -100,6 +107,10 @@ class WeightFormat:
         if self.multiplier:
             pieces[MULTIPLIER] = (torch.float32, (1,))
         return pieces
+
+    def cols(self, stored: int) -> int:
+        """Elements of a row of that many stored values."""
+        return (stored - self.tail) // self.unit * self.pack
 
     def number_types(self) -> dict[str, tuple[str, bool]]:
         """Piece -> type and sign of the numbers that must be finite. A decoder has no NaN.
@@ -114,7 +125,8 @@ class WeightFormat:
         return types
 
     def refuse(self, parts: Mapping[str, torch.Tensor], name: str) -> None:
-        """Raises ReadError for NaN, for infinities, and for a sign where there may be none."""
+        """Raises ReadError for NaN, for infinities, for a sign where there may be none, and for a
+        malformed row."""
         for piece, (_, negative) in self.number_types().items():
             for stored in _panels(parts[piece]):
                 numbers = numbers_of(stored) if piece == SCALES else stored.double()
@@ -125,6 +137,11 @@ class WeightFormat:
                 blocks = stored.unflatten(-1, (-1, self.unit))
                 numbers = blocks[..., place : place + dtype.itemsize].contiguous().view(dtype)
                 _refuse(numbers_of(numbers), True, f"{name}: {VALUES}")
+        if self.tail:
+            row = 0
+            for stored in _panels(parts[VALUES]):
+                palette.refuse(stored, self.tail, f"{name}: {VALUES}", row)
+                row += len(stored)
 
     def dequantise(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """float64 [rows, cols] of the pieces of one matrix. Slow: the reference of every test."""
@@ -200,6 +217,14 @@ FORMATS = {
         *(
             WeightFormat(name, torch.uint8, pack=pack, unit=unit, decode=decode_rows(name))
             for name, (pack, unit, _) in BLOCKS.items()
+        ),
+        *(
+            WeightFormat(
+                f"palette{rare}", torch.uint8, pack=palette.COLUMNS, unit=palette.BLOCK_BYTES,
+                tail=palette.tail_bytes(rare),
+                decode=palette.decode_rows(rare),
+            )
+            for rare in palette.RARE
         ),
     )
 }  # fmt: skip

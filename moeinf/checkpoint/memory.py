@@ -175,7 +175,7 @@ def _layout_of(
     rows, stored = heads[-1].shape[::-1] if transposed else heads[-1].shape
     bias = _experts_of("down.bias", tensors["down.bias"])[0].dtype if form.has_bias else None
     return Layout.of(
-        form, every, rows, stored // every[-1].unit * every[-1].pack,
+        form, every, rows, every[-1].cols(stored),
         interleaved=interleaved, bias=bias or torch.bfloat16,
     )  # fmt: skip
 

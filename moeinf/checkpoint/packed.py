@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moeinf.checkpoint import integers
+from moeinf.checkpoint import integers, palette
 from moeinf.checkpoint.config import Config, quantization
+from moeinf.checkpoint.config_groups import ConfigGroups, Integers
 from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, ZEROS, WeightFormat
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.checkpoint.packed_entry import PackedEntry, make_entry
@@ -35,7 +36,7 @@ SCALE_TYPES = {
 # A fused matrix has its own name for its values, and "_" before the others' ends.
 _PARTS = re.compile(
     r"(?P<base>.+?)(?:[._](?P<part>weight_scale_inv|weight_scale_2|weight_scale|weight_global_scale"
-    r"|weight_packed|weight_shape|weight_zero_point|weight_g_idx|pre_quant_scale|input_scale"
+    r"|weight_packed|weight_palette|weight_shape|weight_zero_point|weight_g_idx|pre_quant_scale|input_scale"
     r"|input_global_scale|scale_inv|scale|blocks|scales|qweight|qzeros|g_idx|absmax|weight))?"
 )
 _SCALES = ("weight_scale_inv", "weight_scale", "scale_inv", "scale")
@@ -63,8 +64,9 @@ def join(tensors: Mapping[str, TensorEntry], config: Config, file: Path) -> dict
         groups[found["base"]][found["part"] or ""] = entry
     joined: dict[str, TensorEntry] = {}
     any_packed = False
+    stated_groups = ConfigGroups(stated, file)
     for base, parts in groups.items():
-        packed = _packed(base, parts, stated)
+        packed = _packed(base, parts, stated, stated_groups)
         if packed is None:
             joined |= {entry.name: entry for entry in parts.values()}
             continue
@@ -76,20 +78,25 @@ def join(tensors: Mapping[str, TensorEntry], config: Config, file: Path) -> dict
                 joined[entry.name] = entry
     if stated and not any_packed:
         raise CheckpointError(
-            f"{file}: quant_method is {stated['quant_method']!r}, expected tensors with scales, "
-            "found none"
+            f"{file}: quant_method is {stated.get('quant_method')!r}, expected tensors with "
+            "scales, found none"
         )
     return joined
 
 
 def _packed(
-    base: str, parts: Mapping[str, TensorEntry], config: Mapping[str, Any]
+    base: str,
+    parts: Mapping[str, TensorEntry],
+    config: Mapping[str, Any],
+    groups: ConfigGroups,
 ) -> PackedEntry | None:
     """The entry of a packed matrix; None where the tensors are ordinary ones."""
     if "blocks" in parts and "scales" in parts:
         return _mxfp4_blocks(base, parts["blocks"], parts["scales"])
     if "qweight" in parts and "scales" in parts:
         return integers.entry(base, parts, config)
+    if "weight_palette" in parts:
+        return _palette(base, parts["weight_palette"])
     name, values = base, parts.get("")
     if "weight_packed" in parts:
         name, values = f"{base}.weight", parts["weight_packed"]
@@ -104,8 +111,8 @@ def _packed(
     if len(values.shape) < 2 or 0 in values.shape:
         raise CheckpointError(f"{values.path}: {values}: expected a matrix, to go with {scales}")
     second = parts.get("weight_scale_2") or parts.get("weight_global_scale")
-    weights = _stated(config, base)
-    row, columns = _values_row(values, scales, weights)
+    stated = groups.find(base, values, scales) if values.dtype in ("I32", "I8") else None
+    row, columns = _values_row(values, scales, stated)
     shape = (*values.shape[:-1], columns)
     pieces, stored = {VALUES: values}, dict[str, Stored]()
     if _by_columns(row, values, scales):
@@ -117,7 +124,7 @@ def _packed(
         pieces[MULTIPLIER] = scales
         row = row.with_scales(None, None, multiplier=True)
     else:
-        block = _block(row, values, scales, shape, config, weights)
+        block = _block(row, values, scales, shape, config, stated)
         zeros = parts.get("weight_zero_point")
         row = row.with_scales(
             SCALE_TYPES[scales.dtype], block, multiplier=second is not None, zeros=zeros is not None
@@ -136,6 +143,21 @@ def _packed(
             )
         pieces[MULTIPLIER] = second
     return make_entry(name, row, shape, pieces, "weight_global_scale" in parts, stored)
+
+
+def _palette(base: str, values: TensorEntry) -> PackedEntry:
+    """bf16 in 12 bits. The tail of a row says which of the formats it is: no two of them have the
+    same bytes modulo a block."""
+    *lead, stored = values.shape if len(values.shape) > 1 else (0, 0)
+    for rare in palette.RARE:
+        row = FORMATS[f"palette{rare}"]
+        if values.dtype == "U8" and 0 not in lead and stored % row.unit == row.tail < stored:
+            return make_entry(f"{base}.weight", row, (*lead, row.cols(stored)), {VALUES: values})
+    raise CheckpointError(
+        f"{values.path}: {values}: expected U8 rows of bf16 in 12 bits: blocks of "
+        f"{palette.BLOCK_BYTES} bytes and a tail of "
+        f"{', '.join(str(palette.tail_bytes(rare)) for rare in palette.RARE)} bytes"
+    )
 
 
 def _by_columns(row: WeightFormat, values: TensorEntry, scales: TensorEntry) -> bool:
@@ -161,9 +183,9 @@ def _mxfp4_blocks(base: str, blocks: TensorEntry, scales: TensorEntry) -> Packed
 
 
 def _values_row(
-    values: TensorEntry, scales: TensorEntry, weights: Sequence[Mapping[str, Any]]
+    values: TensorEntry, scales: TensorEntry, stated: Integers | None
 ) -> tuple[WeightFormat, int]:
-    """How the values are stored, and how many columns they have. `weights`: see _stated."""
+    """How the values are stored, and how many columns they have."""
     last, kind = values.shape[-1], SCALE_TYPES.get(scales.dtype)
     if kind is None:
         raise CheckpointError(
@@ -173,13 +195,12 @@ def _values_row(
     if values.dtype == "F8_E4M3":
         return FORMATS["e4m3"], last
     if values.dtype == "I32":
-        found: set[Any] = {one.get("num_bits") for one in weights} or {4}
-        if found in ({4}, {8}):
-            bits = int(found.pop())
+        bits = stated.bits if stated else 4
+        if bits in (4, 8):
             return FORMATS[f"int{bits}"], 32 // bits * last
         raise UnsupportedError(
-            f"{values.path}: {values}: integers of {' and '.join(sorted(map(str, found)))} bits, "
-            "expected 4 or 8"
+            f"{values.path}: {values}: integers of {bits} bits, expected 4 or 8, as config_groups "
+            f"has in {stated.group if stated else ''}"
         )
     if kind in ("e8m0", "e4m3"):
         return FORMATS["e2m1"], 2 * last
@@ -188,39 +209,6 @@ def _values_row(
     raise CheckpointError(
         f"{values.path}: {values}: expected scales of F8_E4M3 or F8_E8M0, found {scales}"
     )
-
-
-def _stated(config: Mapping[str, Any], module: str) -> list[Mapping[str, Any]]:
-    """What a configuration of compressed-tensors says about the integers of a module.
-
-    Its groups have targets: names, patterns of names, and classes, which count where no name does.
-    All groups count where the module is in none of them.
-    """
-    groups = config.get("config_groups")
-    by_name: list[Mapping[str, Any]] = []
-    by_class: list[Mapping[str, Any]] = []
-    every: list[Mapping[str, Any]] = []
-    for group in groups.values() if isinstance(groups, dict) else ():
-        weights = group.get("weights") if isinstance(group, dict) else None
-        if not isinstance(weights, dict) or weights.get("type", "int") != "int":
-            continue
-        targets = group.get("targets")
-        names = [str(one) for one in (targets if isinstance(targets, list) else ())]
-        if any(_is_target(name, module) for name in names):
-            by_name.append(weights)
-        elif not names or not all(name.startswith("re:") or "." in name for name in names):
-            by_class.append(weights)
-        every.append(weights)
-    return by_name or by_class or every
-
-
-def _is_target(name: str, module: str) -> bool:
-    if not name.startswith("re:"):
-        return name == module
-    try:
-        return re.match(name[3:], module) is not None
-    except re.error as error:
-        raise UnsupportedError(f"config_groups: {name!r} is no pattern: {error}") from error
 
 
 def _zero_points(
@@ -251,27 +239,27 @@ def _block(
     scales: TensorEntry,
     shape: Sequence[int],
     config: Mapping[str, Any],
-    weights: Sequence[Mapping[str, Any]],
+    stated: Integers | None,
 ) -> tuple[int, int]:
-    """The rows and columns that share a scale. `weights`: see _stated."""
+    """The rows and columns that share a scale."""
     *lead, rows, cols = shape
     grid = list(scales.shape)
     if grid in ([*lead, rows], [*lead, rows, 1]):
         return 1, 0
-    stated = config.get("weight_block_size")
+    size = config.get("weight_block_size")
     candidates = [(1, 16), (1, 32), (1, 64), (1, 128)]
-    sizes: set[Any] = {one.get("group_size") for one in weights} - {None}
-    if row.name.startswith("int") and all(isinstance(one, int) and one > 0 for one in sizes):
-        candidates = [(1, one) for one in sorted(sizes)] or candidates
+    if stated is not None and stated.size and row.name.startswith("int"):
+        candidates = [(1, stated.size)]
     if row.name == "e4m3":
         candidates = [(128, 128), (1, 32)]
-        if isinstance(stated, list) and len(stated) == 2:
-            candidates = [(int(stated[0]), int(stated[1])), (1, 32)]
+        if isinstance(size, list) and len(size) == 2:
+            candidates = [(int(size[0]), int(size[1])), (1, 32)]
     for high, wide in candidates:
         if grid == [*lead, -(-rows // high), -(-cols // wide)]:
             return high, wide
+    by = f" with {stated.bits} bits, as config_groups has in {stated.group}" if stated else ""
     raise CheckpointError(
         f"{scales.path}: {scales}: expected a scale for each "
         + " or ".join(f"{high} x {wide}" for high, wide in candidates)
-        + f" block, for each row or for all, to go with {values}"
+        + f" block, for each row or for all, to go with {values}{by}"
     )

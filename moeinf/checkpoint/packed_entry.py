@@ -31,6 +31,13 @@ class PackedEntry(TensorEntry):
         return self.nbytes // math.prod(self.shape[:-1])
 
 
+def tensors_of(entry: TensorEntry) -> list[TensorEntry]:
+    """The tensors of the files that an entry is made of."""
+    if not isinstance(entry, PackedEntry):
+        return [entry]
+    return [*entry.pieces.values(), *([entry.groups] if entry.groups is not None else [])]
+
+
 def make_entry(
     name: str,
     row: WeightFormat,

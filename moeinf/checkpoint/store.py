@@ -451,11 +451,20 @@ class ExpertStore:
                 found.append((offset, nbytes, _scale_type(kind), True, held.format.unit))
         return found
 
+    def _palettes(self) -> list[tuple[int, int, int, int]]:
+        """Where a slot has rows of bf16 in 12 bits: offset, bytes, bytes of a row, of its tail."""
+        found = []
+        for segment in self.layout.segments:
+            tail = self.layout.held_by(segment).format.tail
+            if tail and "." not in segment.name:
+                found.append((segment.offset, segment.nbytes, segment.row_bytes, tail))
+        return found
+
     @cached_property
     def catalog(self) -> _core.Catalog:
         """The same ranges in the form the C++ core reads."""
         paths: dict[FileState, int] = {}
-        rows, tensors, checks = [], {}, self._checks()
+        rows, tensors, checks, palettes = [], {}, self._checks(), self._palettes()
         self._check_groups()
         for layer in range(self.num_layers):
             for expert in range(self.num_experts):
@@ -471,7 +480,7 @@ class ExpertStore:
                         for extent in extents
                     ]
                 )
-                if checks:
+                if checks or palettes:
                     for extent in extents:
                         entry = extent.entry
                         if isinstance(entry, PackedEntry):
@@ -496,6 +505,7 @@ class ExpertStore:
             sources,
             self._recodes(),
             [(one.of, one.place, str(one.file.path), None) for one in self._copies],
+            palettes,
         )
 
     @cached_property
@@ -523,7 +533,7 @@ class ExpertStore:
         ]
         described = Described(
             self.form, self.layout, self.num_layers, experts,
-            self._transposes(), self._checks(), self._recodes(),
+            self._transposes(), self._checks(), self._recodes(), self._palettes(),
         )  # fmt: skip
         text = "\n".join([*described.lines(), ""])
         Path(path).write_text(text, encoding="utf-8", errors="surrogateescape")

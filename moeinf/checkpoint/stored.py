@@ -29,6 +29,19 @@ class Stored:
     bits: int = 4
     plus: int = 0
 
+    def __str__(self) -> str:
+        """In words, as a part of the word for a format: no two of them have the same."""
+        codes = {
+            "": "",
+            "signs": "with 128 added",
+            "awq": "in words as AWQ has them",
+            "zeros": f"in words of {self.bits} bits",
+            "awq_zeros": "in words as AWQ has them",
+        }
+        by_columns = "column by column" if self.turned else ""
+        less = f"less {self.plus}" if self.plus else ""
+        return " ".join(filter(None, (by_columns, codes[self.code], less)))
+
     def read(self, raw: torch.Tensor, shape: tuple[int, ...], rows: int) -> torch.Tensor:
         """uint8: the bytes that a slot has, of the bytes of a tensor of this shape in a file.
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from moeinf.cache.budget import free_bytes
 from moeinf.cache.devices import open_device, pick_device
 from moeinf.checkpoint.folder import Checkpoint
+from moeinf.checkpoint.headers import TensorEntry
+from moeinf.checkpoint.packed_entry import tensors_of
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.cli import options, quiet_interrupts
 from moeinf.cli.output import human_bytes, print_facts, print_json
@@ -42,8 +45,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         from moeinf.integrations.transformers.models import model_of
         from moeinf.integrations.transformers.plan import make_plan
     stored: Counter[str] = Counter()
-    for entry in checkpoint.tensors.values():
-        stored[entry.dtype] += entry.nbytes
+    for entry in [*checkpoint.tensors.values(), *checkpoint.unread]:
+        stored[entry.dtype] += _stored_bytes([entry])
     facts: dict[str, Any] = {
         "model_type": checkpoint.config.get("model_type", "unknown"),
         "tensors": len(checkpoint.tensors),
@@ -57,8 +60,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         return {**facts, "served": False, "reason": str(error)}
     stores, device = plan.stores, pick_device("auto")
     total = sum(store.num_layers * store.num_experts for store in stores)
-    experts = sum(store.nbytes for store in stores)
-    dense = sum(entry.nbytes for entry in plan.dense.values())
+    served = {name for store in stores for name in store.tensor_names()}
+    experts = _stored_bytes(checkpoint.tensors[name] for name in served)
+    dense = _stored_bytes({entry.name: entry for entry in plan.dense.values()}.values())
     weights = choose_dense(plan, device)
     loaded = weights.bytes_loaded_as(computing_dtype("auto", config, stores[0]))
     kinds = [_of_store(store) for store in stores]
@@ -79,6 +83,11 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "available_bytes": free_bytes(open_device(device)),
         "fits_share": sum(slots_that_fit(stores, device, loaded)) / total,
     }
+
+
+def _stored_bytes(entries: Iterable[TensorEntry]) -> int:
+    """Bytes in the files."""
+    return sum(one.nbytes for entry in entries for one in tensors_of(entry))
 
 
 def _of_store(store: ExpertStore) -> dict[str, Any]:

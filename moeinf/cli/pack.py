@@ -11,7 +11,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from moeinf.cli import options, quiet_interrupts
 from moeinf.cli.output import console, human_bytes, print_facts, print_json
-from moeinf.packing.targets import TARGETS
+from moeinf.packing.palettes import BF16_PALETTE
+from moeinf.packing.targets import DENSE, TARGETS
 
 
 def command(
@@ -19,7 +20,16 @@ def command(
     dest: Annotated[Path, typer.Argument(help="A new folder. Give the same one to go on.")],
     format: Annotated[
         str | None,
-        typer.Option(help=f"Of the experts: {', '.join(TARGETS)}; as they are without it."),
+        typer.Option(
+            help=f"Of the experts: {', '.join((*TARGETS, BF16_PALETTE))}; as they are without it."
+        ),
+    ] = None,
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Of linear layers outside the experts: {', '.join(DENSE)}; as they are without "
+            "it. fp8 goes with fp8, the others with each other."
+        ),
     ] = None,
     revision: options.Revision = None,
     max_shard_size: Annotated[str, typer.Option(help="Bytes of a file.")] = "4GiB",
@@ -36,6 +46,7 @@ def command(
             source,
             dest,
             format=format,
+            dense=dense,
             revision=revision,
             max_shard_size=max_shard_size,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
@@ -48,9 +59,12 @@ def command(
         "source": human_bytes(report.source_bytes),
         "pack": f"{human_bytes(report.bytes)} in {report.files} files",
         "format": report.format or "as in the source, to the bit",
+        "linear layers": report.dense or "as in the source",
         "an expert": "one read" if report.one_read else "a read for each tensor of all experts",
         "written": f"{human_bytes(written)} at {written / report.seconds / 1e9:.2f} GB/s",
     }
+    for matrix, formats in report.weights.items():
+        facts[matrix] = formats
     for module, error in report.errors.items():
         facts[f"error, {module}"] = f"{error:.2%} of the output"
     print_facts(report.path, facts)

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.modules import module as modules
 from torch.profiler import record_function
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+_HOOKS = (modules._global_forward_hooks, modules._global_forward_pre_hooks)
 
 
 def is_watched() -> bool:
@@ -42,6 +44,11 @@ def is_plain_call(*tensors: torch.Tensor) -> bool:
         or torch.is_autocast_enabled("cpu")
         or is_watched()
     )
+
+
+def hooks_everywhere() -> bool:
+    """Are there hooks that every call of a module runs?"""
+    return any(_HOOKS)
 
 
 class Marks:

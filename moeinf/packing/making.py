@@ -13,6 +13,8 @@ import torch
 
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.errors import CheckpointError
+from moeinf.packing.linear import MODULE, QuantisedLinear
+from moeinf.packing.palettes import PaletteExpert
 from moeinf.packing.quantised import Judged, QuantisedExpert
 from moeinf.packing.shards import Copied, Shard
 from moeinf.packing.writer import Disk, FileWriter, in_threads
@@ -57,8 +59,14 @@ def write_shard(dest: Path, shard: Shard, disk: Disk) -> Iterator[Result]:
 
 def _makers(shard: Shard, disk: Disk) -> list[Maker]:
     """What makes the bytes of a shard, a few at a time."""
-    if not isinstance(shard.parts[0], Copied):
+    if isinstance(shard.parts[0], QuantisedExpert | PaletteExpert):
         return [partial(_quantise, shard, part, disk) for part in shard.parts]
+    if isinstance(shard.parts[0], QuantisedLinear):
+        return [
+            partial(_quantise_rows, shard, part, first, disk)
+            for part in shard.parts
+            for first in range(0, part.entry.shape[0], part.step)
+        ]
     entries = [(shard.places[e.name], e) for part in shard.parts for e in part.entries]
     entries.sort(key=lambda one: one[0])
     return [
@@ -83,7 +91,9 @@ def _copy(
     return Result(end - begin), iter([(begin, data)])
 
 
-def _quantise(shard: Shard, part: QuantisedExpert, disk: Disk) -> tuple[Result, Runs]:
+def _quantise(
+    shard: Shard, part: QuantisedExpert | PaletteExpert, disk: Disk
+) -> tuple[Result, Runs]:
     """The runs of bytes of one expert."""
     made, judged = part.make()
     tensors = sorted((shard.places[name], tensor) for name, tensor in made.items())
@@ -103,6 +113,25 @@ def _quantise(shard: Shard, part: QuantisedExpert, disk: Disk) -> tuple[Result, 
             yield begin, data
 
     return Result(part.nbytes, part.module, judged), runs()
+
+
+def _quantise_rows(
+    shard: Shard, part: QuantisedLinear, first: int, disk: Disk
+) -> tuple[Result, Runs]:
+    """Some rows of a linear layer."""
+    row_bytes = part.entry.nbytes // part.entry.shape[0]
+    raw = torch.empty(min(part.step, part.entry.shape[0] - first) * row_bytes, dtype=torch.uint8)
+    disk.reader.read(part.entry, part.entry.offset + first * row_bytes, raw)
+    made, judged = part.make(first, raw)
+
+    def runs() -> Runs:
+        for name, (place, rows) in made.items():
+            stored = rows.contiguous().view(-1).view(torch.uint8)
+            data = disk.buffers.at(shard.places[name] + place, stored.numel())
+            yield shard.places[name] + place, data.copy_(stored)
+
+    nbytes = sum(rows.nbytes for _, rows in made.values())
+    return Result(nbytes, MODULE, judged), runs()
 
 
 def check_shard(path: Path, shard: Shard, disk: Disk) -> None:

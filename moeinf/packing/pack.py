@@ -25,12 +25,14 @@ from moeinf.checkpoint.folder import Checkpoint
 from moeinf.errors import CapacityError, CheckpointError, UnsupportedError
 from moeinf.output_files import replacing
 from moeinf.packing.making import Result, check_shard, write_shard
+from moeinf.packing.palettes import BF16_PALETTE
 from moeinf.packing.plan import PackPlan
 from moeinf.packing.quantised import Judged
 from moeinf.packing.shards import write_index
-from moeinf.packing.targets import TARGETS
+from moeinf.packing.targets import TARGETS, check_dense
 from moeinf.packing.writer import Disk
 
+FORMATS = (*TARGETS, BF16_PALETTE)
 STATE = ".moeinf-pack.json"
 SHARD_BYTES = 4 << 30
 
@@ -40,20 +42,24 @@ class PackReport:
     """What was written.
 
     format         of the experts; None where it is the source's
+    dense          of the linear layers outside the experts; None where it is the source's
     resumed_bytes  in shards that an earlier call had finished
+    weights        of a lossless pack: by matrix, its formats and in how many layers
     errors         by module of experts: relative error of the outputs of a few experts for random
-                   inputs; empty where nothing was rounded
+                   inputs, and that of all linear layers; empty where nothing was rounded
     one_read       whether the bytes of each expert follow each other in one file
     """
 
     path: str
     format: str | None
+    dense: str | None
     files: int
     source_bytes: int
     bytes: int
     resumed_bytes: int
     seconds: float
     errors: dict[str, float]
+    weights: dict[str, str]
     one_read: bool
 
 
@@ -62,6 +68,7 @@ def pack(
     dest: str | os.PathLike[str],
     *,
     format: str | None = None,
+    dense: str | None = None,
     revision: str | None = None,
     max_shard_size: str | int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
@@ -69,19 +76,27 @@ def pack(
     """Writes a checkpoint into a new folder, with its experts one after another.
 
     The pack is a valid checkpoint of safetensors files, which transformers and other runtimes read
-    too. All other tensors are copied as they are. Call it again to go on after an interruption.
+    too. All other tensors are copied as they are, unless `dense` is given. Call it again to go on
+    after an interruption.
 
     Args:
         source: a checkpoint folder, or a name on the Hub.
         dest: a folder that does not exist, is empty, or holds an unfinished pack of this source.
-        format: of the experts: one of `packing.targets.TARGETS`. Without it they stay as they are,
-            to the bit, whatever format they are in. Experts with scales are not quantised again.
+        format: of the experts: one of `FORMATS`. Without it they stay as they are, to the bit,
+            whatever format they are in. Experts with scales are not quantised again. Those of
+            "bf16-palette" keep all bits of bf16 in 12 bits, and only this library reads them; they
+            are read twice.
+        dense: of the linear layers outside the experts, routers excepted: one of
+            `packing.targets.DENSE`. "fp8" goes with experts in fp8, all others with each other.
+            Layers that it cannot hold stay as they are.
         revision: branch, tag or commit on the Hub.
         max_shard_size: bytes of a file.
-        progress: called with (bytes done, bytes in all).
+        progress: called with (bytes done, bytes in all). Where experts are read twice, each pass
+            counts its own.
 
     Raises:
-        ValueError: `dest` is not empty, or lies in `source`; or no such format.
+        ValueError: `dest` is not empty, or lies in `source`; or no such format, or `dense` does
+            not go with it.
         CheckpointError, UnsupportedError: see `moeinf.load`; or experts that the format cannot
             hold, or that would be quantised twice.
         CapacityError: the disk has not the room.
@@ -90,15 +105,18 @@ def pack(
     from moeinf.integrations.transformers.load import open_checkpoint
 
     start = time.perf_counter()
-    if format is not None and format not in TARGETS:
-        raise ValueError(f"no format is named {format!r}; there are: {', '.join(TARGETS)}")
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"no format is named {format!r}; there are: {', '.join(FORMATS)}")
+    if dense is not None:
+        check_dense(format, dense)
     dest = Path(dest)
     _check_folder(Path(source), dest)
     checkpoint = open_checkpoint(source, revision)
     if checkpoint.gguf is not None:
         raise UnsupportedError(f"{checkpoint.path}: expected safetensors files, found a GGUF file")
     _check_folder(checkpoint.path, dest)
-    pack = PackPlan.of(checkpoint, format, parse_bytes(max_shard_size))
+    tell = progress or (lambda done, total: None)
+    pack = PackPlan.of(checkpoint, format, dense, parse_bytes(max_shard_size), tell)
     pack.check_opens()
     state = _State.begin(dest, pack)
     with Disk(pack.largest) as disk:
@@ -112,7 +130,6 @@ def pack(
         free += sum(part.stat().st_size for part in dest.glob("*.part"))
         if left > free:
             raise CapacityError(f"{dest}: the pack needs {left:,} bytes more, {free:,} are free")
-        tell = progress or (lambda done, total: None)
         done = resumed
         tell(done, pack.nbytes)
         for shard in pack.shards:
@@ -129,12 +146,14 @@ def pack(
     return PackReport(
         path=str(dest),
         format=format,
+        dense=dense,
         files=len(pack.shards),
         source_bytes=pack.source_bytes,
         bytes=pack.nbytes,
         resumed_bytes=resumed,
         seconds=time.perf_counter() - start,
         errors={module: judged.error for module, judged in state.judged.items()},
+        weights=pack.weights,
         one_read=pack.one_read,
     )
 

@@ -6,20 +6,30 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from moeinf.checkpoint.folder import Checkpoint, names_by_shard
 from moeinf.checkpoint.headers import TensorEntry, read_header
-from moeinf.checkpoint.packed import PackedEntry
+from moeinf.checkpoint.packed_entry import PackedEntry, tensors_of
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, UnsupportedError
+from moeinf.integrations.transformers.plan import Plan
+from moeinf.packing.linear import QuantisedLinear, quantised_linear
 from moeinf.packing.making import BLOCK
+from moeinf.packing.palettes import (
+    BF16_PALETTE,
+    PaletteExpert,
+    as_bf16,
+    palette_config,
+    palette_experts,
+    summary,
+)
 from moeinf.packing.quantised import QuantisedExpert, quantised
 from moeinf.packing.shards import Copied, Part, Shard, split, write_index
-from moeinf.packing.targets import TARGETS
+from moeinf.packing.targets import TARGETS, configuration
 
 WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth",
            ".gguf", ".h5", ".msgpack")  # fmt: skip
@@ -46,50 +56,86 @@ class PackPlan:
         self.files = sorted({(e.file.path.name, e.file.nbytes, e.file.modified_ns)
                              for e in raw.values()})  # fmt: skip
         parts = [part for shard in shards for part in shard.parts]
-        experts = [part.nbytes for part in parts if isinstance(part, QuantisedExpert)]
-        self.largest = max([BLOCK, *experts])
+        experts = [
+            part.nbytes for part in parts if isinstance(part, QuantisedExpert | PaletteExpert)
+        ]
+        panels = [part.panel_bytes for part in parts if isinstance(part, QuantisedLinear)]
+        self.largest = max([BLOCK, *experts, *panels])
         self.one_read = one_read
+        in_rows = [part for part in parts if isinstance(part, PaletteExpert)]
+        self.weights = summary(in_rows) if config and "quantization_config" in config else {}
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, format: str | None, shard_bytes: int) -> PackPlan:
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        format: str | None,
+        dense: str | None,
+        shard_bytes: int,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> PackPlan:
+        """`progress`: called with (bytes read, bytes in all) where experts are read before."""
         raw = {
             name: entry
             for file in sorted(names_by_shard(checkpoint.path))
             for name, entry in read_header(checkpoint.path / file).items()
         }
-        stores = stores_of(checkpoint)
+        plan = _plan_of(checkpoint)
+        stores = plan.stores
+        linear: dict[str, QuantisedLinear] = {}
         plain = {store.layout.format_names for store in stores} == {format}
         if format is None or plain:
             experts: list[Part] = _as_they_are(stores, raw)
             used = {spec.name for part in experts for spec in part.specs}
             config = None
         else:
-            packed = next(
-                (e for e in checkpoint.tensors.values() if isinstance(e, PackedEntry)), None
-            )
-            if packed is not None:
+            every = [e for e in checkpoint.tensors.values() if isinstance(e, PackedEntry)]
+            in_palettes = all(entry.format.tail for entry in every)
+            packed = next(iter(every), None)
+            if packed is not None and in_palettes and format == BF16_PALETTE:
+                raise UnsupportedError(
+                    f"{packed.path}: {packed}: is in this format already: leave the format out to "
+                    "keep it"
+                )
+            if packed is not None and not (in_palettes and format == "bf16"):
                 raise UnsupportedError(
                     f"{packed.path}: {packed}: is quantised already, and would lose twice: pack "
                     "the checkpoint that it was made of, or leave the format out to keep this one"
                 )
-            target = TARGETS[format]
-            found = [one for store in stores for one in quantised(store, target)]
-            experts = [*found]
-            used = {name for store in stores for name in store.tensor_names()}
+            names = {name for store in stores for name in store.tensor_names()}
+            used = {one.name for name in names for one in tensors_of(checkpoint.tensors[name])}
+            if dense is not None:
+                linear = quantised_linear(plan, TARGETS[dense])
+                used |= {part.entry.name for part in linear.values()}
             config = dict(checkpoint.config)
+            config.pop("quantization_config", None)
             others = sorted(
                 name.removesuffix(".weight")
                 for name, entry in raw.items()
                 if name not in used and name.endswith(".weight") and len(entry.shape) == 2
             )
-            stated = target.config(found[0].target.row, others)
+            stated: dict[str, Any] | None = None
+            if packed is not None:
+                experts = [*as_bf16(stores)]
+            elif format == BF16_PALETTE:
+                in_rows = palette_experts(stores, progress)
+                experts, stated = [*in_rows], palette_config(in_rows)
+            else:
+                target = TARGETS[format]
+                found = [one for store in stores for one in quantised(store, target)]
+                experts = [*found]
+                stated = configuration(
+                    found[0].target, others, {path: part.target for path, part in linear.items()}
+                )
             if stated is not None:
                 config["quantization_config"] = stated
-        dense = [Copied((entry,)) for name, entry in raw.items() if name not in used]
-        dense.sort(key=lambda part: -part.specs[0].width)
-        shards = split((dense, experts), shard_bytes)
+        copied = [Copied((entry,)) for name, entry in raw.items() if name not in used]
+        copied.sort(key=lambda part: -part.specs[0].width)
+        shards = split((copied, [*linear.values()], experts), shard_bytes)
         whole = len(experts) == sum(store.num_layers * store.num_experts for store in stores)
-        one_read = whole and all(shard.in_runs() for shard in shards)
+        one_read = whole and all(
+            shard.in_runs() for shard in shards if not isinstance(shard.parts[0], QuantisedLinear)
+        )
         return cls(checkpoint, stores, shards, config, raw, one_read)
 
     @property
@@ -117,7 +163,7 @@ class PackPlan:
                 raise UnsupportedError(
                     f"{self.checkpoint.path}: its experts cannot be stored so: {why}"
                 ) from error
-            kept = [[(s.modules, s.num_experts, s.form) for s in some]
+            kept = [{module: (s.num_experts, s.form) for s in some for module in s.modules}
                     for some in (self.stores, stores)]  # fmt: skip
             if kept[0] != kept[1]:
                 raise UnsupportedError(
@@ -140,13 +186,17 @@ class PackPlan:
 
 
 def stores_of(checkpoint: Checkpoint) -> list[ExpertStore]:
+    return _plan_of(checkpoint).stores
+
+
+def _plan_of(checkpoint: Checkpoint) -> Plan:
     from moeinf.integrations.transformers.models import model_of
     from moeinf.integrations.transformers.plan import make_plan
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of tensors that the model has no use for: they are copied
         base, config = model_of(checkpoint)
-        return make_plan(base, config, checkpoint).stores
+        return make_plan(base, config, checkpoint)
 
 
 def _as_they_are(stores: Sequence[ExpertStore], raw: dict[str, TensorEntry]) -> list[Part]:

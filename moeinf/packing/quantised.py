@@ -88,11 +88,8 @@ class QuantisedExpert(Part):
         Raises:
             CheckpointError: a weight that is no finite number.
         """
-        segments = self.store.read(self.layer, self.expert)
         weights = {}
-        for name, matrix in self.store.layout.named.items():
-            rows = matrix.values
-            part = segments[rows.segment.name][rows.first :: rows.step][: rows.count]
+        for name, part in stored_weights(self.store, self.layer, self.expert).items():
             weights[name] = part.float()
             if not weights[name].isfinite().all():
                 raise CheckpointError(
@@ -135,20 +132,42 @@ def quantised(store: ExpertStore, target: Target) -> list[QuantisedExpert]:
     Raises:
         UnsupportedError: experts that the target cannot hold.
     """
-    target, words = _fitting(store, target), WORDS[store.form.has_gate]
-    found = []
-    for layer in range(store.num_layers):
-        for expert in range(store.num_experts):
-            bases = {}
-            for (matrix, _), part in store.slices(layer, expert).items():
-                name = part.entry.name.removesuffix(".weight")
-                for one in ("gate", "up") if matrix == "gate_up" else (matrix,):
-                    bases[one] = name
-                    if matrix == "gate_up" or part.nbytes != part.entry.nbytes:
-                        bases[one] = f"{name.rpartition('.')[0]}.{expert}.{words[one]}"
-            bases = {one: bases[one] for one in words}
-            found.append(QuantisedExpert(store, layer, expert, target, bases))
+    target = _fitting(store, target)
+    return [
+        QuantisedExpert(store, layer, expert, target, bases_of(store, layer, expert))
+        for layer in range(store.num_layers)
+        for expert in range(store.num_experts)
+    ]
+
+
+def bases_of(store: ExpertStore, layer: int, expert: int) -> dict[str, str]:
+    """Matrix -> its name in the pack, without what stands behind it for each piece."""
+    words, bases = WORDS[store.form.has_gate], dict[str, str]()
+    for (matrix, _), part in store.slices(layer, expert).items():
+        name = part.entry.name.removesuffix(".weight")
+        for one in ("gate", "up") if matrix == "gate_up" else (matrix,):
+            bases[one] = name
+            if matrix == "gate_up" or part.nbytes != part.entry.nbytes:
+                bases[one] = f"{name.rpartition('.')[0]}.{expert}.{words[one]}"
+    return {one: bases[one] for one in words}
+
+
+def stored_weights(store: ExpertStore, layer: int, expert: int) -> dict[str, torch.Tensor]:
+    """The stored values of each matrix of an expert, as they are in a slot."""
+    segments = store.read(layer, expert)
+    found = {}
+    for name, matrix in store.layout.named.items():
+        rows = matrix.values
+        found[name] = segments[rows.segment.name][rows.first :: rows.step][: rows.count]
     return found
+
+
+def refuse_biases(store: ExpertStore) -> None:
+    if store.form.has_bias:
+        raise UnsupportedError(
+            f"{store.modules[0]}: experts with biases are not quantised: they lie in tensors of "
+            "all experts, and no other names are known for them"
+        )
 
 
 def quantised_layout(store: ExpertStore, target: Target) -> Layout:
@@ -160,11 +179,7 @@ def quantised_layout(store: ExpertStore, target: Target) -> Layout:
 
 def _fitting(store: ExpertStore, target: Target) -> Target:
     """The target for experts of these sizes."""
-    if store.form.has_bias:
-        raise UnsupportedError(
-            f"{store.modules[0]}: experts with biases are not quantised: they lie in tensors of "
-            "all experts, and no other names are known for them"
-        )
+    refuse_biases(store)
     try:
         return target.for_sizes((store.layout.hidden, store.layout.intermediate))
     except ValueError as error:

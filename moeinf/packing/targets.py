@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moeinf.checkpoint.config import BF16_PALETTE
 from moeinf.checkpoint.formats import FORMATS, MULTIPLIER, SCALES, VALUES, WeightFormat, numbers_of
 
 E4M3_MAX, E2M1_MAX = 448.0, 6.0
@@ -254,3 +255,38 @@ TARGETS = {
         _nvfp4,
     ),
 }
+
+# Of linear layers outside the experts. In nvfp4 runtimes that fuse layers need a scale of them all.
+DENSE = ("fp8", "int8", "int4", "mxfp4")
+
+
+def check_dense(format: str | None, dense: str) -> None:
+    """Raises ValueError unless one configuration can say both."""
+    if dense not in DENSE:
+        raise ValueError(f"dense={dense!r}: expected one of {', '.join(DENSE)}")
+    if format in (None, "bf16"):
+        raise ValueError(f"dense={dense!r} goes with experts in a format of fewer bits: give one")
+    if format == BF16_PALETTE:
+        raise ValueError(f"dense={dense!r} rounds weights, and format={format!r} keeps all bits")
+    if (format == "fp8") != (dense == "fp8"):
+        raise ValueError(
+            f"dense={dense!r} does not go with format={format!r}: a checkpoint of fp8 blocks has "
+            "no other format"
+        )
+
+
+def configuration(
+    experts: Target, others: list[str], linear: Mapping[str, Target]
+) -> dict[str, Any] | None:
+    """The quantization_config of experts, of linear layers by path, and of others as they are."""
+    config = experts.config(experts.row, others)
+    target = next(iter(linear.values()), experts)
+    if config is None or target.row == experts.row:
+        return config
+    stated = target.config(target.row, [])
+    assert stated is not None
+    groups = {
+        **config["config_groups"],
+        "group_1": {**stated["config_groups"]["group_0"], "targets": [*linear]},
+    }
+    return {**config, "format": "mixed-precision", "config_groups": groups}

@@ -155,7 +155,7 @@ class Advice:
 
 
 # From the most exact on; formats that a checkpoint is in already are exact.
-EXACT_FIRST = ("int8", "fp8", "int4", "nvfp4", "mxfp4")
+EXACT_FIRST = ("bf16-palette", "int8", "fp8", "int4", "nvfp4", "mxfp4")
 AS_FAST = 0.9
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from moeinf.checkpoint.formats import PLAIN_FORMATS
 from moeinf.checkpoint.layout import Layout
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
+from moeinf.packing.palettes import BF16_PALETTE, palette_layout
 from moeinf.packing.quantised import quantised_layout
 from moeinf.packing.targets import TARGETS
 
@@ -50,6 +52,10 @@ class ModelCosts:
                     continue
                 if layout.nbytes < store.layout.nbytes:
                     found[name] = layout
+            with suppress(UnsupportedError):
+                layout = palette_layout(store)
+                if layout.nbytes < store.layout.nbytes:
+                    found[BF16_PALETTE] = layout
         return found
 
 

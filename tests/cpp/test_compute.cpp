@@ -336,9 +336,10 @@ void every_format_that_is_exact_in_bf16_has_tiles() {
     for (const KernelSet* kernels : kernel_sets()) {
         if (kernels->arrange_tiles == nullptr) continue;
         for (const std::string& name : format_names()) {
-            const bool exact = name != "f16" && name != "f32";
+            // Minima of 16 columns need sums of 16 activations, which tiles do not have.
+            const bool has = name != "f16" && name != "f32" && name != "q2_k";
             const auto format = static_cast<size_t>(find_format(name));
-            CHECK_EQ(kernels->formats[format].tiles != nullptr, exact);
+            CHECK_EQ(kernels->formats[format].tiles != nullptr, has);
         }
     }
 }

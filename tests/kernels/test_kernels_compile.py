@@ -86,19 +86,32 @@ def test_every_load_of_decode_weights_is_16_bytes_wide(form: dict[str, bool]) ->
 
 
 # What the place of a block in a row allows, of the bytes of codes: see kernels/blocks.py.
-WIDTHS = {"mxfp4": 1, "q5_1": 4, "q4_k": 8, "q5_k": 8}
+WIDTHS = {"mxfp4": 1, "q4_1": 4, "q5_1": 4, "q2_k": 4, "iq4_xs": 8, "q4_k": 8, "q5_k": 8}
 
 
 @pytest.mark.parametrize("weights", [name for name in compiling.SCALED if "gguf" in name])
 def test_blocks_are_read_as_wide_as_they_lie(weights: str) -> None:
     """Codes, and the scales of all formats but those whose scale is one byte."""
-    (case, *_) = compiling.with_form(compiling.default_cases(90, blocks=True), weights=weights)
-    loads = compiling.compile_case(case, 90).loads["gate"]
     name = weights.removeprefix("gguf ")
+    (case, *_) = compiling.with_form(compiling.default_cases(90, weights=name), weights=weights)
+    loads = compiling.compile_case(case, 90).loads["gate"]
     assert max(loads) >= WIDTHS.get(name, 2), loads
-    # The scales of q6_k are bytes, one for each group of columns.
-    narrow = {"mxfp4": None, "q6_k": 1}.get(name, 0)
+    # Bytes of scales, of each group of columns.
+    narrow = {"mxfp4": None, "q2_k": 1, "q3_k": 2, "q6_k": 1}.get(name, 0)
     assert narrow is None or loads.get(1, 0) == narrow, loads
+
+
+@pytest.mark.parametrize("kernel,width", [("gate_up_vector", 8), ("gate_up_shared", 16)])
+def test_palettes_are_read_in_wide_words(kernel: str, width: int) -> None:
+    """A lane reads as many columns of blocks as it has of a token. Base exponents are bytes and
+    entries are words, outside of the loops."""
+    cases = compiling.with_form(compiling.default_cases(90, weights="palette15"), weights="palette")
+    machine = compiling.compile_case(next(case for case in cases if case.kernel == kernel), 90)
+    for name in ("gate", "up"):
+        assert machine.loads[name].keys() == {1, 4, width}, machine.loads
+        assert machine.loads[name][1] == 1
+    # No thread passes codes or numbers to another one.
+    assert kernel != "gate_up_vector" or machine.shared <= 64
 
 
 @pytest.mark.parametrize("kernel", ["gate_up_vector", "down_vector"])

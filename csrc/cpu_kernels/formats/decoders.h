@@ -13,14 +13,16 @@
 #include "cpu_kernels/formats/ggml.h"
 #include "cpu_kernels/formats/int4.h"
 #include "cpu_kernels/formats/int8.h"
+#include "cpu_kernels/formats/palette.h"
 
 namespace moeinf {
 namespace {
 
 using Decoders =
     std::tuple<Bf16Weights, F16Weights, F32Weights, E4M3Weights, E2M1Weights, Int8Weights,
-               Int4Weights, Q80Weights, Q40Weights, Q50Weights, Q51Weights, Iq4NlWeights,
-               Mxfp4Weights, Q4KWeights, Q5KWeights, Q6KWeights>;
+               Int4Weights, Q80Weights, Q40Weights, Q41Weights, Q50Weights, Q51Weights,
+               Iq4NlWeights, Mxfp4Weights, Iq4XsWeights, Q2KWeights, Q3KWeights, Q4KWeights,
+               Q5KWeights, Q6KWeights, Palette3Weights, Palette7Weights, Palette15Weights>;
 
 }  // namespace
 }  // namespace moeinf

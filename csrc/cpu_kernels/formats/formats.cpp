@@ -13,8 +13,15 @@ constexpr FormatFacts facts_of() {
     using Stored = typename Decoder::Stored;
     int64_t group = 0;
     if constexpr (requires { Decoder::kGroup; }) group = Decoder::kGroup;
-    return {Decoder::kName, sizeof(Stored),   alignof(Stored),   Decoder::kPack,
-            group,          Decoder::kScaled, has_zeros<Decoder>};
+    int64_t tail = 0;
+    int64_t most_cols = 0;
+    if constexpr (is_palette<Decoder>) {
+        tail = Decoder::kTail;
+        most_cols = kMostPaletteCols;
+    }
+    return {Decoder::kName,     sizeof(Stored), alignof(Stored),
+            Decoder::kPack,     group,          Decoder::kScaled,
+            has_zeros<Decoder>, tail,           most_cols};
 }
 
 template <class... Rows>

@@ -18,9 +18,13 @@ struct FormatFacts {
     int64_t group;         // elements that share a scale of the block; 0 without such scales
     bool scaled;           // whether a matrix may have scales
     bool zeros;            // and zero points
+    int64_t tail;          // bytes of a row behind its last block
+    int64_t most_cols;     // of a matrix; 0: any
 
     // Bytes of a row of `cols` elements.
-    [[nodiscard]] int64_t row_bytes(int64_t cols) const { return cols / pack * stored_bytes; }
+    [[nodiscard]] int64_t row_bytes(int64_t cols) const {
+        return cols / pack * stored_bytes + tail;
+    }
 };
 
 [[nodiscard]] const FormatFacts& facts(WeightFormat format);

@@ -8,7 +8,7 @@ order, those of embeddings, tied ones, and those of other classes of layers.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -83,25 +83,33 @@ def find_packed(plan: Plan, device: str | torch.device | None) -> Dense:
             f"dense='packed' computes on the CPU, not on {device or 'several devices'}: give "
             "device='cpu' or dense='decoded'"
         )
-    model = plan.skeleton
-    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
-    tied = {*ties, *ties.values()}
-    owners = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
     decoded, packed = dict(plan.dense), {}
-    for name, key in plan.whole.items():
-        path, _, last = name.rpartition(".")
-        entry = plan.dense[key]
-        if last != "weight" or not isinstance(entry, PackedEntry) or len(entry.shape) != 2:
-            continue
-        layer = model.get_submodule(path)
-        if type(layer) is not torch.nn.Linear or name in tied or owners[id(layer.weight)] > 1:
+    for path, entry in linear_layers(plan):
+        if not isinstance(entry, PackedEntry):
             continue
         try:
             packed[path] = entry, packed_form(entry.format, *entry.shape)
         except ValueError:  # blocks or rows that the kernels do not have
             continue
-        del decoded[key]
+        del decoded[plan.whole[f"{path}.weight"]]
     return Dense(decoded, packed)
+
+
+def linear_layers(plan: Plan) -> Iterator[tuple[str, TensorEntry]]:
+    """By path, the weights [outputs, inputs] of ordinary linear layers: each one tensor of the
+    files, and of that layer alone."""
+    model = plan.skeleton
+    ties: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    tied = {*ties, *ties.values()}
+    owners = Counter(id(one) for _, one in model.named_parameters(remove_duplicate=False))
+    for name, key in plan.whole.items():
+        path, _, last = name.rpartition(".")
+        entry = plan.dense[key]
+        if last != "weight" or len(entry.shape) != 2 or name in tied:
+            continue
+        layer = model.get_submodule(path)
+        if type(layer) is torch.nn.Linear and owners[id(layer.weight)] == 1:
+            yield path, entry
 
 
 class _OnDemand:

@@ -26,6 +26,7 @@ from moeinf.errors import UnsupportedError
 from moeinf.experts.checks import check_routes
 from moeinf.experts.cpu import use_threads
 from moeinf.experts.linear import serve_linear
+from moeinf.integrations.transformers.attention import serve_attention
 from moeinf.integrations.transformers.caches import make_caches
 from moeinf.integrations.transformers.dense import choose_dense, load_dense
 from moeinf.integrations.transformers.device_map import DeviceMap, Placement, stack_of
@@ -35,8 +36,10 @@ from moeinf.integrations.transformers.models import DTYPES, model_of
 from moeinf.integrations.transformers.norms import serve_norms
 from moeinf.integrations.transformers.passes import PassReader, generating
 from moeinf.integrations.transformers.plan import make_plan
+from moeinf.integrations.transformers.residuals import serve_residuals
 from moeinf.integrations.transformers.routers import listen
 from moeinf.integrations.transformers.served import IMPLEMENTATION, serve
+from moeinf.integrations.transformers.top_k import serve_routers
 from moeinf.integrations.transformers.torch_threads import TorchThreads
 from moeinf.integrations.transformers.whole import make_whole_experts, whole_model
 
@@ -187,6 +190,9 @@ def load(
     if linear == "auto" and caches[0].device.type == "cpu":
         serve_linear(model)
         serve_norms(model)
+        serve_attention(model)
+        serve_residuals(model)
+        serve_routers(model)
         model.moeinf.torch_threads = TorchThreads(model)
     return model
 

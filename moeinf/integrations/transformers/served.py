@@ -27,6 +27,7 @@ def serve(module: Any, cache: ExpertCache, layer: int, block: torch.nn.Module) -
     none = cache.store.num_experts + 1
     tensors = [*block.named_parameters(), *block.named_buffers()]
     module.moeinf_skips = any(tensor.shape[:1] == (none,) for _, tensor in tensors)
+    module.moeinf_norms_routes = getattr(module, "has_post_expert_norm", False)
     module.moeinf_cache = cache
     module.moeinf_layer = layer
     module.__class__ = class_of(_Served, type(module))
@@ -51,7 +52,7 @@ class _Served:
         cache, layer = self.moeinf_cache, self.moeinf_layer
         if self.moeinf_skips:
             top_k_index = top_k_index.masked_fill(top_k_weights == 0, cache.store.num_experts)
-        if getattr(self, "has_post_expert_norm", False):
+        if self.moeinf_norms_routes:
             routes = _each_route(hidden_states, top_k_index, top_k_weights, cache, layer)
             return (self.post_expert_norm(routes) * top_k_weights[..., None]).sum(1)
         return fused_experts(hidden_states, top_k_index, top_k_weights, cache, layer)

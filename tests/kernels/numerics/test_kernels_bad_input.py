@@ -9,6 +9,7 @@ import pytest
 import torch
 from layers import DEVICE
 
+from moeinf.checkpoint.formats import FORMATS
 from moeinf.kernels import (
     ExpertForm,
     ExpertMatrices,
@@ -238,16 +239,30 @@ def test_combine_refuses_what_does_not_fit() -> None:
         ("q8_0", 34, lambda raw: raw[:, :, 1:35]),
         ("q4_k", 144, lambda raw: raw[:, :, 8:152]),
         ("q5_1", 24, lambda raw: raw[:, :, ::2][:, :, :24]),
+        ("palette3", 112, lambda raw: raw[:, :, 2:114]),
     ],
 )
 def test_blocks_at_places_that_words_do_not_have(
     name: str, bytes_: int, view: Callable[[torch.Tensor], torch.Tensor]
 ) -> None:
-    columns = 256 if name == "q4_k" else 32
+    columns = {"q4_k": 256, "palette3": 64}.get(name, 32)
     gate = view(torch.zeros(S, I, 4 * bytes_, dtype=torch.uint8, device=DEVICE))
     arguments = good() | {
         "hidden": zeros(T, columns), "gate": gate, "up": gate, "down": zeros(S, columns, I),
         "formats": {"gate": name, "up": name},
     }  # fmt: skip
     with pytest.raises(ValueError, match=r"gate: expected (blocks at multiples of|unit stride)"):
+        fused_experts(**arguments_of(arguments))
+
+
+@pytest.mark.parametrize("name,bytes_", [("q8_0", 34), ("palette3", 112)])
+def test_columns_that_are_no_whole_blocks(name: str, bytes_: int) -> None:
+    """Not even where the bytes are those of the whole blocks."""
+    gate = torch.zeros(S, I, bytes_, dtype=torch.uint8, device=DEVICE)
+    columns = FORMATS[name].pack + 8
+    arguments = good() | {
+        "hidden": zeros(T, columns), "gate": gate, "up": gate, "down": zeros(S, columns, I),
+        "formats": {"gate": name, "up": name},
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=rf"gate: expected a multiple of .*, found {columns}"):
         fused_experts(**arguments_of(arguments))

@@ -14,7 +14,7 @@ import triton.language as tl
 from layers import DEVICE, ROW_TOLERANCE, TOLERANCE, error, row_error
 
 sys.path.append(str(Path(__file__).parents[2]))
-from scaled_weights import EVERY, MIXED, every_code, random_experts, whole
+from scaled_weights import EVERY, MIXED, PALETTES, every_code, random_experts, whole
 
 from moeinf.checkpoint.formats import FORMATS, WeightFormat
 from moeinf.checkpoint.layout import Formats, Layout, format_of_each
@@ -75,6 +75,18 @@ def use_tensor_cores(patch: pytest.MonkeyPatch) -> None:
             patch.setattr(module, "multiply", multiply_widened)
 
 
+@pytest.mark.parametrize("path,T", [("vector", 1), *PATHS[2:]])
+def test_palettes_match_the_float64_reference(
+    path: str, T: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rows of the table in one expert; the loop over rare weights is the same for each."""
+    draw = random.Random(seed)
+    row = tuple(draw.sample([*PALETTES.values()], 3))
+    use_blocks(monkeypatch, row)
+    compare(row, path, T, torch.bfloat16, draw)
+    compare(row, path, T, draw.choice((torch.float16, torch.float32)), draw)
+
+
 @pytest.mark.parametrize("path,T", PATHS[1:])
 @pytest.mark.parametrize("name", MIXED)
 def test_gate_and_up_of_two_formats(
@@ -90,11 +102,14 @@ def test_gate_and_up_of_two_formats(
     compare(row, path, T, torch.bfloat16, draw)
 
 
+CODES = EVERY | {"palette7": FORMATS["palette7"]}
+
+
 @pytest.mark.parametrize("path,T", [("vector", 8), ("shared", 16), ("grouped", 48)])
 @pytest.mark.parametrize(
     "row,as_on_a_gpu",
-    [(row, False) for row in EVERY.values()] + [(row, True) for row in EVERY.values()],
-    ids=[*EVERY, *(f"{name}-as-on-a-gpu" for name in EVERY)],
+    [(row, as_on_a_gpu) for as_on_a_gpu in (False, True) for row in CODES.values()],
+    ids=[*CODES, *(f"{name}-as-on-a-gpu" for name in CODES)],
 )
 def test_every_value_and_every_scale_is_exact(
     row: WeightFormat,
