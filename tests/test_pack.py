@@ -320,6 +320,30 @@ def test_linear_layers_are_packed_too_where_asked(
         assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
 
 
+def test_linear_layers_of_other_names_than_the_models(tmp_path: Path, seed: int) -> None:
+    """Published files often lack the prefix of the model, or have another one."""
+    sizes = {**SIZES, "head_dim": 32, "vocab_size": 200}
+    source = write_checkpoint(tmp_path / "a", seed=seed, dtype=torch.bfloat16, **sizes)
+    bare = tmp_path / "bare"
+    shutil.copytree(source, bare)
+    tensors = {key.removeprefix("model."): one for key, one in tensors_of(source).items()}
+    save_file(tensors, bare / "model.safetensors", metadata={"format": "pt"})
+    for folder in (source, bare):
+        moeinf.pack(folder, tmp_path / f"{folder.name}-packed", format="int4", dense="int8")
+    packs = [tmp_path / "a-packed", tmp_path / "bare-packed"]
+    kinds = [
+        {key.removeprefix("model."): one.format for key, one in tensors.items()
+         if isinstance(one, PackedEntry)}
+        for tensors in (Checkpoint.open(one).tensors for one in packs)
+    ]  # fmt: skip
+    assert kinds[0] == kinds[1]
+    assert {one.name for one in kinds[1].values()} == {"int4", "int8"}
+    found = [
+        moeinf.load(tmp_path / name, slots=4, device="cpu") for name in ("a-packed", "bare-packed")
+    ]
+    assert torch.equal(*map(logits, found))
+
+
 @pytest.mark.parametrize(
     ("name", "dense"), [(None, "int8"), ("bf16", "int8"), ("fp8", "int8"), ("int4", "fp8"),
                         ("int4", "nvfp4"), ("int4", "q4_0")],

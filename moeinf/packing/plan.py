@@ -124,9 +124,12 @@ class PackPlan:
                 target = TARGETS[format]
                 found = [one for store in stores for one in quantised(store, target)]
                 experts = [*found]
-                stated = configuration(
-                    found[0].target, others, {path: part.target for path, part in linear.items()}
-                )
+                named = {
+                    name: part.target
+                    for path, part in linear.items()
+                    for name in (path, part.base)  # of the model and of the file: they may differ
+                }
+                stated = configuration(found[0].target, others, named)
             if stated is not None:
                 config["quantization_config"] = stated
         copied = [Copied((entry,)) for name, entry in raw.items() if name not in used]

@@ -278,7 +278,7 @@ def check_dense(format: str | None, dense: str) -> None:
 def configuration(
     experts: Target, others: list[str], linear: Mapping[str, Target]
 ) -> dict[str, Any] | None:
-    """The quantization_config of experts, of linear layers by path, and of others as they are."""
+    """The quantization_config of experts, of linear layers by name, and of others as they are."""
     config = experts.config(experts.row, others)
     target = next(iter(linear.values()), experts)
     if config is None or target.row == experts.row:
