@@ -439,12 +439,12 @@ class ExpertStore:
         """Where a slot has numbers that must be finite: see WeightFormat.number_types. Or zero
         points (None) that are stored as bytes, and so could have more bits than their integers."""
         found: list[tuple[int, int, _core.ScaleType | None, bool, int]] = []
-        coded = {segment.name for _, segment, _, stored in self._pieces() if stored.code}
+        coded = {offset for _, offset, *_ in self._recodes()}
         for segment in self.layout.segments:
             _, _, piece = segment.name.partition(".")
             held = self.layout.held_by(segment)
             types = held.format.number_types()
-            if piece == ZEROS and held.format.pack == 2 and segment.name not in coded:
+            if piece == ZEROS and held.format.pack == 2 and segment.offset not in coded:
                 found.append((segment.offset, segment.nbytes, None, True, 1))
             if (piece or VALUES) in types:
                 kind, negative = types[piece or VALUES]
