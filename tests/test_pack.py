@@ -356,6 +356,16 @@ def test_formats_of_linear_layers_that_do_not_go_with_the_experts(
     assert not (tmp_path / "b").exists()
 
 
+def test_linear_layers_beside_experts_that_are_in_the_format_already(
+    plain: Path, tmp_path: Path
+) -> None:
+    """They are not left as they are without a word."""
+    moeinf.pack(plain, tmp_path / "b", format="int4")
+    with pytest.raises(UnsupportedError, match="is quantised already"):
+        moeinf.pack(tmp_path / "b", tmp_path / "c", format="int4", dense="int8")
+    assert not (tmp_path / "c").exists()
+
+
 def test_transformers_opens_an_fp8_pack(tmp_path: Path, seed: int) -> None:
     """By its own decoder, which wants whole blocks; it computes in bfloat16."""
     sizes = {"hidden_size": 128, "moe_intermediate_size": 256, "num_hidden_layers": 2}
@@ -429,7 +439,7 @@ def test_experts_with_biases_are_not_quantised(tmp_path: Path) -> None:
 def test_names_that_the_model_does_not_take_are_refused(tmp_path: Path) -> None:
     sizes = {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 96}
     source = write_checkpoint(tmp_path / "a", "granitemoe", dtype=torch.bfloat16, **SIZES, **sizes)
-    with pytest.raises(UnsupportedError, match="its experts cannot be stored so: "):
+    with pytest.raises(UnsupportedError, match="its experts cannot be stored so: no tensor for "):
         moeinf.pack(source, tmp_path / "b", format="fp8")
     assert not (tmp_path / "b").exists()
 

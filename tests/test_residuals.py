@@ -172,3 +172,38 @@ def test_a_loaded_model_is_served_in_every_layer(
         )  # fmt: skip
         found.append(torch.stack(out.logits))
     assert torch.equal(*found)
+
+
+def test_a_forward_of_the_models_class_that_is_replaced_later(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In models that are served already, and in those that are loaded then."""
+    folder = write_checkpoint(tmp_path / "model", seed=seed)
+    prompt = torch.randint(0, 97, (1, 3), generator=torch.Generator().manual_seed(seed))
+
+    def logits(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return model(prompt).logits
+
+    models = [moeinf.load(folder, device="cpu", linear=linear) for linear in ("auto", "torch")]
+    before = logits(models[0])
+    layer = models[1].model.layers[1]
+    for kind in (type(layer), type(layer.self_attn), type(layer.mlp.gate)):
+        original = kind.forward
+
+        def changed(self: Any, *given: Any, _original: Any = original, **named: Any) -> Any:
+            made = _original(self, *given, **named)
+            parts = made if isinstance(made, tuple) else (made,)
+            halves = tuple(
+                one * 0.5 if torch.is_tensor(one) and one.is_floating_point() else one
+                for one in parts
+            )
+            return halves if isinstance(made, tuple) else halves[0]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kind, "forward", changed)
+            found = [logits(one) for one in (models[0], moeinf.load(folder, device="cpu"))]
+            assert not torch.equal(found[0], before), kind
+            torch.testing.assert_close(found[0], logits(models[1]), rtol=1e-4, atol=1e-4)
+            assert torch.equal(*found), kind
+        assert torch.equal(logits(models[0]), before)

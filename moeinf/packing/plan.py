@@ -84,7 +84,7 @@ class PackPlan:
         stores = plan.stores
         linear: dict[str, QuantisedLinear] = {}
         plain = {store.layout.format_names for store in stores} == {format}
-        if format is None or plain:
+        if format is None or (plain and dense is None):
             experts: list[Part] = _as_they_are(stores, raw)
             used = {spec.name for part in experts for spec in part.specs}
             config = None
@@ -162,7 +162,7 @@ class PackPlan:
             try:
                 stores = stores_of(Checkpoint.open(made))
             except (CheckpointError, UnsupportedError) as error:
-                why = str(error).replace(f"{made}/", "")
+                why = str(error).replace(f"{made}/", "").replace(f"{made}: ", "")
                 raise UnsupportedError(
                     f"{self.checkpoint.path}: its experts cannot be stored so: {why}"
                 ) from error

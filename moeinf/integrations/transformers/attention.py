@@ -28,8 +28,12 @@ from moeinf.integrations.transformers.attention_forms import (
     Written,
 )
 from moeinf.integrations.transformers.norms import same_bits
-from moeinf.integrations.transformers.own_source import Function, OwnForward
-from moeinf.integrations.transformers.whole import class_of
+from moeinf.integrations.transformers.own_source import (
+    Function,
+    OwnForward,
+    is_own,
+    served_class,
+)
 
 MADE = f"{', '.join(NAMES)} = moeinf_made"
 TRIAL = ((1, 1, 1), (3, 1, 3), (1, 3, 1), (2, 2, 1))  # batch, tokens, rows of cos and sin
@@ -47,6 +51,7 @@ class _Attention:
             and len(position_embeddings) == 2
             and is_plain_call(hidden_states, *position_embeddings)
             and not hooks_everywhere()
+            and is_own(self)
         ):
             form = _form(*self.moeinf_attention)
             made = _inputs(form, self, hidden_states, *position_embeddings)
@@ -68,21 +73,21 @@ def serve_attention(model: torch.nn.Module) -> None:
     for module in model.modules():
         split, kind = None, cast(Any, type(module))
         if all(isinstance(getattr(module, layer, None), torch.nn.Linear) for layer in LAYERS):
-            split = _split(kind, hasattr(module, NORMS[0]))
+            split = _split(kind, kind.forward, hasattr(module, NORMS[0]))
         if split is None or (given := _describe(module, split[0])) is None:
             continue
         key = kind, given, _sizes(module)
         if key not in known:
             known[key] = _find(module, given, split[1])
         if (form := known[key]) is not None:
-            made: Any = class_of(_Attention, kind)
-            made.moeinf_rest = split[2]
             module.moeinf_attention = form  # type: ignore[assignment]
-            module.__class__ = made
+            module.__class__ = served_class(_Attention, kind, split[2])
 
 
 @cache
-def _split(base: type, has_norms: bool) -> tuple[Written, Function, Function] | None:
+def _split(
+    base: type, forward: Function, has_norms: bool
+) -> tuple[Written, Function, Function] | None:
     """What is replaced as a function (self, hidden_states, position_embeddings, ...) -> queries,
     keys, values; and the rest, which takes them right after `self`."""
     try:

@@ -13,6 +13,8 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from moeinf.integrations.transformers.whole import class_of
+
 Function = Callable[..., Any]
 DECORATORS = ("deprecate_kwarg",)  # that may stand before such a forward; they stay
 WRAPPERS = ("forward_with_checkpointing",)  # of classes; without gradients they do nothing
@@ -79,6 +81,19 @@ class OwnForward:
         made: dict[str, Function] = {}
         exec(compile(module, self.file, "exec"), self.globals, made)
         return made[tree.name]
+
+
+def served_class(first: type, base: Any, rest: Function) -> type:
+    """A class of the name of `base`, with `first` before it; `rest` is made of the forward."""
+    made: Any = class_of(first, base)
+    made.moeinf_rest, made.moeinf_base, made.moeinf_own = rest, base, base.forward
+    return made  # type: ignore[no-any-return]
+
+
+def is_own(module: Any) -> bool:
+    """Is the forward of the model's class still the one of which the rest was made?"""
+    own: bool = module.moeinf_base.forward is type(module).moeinf_own
+    return own
 
 
 def _name_of(decorator: ast.expr) -> str:

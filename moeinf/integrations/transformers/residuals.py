@@ -13,8 +13,12 @@ import torch
 from moeinf import _core
 from moeinf.experts.cpu import default_engine
 from moeinf.experts.marks import hooks_everywhere, is_plain_call
-from moeinf.integrations.transformers.own_source import Function, OwnForward
-from moeinf.integrations.transformers.whole import class_of
+from moeinf.integrations.transformers.own_source import (
+    Function,
+    OwnForward,
+    is_own,
+    served_class,
+)
 
 NORM = "post_attention_layernorm"
 STATEMENTS = (
@@ -29,7 +33,7 @@ class _Layer:
 
     def forward(self: Any, hidden_states: Any, *others: Any, **named: Any) -> Any:
         """As the model's own; see `OwnForward`."""
-        if is_plain_call(hidden_states):
+        if is_plain_call(hidden_states) and is_own(self):
             return self.moeinf_rest(hidden_states, *others, **named)
         return super().forward(hidden_states, *others, **named)  # type: ignore[misc]
 
@@ -54,16 +58,14 @@ def serve_residuals(model: torch.nn.Module) -> None:
     for module in model.modules():
         kind: Any = type(module)
         norm = module._modules.get(NORM)
-        if not hasattr(norm, "moeinf_norm") or (rest := _rest(kind)) is None:
+        if not hasattr(norm, "moeinf_norm") or (rest := _rest(kind, kind.forward)) is None:
             continue
-        made: Any = class_of(_Layer, kind)
-        made.moeinf_rest = rest
         module.moeinf_normed_by = type(norm)  # type: ignore[assignment]
-        module.__class__ = made
+        module.__class__ = served_class(_Layer, kind, rest)
 
 
 @cache
-def _rest(base: type) -> Function | None:
+def _rest(base: type, forward: Function) -> Function | None:
     """The forward with one call in the place of the sum and the norm."""
     try:
         own = OwnForward(base)

@@ -14,8 +14,12 @@ import torch
 from moeinf import _core
 from moeinf.experts.marks import is_plain_call
 from moeinf.integrations.transformers.norms import same_bits
-from moeinf.integrations.transformers.own_source import Function, OwnForward
-from moeinf.integrations.transformers.whole import class_of
+from moeinf.integrations.transformers.own_source import (
+    Function,
+    OwnForward,
+    is_own,
+    served_class,
+)
 
 CHOICE = "router_top_value, router_indices = torch.topk(router_probs, self.top_k, dim=-1)"
 SHARE = "router_top_value /= router_top_value.sum(dim=-1, keepdim=True)"
@@ -40,7 +44,8 @@ class _Router:
 
     def forward(self: Any, hidden_states: Any, *others: Any, **named: Any) -> Any:
         """As the model's own; see `OwnForward`."""
-        if is_plain_call(hidden_states) and hidden_states.shape[:-1].numel() <= MOST_TOKENS:
+        few = hidden_states.shape[:-1].numel() <= MOST_TOKENS
+        if few and is_plain_call(hidden_states) and is_own(self):
             found = self.moeinf_rest(hidden_states, *others, **named)
             if found is not None:
                 return found
@@ -57,15 +62,13 @@ def serve_routers(model: torch.nn.Module) -> None:
         weight = module._parameters.get("weight")
         if weight is None or not hasattr(module, "top_k") or not weight.is_cpu:
             continue
-        rest = _rest(kind)
+        rest = _rest(kind, kind.forward)
         if rest is not None and _chooses_like_torch(weight.shape[0], module.top_k):
-            made: Any = class_of(_Router, kind)
-            made.moeinf_rest = rest
-            module.__class__ = made
+            module.__class__ = served_class(_Router, kind, rest)
 
 
 @cache
-def _rest(base: type) -> Function | None:
+def _rest(base: type, forward: Function) -> Function | None:
     """The forward with one call in the place of the choice. It returns None where that cannot be,
     and has changed nothing then."""
     try:
