@@ -99,7 +99,9 @@ class CpuEngine:
 
 class ExpertFfnCall:
     @staticmethod
-    def tokens_per_call(expert: ExpertFfn, top_k: int, scratch_bytes: int = 67108864) -> int: ...
+    def tokens_per_call(
+        engine: CpuEngine, expert: ExpertFfn, input: FfnInput, scratch_bytes: int
+    ) -> int: ...
     def __init__(self, engine: CpuEngine, expert: ExpertFfn, input: FfnInput) -> None: ...
     def compute(self, ready: collections.abc.Sequence[tuple[int, int]]) -> None:
         """Computes the experts at these (position, slot address) pairs."""
@@ -139,7 +141,7 @@ class Catalog:
         transposes: collections.abc.Sequence[
             typing.Annotated[collections.abc.Sequence[int], "FixedSize(4)"]
         ] = [],
-        checks: collections.abc.Sequence[tuple[int, int, ScaleType, bool, int]] = [],
+        checks: collections.abc.Sequence[tuple[int, int, ScaleType | None, bool, int]] = [],
         tensors: collections.abc.Sequence[tuple[int, int, str]] = [],
         sources: collections.abc.Mapping[int, ByteSource] = {},
         recodes: collections.abc.Sequence[tuple[str, int, int, int, int, int]] = [],
@@ -152,12 +154,13 @@ class Catalog:
         file offset, bytes, slot offset), experts by layer * num_experts + expert.
         transposes: (slot offset, rows, columns, bytes of an element), as they are read; in
         the slot they lie as columns x rows. checks: (slot offset, bytes, type, negative,
-        step) of numbers that may not be NaN or infinite, and below zero only if negative.
-        tensors: (file, file offset, name), for messages. sources: by index of `files`, of
-        those that are none. recodes: (kind, slot offset, rows, columns, bits, plus) of
-        integers that are written again in the slot. copies: (index of `files`, place from
-        1, path, source or None) of the same bytes elsewhere. palettes: (slot offset, bytes,
-        bytes of a row, bytes of its tail) of rows of bf16 in 12 bits."""
+        step) of numbers that may not be NaN or infinite, and below zero only if negative;
+        with None as the type, bytes from -8 to 7. tensors: (file, file offset, name), for
+        messages. sources: by index of `files`, of those that are none. recodes: (kind, slot
+        offset, rows, columns, bits, plus) of integers that are written again in the slot.
+        copies: (index of `files`, place from 1, path, source or None) of the same bytes
+        elsewhere. palettes: (slot offset, bytes, bytes of a row, bytes of its tail) of rows
+        of bf16 in 12 bits."""
 
     def extents(self, expert: int) -> numpy.typing.NDArray[numpy.uint64]:
         """uint64 [extents, 4] of one flat expert id, as given to the constructor."""

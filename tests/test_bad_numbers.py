@@ -13,11 +13,20 @@ import torch
 from checkpoints import write_checkpoint
 from fake_cuda_library import fake_cuda_library
 from safetensors.torch import load_file, save_file
-from test_packed_checkpoints import SIZES, STORED, logits, quantised
+from scaled_weights import INT4
+from test_packed_checkpoints import (
+    INT4_CONFIG,
+    SIZES,
+    STORED,
+    logits,
+    packed_words,
+    quantised,
+    stored_as,
+)
 
 import moeinf
 from moeinf import _core
-from moeinf.checkpoint.formats import SCALES, VALUES
+from moeinf.checkpoint.formats import SCALES, VALUES, ZEROS
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import CheckpointError, ReadError
 
@@ -90,6 +99,33 @@ def test_a_reader_finds_every_bad_code_anywhere(tmp_path, seed, name, apart, neg
             at = begin + int(places[e]) * step
             assert f"{path}: tensor {e}: expected finite numbers" in ticket.error
             assert f"{shown} at byte {at}" in ticket.error
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_reader_finds_every_zero_point_of_more_than_four_bits(tmp_path, seed, direct):
+    rng = np.random.default_rng(seed)
+    begin, count, nbytes = 64, 20_000, 24_576
+    experts = rng.integers(0, 256, (256, nbytes), np.uint8)  # around them anything may lie
+    experts[:, begin : begin + count] = rng.integers(-8, 8, (256, count), np.int8).view(np.uint8)
+    places = rng.integers(0, count, 256)
+    places[8:10] = 0, count - 1
+    experts[np.arange(256), begin + places] = np.arange(256)
+    (tmp_path / "a").write_bytes(experts.tobytes())
+    extents = [[[0, e * nbytes, nbytes, 0]] for e in range(256)]
+    catalog = _core.Catalog(
+        1, 256, nbytes, [(str(tmp_path / "a"), experts.nbytes)], np.array(extents, np.uint64), [],
+        [(begin, count, None, True, 1)], [(0, e * nbytes, f"tensor {e}") for e in range(256)],
+    )  # fmt: skip
+    reader = _core.FileReader(catalog, threads=2, direct=direct, chunk_bytes=16384)
+    pool = _core.SlotPool(catalog.slot_bytes, 1)
+    for e in range(256):
+        ticket = reader.submit(e, pool, 0)
+        ticket.wait()
+        if e < 8 or e >= 248:
+            assert ticket.state == "done", (e, ticket.error)
+        else:
+            wanted = f"tensor {e}: expected zero points from -8 to 7, found I8 0x{e:02x} at byte "
+            assert ticket.error.endswith(f"{wanted}{begin + int(places[e])}")
 
 
 @pytest.mark.parametrize("check", [(0, 8192, "f32"), (4096, 8, "f32"), (1 << 63, 4, "f32"),
@@ -165,6 +201,32 @@ def test_a_model_refuses_a_bad_number_of_an_expert(
             model(tokens)
         assert f"model.safetensors: {key}: expected finite numbers" in str(raised.value), device
         assert f"0x{code:02x} at byte" in str(raised.value)
+
+
+@pytest.mark.parametrize("far", [-128, -9, 8, 127])
+@pytest.mark.parametrize("which", [".experts.", "self_attn"])
+def test_zero_points_of_more_than_four_bits_are_refused(plain, tmp_path, seed, which, far):
+    """They may be stored as bytes, but a product of integers of four bits takes no others."""
+    row = INT4.with_scales("bf16", (1, 32), zeros=True)
+    words = packed_words(4)
+
+    def store(parts):
+        return words(parts) | {".weight_zero_point": parts[ZEROS]}
+
+    packed, decoded = stored_as(plain, tmp_path, {which: (row, store)}, INT4_CONFIG, seed)
+    found, expected = logits(packed), logits(decoded)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+    tensors = load_file(packed / "model.safetensors")
+    key = [key for key in tensors if key.endswith("weight_zero_point")][-1]
+    flat = tensors[key].view(-1)
+    flat[int(torch.randint(len(flat), (), generator=torch.Generator().manual_seed(seed)))] = far
+    save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ReadError, match="expected zero points from -8 to 7, found"):
+        logits(packed)
+    if which == ".experts.":
+        layer, expert = (int(key.split(".")[i]) for i in (2, 5))
+        with pytest.raises(ReadError, match="expected zero points from -8 to 7, found"):
+            ExpertStore.open(packed).read(layer, expert)
 
 
 @pytest.mark.parametrize("name", ["fp8 blocks", "nvfp4", "int4"])

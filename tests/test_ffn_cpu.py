@@ -660,13 +660,6 @@ def test_the_call_without_a_cache_gives_the_same(engine, seed):
     assert torch.equal(out, case.run(engine))
 
 
-def test_tokens_per_call_keeps_to_the_scratch_it_is_given():
-    expert = make_case(0, hidden=64, intermediate=48).expert
-    room = 4 * (64 * 6 + 48 * 4) * 10
-    assert _core.ExpertFfnCall.tokens_per_call(expert, 4, scratch_bytes=room) == 10
-    assert _core.ExpertFfnCall.tokens_per_call(expert, 4, scratch_bytes=1) == 1
-
-
 def test_calls_from_many_threads_take_turns(engine, seed):
     from concurrent.futures import ThreadPoolExecutor
 

@@ -27,7 +27,7 @@ namespace {
 using Sources = std::map<size_t, std::shared_ptr<ByteSource>>;
 using ExtentArray = py::array_t<uint64_t, py::array::c_style | py::array::forcecast>;
 
-using Check = std::tuple<uint64_t, uint64_t, ScaleType, bool, uint64_t>;
+using Check = std::tuple<uint64_t, uint64_t, std::optional<ScaleType>, bool, uint64_t>;
 using Tensor = std::tuple<uint32_t, uint64_t, std::string>;
 using Copy = std::tuple<size_t, uint32_t, std::string, std::optional<std::shared_ptr<ByteSource>>>;
 using Recoded = std::tuple<std::string, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>;
@@ -76,7 +76,8 @@ std::shared_ptr<Catalog> make_catalog(int32_t num_layers, int32_t num_experts, u
 
     std::vector<NumberCheck> numbers;
     for (const auto& [offset, nbytes, type, negative, step] : checks) {
-        numbers.push_back({offset, nbytes, type, negative, step});
+        numbers.push_back({offset, nbytes, type.value_or(ScaleType::kE4M3), negative, step, 0,
+                           !type.has_value()});
     }
     for (const auto& [offset, nbytes, row, tail] : palettes) {
         numbers.push_back({offset, nbytes, {}, true, row, tail});
@@ -138,7 +139,9 @@ void bind_catalog(py::module_& module) {
              "transposes: (slot offset, rows, columns, bytes of an element), as they are read; in "
              "the slot they lie as columns x rows. checks: (slot offset, bytes, type, negative, "
              "step) of "
-             "numbers that may not be NaN or infinite, and below zero only if negative. tensors: "
+             "numbers that may not be NaN or infinite, and below zero only if negative; with None "
+             "as the type, "
+             "bytes from -8 to 7. tensors: "
              "(file, file offset, name), for messages. sources: by index of `files`, of those that "
              "are none. recodes: (kind, slot offset, rows, columns, bits, plus) of integers that "
              "are "

@@ -170,8 +170,12 @@ void bind_compute(py::module_& module) {
                 self.finish(at<void>(out), out_dtype);
             },
             py::arg("out"), py::arg("out_dtype"), release())
-        .def_static("tokens_per_call", &ExpertFfnCall::tokens_per_call, py::arg("expert"),
-                    py::arg("top_k"), py::arg("scratch_bytes") = size_t{64} << 20);
+        .def_static(
+            "tokens_per_call",
+            [](CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input, size_t bytes) {
+                return ExpertFfnCall::tokens_per_call(engine.kernels(), expert, input, bytes);
+            },
+            py::arg("engine"), py::arg("expert"), py::arg("input"), py::arg("scratch_bytes"));
 
     module.def("fused_experts_raw", &fused_experts_raw, py::arg("engine"), py::arg("expert"),
                py::arg("input"), py::kw_only(), py::arg("slots"), py::arg("out"),

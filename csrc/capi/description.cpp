@@ -126,6 +126,9 @@ private:
             const auto nbytes = number<uint64_t>();
             const auto row = number<uint64_t>();
             checks_.push_back({offset, nbytes, {}, true, row, number<uint64_t>()});
+        } else if (kind == "zero_points") {
+            const auto offset = number<uint64_t>();
+            checks_.push_back({offset, number<uint64_t>(), ScaleType::kE4M3, true, 1, 0, true});
         } else if (kind == "recode") {
             const auto row = static_cast<Recode::Kind>(find_name(kRecodes, word(), "recode"));
             const auto offset = number<uint64_t>();

@@ -14,6 +14,7 @@
 //     held HEX NAME                                          bytes that are in no file
 //     transpose OFFSET ROWS COLS ELEMENT
 //     check OFFSET BYTES TYPE NEGATIVE STEP
+//     zero_points OFFSET BYTES                               that must be from -8 to 7
 //     recode KIND OFFSET ROWS COLS BITS PLUS
 //     extent FILE OFFSET BYTES SLOT_OFFSET                   in order of experts
 //     end

@@ -79,6 +79,20 @@ bool on_tiles(const KernelSet& kernels, const ExpertFfn& expert, const FfnInput&
                             input.num_experts);
 }
 
+// How a call takes its numbers.
+struct Types {
+    bool tiled;
+    DType x;
+    DType inner;
+};
+Types types_of(const KernelSet& kernels, const ExpertFfn& expert, const FfnInput& input) {
+    const bool tiled = on_tiles(kernels, expert, input);
+    const bool x_as_it_is = as_it_is(kernels, input, expert.gate) &&
+                            (!expert.up || as_it_is(kernels, input, *expert.up));
+    const auto type = [&](bool bf16) { return tiled || bf16 ? DType::kBF16 : DType::kF32; };
+    return {tiled, type(x_as_it_is), type(as_it_is(kernels, input, expert.down))};
+}
+
 }  // namespace
 
 ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input)
@@ -88,11 +102,8 @@ ExpertFfnCall::ExpertFfnCall(CpuEngine& engine, const ExpertFfn& expert, const F
       input_(input),
       gate_kernels_(kernels_.gates[expert.function.kernel]),
       tiled_(on_tiles(kernels_, expert, input)),
-      x_dtype_(tiled_ || (as_it_is(kernels_, input, expert.gate) &&
-                          (!expert.up || as_it_is(kernels_, input, *expert.up)))
-                   ? DType::kBF16
-                   : DType::kF32),
-      inner_dtype_(tiled_ || as_it_is(kernels_, input, expert.down) ? DType::kBF16 : DType::kF32),
+      x_dtype_(types_of(kernels_, expert, input).x),
+      inner_dtype_(types_of(kernels_, expert, input).inner),
       routing_(check(input)) {
     if (input_.ids_are_int64) {
         sort_routes(static_cast<const int64_t*>(input_.topk_ids));
@@ -408,13 +419,29 @@ void ExpertFfnCall::finish(void* out, DType out_dtype) {
     });
 }
 
-int64_t ExpertFfnCall::tokens_per_call(const ExpertFfn& expert, int64_t top_k,
-                                       size_t scratch_bytes) {
-    // The result, the tokens for a matrix unit, and the gate function's values with their tiles.
-    const auto route = static_cast<size_t>(expert.hidden()) * (sizeof(float) + sizeof(BF16)) +
-                       static_cast<size_t>(expert.intermediate()) * sizeof(float);
-    const size_t token = route * static_cast<size_t>(std::max<int64_t>(1, top_k));
-    return std::max<int64_t>(1, static_cast<int64_t>(scratch_bytes / token));
+int64_t ExpertFfnCall::tokens_per_call(const KernelSet& kernels, const ExpertFfn& expert,
+                                       const FfnInput& input, size_t scratch_bytes) {
+    constexpr size_t kGaps = 8 * kAlign;  // between the parts, and behind tiles
+    const auto [tiled, x, inner] = types_of(kernels, expert, input);
+    const auto arranged = [&, tiled = tiled](const Matrix& matrix, DType dtype) {
+        if (tiled) return static_cast<size_t>(tile_row_bytes(matrix.cols));
+        const Product& product = product_of(kernels, matrix, dtype);
+        if (product.arrange == nullptr) return size_t{0};
+        return activation_row_bytes(product, static_cast<size_t>(matrix.cols), dtype);
+    };
+    const auto hidden = static_cast<size_t>(expert.hidden());
+    size_t route = hidden * sizeof(float) +
+                   static_cast<size_t>(expert.intermediate()) * dtype_bytes(inner) +
+                   arranged(expert.down, inner);
+    size_t token = x == input.hidden_dtype ? 0 : hidden * sizeof(float);
+    (tiled ? route : token) += arranged(expert.gate, x);
+    if (!tiled && expert.up &&
+        product_of(kernels, *expert.up, x).arrange != product_of(kernels, expert.gate, x).arrange) {
+        token += arranged(*expert.up, x);
+    }
+    token += route * static_cast<size_t>(std::max<int64_t>(1, input.top_k));
+    const size_t room = scratch_bytes - std::min(scratch_bytes, kGaps);
+    return std::max<int64_t>(1, static_cast<int64_t>(room / token));
 }
 
 }  // namespace moeinf

@@ -87,9 +87,9 @@ public:
     // Writes out [tokens, hidden]. Throws Error(kInvalid) if an expert was never computed.
     void finish(void* out, DType out_dtype);
 
-    // The most tokens (at least 1) whose scratch fits `scratch_bytes`.
-    [[nodiscard]] static int64_t tokens_per_call(const ExpertFfn& expert, int64_t top_k,
-                                                 size_t scratch_bytes = size_t{64} << 20);
+    // The most tokens (at least 1) of such a call whose scratch fits `scratch_bytes`.
+    [[nodiscard]] static int64_t tokens_per_call(const KernelSet& kernels, const ExpertFfn& expert,
+                                                 const FfnInput& input, size_t scratch_bytes);
 
 private:
     template <class Id>

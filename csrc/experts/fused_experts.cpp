@@ -27,7 +27,7 @@ void run_call(ExpertCache& cache, ExpertFfnCall& call, const StepRequest& reques
 int64_t most_tokens(CpuEngine& engine, const ExpertFfn& expert, const FfnInput& input,
                     size_t scratch_bytes) {
     const auto with = [&](size_t bytes) {
-        return ExpertFfnCall::tokens_per_call(expert, input.top_k, bytes);
+        return ExpertFfnCall::tokens_per_call(engine.kernels(), expert, input, bytes);
     };
     if (scratch_bytes > 0) return with(scratch_bytes);
     const int64_t usual = with(CpuEngine::kUsualScratch);

@@ -73,6 +73,8 @@ struct NumberCheck {
     // Else the bytes are rows of bf16 in 12 bits (layout/palette.h), `step` bytes each, with such a
     // tail. They must be well formed.
     uint64_t tail = 0;
+    // Else they are zero points of integers of four bits: bytes from -8 to 7.
+    bool zero_points = false;
 };
 
 // The same bytes as those of a file, in another place. The files themselves lie in place 0.

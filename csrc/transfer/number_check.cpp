@@ -87,7 +87,19 @@ uint64_t first_broken(const std::byte* from, uint64_t count, Rule<Bits> rule) {
     return i;
 }
 
+// As above: the index of a byte that is no integer from -8 to 7.
+uint64_t first_far(const std::byte* from, uint64_t count) {
+    unsigned any = 0;
+    const auto far = [&](uint64_t i) { return (std::to_integer<unsigned>(from[i]) + 8) & 0xf0; };
+    for (uint64_t i = 0; i < count; ++i) any |= far(i);
+    if (any == 0) return count;
+    uint64_t i = 0;
+    while (far(i) == 0) ++i;
+    return i;
+}
+
 uint64_t first_broken(const NumberCheck& check, const std::byte* from, uint64_t nbytes) {
+    if (check.zero_points) return first_far(from, nbytes);
     const bool negative = check.negative;
     switch (check.type) {
         case ScaleType::kF32:
@@ -121,6 +133,10 @@ std::string hex(const std::byte* from, uint64_t count, bool one_number = false) 
     const std::string code =
         hex(slot + slot_offset, static_cast<uint64_t>(scale_bytes(check.type)), true);
     const auto [place, bytes_before] = catalog.origin(expert, slot_offset);
+    if (check.zero_points) {
+        throw Error(ErrorCode::kRead, place + ": expected zero points from -8 to 7, found I8 0x" +
+                                          code + " at byte " + std::to_string(bytes_before));
+    }
     throw Error(ErrorCode::kRead, place + ": expected finite numbers" +
                                       (check.negative ? "" : ", none of them negative") +
                                       ", found " + kNames[static_cast<int>(check.type)] + " 0x" +

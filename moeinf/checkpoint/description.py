@@ -33,7 +33,7 @@ class Described:
     num_layers: int
     experts: Sequence[list[Extent]]
     transposes: Sequence[tuple[int, int, int, int]]
-    checks: Sequence[tuple[int, int, _core.ScaleType, bool, int]]
+    checks: Sequence[tuple[int, int, _core.ScaleType | None, bool, int]]
     recodes: Sequence[tuple[str, int, int, int, int, int]]
     palettes: Sequence[tuple[int, int, int, int]]
 
@@ -47,6 +47,9 @@ class Described:
         for offset, rows, cols, element in self.transposes:
             yield f"transpose {offset} {rows} {cols} {element}"
         for offset, nbytes, kind, negative, step in self.checks:
+            if kind is None:
+                yield f"zero_points {offset} {nbytes}"
+                continue
             name = str(kind).removeprefix("ScaleType.")
             yield f"check {offset} {nbytes} {name} {int(negative)} {step}"
         for palette in self.palettes:

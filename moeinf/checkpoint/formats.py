@@ -131,6 +131,12 @@ class WeightFormat:
             for stored in _panels(parts[piece]):
                 numbers = numbers_of(stored) if piece == SCALES else stored.double()
                 _refuse(numbers, negative, f"{name}: {piece}")
+        if self.zeros and self.pack == 2:
+            far = parts[ZEROS][(parts[ZEROS] < -8) | (parts[ZEROS] > 7)]
+            if len(far):
+                raise ReadError(
+                    f"{name}: {ZEROS}: expected zero points from -8 to 7, found {int(far[0])}"
+                )
         for place, kind in NUMBERS.get(self.name, ()):
             dtype = SCALE_TYPES[kind]
             for stored in _panels(parts[VALUES]):

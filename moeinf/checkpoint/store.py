@@ -390,7 +390,7 @@ class ExpertStore:
         for segment in self.layout.segments:
             if "." not in segment.name:
                 held = self.layout.held_by(segment)
-                pieces = {VALUES: held.values, SCALES: held.scales}
+                pieces = {VALUES: held.values, SCALES: held.scales, ZEROS: held.zeros}
                 held.format.refuse(
                     {piece: found[rows.segment.name] for piece, rows in pieces.items() if rows},
                     f"{self.modules[layer]}, expert {expert}, {segment.name}",
@@ -435,13 +435,17 @@ class ExpertStore:
                 offset = segment.offset + i * segment.nbytes // len(matrices)
                 yield offset, segment, part, stored or Stored()
 
-    def _checks(self) -> list[tuple[int, int, _core.ScaleType, bool, int]]:
-        """Where a slot has numbers that must be finite: see WeightFormat.number_types."""
-        found = []
+    def _checks(self) -> list[tuple[int, int, _core.ScaleType | None, bool, int]]:
+        """Where a slot has numbers that must be finite: see WeightFormat.number_types. Or zero
+        points (None) that are stored as bytes, and so could have more bits than their integers."""
+        found: list[tuple[int, int, _core.ScaleType | None, bool, int]] = []
+        coded = {offset for _, offset, *_ in self._recodes()}
         for segment in self.layout.segments:
             _, _, piece = segment.name.partition(".")
             held = self.layout.held_by(segment)
             types = held.format.number_types()
+            if piece == ZEROS and held.format.pack == 2 and segment.offset not in coded:
+                found.append((segment.offset, segment.nbytes, None, True, 1))
             if (piece or VALUES) in types:
                 kind, negative = types[piece or VALUES]
                 step = SCALE_TYPES[kind].itemsize

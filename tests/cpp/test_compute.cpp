@@ -184,6 +184,49 @@ void results_are_right_and_have_the_same_bits_however_computed(uint32_t seed) {
     }
 }
 
+// A call of so many tokens takes the scratch memory that it was to take, and hardly less.
+void tokens_per_call_fill_the_scratch_they_are_given() {
+    constexpr size_t kRoom = size_t{1} << 20;
+    constexpr int64_t kCols = 256;
+    const std::vector<uint16_t> x(size_t{kRoom}, 0);
+    const std::vector<float> weights(size_t{kRoom}, 1);
+    std::vector<int64_t> ids(size_t{kRoom});
+    for (size_t i = 0; i < ids.size(); ++i) ids[i] = static_cast<int64_t>(i % 2);
+    const auto matrix = [&](const char* name) {
+        const WeightFormat format = find_format(name);
+        return Matrix{.format = format,
+                      .rows = kCols,
+                      .cols = kCols,
+                      .values = {0, facts(format).row_bytes(kCols)}};
+    };
+    const char* names[][3] = {{"f32", "f32", "f32"},    {"bf16", "bf16", "bf16"},
+                              {"int4", "int4", "int4"}, {"q4_k", "q6_k", "q2_k"},
+                              {"bf16", "int8", "q4_1"}, {"palette3", "q8_0", "e2m1"}};
+    for (const KernelSet* kernels : kernel_sets()) {
+        if (!kernels->supported()) continue;
+        for (const auto& [gate, up, down] : names) {
+            const ExpertFfn expert(matrix(gate), matrix(up), matrix(down),
+                                   find_gate("glu", "silu", 1, INFINITY));
+            for (const DType dtype : {DType::kBF16, DType::kF32}) {
+                for (const int32_t experts : {2, 4096}) {  // many tokens for each, and few
+                    FfnInput input{x.data(),    dtype,        ids.data(), true,   weights.data(),
+                                   DType::kF32, int64_t{512}, 2,          experts};
+                    input.whole_tokens = input.tokens;
+                    input.tokens = ExpertFfnCall::tokens_per_call(*kernels, expert, input, kRoom);
+                    CpuEngine engine(1, kernels->name);
+                    {
+                        const ExpertFfnCall call(engine, expert, input);
+                    }
+                    CHECK(input.tokens > 1);
+                    CHECK(engine.kept_scratch() <= kRoom);
+                    CHECK(engine.kept_scratch() >= kRoom / 100 * 95);
+                    CHECK_EQ(ExpertFfnCall::tokens_per_call(*kernels, expert, input, 1), 1);
+                }
+            }
+        }
+    }
+}
+
 // A part of the rows of a matrix, as threads take them, with rows that lie apart, each in memory
 // without a byte to spare. Many activations get the bits that each gets alone.
 void weights_with_scales_are_summed_block_by_block(uint32_t seed) {
@@ -452,6 +495,7 @@ int main() {
     callers_on_several_threads_take_turns();
     a_pool_wakes_from_sleep();
     results_are_right_and_have_the_same_bits_however_computed(seed);
+    tokens_per_call_fill_the_scratch_they_are_given();
     weights_with_scales_are_summed_block_by_block(seed);
     a_matrix_unit_sums_each_output_alone(seed);
     every_format_that_is_exact_in_bf16_has_tiles();
