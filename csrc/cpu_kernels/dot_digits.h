@@ -3,12 +3,12 @@
 // gives.
 //
 // The activations of a step become whole numbers of 22 bits and a sign, times a power of two of the
-// step: exact to 2^-22 of the largest of them (2^-21 where codes have eight bits). A number is
-// three digits of eight bits with signs. Codes are bytes without signs; an instruction multiplies
-// 64 of them by 64 digits. So the sum of a lane over a step is a whole number, exact in any order.
-// Then it is scaled, and added to the sums of the row as dot_scaled.h does. Codes stand for numbers
-// that are kOffset smaller; what that makes of the sum of each lane is arranged beside the digits.
-// On the way a sum may leave 32 bits: only its end must fit.
+// step: exact to 2^-22 of the largest of them (2^-21 where codes have eight bits), or to 2^-126. A
+// number is three digits of eight bits with signs. Codes are bytes without signs; an instruction
+// multiplies 64 of them by 64 digits. So the sum of a lane over a step is a whole number, exact in
+// any order. Then it is scaled, and added to the sums of the row as dot_scaled.h does. Codes stand
+// for numbers that are kOffset smaller; what that makes of the sum of each lane is arranged beside
+// the digits. On the way a sum may leave 32 bits: only its end must fit.
 //
 // An arranged step is the lower codes' and the upper codes' digits, the highest first; for each
 // half -kOffset times the sums of its lanes; and a line with the power of two.
