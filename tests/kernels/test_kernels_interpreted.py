@@ -1,4 +1,4 @@
-"""Without a GPU, runs numerics/ under Triton's interpreter, in a process of its own."""
+"""Without a GPU, runs numerics/ under Triton's interpreter, each file in a process of its own."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ HERE = Path(__file__).parent
     torch.cuda.is_available(), reason="a GPU is here: numerics/ runs on it directly"
 )
 @pytest.mark.timeout(900)
-def test_kernels_under_the_interpreter() -> None:
+@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("numerics/test_*.py")))
+def test_kernels_under_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
     # A thread per tensor operation only gets in the way of tensors this small.
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "numerics")],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "numerics" / file],
         env=environment,
         cwd=HERE.parent.parent,
         capture_output=True,
