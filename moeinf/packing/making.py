@@ -14,8 +14,7 @@ import torch
 from moeinf.checkpoint.headers import TensorEntry
 from moeinf.errors import CheckpointError
 from moeinf.packing.linear import MODULE, QuantisedLinear
-from moeinf.packing.palettes import PaletteExpert
-from moeinf.packing.quantised import Judged, QuantisedExpert
+from moeinf.packing.quantised import Judged, StoredExpert
 from moeinf.packing.shards import Copied, Shard
 from moeinf.packing.writer import Disk, FileWriter, in_threads
 
@@ -59,7 +58,7 @@ def write_shard(dest: Path, shard: Shard, disk: Disk) -> Iterator[Result]:
 
 def _makers(shard: Shard, disk: Disk) -> list[Maker]:
     """What makes the bytes of a shard, a few at a time."""
-    if isinstance(shard.parts[0], QuantisedExpert | PaletteExpert):
+    if isinstance(shard.parts[0], StoredExpert):
         return [partial(_quantise, shard, part, disk) for part in shard.parts]
     if isinstance(shard.parts[0], QuantisedLinear):
         return [
@@ -91,9 +90,7 @@ def _copy(
     return Result(end - begin), iter([(begin, data)])
 
 
-def _quantise(
-    shard: Shard, part: QuantisedExpert | PaletteExpert, disk: Disk
-) -> tuple[Result, Runs]:
+def _quantise(shard: Shard, part: StoredExpert, disk: Disk) -> tuple[Result, Runs]:
     """The runs of bytes of one expert."""
     made, judged = part.make()
     tensors = sorted((shard.places[name], tensor) for name, tensor in made.items())

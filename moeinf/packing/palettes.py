@@ -19,8 +19,8 @@ from moeinf.checkpoint.formats import FORMATS, VALUES, WeightFormat
 from moeinf.checkpoint.layout import Layout
 from moeinf.checkpoint.store import ExpertStore
 from moeinf.errors import UnsupportedError
-from moeinf.packing.quantised import bases_of, refuse_biases, stored_weights
-from moeinf.packing.shards import Part, Spec
+from moeinf.packing.quantised import StoredExpert, experts_of, refuse_biases, stored_weights
+from moeinf.packing.shards import Spec
 from moeinf.packing.writer import in_threads
 
 BF16 = FORMATS["bf16"]
@@ -32,18 +32,10 @@ Rows = Mapping[str, WeightFormat]  # by matrix
 
 
 @dataclass(frozen=True)
-class PaletteExpert(Part):
-    """An expert of a store, its matrices to be written in `rows`. bases: see `bases_of`."""
+class PaletteExpert(StoredExpert):
+    """Its matrices in `rows`."""
 
-    store: ExpertStore
-    layer: int
-    expert: int
     rows: Rows
-    bases: Mapping[str, str]
-
-    @property
-    def module(self) -> str:
-        return self.store.modules[self.layer]
 
     @property
     def specs(self) -> Sequence[Spec]:  # type: ignore[override]
@@ -73,14 +65,10 @@ class PaletteExpert(Part):
 def as_bf16(stores: Sequence[ExpertStore]) -> list[PaletteExpert]:
     """Every expert of stores in bf16 and in 12 bits, to be written as bf16."""
     return [
-        PaletteExpert(
-            store, layer, expert, dict.fromkeys(store.layout.named, BF16),
-            bases_of(store, layer, expert),
-        )
+        PaletteExpert(store, layer, expert, bases, dict.fromkeys(store.layout.named, BF16))
         for store in stores
-        for layer in range(store.num_layers)
-        for expert in range(store.num_experts)
-    ]  # fmt: skip
+        for layer, expert, bases in experts_of(store)
+    ]
 
 
 def palette_experts(
@@ -117,9 +105,8 @@ def palette_experts(
             progress(done, total)
         rows = rows_of(store, most)
         found += [
-            PaletteExpert(store, layer, expert, rows[layer], bases_of(store, layer, expert))
-            for layer in range(store.num_layers)
-            for expert in range(store.num_experts)
+            PaletteExpert(store, layer, expert, bases, rows[layer])
+            for layer, expert, bases in experts_of(store)
         ]
     if all(row is BF16 for one in found for row in one.rows.values()):
         raise UnsupportedError(

@@ -27,7 +27,7 @@ from moeinf.packing.palettes import (
     palette_experts,
     summary,
 )
-from moeinf.packing.quantised import QuantisedExpert, quantised
+from moeinf.packing.quantised import StoredExpert, quantised
 from moeinf.packing.shards import Copied, Part, Shard, split, write_index
 from moeinf.packing.targets import TARGETS, configuration
 
@@ -56,9 +56,7 @@ class PackPlan:
         self.files = sorted({(e.file.path.name, e.file.nbytes, e.file.modified_ns)
                              for e in raw.values()})  # fmt: skip
         parts = [part for shard in shards for part in shard.parts]
-        experts = [
-            part.nbytes for part in parts if isinstance(part, QuantisedExpert | PaletteExpert)
-        ]
+        experts = [part.nbytes for part in parts if isinstance(part, StoredExpert)]
         panels = [part.panel_bytes for part in parts if isinstance(part, QuantisedLinear)]
         self.largest = max([BLOCK, *experts, *panels])
         self.one_read = one_read

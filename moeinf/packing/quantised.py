@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,18 +41,31 @@ class Judged:
 
 
 @dataclass(frozen=True)
-class QuantisedExpert(Part):
-    """An expert of a store, to be written as `target`. bases: matrix -> its name in the pack."""
+class StoredExpert(Part, ABC):
+    """An expert of a store, to be written in another format.
+
+    bases: matrix -> its name in the pack, without what stands behind it for each piece.
+    """
 
     store: ExpertStore
     layer: int
     expert: int
-    target: Target
     bases: Mapping[str, str]
 
     @property
     def module(self) -> str:
         return self.store.modules[self.layer]
+
+    @abstractmethod
+    def make(self) -> tuple[dict[str, torch.Tensor], Judged | None]:
+        """The tensors by name, and the error where it is judged."""
+
+
+@dataclass(frozen=True)
+class QuantisedExpert(StoredExpert):
+    """As `target`."""
+
+    target: Target
 
     @property
     def specs(self) -> Sequence[Spec]:  # type: ignore[override]
@@ -134,10 +148,16 @@ def quantised(store: ExpertStore, target: Target) -> list[QuantisedExpert]:
     """
     target = _fitting(store, target)
     return [
-        QuantisedExpert(store, layer, expert, target, bases_of(store, layer, expert))
-        for layer in range(store.num_layers)
-        for expert in range(store.num_experts)
+        QuantisedExpert(store, layer, expert, bases, target)
+        for layer, expert, bases in experts_of(store)
     ]
+
+
+def experts_of(store: ExpertStore) -> Iterator[tuple[int, int, dict[str, str]]]:
+    """Layer, number and bases of every expert: see StoredExpert."""
+    for layer in range(store.num_layers):
+        for expert in range(store.num_experts):
+            yield layer, expert, bases_of(store, layer, expert)
 
 
 def bases_of(store: ExpertStore, layer: int, expert: int) -> dict[str, str]:
