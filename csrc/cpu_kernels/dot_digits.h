@@ -182,18 +182,10 @@ template <class P, class Scales, int kSteps, int kRows, int kOutputs, bool kKept
     constexpr int kParts = 2 / P::kHalves;  // of a half
     const int64_t padded = padded_depth<P>(job.depth);
     const uint8_t* kept = kKept ? panel.kept + first * padded : nullptr;
-    const auto row_of = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
-        return std::array<StoredRow<P, Scales>, kOutputs>{
-            StoredRow<P, Scales>{job, panel, first + static_cast<int>(kIndex) * apart}...};
-    };
-    auto row = row_of(std::make_index_sequence<static_cast<size_t>(kOutputs)>());
+    auto row = rows_apart<P, Scales, kOutputs>(job, panel, first, apart);
     typename F::Lanes lanes[P::kHalves];
     for (int half = 0; half < P::kHalves; ++half) lanes[half] = F::lanes(panel.lanes[half]);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-        for (int n = 0; n < kOutputs; ++n) acc[r][n] = F::splat(0.0f);
-    }
+    clear<F>(acc);
     const auto run = [&]<bool kWhole>(int64_t k) __attribute__((always_inline)) {
         const int64_t scale = Scales::scale_at(panel, k);
         const int64_t at = k / P::kStep * P::kStepBytes;

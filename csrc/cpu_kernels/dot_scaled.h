@@ -235,6 +235,26 @@ inline void keep(const DotJob& job, const ScaledPanel<P>& panel, int count) {
     }
 }
 
+// kOutputs rows of a panel, `apart` rows apart, from row `first` on.
+template <class P, class Scales, int kOutputs>
+[[gnu::always_inline]] inline auto rows_apart(const DotJob& job, const ScaledPanel<P>& panel,
+                                              int first, int apart) {
+    using Row = StoredRow<P, Scales>;
+    return [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
+        return std::array<Row, kOutputs>{
+            Row{job, panel, first + static_cast<int>(kIndex) * apart}...};
+    }(std::make_index_sequence<static_cast<size_t>(kOutputs)>());
+}
+
+template <class F, int kRows, int kOutputs>
+[[gnu::always_inline]] inline void clear(typename F::Vec (&sums)[kRows][kOutputs]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+        for (int n = 0; n < kOutputs; ++n) sums[r][n] = F::splat(0.0f);
+    }
+}
+
 // The sums of kRows activations by kOutputs rows of the panel, `apart` rows apart, from row `first`
 // on; of kept rows, or of rows as they are stored.
 template <class P, class Scales, int kSteps, int kRows, int kOutputs, bool kKept>
@@ -245,18 +265,10 @@ template <class P, class Scales, int kSteps, int kRows, int kOutputs, bool kKept
     using F = typename P::F;
     const int64_t padded = padded_depth<P>(job.depth);
     const typename P::X* kept = kKept ? panel.kept + first * padded : nullptr;
-    const auto row_of = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
-        return std::array<StoredRow<P, Scales>, kOutputs>{
-            StoredRow<P, Scales>{job, panel, first + static_cast<int>(kIndex) * apart}...};
-    };
-    auto row = row_of(std::make_index_sequence<static_cast<size_t>(kOutputs)>());
+    auto row = rows_apart<P, Scales, kOutputs>(job, panel, first, apart);
     typename F::Lanes lanes[P::kHalves];
     for (int half = 0; half < P::kHalves; ++half) lanes[half] = F::lanes(panel.lanes[half]);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-        for (int n = 0; n < kOutputs; ++n) acc[r][n] = F::splat(0.0f);
-    }
+    clear<F>(acc);
     const auto run = [&]<bool kWhole>(int64_t from) __attribute__((always_inline)) {
         const int64_t scale = Scales::scale_at(panel, from);
         if constexpr (!kKept) {
@@ -281,11 +293,7 @@ template <class P, class Scales, int kSteps, int kRows, int kOutputs, bool kKept
             }
         };
         const auto half_of_run = [&]<size_t kHalf>() __attribute__((always_inline)) {
-#pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-                for (int n = 0; n < kOutputs; ++n) partial[r][n] = F::splat(0.0f);
-            }
+            clear<F>(partial);
             const auto step = [&](int64_t k) __attribute__((always_inline)) {
                 if constexpr (!kKept) {
 #pragma GCC unroll 8
